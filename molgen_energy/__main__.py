@@ -1,0 +1,3 @@
+from molgen_energy.cli import main
+
+main()

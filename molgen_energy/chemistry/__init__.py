@@ -1,0 +1,1 @@
+"""Elements, bonds, RDKit, and files of molecules."""

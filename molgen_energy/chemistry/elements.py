@@ -1,0 +1,36 @@
+"""Chemical symbols and atomic numbers."""
+
+from __future__ import annotations
+
+from functools import cache
+
+_SYMBOLS = (
+    "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se "
+    "Br Kr Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb "
+    "Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm "
+    "Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"
+).split()
+
+
+@cache
+def _numbers() -> dict[str, int]:
+    return {symbol: number for number, symbol in enumerate(_SYMBOLS, start=1)} | {"D": 1, "T": 1}
+
+
+def atomic_number(symbol: str) -> int:
+    """Atomic number of a symbol (any case; D and T are hydrogen) or of a number in digits.
+
+    Raises
+    ------
+    ValueError
+        There is no such element.
+    """
+    number = int(symbol) if symbol.isdigit() else _numbers().get(symbol.capitalize(), 0)
+    if not 1 <= number <= len(_SYMBOLS):
+        raise ValueError(f"'{symbol}' is no chemical element")
+    return number
+
+
+def symbol(number: int) -> str:
+    """Symbol of an atomic number."""
+    return _SYMBOLS[number - 1]

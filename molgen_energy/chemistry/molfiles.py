@@ -1,0 +1,325 @@
+"""Files of molecules (SDF, multi-XYZ), read and written one record at a time.
+
+Reading keeps one record in memory, accepts gzip, and names the file, the record and the line of
+what it cannot read. Writing perceives bonds and judges each molecule, since the formats that carry
+bonds need them.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from rdkit import Chem, rdBase
+
+from molgen_energy.chemistry.bonds import perceive
+from molgen_energy.chemistry.elements import atomic_number, symbol
+from molgen_energy.chemistry.rdkit import build, judge
+from molgen_energy.data.molecules import AROMATIC, Molecule, Molecules
+from molgen_energy.errors import InputError
+from molgen_energy.output import replacing
+
+_ORDERS = {
+    Chem.BondType.SINGLE: 1,
+    Chem.BondType.DOUBLE: 2,
+    Chem.BondType.TRIPLE: 3,
+    Chem.BondType.AROMATIC: AROMATIC,
+}
+_MOST_NAMED = 5
+
+
+class BadRecord(NamedTuple):
+    """A record that was skipped: its number and line in the file, both from 1, and why."""
+
+    number: int
+    line: int
+    reason: str
+
+
+class MoleculeReader:
+    """Iterate over the molecules of an SDF or multi-XYZ file (plain or gzip).
+
+    Parameters
+    ----------
+    path
+        Ends in .sdf, .mol, .xyz, or one of these and .gz.
+    skip_bad
+        Go on behind a bad record and remember it in `skipped`; else raise.
+
+    Raises
+    ------
+    InputError
+        The file is missing, empty or of another kind; a record is bad and `skip_bad` is false.
+    """
+
+    def __init__(self, path: Path, skip_bad: bool = False) -> None:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; name an SDF or XYZ file")
+        if not path.is_file():
+            raise InputError(f"{path} does not exist")
+        self.path = path
+        self.skip_bad = skip_bad
+        self.skipped: list[BadRecord] = []
+        self.skipped_count = 0
+        self.count = 0
+        kind = path.name.lower().removesuffix(".gz").rsplit(".", 1)[-1]
+        if kind not in ("sdf", "mol", "xyz"):
+            raise InputError(f"{path} is no SDF or XYZ file (.sdf, .xyz, also .gz)")
+        self._records = _sdf_records if kind in ("sdf", "mol") else _xyz_records
+
+    def __iter__(self) -> Iterator[Molecule]:
+        self.count = self.skipped_count = 0
+        self.skipped = []
+        number = 0
+        lines = _Lines(self.path)
+        try:
+            for number, (line, record) in enumerate(self._records(lines), start=1):
+                reason = record if isinstance(record, str) else _unusable(record)
+                if isinstance(record, Molecule) and not reason:
+                    self.count += 1
+                    yield record
+                    continue
+                self.skipped_count += 1
+                if len(self.skipped) < _MOST_NAMED:
+                    self.skipped.append(BadRecord(number, line, reason))
+                if not self.skip_bad:
+                    raise InputError(
+                        f"{self.path}: record {number} (line {line}): {reason}; "
+                        "mend it or pass --skip-bad to leave out such records"
+                    )
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise InputError(
+                f"{self.path} is cut off or no gzip file, behind record {number} ({error})"
+            ) from error
+        finally:
+            lines.close()
+        if self.count == 0:
+            what = f"no usable molecule ({number} bad records)" if number else "no molecule"
+            raise InputError(f"{self.path} holds {what}")
+
+    def chunks(self, size: int) -> Iterator[Molecules]:
+        """The molecules in pieces of at most `size`."""
+        molecules = iter(self)
+        while piece := list(islice(molecules, size)):
+            yield Molecules.from_list(piece)
+
+
+def _unusable(molecule: Molecule) -> str:
+    if len(molecule) == 0:
+        return "no atoms"
+    if not np.isfinite(molecule.positions).all():
+        atom = int(np.flatnonzero(~np.isfinite(molecule.positions).all(axis=1))[0]) + 1
+        return f"the coordinates of atom {atom} are not finite"
+    return ""
+
+
+class _Lines:
+    """Lines of a text file, plain or gzip, with their numbers and the means to put some back."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[str]  # closed by `close`
+        if path.name.lower().endswith(".gz"):
+            self._file = gzip.open(path, "rt", encoding="utf-8", errors="replace")
+        else:
+            self._file = path.open(encoding="utf-8", errors="replace")
+        self._returned: list[str] = []
+        self.number = 0  # of the line that was read last
+
+    def next(self) -> str | None:
+        line = self._returned.pop() if self._returned else next(self._file, None)
+        if line is not None:
+            self.number += 1
+        return line
+
+    def put_back(self, lines: list[str]) -> None:
+        self._returned.extend(reversed(lines))
+        self.number -= len(lines)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _sdf_records(lines: _Lines) -> Iterator[tuple[int, Molecule | str]]:
+    """Line number and molecule, or what is wrong, of each record up to its `$$$$`."""
+    while True:
+        start = lines.number + 1
+        record: list[str] = []
+        while (line := lines.next()) is not None and not line.startswith("$$$$"):
+            record.append(line)
+        if any(text.strip() for text in record):
+            yield start, _parse_mol_block("".join(record))
+        elif line is not None:
+            yield start, "an empty record"
+        if line is None:
+            return
+
+
+def _parse_mol_block(block: str) -> Molecule | str:
+    with rdBase.BlockLogs():
+        try:
+            parsed = Chem.MolFromMolBlock(block, sanitize=False, removeHs=False)
+        except RuntimeError as error:
+            return f"no readable mol block ({str(error).splitlines()[0]})"
+    if parsed is None:
+        return "no readable mol block (cut off, or counts that do not fit)"
+    numbers = [atom.GetAtomicNum() for atom in parsed.GetAtoms()]
+    if 0 in numbers:
+        return f"atom {numbers.index(0) + 1} is no chemical element"
+    if parsed.GetNumConformers() == 0:
+        return "no atoms" if not numbers else "no coordinates"
+    bonds = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx(), b.GetBondType()) for b in parsed.GetBonds()]
+    for i, j, kind in bonds:
+        if kind not in _ORDERS:
+            return f"the bond of atoms {i + 1} and {j + 1} has no order 1, 2, 3 or aromatic"
+    return Molecule(
+        parsed.GetConformer().GetPositions().astype(np.float32),
+        np.array(numbers, np.uint8),
+        np.array([atom.GetFormalCharge() for atom in parsed.GetAtoms()], np.int8),
+        np.array([(i, j) for i, j, _ in bonds], np.uint16).reshape(-1, 2),
+        np.array([_ORDERS[kind] for _, _, kind in bonds], np.uint8),
+    )
+
+
+def _xyz_records(lines: _Lines) -> Iterator[tuple[int, Molecule | str]]:
+    """Line number and molecule, or what is wrong, of each frame.
+
+    Behind a bad frame the next one is looked for: a line with a number alone, a comment, and a
+    line that reads as an atom.
+    """
+    while True:
+        line = lines.next()
+        if line is None:
+            return
+        if not line.strip():
+            continue
+        start = lines.number
+        record = [line]
+        parsed = _parse_frame(lines, record)
+        yield start, parsed
+        if isinstance(parsed, str):
+            lines.put_back(record[1:])
+            _seek_frame(lines)
+
+
+def _parse_frame(lines: _Lines, record: list[str]) -> Molecule | str:
+    """Read one frame behind its first line; every line read is added to `record`."""
+    try:
+        size = int(record[0])
+    except ValueError:
+        return f"expected a number of atoms, found '{record[0].strip()[:40]}'"
+    if size < 1:
+        return f"{size} atoms"
+    positions, numbers = [], []
+    for k in range(size + 1):
+        line = lines.next()
+        if line is None:
+            return f"the file ends before atom {max(k, 1)} of {size}"
+        record.append(line)
+        if k == 0:
+            continue  # the comment
+        atom = _parse_atom(line)
+        if isinstance(atom, str):
+            return f"atom {k} of {size}: {atom}"
+        numbers.append(atom[0])
+        positions.append(atom[1:])
+    return Molecule(np.array(positions, np.float32), np.array(numbers, np.uint8))
+
+
+def _parse_atom(line: str) -> tuple[int, float, float, float] | str:
+    fields = line.split()
+    if len(fields) < 4:
+        return f"expected element, x, y, z, found '{line.strip()[:40]}'"
+    try:
+        return (atomic_number(fields[0]), float(fields[1]), float(fields[2]), float(fields[3]))
+    except ValueError as error:
+        return str(error)
+
+
+def _seek_frame(lines: _Lines) -> None:
+    while (line := lines.next()) is not None:
+        if not line.strip().isdigit():
+            continue
+        ahead = [text for text in (lines.next(), lines.next()) if text is not None]
+        is_frame = len(ahead) == 2 and not isinstance(_parse_atom(ahead[1]), str)
+        lines.put_back([line, *ahead] if is_frame else ahead)
+        if is_frame:
+            return
+
+
+class MoleculeTextWriter:
+    """Write SDF or XYZ piece by piece; the file appears under its name when the block succeeds.
+
+    Every molecule becomes a record. Bonds are perceived from distances; the SDF fields `status`
+    (`valid`, or why RDKit refuses the molecule) and `fragments` say what came of it. Where
+    coordinates are not finite, no format can hold them: the atoms are put at the origin, without
+    bonds, and the status says so.
+
+    Parameters
+    ----------
+    path
+        Ends in .sdf or .xyz.
+    fields
+        Said of every molecule: data fields of an SDF, the comment line of an XYZ.
+    """
+
+    def __init__(self, path: Path, fields: dict[str, str]) -> None:
+        self._path = path
+        self._fields = fields
+        self._record = _sdf_record if path.suffix.lower() == ".sdf" else _xyz_record
+        self.count = 0
+
+    def __enter__(self) -> MoleculeTextWriter:
+        self._stack = ExitStack()
+        self.output = self._stack.enter_context(replacing(self._path))
+        self._file = self._stack.enter_context(self.output.temporary.open("w", encoding="utf-8"))
+        return self
+
+    def append(self, molecules: Molecules) -> None:
+        """Write molecules behind those that are there, in their order."""
+        records = [""] * len(molecules)
+        for which, _, orders in perceive(molecules):
+            for i, order in zip(which.tolist(), orders, strict=True):
+                fields = {"molecule": str(self.count + i)} | self._fields
+                molecule = molecules[i]
+                records[i] = self._record(molecule, order[: len(molecule), : len(molecule)], fields)
+        self._file.writelines(records)
+        self.count += len(molecules)
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+
+def _sdf_record(molecule: Molecule, orders: NDArray[np.uint8], fields: dict[str, str]) -> str:
+    positions = molecule.positions
+    if np.isfinite(positions).all():
+        verdict = judge(build(molecule.atomic_numbers, orders))
+        status, fragments = verdict.reason or "valid", verdict.fragments
+    else:
+        positions, orders = np.zeros_like(positions), np.zeros_like(orders)
+        status, fragments = "coordinates are not finite", len(molecule)
+    with rdBase.BlockLogs():
+        built = build(molecule.atomic_numbers, orders, positions)
+        built.UpdatePropertyCache(strict=False)
+        built.SetProp("_Name", f"molecule {fields['molecule']}")
+        block = Chem.MolToMolBlock(built, kekulize=False)
+    fields = fields | {"status": status, "fragments": str(fragments)}
+    data = "".join(f">  <{key}>\n{value}\n\n" for key, value in fields.items())
+    return f"{block}{data}$$$$\n"
+
+
+def _xyz_record(molecule: Molecule, _orders: NDArray[np.uint8], fields: dict[str, str]) -> str:
+    positions = molecule.positions
+    if not np.isfinite(positions).all():
+        positions, fields = np.zeros_like(positions), fields | {"status": "coordinates not finite"}
+    comment = " ".join(f"{key}={value!r}" for key, value in fields.items())
+    atoms = (
+        f"{symbol(z):<2} {x:14.6f} {y:14.6f} {z_:14.6f}"
+        for z, (x, y, z_) in zip(molecule.atomic_numbers.tolist(), positions.tolist(), strict=True)
+    )
+    return "\n".join([str(len(molecule)), comment, *atoms]) + "\n"

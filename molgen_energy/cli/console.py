@@ -1,0 +1,98 @@
+"""What the commands share on the terminal: messages, progress, and the meaning of errors.
+
+Results go to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from molgen_energy.errors import InputError
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+_TRACEBACK = "MOLGEN_ENERGY_TRACEBACK"
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+
+def say(text: str) -> None:
+    """A line for the user, on standard error."""
+    stderr.print(escape(text), soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """A line that should not be overlooked."""
+    stderr.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+
+
+def _fail(text: str, code: int) -> None:
+    stderr.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+    sys.exit(code)
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Turn what goes wrong into one line and an exit code: 2 bad input, 1 failed work."""
+    try:
+        yield
+    except InputError as error:
+        _fail(str(error), BAD_INPUT)
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
+    except OSError as error:
+        _show_traceback()
+        where = f": {error.filename}" if error.filename else ""
+        remedy = "; free some and run again" if error.errno == errno.ENOSPC else ""
+        _fail(f"{error.strerror or error}{where}{remedy}", BAD_INPUT)
+    except Exception as error:
+        _show_traceback()
+        name = type(error).__name__
+        text = (
+            str(error)
+            if name == "TrainingFailed"
+            else (f"{name}: {error} (set {_TRACEBACK}=1 to see where; please report it)")
+        )
+        _fail(text, FAILED)
+
+
+def _show_traceback() -> None:
+    if os.environ.get(_TRACEBACK):
+        traceback.print_exc()
+
+
+def progress_bar(*columns: str, transient: bool = False) -> Progress:
+    """A bar with counts, times, and the given task fields; silent where there is no terminal."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        *(TextColumn(f"{{task.fields[{name}]}}") for name in columns),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=stderr,
+        transient=transient,
+        disable=not stderr.is_terminal,
+    )

@@ -1,0 +1,94 @@
+"""`molgen-energy preprocess`: QM9 or your own molecules to HDF5."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import typer
+
+from molgen_energy.cli.console import progress_bar, say, warn
+from molgen_energy.errors import InputError
+
+
+def command(
+    what: str = typer.Argument(
+        ..., metavar="qm9|FILE", help="qm9, or an SDF or XYZ file of your own (also .gz)."
+    ),
+    output: Path | None = typer.Option(
+        None, "-o", "--output", help="HDF5 file to write; default: named after the input."
+    ),
+    source: Path | None = typer.Option(
+        None,
+        "--source",
+        help="For qm9: the original archive or folder of dsgdb9nsd_*.xyz files; "
+        "default: the installed package qm9pack.",
+    ),
+    split: str = typer.Option(
+        "0.8,0.1,0.1", "--split", help="For a file: shares for training, validation, test."
+    ),
+    seed: int = typer.Option(0, "--seed", min=0, help="For a file: seed of the split."),
+    elements: str | None = typer.Option(
+        None, "--elements", help="For a file: the elements that may occur, such as H,C,N,O,F."
+    ),
+    skip_bad: bool = typer.Option(
+        False, "--skip-bad", help="For a file: leave out broken records instead of stopping."
+    ),
+) -> None:
+    """Turn QM9, or any SDF or XYZ file, into the HDF5 file that `train` reads."""
+    from molgen_energy.chemistry.molfiles import MoleculeReader
+    from molgen_energy.data.preprocess import preprocess_file, preprocess_qm9
+    from molgen_energy.data.sources.qm9 import MOLECULES
+
+    began = time.monotonic()
+    if what.lower() == "qm9" and not Path(what).is_file():
+        output = output or Path("qm9.h5")
+        with progress_bar(transient=True) as bar:
+            task = bar.add_task("reading QM9", total=MOLECULES)
+            count = preprocess_qm9(output, source, lambda n: bar.advance(task, n))
+    else:
+        if source is not None:
+            raise InputError("--source goes with qm9; a file is named by itself")
+        path = Path(what)
+        output = output or Path(path.name.removesuffix(".gz")).with_suffix(".h5")
+        reader = MoleculeReader(path, skip_bad)
+        with progress_bar(transient=True) as bar:
+            task = bar.add_task(f"reading {path.name}", total=None)
+            allowed = None if elements is None else [name.strip() for name in elements.split(",")]
+            count = preprocess_file(
+                reader, output, _fractions(split), seed, allowed, lambda n: bar.advance(task, n)
+            )
+        for record in reader.skipped:
+            warn(f"left out record {record.number} (line {record.line}): {record.reason}")
+        if reader.skipped_count > len(reader.skipped):
+            warn(f"… and {reader.skipped_count - len(reader.skipped):,} more")
+    say(f"{count:,} molecules written to {output} in {time.monotonic() - began:.0f} s")
+    _describe(output)
+
+
+def _describe(output: Path) -> None:
+    from molgen_energy.chemistry.elements import symbol
+    from molgen_energy.data.hdf5 import SPLITS, MoleculeFile
+
+    with MoleculeFile(output) as file:
+        counts = ", ".join(f"{name} {len(file.members(name)):,}" for name in SPLITS)
+        present: set[int] = set()
+        flat = True
+        for piece in file.chunks(50_000):
+            present |= set(piece.atomic_numbers.tolist())
+            flat = flat and not piece.positions[:, 2].any()
+        sizes = file.offsets[1:] - file.offsets[:-1]
+    say(f"{counts}; {sizes.min()} to {sizes.max()} atoms of "
+        f"{', '.join(symbol(z) for z in sorted(present))}")  # fmt: skip
+    if 1 not in present:
+        warn("no molecule holds a hydrogen; models and metrics here take hydrogens as atoms")
+    if flat:
+        warn("all molecules lie in the plane z = 0; is this a file of 2D drawings?")
+
+
+def _fractions(text: str) -> tuple[float, float, float]:
+    try:
+        train, valid, test = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--split {text}: expected three shares such as 0.8,0.1,0.1") from error
+    return train, valid, test

@@ -1,0 +1,169 @@
+"""`molgen-energy train`: from data to a run's folder."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from molgen_energy.cli.console import INTERRUPTED, progress_bar, say
+from molgen_energy.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from molgen_energy.config import Config
+    from molgen_energy.training.loop import Summary
+
+
+def command(
+    loss: str | None = typer.Option(None, "--loss", help="energy or mse."),
+    springs: str | None = typer.Option(
+        None,
+        "--springs",
+        help="Springs of the energy loss: constant, exponential, inverse, inverse_square.",
+    ),
+    config: str | None = typer.Option(
+        None, "--config", help="Name of a shipped configuration or a YAML file; default: quick."
+    ),
+    assignments: list[str] = typer.Option(
+        [], "--set", metavar="KEY=VALUE", help="Change a value, such as model.layers=6."
+    ),
+    data: Path | None = typer.Option(
+        None, "--data", help="HDF5 file of `preprocess`; default: as configured."
+    ),
+    steps: int | None = typer.Option(None, "--steps", help="Length of the run in steps."),
+    epochs: int | None = typer.Option(None, "--epochs", help="Length in passes of the data."),
+    batch_size: int | None = typer.Option(None, "--batch-size"),
+    lr: float | None = typer.Option(None, "--lr", help="Learning rate."),
+    seed: int | None = typer.Option(None, "--seed"),
+    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1, mps."),
+    output: Path | None = typer.Option(
+        None, "-o", "--output", help="Folder of the run; default: a new one under runs/."
+    ),
+    resume: Path | None = typer.Option(
+        None, "--resume", metavar="RUN", help="Go on with a run that was stopped or killed."
+    ),
+) -> None:
+    """Train a diffusion model of molecules.
+
+    With nothing else, `--loss energy` trains a small model on the bundled sample of QM9.
+    """
+    from molgen_energy.config import load_config, parse_assignments
+    from molgen_energy.systems.molecules import MoleculeTask
+    from molgen_energy.training.checkpoint import load_checkpoint
+    from molgen_energy.training.device import choose_device
+    from molgen_energy.training.loop import Stopped, total_steps, train
+
+    length: dict[str, Any] = {"training.steps": steps, "training.epochs": epochs}
+    others: dict[str, Any] = {
+        "loss.name": loss,
+        "loss.springs.family": springs,
+        "training.batch_size": batch_size,
+        "training.lr": lr,
+        "training.seed": seed,
+    }
+    given = {key: value for key, value in (others | length).items() if value is not None}
+    if data is not None:
+        given["data.path"] = str(data.resolve())
+    if resume is not None:
+        _only_length(given, config, assignments, output)
+        run = resume
+        checkpoint = load_checkpoint(run)
+        settled = checkpoint.config.replaced(given)
+    else:
+        changes = parse_assignments(assignments)
+        name = config or "quick"
+        settled = load_config(name).replaced(changes | given)
+        if springs is not None and settled.loss.name != "energy":
+            raise InputError(f"--springs goes with --loss energy, not {settled.loss.name}")
+        run = output or _new_run(settled)
+        _check_new(run)
+    task = MoleculeTask(settled, choose_device(device))
+    steps_in_all = total_steps(task.config.training, task.batches_per_epoch)
+    if resume is not None and checkpoint.state["progress"]["step"] >= steps_in_all:
+        say(f"{run} is complete at step {steps_in_all:,}; --steps N with more makes it go on")
+        return
+    _announce(task, run, steps_in_all)
+    try:
+        with progress_bar("loss", "rate") as bar:
+            handle = bar.add_task("training", total=steps_in_all, loss="", rate="")
+            summary = train(task, run, _BarObserver(bar, handle), resume=resume is not None)
+    except Stopped as stopped:
+        say(f"{stopped}; go on with: molgen-energy train --resume {run}")
+        raise typer.Exit(INTERRUPTED) from None
+    _conclude(settled, summary)
+
+
+class _BarObserver:
+    def __init__(self, bar: Progress, handle: TaskID) -> None:
+        self._bar, self._handle = bar, handle
+
+    def progress(self, step: int, steps: int, loss: float, samples_per_second: float) -> None:
+        self._bar.update(
+            self._handle,
+            completed=step,
+            loss=f"loss {loss:.4f}",
+            rate=f"{samples_per_second:,.0f} molecules/s",
+        )
+
+
+def _only_length(
+    given: dict[str, Any], config: str | None, assignments: list[str], output: Path | None
+) -> None:
+    allowed = {"training.steps", "training.epochs", "data.path"}
+    refused = sorted(given.keys() - allowed)
+    if refused or config is not None or assignments or output is not None:
+        what = refused[0] if refused else "its configuration or folder"
+        raise InputError(
+            f"--resume goes on with a run as it was, so {what} cannot change; only --steps, "
+            "--epochs, --data (moved) and --device can"
+        )
+
+
+def _new_run(config: Config) -> Path:
+    loss = config.loss.name
+    if loss == "energy":
+        loss += f"-{config.loss.springs.family}"
+    return Path("runs") / f"{config.name}-{loss}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _check_new(run: Path) -> None:
+    if run.is_dir() and any(run.iterdir()):
+        raise InputError(f"{run} is not empty; name another --output, or go on with --resume {run}")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / ".writable").touch()
+        (run / ".writable").unlink()
+    except OSError as error:
+        raise InputError(f"cannot write the run's folder {run}: {error.strerror}") from error
+
+
+def _announce(task: Any, run: Path, steps: int) -> None:
+    config = task.config
+    count = task.state["data"]["training_molecules"]
+    parameters = sum(p.numel() for p in task.model.parameters())
+    springs = f", {config.loss.springs.family} springs" if config.loss.name == "energy" else ""
+    say(f"data    {task.source}: {count:,} training molecules")
+    say(
+        f"model   {config.model.name} {config.model.layers}×{config.model.width}, "
+        f"{parameters:,} parameters, loss {config.loss.name}{springs}, on {task.device}"
+    )
+    say(f"length  {steps:,} steps of {config.training.batch_size} molecules")
+    say(f"run     {run}")
+
+
+def _conclude(config: Config, summary: Summary) -> None:
+    minutes = f"{summary.seconds / 60:.1f} minutes"
+    valid = "" if summary.valid_loss is None else f", validation loss {summary.valid_loss:.4f}"
+    say(f"trained {summary.steps:,} steps in {minutes}{valid}: {summary.run}")
+    if config.data.path is None:
+        say(
+            "This was the bundled sample of 1,000 training molecules and a small model, a first "
+            "look. To train in full:\n"
+            "  molgen-energy preprocess qm9 -o qm9.h5\n"
+            "  molgen-energy train --config qm9_gdm_aug --data qm9.h5"
+        )
+    say(f"next    molgen-energy sample -n 100 --checkpoint {summary.run}")

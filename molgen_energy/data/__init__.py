@@ -1,0 +1,1 @@
+"""Molecules in memory and on disk."""

@@ -1,0 +1,280 @@
+"""The HDF5 store: schema 1, ragged, versioned.
+
+Data sets are the arrays of `molgen_energy.data.molecules` under the same names, with bonds in
+`bonds/index`, `bonds/order`, `bonds/offsets`, properties in `properties/<name>` (attribute `unit`),
+and `split` (M,) uint8: 0 train, 1 valid, 2 test. File attributes: `schema`, `system`, `source`,
+`created_by`, `units`. A file is written under a temporary name and renamed, and only ever read
+after that.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from molgen_energy import __version__
+from molgen_energy.data.molecules import Bonds, Molecules, Property
+from molgen_energy.errors import InputError, unknown_name
+from molgen_energy.output import replacing
+
+SCHEMA = 1
+SPLITS = ("train", "valid", "test")
+_CHUNK_ROWS = 65536
+
+
+class MoleculeWriter:
+    """Write molecules piece by piece, in memory that does not grow with their number.
+
+    Use as a context manager; the file appears under its name only when the block succeeds.
+
+    >>> with MoleculeWriter(path, source="my molecules") as writer:
+    ...     writer.append(molecules)
+    ...     writer.set_split(split)
+    """
+
+    def __init__(self, path: Path, *, source: str, compress: bool = False) -> None:
+        self._path = path
+        self._source = source
+        self._compression = {"compression": "gzip", "shuffle": True} if compress else {}
+        self._atoms = 0
+        self._bonds = 0
+        self.count = 0
+
+    def __enter__(self) -> MoleculeWriter:
+        self._stack = ExitStack()
+        self.output = self._stack.enter_context(replacing(self._path))
+        self._file = self._stack.enter_context(h5py.File(self.output.temporary, "w"))
+        self._file.attrs.update(
+            schema=SCHEMA,
+            system="molecules",
+            source=self._source,
+            created_by=f"molgen-energy {__version__}",
+            units="positions: angstrom; charges: e",
+        )
+        return self
+
+    def append(self, molecules: Molecules) -> None:
+        """Add molecules behind those that are there; all calls must carry the same fields.
+
+        Raises
+        ------
+        OSError
+            No space is left on the device (errno ENOSPC), or another fault of the disk.
+        """
+        try:
+            self._append(molecules)
+        except (OSError, RuntimeError) as error:
+            raise _as_system_error(error, self._path) from error
+
+    def _append(self, molecules: Molecules) -> None:
+        first = self.count == 0
+        self._extend("positions", molecules.positions)
+        self._extend("atomic_numbers", molecules.atomic_numbers)
+        self._extend("offsets", molecules.offsets[0 if first else 1 :] + self._atoms)
+        if molecules.formal_charges is not None:
+            self._extend("formal_charges", molecules.formal_charges)
+        if molecules.bonds is not None:
+            self._extend("bonds/index", molecules.bonds.index)
+            self._extend("bonds/order", molecules.bonds.order)
+            self._extend(
+                "bonds/offsets", molecules.bonds.offsets[0 if first else 1 :] + self._bonds
+            )
+            self._bonds += len(molecules.bonds.order)
+        if molecules.smiles is not None:
+            self._extend("smiles", molecules.smiles)
+        for name, data in molecules.properties.items():
+            self._extend(f"properties/{name}", data.values)
+            self._file[f"properties/{name}"].attrs["unit"] = data.unit
+        self._atoms += len(molecules.atomic_numbers)
+        self.count += len(molecules)
+
+    def _extend(self, name: str, values: NDArray[Any]) -> None:
+        if name not in self._file:
+            dtype = h5py.string_dtype() if values.dtype == object else values.dtype
+            # A chunk holds a whole small file and at most 64k rows of a large one.
+            rows = min(_CHUNK_ROWS, max(1024, len(values)))
+            self._file.create_dataset(
+                name,
+                data=values,
+                dtype=dtype,
+                maxshape=(None, *values.shape[1:]),
+                chunks=(rows, *values.shape[1:]),
+                **self._compression,
+            )
+            return
+        data = self._file[name]
+        data.resize(len(data) + len(values), axis=0)
+        data[len(data) - len(values) :] = values
+
+    def set_split(self, split: NDArray[np.uint8]) -> None:
+        """Say which molecules are for training (0), validation (1) and test (2), shape (M,)."""
+        if split.shape != (self.count,):
+            raise ValueError(f"split has shape {split.shape}, expected ({self.count},)")
+        self._file.create_dataset("split", data=split.astype(np.uint8), **self._compression)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None and "split" not in self._file:
+                self.set_split(np.zeros(self.count, np.uint8))
+            self._stack.__exit__(kind, error, traceback)
+        except RuntimeError as fault:  # HDF5 reports a full disk at closing in this way
+            raise _as_system_error(fault, self._path) from fault
+
+
+def _as_system_error(error: Exception, path: Path) -> OSError:
+    """HDF5 hides the number of a system error in its text; bring it back."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    if "No space left" in str(error) or f"errno = {errno.ENOSPC}" in str(error):
+        return OSError(errno.ENOSPC, "No space left on device", str(path))
+    return OSError(errno.EIO, str(error), str(path))
+
+
+class MoleculeFile:
+    """A schema 1 file, opened read-only and checked.
+
+    Raises
+    ------
+    InputError
+        The file is missing, no HDF5, cut off, of another schema or another physical system.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise InputError(
+                f"{path} does not exist; make it with `molgen-energy preprocess qm9 -o {path}` "
+                "or from your own SDF or XYZ file"
+            )
+        try:
+            self._file = h5py.File(path, "r")
+        except OSError as error:
+            why = "is cut off" if "truncated" in str(error) else "is not a readable HDF5 file"
+            raise InputError(f"{path} {why}; make it again with `preprocess`") from error
+        self.path = path
+        try:
+            self._check()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check(self) -> None:
+        schema = self._file.attrs.get("schema")
+        if schema is None:
+            raise InputError(f"{self.path} was not written by molgen-energy (no schema attribute)")
+        if schema != SCHEMA:
+            remedy = "upgrade molgen-energy" if schema > SCHEMA else "make it again"
+            raise InputError(
+                f"{self.path} has schema {schema}, this version reads schema {SCHEMA}; {remedy}"
+            )
+        system = self._file.attrs.get("system", "molecules")
+        if system != "molecules":
+            raise InputError(f"{self.path} holds {system}, not molecules")
+        for name in ("positions", "atomic_numbers", "offsets", "split"):
+            if name not in self._file:
+                raise InputError(f"{self.path} lacks the data set '{name}'; make it again")
+        self.offsets: NDArray[np.int64] = self._file["offsets"][:]
+        self.split: NDArray[np.uint8] = self._file["split"][:]
+        atoms = len(self._file["atomic_numbers"])
+        consistent = (
+            len(self.offsets) == len(self.split) + 1
+            and self.offsets[0] == 0
+            and self.offsets[-1] == atoms == len(self._file["positions"])
+            and bool(np.all(np.diff(self.offsets) > 0))
+        )
+        if not consistent:
+            raise InputError(f"{self.path}: the lengths of its data sets disagree; make it again")
+
+    @property
+    def source(self) -> str:
+        """What the file was made from."""
+        return str(self._file.attrs.get("source", self.path.name))
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def members(self, split: str | None) -> NDArray[np.int64]:
+        """Numbers of the molecules of a split (`train`, `valid`, `test`), or of all."""
+        if split is None:
+            return np.arange(len(self), dtype=np.int64)
+        if split not in SPLITS:
+            raise InputError(unknown_name("split", split, SPLITS))
+        return np.flatnonzero(self.split == SPLITS.index(split)).astype(np.int64)
+
+    def load(self, split: str | None = None) -> Molecules:
+        """All molecules of a split, or of the file, in memory."""
+        molecules = self.slice(0, len(self))
+        return molecules if split is None else molecules.select(self.members(split))
+
+    def chunks(self, size: int, split: str | None = None) -> Iterator[Molecules]:
+        """The molecules of a split in pieces of at most `size`, read one piece at a time."""
+        wanted = None if split is None else self.members(split)
+        for start in range(0, len(self), size):
+            stop = min(start + size, len(self))
+            piece = self.slice(start, stop)
+            if wanted is not None:
+                piece = piece.select(wanted[(wanted >= start) & (wanted < stop)] - start)
+            if len(piece):
+                yield piece
+
+    def slice(self, start: int, stop: int) -> Molecules:
+        """Molecules `start` to `stop`, read from the file.
+
+        Raises
+        ------
+        InputError
+            A position is not a finite number; names the molecule.
+        """
+        file = self._file
+        offsets = self.offsets[start : stop + 1]
+        atoms = slice(offsets[0], offsets[-1])
+        positions = file["positions"][atoms]
+        finite = np.isfinite(positions).all(axis=1)
+        if not finite.all():
+            atom = int(np.flatnonzero(~finite)[0])
+            number = start + int(np.searchsorted(offsets - offsets[0], atom, side="right"))
+            raise InputError(f"{self.path}: molecule {number} has coordinates that are not finite")
+        bonds = None
+        if "bonds" in file:
+            edge_offsets = file["bonds/offsets"][start : stop + 1]
+            edges = slice(edge_offsets[0], edge_offsets[-1])
+            bonds = Bonds(
+                file["bonds/index"][edges],
+                file["bonds/order"][edges],
+                (edge_offsets - edge_offsets[0]).astype(np.int64),
+            )
+        properties: Mapping[str, Property] = {
+            name: Property(data[start:stop].astype(np.float64), str(data.attrs.get("unit", "")))
+            for name, data in file.get("properties", {}).items()
+        }
+        return Molecules(
+            positions,
+            file["atomic_numbers"][atoms],
+            (offsets - offsets[0]).astype(np.int64),
+            file["formal_charges"][atoms] if "formal_charges" in file else None,
+            bonds,
+            file["smiles"].asstr()[start:stop] if "smiles" in file else None,
+            properties,
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> MoleculeFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""Noising, the training objective, and sampling."""

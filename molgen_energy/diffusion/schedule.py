@@ -1,0 +1,47 @@
+"""How much signal and noise there is at each step."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LEAST_RATIO = 0.001  # of α² from one step to the next, so that no step divides by almost zero
+
+
+class PolynomialSchedule:
+    """x_t = α_t x + σ_t ε with α²(u) = (1 − 2s)·(1 − u²)² + s, u = t/T, α² + σ² = 1.
+
+    The ratio of α² between steps is clipped at 0.001 from below first. EDM's schedule
+    `polynomial_2` (Hoogeboom et al., ICML 2022).
+
+    Parameters
+    ----------
+    steps
+        T; there are T + 1 noise levels, t = 0 … T.
+    precision
+        s: the noise variance at t = 0, the signal's at t = T.
+    """
+
+    def __init__(self, steps: int, precision: float = 1e-5) -> None:
+        self.steps = steps
+        u = np.arange(steps + 1) / steps
+        alpha2 = (1 - u**2) ** 2
+        ratios = np.clip(alpha2[1:] / alpha2[:-1], _LEAST_RATIO, 1.0)
+        alpha2 = np.concatenate([[1.0], np.cumprod(ratios)])
+        alpha2 = (1 - 2 * precision) * alpha2 + precision
+        # float64: differences of neighbouring steps are small
+        self.alpha2 = torch.from_numpy(alpha2)
+        self.sigma2 = torch.from_numpy(1 - alpha2)
+
+    def alpha(self, step: Tensor) -> Tensor:
+        """α_t of step numbers (any shape) as float32 on their device."""
+        return self.alpha2.sqrt().float().to(step.device)[step]
+
+    def sigma(self, step: Tensor) -> Tensor:
+        """σ_t of step numbers (any shape) as float32 on their device."""
+        return self.sigma2.sqrt().float().to(step.device)[step]
+
+    def time(self, step: Tensor) -> Tensor:
+        """Diffusion time t/T in [0, 1], float32."""
+        return step.float() / self.steps

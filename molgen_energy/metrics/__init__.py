@@ -1,0 +1,1 @@
+"""How good molecules are. Nothing here needs a network or torch."""

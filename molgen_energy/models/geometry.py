@@ -1,0 +1,26 @@
+"""Operations on masked coordinates that models and the diffusion process share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def centred(positions: Tensor, mask: Tensor) -> Tensor:
+    """Positions (B, N, D) minus the mean over real atoms; zero at padding, whatever stood there."""
+    atoms = mask[..., None]
+    inside = torch.where(atoms, positions, 0)
+    count = mask.sum(dim=1).clamp(min=1)[:, None, None]
+    return torch.where(atoms, inside - inside.sum(dim=1, keepdim=True) / count, 0)
+
+
+def random_rotations(count: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Proper rotations (count, 3, 3), uniform (Haar), as unit quaternions drawn from a Gaussian."""
+    quaternions = torch.randn(count, 4, generator=generator, device=like.device, dtype=like.dtype)
+    w, x, y, z = torch.nn.functional.normalize(quaternions, dim=1).unbind(1)
+    rows = (
+        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
+    )  # fmt: skip
+    return torch.stack(rows, dim=1).view(count, 3, 3)

@@ -1,0 +1,68 @@
+"""Writing so that a reader never sees half a file: a temporary name, then a rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from molgen_energy.errors import InputError
+
+
+def check_writable(path: Path) -> None:
+    """Raise `InputError` unless a file `path` could be made, before any work is done for it."""
+    folder = path.parent
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file to write")
+    if not folder.is_dir():
+        raise InputError(f"cannot write {path}: the folder {folder} does not exist; make it first")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}") from error
+
+
+@dataclass
+class Replacement:
+    """A file in the making: written at `temporary`, renamed to `target`, which may be changed."""
+
+    temporary: Path
+    target: Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Replacement]:
+    """Give a temporary path beside `path`; rename it to the target if the block succeeds.
+
+    When the block raises, the temporary file is removed and `path` is as before.
+    """
+    check_writable(path)
+    replacement = Replacement(path.with_name(f".{path.name}.{os.getpid()}.tmp"), path)
+    try:
+        yield replacement
+        flush_to_disk(replacement.temporary)
+        replacement.temporary.replace(replacement.target)
+    finally:
+        remove(replacement.temporary)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Ask the system to write a file through, so that a rename cannot overtake its content."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, or nothing."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,162 @@
+"""Sample molecules into a file, in memory that does not grow with their number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from molgen_energy.chemistry.molfiles import MoleculeTextWriter
+from molgen_energy.data.hdf5 import MoleculeWriter
+from molgen_energy.data.molecules import Molecules
+from molgen_energy.errors import InputError
+from molgen_energy.systems.molecules import MoleculeGenerator
+
+SUFFIXES = (".sdf", ".xyz", ".h5")
+
+# Molecules are drawn in windows, within which they are sorted by size: batches of about one size
+# waste little on padding, and a window is small enough to wait for.
+_WINDOW = 1024
+# Pairs of atoms in a batch. On a CPU more than its cache holds is slower, not faster.
+_PAIRS_CPU, _PAIRS_GPU = 20_000, 1_000_000
+
+
+class Writer(Protocol):
+    """A file that takes molecules piece by piece."""
+
+    count: int
+
+    def append(self, molecules: Molecules) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was written where, and how many molecules diverged."""
+
+    path: Path
+    written: int
+    not_finite: int
+    interrupted: bool
+
+
+class Observer(Protocol):
+    """Who is told how sampling goes: each call of the network, weighted by its molecules."""
+
+    def advance(self, molecules: int, share: float) -> None: ...
+
+
+def sample_to_file(
+    generator: MoleculeGenerator,
+    count: int,
+    output: Path,
+    observer: Observer,
+    batch_size: int | None = None,
+    provenance: str = "",
+) -> Outcome:
+    """Draw molecules 0 … count−1 of the generator's seed and write them in this order.
+
+    Interrupted by SIGINT, it keeps what is finished under a name with `.partial` in it.
+
+    Parameters
+    ----------
+    generator
+        Model, seed and sizes.
+    count
+        How many, at least 1.
+    output
+        Ends in .sdf, .xyz or .h5.
+    observer
+        Told of progress.
+    batch_size
+        Molecules at once; None takes what suits their size and the device.
+    provenance
+        What the molecules were sampled from, written into the file.
+
+    Raises
+    ------
+    InputError
+        The count is below 1, or the output cannot be written.
+    """
+    if count < 1:
+        raise InputError(f"-n {count}: ask for at least one molecule")
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"--batch-size {batch_size}: a batch holds at least one molecule")
+    not_finite, interrupted = 0, False
+    with _writer(output, generator.seed, provenance) as writer:
+        for start in range(0, count, _WINDOW):
+            numbers = torch.arange(start, min(start + _WINDOW, count))
+            try:
+                drawn = _draw_window(generator, numbers, batch_size, observer)
+            except KeyboardInterrupt:
+                if writer.count == 0:
+                    raise
+                interrupted = True
+                writer.output.target = output.with_suffix(f".partial{output.suffix}")
+                break
+            not_finite += int((~_finite(drawn)).sum())
+            writer.append(drawn)
+        target, written = writer.output.target, writer.count
+    return Outcome(target, written, not_finite, interrupted)
+
+
+def _writer(
+    output: Path, seed: int, provenance: str
+) -> AbstractContextManager[MoleculeTextWriter | MoleculeWriter]:
+    suffix = output.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(f"{output}: the name must end in {', '.join(SUFFIXES)}")
+    if suffix == ".h5":
+        return MoleculeWriter(output, source=f"sampled from {provenance}, seed {seed}")
+    return MoleculeTextWriter(output, {"seed": str(seed), "checkpoint": provenance})
+
+
+def _draw_window(
+    generator: MoleculeGenerator, numbers: Tensor, batch_size: int | None, observer: Observer
+) -> Molecules:
+    """Molecules of the given numbers, drawn by ascending size, returned in the given order."""
+    sizes = generator.sizes(numbers).numpy()
+    pieces, drawn = [], []
+    for which in _batches(sizes, batch_size, generator.device.type == "cpu"):
+        share = 1 / generator.steps
+
+        def advance(size: int = len(which), share: float = share) -> None:
+            observer.advance(size, share)
+
+        pieces.append(generator.draw(numbers[torch.from_numpy(which)], advance))
+        drawn.append(which)
+    return _concatenate(pieces).select(np.argsort(np.concatenate(drawn)))
+
+
+def _batches(
+    sizes: NDArray[np.int64], batch_size: int | None, on_cpu: bool
+) -> Iterator[NDArray[np.int64]]:
+    order = np.argsort(sizes, kind="stable")
+    start = 0
+    while start < len(order):
+        pairs = _PAIRS_CPU if on_cpu else _PAIRS_GPU
+        most = max(1, pairs // int(sizes[order[start]]) ** 2)
+        stop = start + (batch_size or most)
+        yield order[start:stop]
+        start = stop
+
+
+def _concatenate(pieces: list[Molecules]) -> Molecules:
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate([p.sizes for p in pieces]))])
+    return Molecules(
+        np.concatenate([p.positions for p in pieces]),
+        np.concatenate([p.atomic_numbers for p in pieces]),
+        offsets.astype(np.int64),
+    )
+
+
+def _finite(molecules: Molecules) -> NDArray[np.bool_]:
+    """Which molecules have finite coordinates, (M,)."""
+    finite = np.isfinite(molecules.positions).all(axis=1)
+    return np.logical_and.reduceat(finite, molecules.offsets[:-1])

@@ -1,0 +1,180 @@
+"""Checkpoints: safetensors and YAML in one folder, enough to sample from.
+
+`model.safetensors`, `ema.safetensors`, `optimizer.safetensors`, `config.yaml`, `state.yaml`. No
+pickles: loading one runs no code. A folder appears under its name only when it is complete; while
+a new one takes the place of an old one, the old one is kept as `<name>.old`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import yaml
+from torch import Tensor, nn
+
+from molgen_energy import __version__
+from molgen_energy.config import Config, load_config
+from molgen_energy.errors import InputError
+from molgen_energy.output import flush_to_disk, remove
+
+FORMAT = 1
+_REMEDY = "train again, or name another checkpoint"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found and whose texts were read; weights are read on demand."""
+
+    path: Path
+    config: Config
+    state: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Tensors of `model`, `ema` or `optimizer`, on the CPU.
+
+        Raises
+        ------
+        InputError
+            The file is missing or cut off.
+        """
+        path = self.path / f"{name}.safetensors"
+        if not path.is_file():
+            raise InputError(f"{self.path} lacks {path.name}; {_REMEDY}")
+        try:
+            return dict(safetensors.torch.load_file(path))
+        except safetensors.SafetensorError as error:
+            raise InputError(f"{path} is cut off or damaged ({error}); {_REMEDY}") from error
+
+    def load_weights(self, model: nn.Module, name: str) -> None:
+        """Put the weights `model` or `ema` into a model of the same architecture.
+
+        Raises
+        ------
+        InputError
+            Names or shapes differ; names the first.
+        """
+        load_weights(model, self.tensors(name), self.path)
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Copy tensors into a model, or raise `InputError` where names or shapes differ."""
+    own = model.state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        there = tuple(tensors[name].shape) if name in tensors else "no such tensor"
+        here = tuple(own[name].shape) if name in own else "no such tensor"
+        if there != here:
+            raise InputError(
+                f"{where} is a checkpoint of another model: {name} is {there} in the file "
+                f"and {here} in the configured model"
+            )
+    model.load_state_dict(dict(tensors))
+
+
+def save_checkpoint(
+    path: Path,
+    config: Config,
+    state: Mapping[str, Any],
+    weights: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Write a checkpoint folder at `path`, in place of the one that is there.
+
+    Killed at any moment, it leaves the old one or the new one whole. `state` must hold what YAML
+    can; format and versions are added to it.
+
+    Raises
+    ------
+    OSError
+        It cannot be written, as when no space is left; the old checkpoint stands.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = path.with_name(f"{path.name}.tmp"), path.with_name(f"{path.name}.old")
+    remove(temporary)
+    try:
+        temporary.mkdir()
+        for name, tensors in weights.items():
+            content = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
+            (temporary / f"{name}.safetensors").write_bytes(content)
+        versions = {"molgen-energy": __version__, "torch": str(torch.__version__)}
+        text = yaml.safe_dump(
+            {"format": FORMAT, "versions": versions} | dict(state), sort_keys=False
+        )
+        (temporary / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        (temporary / "state.yaml").write_text(text, encoding="utf-8")
+        for file in temporary.iterdir():
+            flush_to_disk(file)
+    except BaseException:
+        remove(temporary)
+        raise
+    if path.exists():
+        remove(old)
+        path.rename(old)
+    temporary.rename(path)
+    remove(old)
+
+
+def find_checkpoint(path: Path, which: str = "last") -> Path:
+    """The checkpoint folder that `path`, itself one or a run's folder, stands for.
+
+    Raises
+    ------
+    InputError
+        `path` does not exist or holds no checkpoint.
+    """
+    for candidate in (path, path / "checkpoints" / which):
+        # A kill between two renames leaves the old one under its second name.
+        for folder in (candidate, candidate.with_name(f"{candidate.name}.old")):
+            if (folder / "state.yaml").is_file():
+                return folder
+    if not path.exists():
+        raise InputError(f"{path} does not exist; name a run's folder or a checkpoint in one")
+    raise InputError(f"{path} holds no checkpoint (it is no run, or was stopped before the first)")
+
+
+def newest_run(root: Path) -> Path:
+    """The run under `root` whose last checkpoint is the youngest.
+
+    Raises
+    ------
+    InputError
+        There is none.
+    """
+    states = [
+        *root.glob("*/checkpoints/last/state.yaml"),
+        *root.glob("*/checkpoints/last.old/state.yaml"),
+    ]
+    if not states:
+        raise InputError(
+            f"no run with a checkpoint under {root}{os.sep}; train one with "
+            "`molgen-energy train --loss energy`, or name one with --checkpoint"
+        )
+    return max(states, key=lambda file: file.stat().st_mtime_ns).parents[2]
+
+
+def load_checkpoint(path: Path, which: str = "last") -> Checkpoint:
+    """Read a checkpoint's texts, from its own folder or a run's.
+
+    Raises
+    ------
+    InputError
+        There is none, or it is cut off or of another format.
+    """
+    folder = find_checkpoint(path, which)
+    try:
+        state = yaml.safe_load((folder / "state.yaml").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder / 'state.yaml'} is damaged; {_REMEDY}") from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise InputError(f"{folder} is no checkpoint of molgen-energy")
+    if state["format"] != FORMAT:
+        raise InputError(
+            f"{folder} has checkpoint format {state['format']}, this version reads {FORMAT}; "
+            f"{'upgrade molgen-energy' if state['format'] > FORMAT else _REMEDY}"
+        )
+    return Checkpoint(folder, load_config(folder / "config.yaml"), state)

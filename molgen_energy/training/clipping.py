@@ -1,0 +1,38 @@
+"""Gradient clipping at a bound that follows the norms of the last steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_REMEMBERED = 50
+_FIRST = 3000.0
+
+
+class GradientClipper:
+    """Scale gradients down to 1.5·mean + 2·std of the last 50 clipped norms, the first 3000.
+
+    The rule of EDM's code (Hoogeboom et al., ICML 2022).
+    """
+
+    def __init__(self) -> None:
+        self._norms: deque[float] = deque([_FIRST], maxlen=_REMEMBERED)
+
+    def clip(self, parameters: Iterable[Tensor]) -> float:
+        """Clip in place; returns the norm before."""
+        bound = 1.5 * float(np.mean(self._norms)) + 2 * float(np.std(self._norms))
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
+        self._norms.append(min(norm, bound))
+        return norm
+
+    def state(self) -> Tensor:
+        """The remembered norms, for a checkpoint."""
+        return torch.tensor(list(self._norms), dtype=torch.float64)
+
+    def load(self, state: Tensor) -> None:
+        """Take remembered norms over from a checkpoint."""
+        self._norms = deque(state.tolist(), maxlen=_REMEMBERED)

@@ -1,0 +1,75 @@
+"""`metrics.csv` of a run, and TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+from molgen_energy.output import replacing
+
+COLUMNS = (
+    "step",
+    "epoch",
+    "loss",
+    "position_loss",
+    "feature_loss",
+    "valid_loss",
+    "gradient_norm",
+    "lr",
+    "molecules_per_second",
+    "seconds",
+)
+"""`seconds` is training time, all parts of a resumed run together."""
+
+
+class MetricsLog:
+    """Append rows to `metrics.csv`; a resumed run first drops the rows behind its checkpoint."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self._path = run / "metrics.csv"
+        rows = read_metrics(self._path) if self._path.exists() else []
+        with (
+            replacing(self._path) as output,
+            output.temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            # A kill can leave half a last line; it lies behind the checkpoint.
+            whole = [row for row in rows if row.get("seconds") and int(row["step"]) <= step]
+            writer.writerows([row[name] for name in COLUMNS] for row in whole)
+        self._board = _tensorboard(run)
+
+    def write(self, **values: float | int | None) -> None:
+        """Add a row; a column that is not given stays empty."""
+        row = ["" if values.get(name) is None else _text(values[name]) for name in COLUMNS]
+        with self._path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(row)
+        if self._board is not None:
+            for name, value in values.items():
+                if value is not None and name != "step":
+                    self._board.add_scalar(name, value, values["step"])
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """Rows of a `metrics.csv` as texts by column; an empty text where nothing was measured."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+def _tensorboard(run: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # the extra `tensorboard` is not installed
+        return None
+    return SummaryWriter(str(run / "tensorboard"))
