@@ -235,17 +235,22 @@ def _validated(values: Mapping[str, Any], where: str) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"] if part != "auto")
         if first["type"] == "extra_forbidden":
-            section = [str(part) for part in first["loc"][:-1]]
-            valid = _keys_near(Config(name="x").model_dump(), section)
+            key = ".".join(map(str, first["loc"]))
+            valid = _keys_near(Config(name="").model_dump(), list(map(str, first["loc"][:-1])))
             raise InputError(f"{where}: {unknown_name('config key', key, valid)}") from error
         message = first["msg"].removeprefix("Value error, ")
         shown = "" if first["type"] == "value_error" else f" (it is {first['input']!r})"
-        raise InputError(f"{where}: {_without_type(key)}: {message}{shown}") from error
+        raise InputError(f"{where}: {_key(first['loc'])}: {message}{shown}") from error
 
 
-def _without_type(key: str) -> str:
-    """Pydantic appends the branch of a union to the place of an error; drop it."""
-    parts = [p for p in key.split(".") if "[" not in p and p not in ("float", "int", "str", "bool")]
-    return ".".join(parts)
+def _key(location: tuple[int | str, ...]) -> str:
+    """The dotted key of a place of an error; pydantic appends the branch of a union, dropped."""
+    place: Any = Config(name="").model_dump()
+    key = []
+    for part in location:
+        if not isinstance(place, dict) or part not in place:
+            break
+        key.append(str(part))
+        place = place[part]
+    return ".".join(key)

@@ -38,6 +38,9 @@ def command(
     from molgen_energy.metrics.report import table
 
     sources = [MoleculeSource(path, skip_bad=skip_bad) for path in files]
+    # File names alone where they tell the files apart.
+    plain = len({path.name for path in files}) == len(files)
+    names = {path: path.name if plain else str(path) for path in files}
     with progress_bar(transient=True) as bar:
         handle = bar.add_task("evaluating", total=None)
 
@@ -54,7 +57,7 @@ def command(
             against = str(train)
         evaluations = []
         for path, source in zip(files, sources, strict=True):
-            evaluation = evaluate(str(path), counted(source), known, skip_bad)
+            evaluation = evaluate(names[path], counted(source), known, skip_bad)
             evaluation.skipped += source.skipped
             evaluations.append(evaluation)
         held_out = MoleculeSource(reference or bundled_data(), "test", skip_bad)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -213,9 +212,9 @@ def _original_files(source: Path) -> Iterator[tuple[str, str]]:
 
 
 def _read_original(number: int, text: str, columns: _Columns) -> None:
-    lines = io.StringIO(text)
-    size = int(next(lines))
-    scalars = next(lines).split()[2:]  # behind the tag "gdb" and the number
+    lines = iter(text.splitlines())
+    size = int(next(lines, ""))
+    scalars = next(lines, "").split()[2:]  # behind the tag "gdb" and the number
     if len(scalars) != len(PROPERTIES):
         raise ValueError(f"{len(scalars)} properties, expected {len(PROPERTIES)}")
     atoms = [next(lines, "").split() for _ in range(size)]

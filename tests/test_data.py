@@ -1,0 +1,202 @@
+"""Ragged molecules, the HDF5 store, batches."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from molgen_energy.data import hdf5
+from molgen_energy.data.batches import ResidentMolecules, epoch_batches, sequential_batches
+from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
+from molgen_energy.data.molecules import Molecule, Molecules
+from molgen_energy.data.preprocess import random_split
+from molgen_energy.errors import InputError
+
+
+@pytest.fixture
+def bonded() -> Molecules:
+    """Three molecules with bonds and charges, one without any bond."""
+
+    def one(size, edges):
+        rng = np.random.default_rng(size)
+        return Molecule(
+            rng.standard_normal((size, 3)).astype("f4"),
+            rng.integers(1, 9, size).astype("u1"),
+            rng.integers(-1, 2, size).astype("i1"),
+            np.array(edges, "u2").reshape(-1, 2),
+            np.arange(1, len(edges) + 1).astype("u1"),
+        )
+
+    return Molecules.from_list([one(3, [(0, 1), (1, 2)]), one(1, []), one(2, [(0, 1)])])
+
+
+def assert_same(a: Molecules, b: Molecules) -> None:
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        for name in vars(x):
+            np.testing.assert_array_equal(getattr(x, name), getattr(y, name))
+
+
+def test_select_keeps_everything(bonded):
+    order = np.array([2, 0, 2])
+    assert_same(bonded.select(order), Molecules.from_list([bonded[i] for i in order]))
+
+
+def test_padded(bonded):
+    positions, numbers = bonded.padded()
+    assert positions.shape == (3, 3, 3)
+    assert (numbers[1] > 0).tolist() == [True, False, False]
+    np.testing.assert_array_equal(positions[2, :2], bonded[2].positions)
+    assert (positions[1, 1:] == 0).all()
+
+
+def test_store_round_trip_in_pieces(tmp_path, bonded):
+    path = tmp_path / "a.h5"
+    with MoleculeWriter(path, source="test") as writer:
+        writer.append(bonded)
+        writer.append(bonded.select(np.array([1, 2])))
+        writer.set_split(np.array([0, 0, 1, 2, 0], "u1"))
+    with MoleculeFile(path) as file:
+        assert file.source == "test"
+        everything = bonded.select(np.array([0, 1, 2, 1, 2]))
+        assert_same(file.load(), everything)
+        assert_same(file.load("train"), everything.select(np.array([0, 1, 4])))
+        assert_same(file.slice(2, 4), everything.select(np.array([2, 3])))
+        pieces = list(file.chunks(2, "train"))
+        assert [len(piece) for piece in pieces] == [2, 1]
+
+
+def test_store_carries_properties_with_units(sample_path):
+    with MoleculeFile(sample_path) as file:
+        methane_like = file.load().properties["gap"]
+        assert methane_like.unit == "hartree"
+        assert 0.1 < methane_like.values.mean() < 0.4
+        assert [len(file.members(s)) for s in ("train", "valid", "test")] == [1000, 200, 800]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_failed_write_leaves_the_old_file(tmp_path, bonded, error):
+    path = tmp_path / "a.h5"
+    path.write_bytes(b"old")
+    with pytest.raises(error), MoleculeWriter(path, source="x") as writer:
+        writer.append(bonded)
+        raise error
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.h5"]
+
+
+def test_full_disk_is_a_system_error(tmp_path, bonded, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError("Can't write data (file write failed, errno = 28, 'No space left on device')")
+
+    monkeypatch.setattr(hdf5.MoleculeWriter, "_append", full)
+    with pytest.raises(OSError) as caught, MoleculeWriter(tmp_path / "a.h5", source="x") as writer:
+        writer.append(bonded)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+def edited(path: Path, sample_path: Path, edit) -> Path:
+    path.write_bytes(sample_path.read_bytes())
+    with h5py.File(path, "r+") as file:
+        edit(file)
+    return path
+
+
+def _newer(file):
+    file.attrs["schema"] = 99
+
+
+def _foreign(file):
+    del file.attrs["schema"]
+
+
+def _other_system(file):
+    file.attrs["system"] = "spins"
+
+
+def _no_positions(file):
+    del file["positions"]
+
+
+def _short(file):
+    file["positions"].resize(100, axis=0)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (_newer, "schema 99, this version reads schema 1; upgrade"),
+        (_foreign, "not written by molgen-energy"),
+        (_other_system, "holds spins, not molecules"),
+        (_no_positions, "lacks the data set 'positions'"),
+        (_short, "lengths of its data sets disagree"),
+    ],
+)
+def test_unfit_files_are_refused(tmp_path, sample_path, edit, message):
+    with pytest.raises(InputError, match=message):
+        MoleculeFile(edited(tmp_path / "a.h5", sample_path, edit))
+
+
+def test_truncated_missing_and_foreign_files(tmp_path, sample_path):
+    path = tmp_path / "a.h5"
+    with pytest.raises(InputError, match="does not exist; make it with"):
+        MoleculeFile(path)
+    path.write_bytes(sample_path.read_bytes()[:200_000])
+    with pytest.raises(InputError, match="is cut off"):
+        MoleculeFile(path)
+    path.write_text("hello")
+    with pytest.raises(InputError, match="not a readable HDF5"):
+        MoleculeFile(path)
+
+
+def test_nan_names_the_molecule(tmp_path, sample_path):
+    def poison(file):
+        file["positions"][int(file["offsets"][41])] = np.nan
+
+    path = edited(tmp_path / "a.h5", sample_path, poison)
+    with MoleculeFile(path) as file, pytest.raises(InputError, match="molecule 42 has coordinates"):
+        file.load()
+
+
+def test_random_split():
+    labels = random_split(1000, (0.8, 0.1, 0.1), 0)
+    assert np.bincount(labels).tolist() == [800, 100, 100]
+    assert (labels == random_split(1000, (0.8, 0.1, 0.1), 0)).all()
+    assert (labels != random_split(1000, (0.8, 0.1, 0.1), 1)).any()
+    assert random_split(1, (0.8, 0.1, 0.1), 0).tolist() == [0]
+
+
+def test_an_epoch_shows_every_molecule_once(molecules):
+    batches = epoch_batches(molecules.sizes, 64, seed=0, epoch=3)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(2000))
+    assert [len(b) for b in batches].count(64) == 31
+    again = epoch_batches(molecules.sizes, 64, seed=0, epoch=3)
+    other = epoch_batches(molecules.sizes, 64, seed=0, epoch=4)
+    assert all((a == b).all() for a, b in zip(batches, again, strict=True))
+    assert any(len(a) != len(b) or (a != b).any() for a, b in zip(batches, other, strict=True))
+
+
+def test_little_padding(molecules):
+    batches = epoch_batches(molecules.sizes, 64, seed=0, epoch=0)
+    padded = sum(molecules.sizes[b].max() * len(b) for b in batches)
+    assert 1 - molecules.sizes.sum() / padded < 0.1
+
+
+def test_resident_batch_is_the_molecules(molecules):
+    lookup = torch.full((256,), -1)
+    lookup[[1, 6, 7, 8, 9]] = torch.arange(5)
+    resident = ResidentMolecules(molecules, lookup, torch.device("cpu"))
+    which = sequential_batches(molecules.sizes, 50)[7]
+    positions, types, mask = resident.batch(which)
+    assert mask.sum(1).tolist() == molecules.sizes[which].tolist()
+    for k, i in enumerate(which):
+        n = len(molecules[i])
+        np.testing.assert_array_equal(positions[k, :n], molecules[i].positions)
+        numbers = torch.tensor([1, 6, 7, 8, 9])[types[k, :n]]
+        assert numbers.tolist() == molecules[i].atomic_numbers.tolist()

@@ -1,0 +1,395 @@
+"""The loop: it learns, it is deterministic, and what was broken off goes on to the same numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from molgen_energy.config import Config, load_config
+from molgen_energy.errors import InputError
+from molgen_energy.models.geometry import centred
+from molgen_energy.systems.molecules import MoleculeTask
+from molgen_energy.training import checkpoint as checkpoints
+from molgen_energy.training.checkpoint import load_checkpoint, newest_run, save_checkpoint
+from molgen_energy.training.clipping import GradientClipper
+from molgen_energy.training.ema import ExponentialMovingAverage
+from molgen_energy.training.loop import Stopped, TrainingFailed, learning_rate, total_steps, train
+from molgen_energy.training.metrics import read_metrics
+
+CPU = torch.device("cpu")
+TINY = {
+    "model.layers": 2,
+    "model.width": 16,
+    "training.steps": 12,
+    "training.batch_size": 16,
+    "training.log_every": 3,
+    "training.validate_every": 6,
+    "training.validation_molecules": 32,
+    "training.checkpoint_every": 4,
+    "training.low_precision": False,
+}
+
+
+class Watcher:
+    """Counts steps, and runs `at[step]` when it comes."""
+
+    def __init__(self, at=None):
+        self.steps, self.losses, self.at = [], [], at or {}
+
+    def progress(self, step, steps, loss, samples_per_second):
+        self.steps.append(step)
+        self.losses.append(loss)
+        self.at.get(step, lambda: None)()
+
+
+def tiny(**changes) -> Config:
+    return load_config("quick").replaced(
+        TINY | {k.replace("__", "."): v for k, v in changes.items()}
+    )
+
+
+def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_checkpoint(run).tensors(name)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """All tensors and all rows, but for times and speeds."""
+    for name in ("model", "ema", "optimizer"):
+        theirs, ours = weights(a, name), weights(b, name)
+        assert theirs.keys() == ours.keys()
+        for key in theirs:
+            assert torch.equal(theirs[key], ours[key]), (name, key)
+    rows = [read_metrics(run / "metrics.csv") for run in (a, b)]
+    for row in (*rows[0], *rows[1]):
+        del row["seconds"], row["molecules_per_second"]
+    assert rows[0] == rows[1]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "unbroken"
+    train(MoleculeTask(tiny(), CPU), run, Watcher())
+    return run
+
+
+def test_run_directory(unbroken):
+    assert {p.name for p in unbroken.iterdir()} >= {"config.yaml", "metrics.csv", "log.txt"}
+    names = {"model.safetensors", "ema.safetensors", "config.yaml", "state.yaml"}
+    last, best = (unbroken / "checkpoints" / which for which in ("last", "best"))
+    assert {p.name for p in last.iterdir()} == names | {"optimizer.safetensors"}
+    assert {p.name for p in best.iterdir()} == names
+    assert [p.name for p in sorted((unbroken / "checkpoints").iterdir())] == ["best", "last"]
+    config = load_config(unbroken / "config.yaml")
+    assert config.loss.position_weight == 0.05
+    assert config.data.elements == ["H", "C", "N", "O", "F"]
+    assert isinstance(config.loss.springs.scale, float)
+    rows = read_metrics(unbroken / "metrics.csv")
+    assert [int(row["step"]) for row in rows] == [3, 6, 9, 12]
+    assert [bool(row["valid_loss"]) for row in rows] == [False, True, False, True]
+    state = load_checkpoint(unbroken).state
+    assert sum(state["size_histogram"].values()) == 1000
+
+
+def test_same_seed_same_run(unbroken, tmp_path):
+    train(MoleculeTask(tiny(), CPU), tmp_path / "again", Watcher())
+    assert_same_run(unbroken, tmp_path / "again")
+
+
+def test_another_seed_another_run(unbroken, tmp_path):
+    train(MoleculeTask(tiny(training__seed=1), CPU), tmp_path / "other", Watcher())
+    theirs, ours = weights(unbroken, "model"), weights(tmp_path / "other", "model")
+    assert not torch.equal(theirs["embed.weight"], ours["embed.weight"])
+
+
+@pytest.mark.parametrize("at", [1, 4, 5, 11])
+def test_interrupted_and_resumed_equals_unbroken(unbroken, tmp_path, at):
+    run = tmp_path / "run"
+    watcher = Watcher({at: lambda: os.kill(os.getpid(), signal.SIGINT)})
+    with pytest.raises(Stopped, match=f"step {at} of 12"):
+        train(MoleculeTask(tiny(), CPU), run, watcher)
+    assert watcher.steps[-1] == at
+    resumed = Watcher()
+    train(MoleculeTask(load_checkpoint(run).config, CPU), run, resumed, resume=True)
+    assert resumed.steps == list(range(at + 1, 13))
+    assert_same_run(unbroken, run)
+
+
+def test_died_between_checkpoints_and_resumed_equals_unbroken(unbroken, tmp_path):
+    """A crash at step 10 goes back to the checkpoint of step 8; rows behind it are dropped."""
+    run = tmp_path / "run"
+
+    def crash():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        train(MoleculeTask(tiny(), CPU), run, Watcher({10: crash}))
+    with (run / "metrics.csv").open("a") as file:
+        file.write("12,0,0.1")  # half a row, as a kill leaves it
+    train(MoleculeTask(load_checkpoint(run).config, CPU), run, Watcher(), resume=True)
+    assert_same_run(unbroken, run)
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from test_training import *
+train(MoleculeTask(tiny(training__steps=100000, training__checkpoint_every=1), CPU),
+      Path(sys.argv[1]), Watcher())
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.13, 0.31])
+def test_killed_at_any_moment_it_resumes(tmp_path, delay):
+    """SIGKILL while a checkpoint is written at every step: the run goes on from a whole one."""
+    run = tmp_path / "run"
+    code = SCRIPT.format(tests=str(Path(__file__).parent))
+    process = subprocess.Popen([sys.executable, "-c", code, str(run)])
+    state = run / "checkpoints" / "last" / "state.yaml"
+    while not (run / "checkpoints" / "best").exists():  # at least six checkpoints were written
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.kill()
+    process.wait()
+    assert state.exists() or (run / "checkpoints" / "last.old" / "state.yaml").exists()
+    at = load_checkpoint(run).state["progress"]["step"]
+    config = load_checkpoint(run).config.replaced({"training.steps": at + 2})
+    summary = train(MoleculeTask(config, CPU), run, Watcher(), resume=True)
+    assert summary.steps == at + 2
+    assert not list((run / "checkpoints").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("moment", range(8))
+def test_a_checkpoint_is_old_or_new_at_every_moment(tmp_path, monkeypatch, moment):
+    """Stop the writer at each of its operations on files: what is found is whole."""
+    path, config = tmp_path / "last", tiny()
+    save_checkpoint(path, config, {"step": 1}, {"model": {"w": torch.ones(3)}})
+    count = 0
+
+    class Killed(BaseException):
+        pass
+
+    def dying(function):
+        def call(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count > moment:
+                raise Killed  # and everything that would clean up behind it dies as well
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(Path, "rename", dying(Path.rename))
+    monkeypatch.setattr(Path, "write_bytes", dying(Path.write_bytes))
+    monkeypatch.setattr(Path, "write_text", dying(Path.write_text))
+    monkeypatch.setattr(checkpoints, "flush_to_disk", dying(checkpoints.flush_to_disk))
+    monkeypatch.setattr(checkpoints, "remove", dying(checkpoints.remove))
+    with contextlib.suppress(Killed):
+        save_checkpoint(path, config, {"step": 2}, {"model": {"w": 2 * torch.ones(3)}})
+    monkeypatch.undo()
+    found = load_checkpoint(path)
+    assert torch.equal(found.tensors("model")["w"], found.state["step"] * torch.ones(3))
+    save_checkpoint(path, config, {"step": 3}, {"model": {"w": 3 * torch.ones(3)}})
+    assert load_checkpoint(path).state["step"] == 3
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last"
+    save_checkpoint(path, tiny(), {"step": 1}, {"model": {"w": torch.ones(3)}})
+
+    def full(self, *_):
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, tiny(), {"step": 2}, {"model": {"w": torch.ones(3)}})
+    assert load_checkpoint(path).state["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last"]
+
+
+def test_more_steps_go_on(unbroken, tmp_path):
+    run = tmp_path / "run"
+    train(MoleculeTask(tiny(training__decay="none"), CPU), run, Watcher())
+    longer = load_checkpoint(run).config.replaced({"training.steps": 15})
+    assert train(MoleculeTask(longer, CPU), run, Watcher(), resume=True).steps == 15
+
+
+def test_other_data_is_refused_on_resume(unbroken, tmp_path, sample_path):
+    import h5py
+
+    (tmp_path / "other.h5").write_bytes(sample_path.read_bytes())
+    with h5py.File(tmp_path / "other.h5", "r+") as file:
+        file["split"][:] = 0
+    config = load_checkpoint(unbroken).config.replaced({"data.path": str(tmp_path / "other.h5")})
+    with pytest.raises(InputError, match="trained on other data"):
+        train(MoleculeTask(config, CPU), unbroken, Watcher(), resume=True)
+
+
+def test_nan_loss_stops_with_the_checkpoint_named(tmp_path):
+    task = MoleculeTask(tiny(), CPU)
+
+    def poison():
+        with torch.no_grad():
+            task.model.embed.weight.fill_(torch.nan)
+
+    with pytest.raises(TrainingFailed, match=r"step 6; the last good checkpoint is .*last"):
+        train(task, tmp_path / "run", Watcher({5: poison}))
+    assert load_checkpoint(tmp_path / "run").state["progress"]["step"] == 4
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "run", "model").values())
+
+
+@pytest.mark.parametrize("loss", ["energy", "mse"])
+def test_it_learns(tmp_path, loss):
+    config = tiny(
+        training__steps=150, training__batch_size=32, training__warmup_steps=10, loss__name=loss
+    )
+    task = MoleculeTask(config, CPU)
+    before = task.validation_loss(task.model)
+    summary = train(task, tmp_path / "run", Watcher())
+    assert summary.valid_loss < 0.6 * before
+
+
+def test_validation_is_the_same_each_time(tmp_path):
+    task = MoleculeTask(tiny(), CPU)
+    assert task.validation_loss(task.model) == task.validation_loss(task.model)
+
+
+def test_augmentation_rotates_the_batch():
+    """Distances stay, orientations do not."""
+    seen = []
+    for augment in (False, True):
+        task = MoleculeTask(tiny(training__augment_rotations=augment), CPU)
+
+        def objective(model, clean, mask, generator):
+            seen.append((clean, mask))
+
+        task._objective = objective
+        task.loss(task.model, np.arange(8), torch.Generator().manual_seed(0))
+    (plain, mask), (turned, _) = seen
+    torch.testing.assert_close(
+        torch.cdist(plain[..., :3], plain[..., :3]), torch.cdist(turned[..., :3], turned[..., :3]),
+        rtol=0, atol=1e-4,
+    )  # fmt: skip
+    assert (plain[..., :3] - turned[..., :3])[mask].norm(dim=-1).mean() > 1
+    torch.testing.assert_close(plain[..., 3:], turned[..., 3:])
+    torch.testing.assert_close(turned[..., :3], centred(turned[..., :3], mask), rtol=0, atol=1e-5)
+
+
+def test_vocabulary(tmp_path):
+    with pytest.raises(InputError, match=r"molecule \d+ holds F, which is outside the vocabulary"):
+        MoleculeTask(tiny(data__elements=["H", "C", "N", "O"]), CPU)
+    wide = MoleculeTask(tiny(data__elements=["S", "H", "C", "N", "O", "F"]), CPU)
+    assert wide.encoding.elements == (1, 6, 7, 8, 9, 16)
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    before = torch.random.get_rng_state()
+    a, b = (MoleculeTask(tiny(), CPU).model.state_dict() for _ in range(2))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_clipper_follows_the_rule(rng):
+    norms = np.exp(rng.standard_normal(120))
+    clipper, remembered = GradientClipper(), [3000.0]
+    for norm in norms:
+        gradient = torch.tensor([float(norm), 0.0]).requires_grad_()
+        gradient.grad = gradient.detach().clone()
+        bound = 1.5 * np.mean(remembered) + 2 * np.std(remembered)
+        assert clipper.clip([gradient]) == pytest.approx(norm, rel=1e-6)
+        assert float(gradient.grad.norm()) == pytest.approx(min(norm, bound), rel=1e-5)
+        remembered = [*remembered, min(norm, bound)][-50:]
+    again = GradientClipper()
+    again.load(clipper.state())
+    assert again.state().tolist() == clipper.state().tolist() == pytest.approx(remembered)
+
+
+def test_ema():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(0.0)
+    ema = ExponentialMovingAverage(model, 0.9)
+    value = 0.0
+    for step in range(1, 200):
+        model.weight.data.fill_(float(step))
+        ema.update(model, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        value = decay * value + (1 - decay) * step
+    assert float(ema.model.weight) == pytest.approx(value, rel=1e-5)
+
+
+def test_learning_rate():
+    config = tiny(training__lr=1.0, training__warmup_steps=10, training__decay="cosine").training
+    rates = [learning_rate(config, step, 110) for step in range(110)]
+    assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
+    assert rates[60] == pytest.approx(0.5)
+    assert rates[-1] < 1e-3
+    flat = config.model_copy(update={"decay": "none"})
+    assert learning_rate(flat, 109, 110) == 1.0
+
+
+def test_length_of_a_run():
+    assert total_steps(tiny().training, 7) == 12
+    epochs = tiny().replaced({"training.epochs": 3})
+    assert epochs.training.steps is None
+    assert total_steps(epochs.training, 7) == 21
+    with pytest.raises(InputError, match=r"either training\.steps or training\.epochs"):
+        total_steps(tiny().training.model_copy(update={"epochs": 2}), 7)
+
+
+def test_checkpoints_that_do_not_fit(unbroken, tmp_path):
+    other = MoleculeTask(tiny(model__width=24), CPU)
+    with pytest.raises(InputError, match=r"checkpoint of another model: embed\.bias is"):
+        load_checkpoint(unbroken).load_weights(other.model, "model")
+    with pytest.raises(InputError, match="does not exist"):
+        load_checkpoint(tmp_path / "nothing")
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(InputError, match="no run with a checkpoint"):
+        newest_run(tmp_path)
+
+
+def test_damaged_checkpoints(unbroken, tmp_path):
+    import shutil
+
+    broken = tmp_path / "last"
+    shutil.copytree(unbroken / "checkpoints" / "last", broken)
+    file = broken / "ema.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cut off or damaged"):
+        load_checkpoint(broken).tensors("ema")
+    file.unlink()
+    with pytest.raises(InputError, match=r"lacks ema\.safetensors"):
+        load_checkpoint(broken).tensors("ema")
+    text = (broken / "state.yaml").read_text()
+    (broken / "state.yaml").write_text(text.replace("format: 1", "format: 9"))
+    with pytest.raises(InputError, match="checkpoint format 9, this version reads 1; upgrade"):
+        load_checkpoint(broken)
+    (broken / "state.yaml").write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        load_checkpoint(broken)
+
+
+def test_newest_run(unbroken, tmp_path):
+    for name, age in (("old", 100), ("new", 1)):
+        folder = tmp_path / name / "checkpoints" / "last"
+        folder.mkdir(parents=True)
+        (folder / "state.yaml").write_text("format: 1")
+        os.utime(folder / "state.yaml", (time.time() - age,) * 2)
+    assert newest_run(tmp_path).name == "new"
+
+
+def test_metrics_are_readable_as_csv(unbroken):
+    with (unbroken / "metrics.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert len({len(row) for row in rows}) == 1
