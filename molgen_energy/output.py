@@ -19,7 +19,8 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file to write")
     if not folder.is_dir():
-        raise InputError(f"cannot write {path}: the folder {folder} does not exist; make it first")
+        why = "is no folder" if folder.exists() else "does not exist; make it first"
+        raise InputError(f"cannot write {path}: {folder} {why}")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -47,8 +48,17 @@ def replacing(path: Path) -> Iterator[Replacement]:
         yield replacement
         flush_to_disk(replacement.temporary)
         replacement.temporary.replace(replacement.target)
+    except OSError as error:
+        raise naming(error, path) from None
     finally:
         remove(replacement.temporary)
+
+
+def naming(error: OSError, path: Path) -> OSError:
+    """The error with the file named that was written, where the system did not say."""
+    if error.filename is None or Path(error.filename).name.startswith("."):
+        error.filename = str(path)
+    return error
 
 
 def flush_to_disk(path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
+from molgen_energy.errors import InputError
+
 _SYMBOLS = (
     "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se "
     "Br Kr Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb "
@@ -22,12 +24,12 @@ def atomic_number(symbol: str) -> int:
 
     Raises
     ------
-    ValueError
+    InputError
         There is no such element.
     """
     number = int(symbol) if symbol.isdigit() else _numbers().get(symbol.capitalize(), 0)
     if not 1 <= number <= len(_SYMBOLS):
-        raise ValueError(f"'{symbol}' is no chemical element")
+        raise InputError(f"'{symbol}' is no chemical element")
     return number
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,8 +52,12 @@ def _fail(text: str, code: int) -> None:
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn what goes wrong into one line and an exit code: 2 bad input, 1 failed work."""
+    """Turn what goes wrong into one line and an exit code: 2 bad input, 1 failed work.
+
+    SIGTERM ends a command as Ctrl-C does, so that temporary files go and finished work stays.
+    """
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         yield
     except InputError as error:
         _fail(str(error), BAD_INPUT)
@@ -79,6 +85,21 @@ def exit_on_error() -> Iterator[None]:
 def _show_traceback() -> None:
     if os.environ.get(_TRACEBACK):
         traceback.print_exc()
+
+
+class Occasional:
+    """Lines of progress for a log, where no bar can be drawn: one a minute at most."""
+
+    _SECONDS = 60
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Show the text if there is no terminal and the last one was a minute ago."""
+        if not stderr.is_terminal and time.monotonic() - self._last >= self._SECONDS:
+            self._last = time.monotonic()
+            say(text)
 
 
 def progress_bar(*columns: str, transient: bool = False) -> Progress:

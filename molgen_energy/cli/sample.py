@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from molgen_energy.cli.console import INTERRUPTED, progress_bar, say, warn
+from molgen_energy.cli.console import INTERRUPTED, Occasional, progress_bar, say, warn
 from molgen_energy.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,13 +73,14 @@ def command(
 
 class _BarObserver:
     def __init__(self, bar: Progress, handle: TaskID) -> None:
-        self._bar, self._handle = bar, handle
+        self._bar, self._handle, self._log = bar, handle, Occasional()
         self._began, self._done = time.monotonic(), 0.0
 
     def advance(self, molecules: int, share: float) -> None:
         self._done += molecules * share
         rate = self._done / (time.monotonic() - self._began)
         self._bar.update(self._handle, completed=int(self._done), rate=f"{rate:.2f} molecules/s")
+        self._log.say(f"{self._done:,.0f} molecules, {rate:.2f} molecules/s")
 
 
 def _run_name(checkpoint: Path) -> str:

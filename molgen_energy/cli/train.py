@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from molgen_energy.cli.console import INTERRUPTED, progress_bar, say
+from molgen_energy.cli.console import INTERRUPTED, Occasional, progress_bar, say
 from molgen_energy.errors import InputError
+from molgen_energy.output import check_writable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -99,15 +100,12 @@ def command(
 
 class _BarObserver:
     def __init__(self, bar: Progress, handle: TaskID) -> None:
-        self._bar, self._handle = bar, handle
+        self._bar, self._handle, self._log = bar, handle, Occasional()
 
     def progress(self, step: int, steps: int, loss: float, samples_per_second: float) -> None:
-        self._bar.update(
-            self._handle,
-            completed=step,
-            loss=f"loss {loss:.4f}",
-            rate=f"{samples_per_second:,.0f} molecules/s",
-        )
+        shown, rate = f"loss {loss:.4f}", f"{samples_per_second:,.0f} molecules/s"
+        self._bar.update(self._handle, completed=step, loss=shown, rate=rate)
+        self._log.say(f"step {step:,} of {steps:,}, {shown}, {rate}")
 
 
 def _only_length(
@@ -133,12 +131,9 @@ def _new_run(config: Config) -> Path:
 def _check_new(run: Path) -> None:
     if run.is_dir() and any(run.iterdir()):
         raise InputError(f"{run} is not empty; name another --output, or go on with --resume {run}")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / ".writable").touch()
-        (run / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"cannot write the run's folder {run}: {error.strerror}") from error
+    # The folder itself is made when training starts, so that a refused start leaves nothing.
+    existing = next(path for path in (run, *run.resolve().parents) if path.exists())
+    check_writable(existing / "run")
 
 
 def _announce(task: Any, run: Path, steps: int) -> None:

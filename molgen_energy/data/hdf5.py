@@ -9,7 +9,7 @@ after that.
 
 from __future__ import annotations
 
-import errno
+import io
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +28,39 @@ from molgen_energy.output import replacing
 SCHEMA = 1
 SPLITS = ("train", "valid", "test")
 _CHUNK_ROWS = 65536
+
+
+class _PatientFile(io.FileIO):
+    """A file that takes every write and remembers the first that failed.
+
+    The HDF5 library cannot close a file that it failed to write and ends the process; so it is
+    never told, and `check` raises instead.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
+        self._fault: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        try:
+            while len(rest) and self._fault is None:
+                rest = rest[super().write(rest) :]
+        except OSError as fault:
+            self._fault = fault
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as fault:
+            self._fault = self._fault or fault
+            return size or 0
+
+    def check(self) -> None:
+        """Raise what was remembered."""
+        if self._fault is not None:
+            raise self._fault
 
 
 class MoleculeWriter:
@@ -51,7 +84,8 @@ class MoleculeWriter:
     def __enter__(self) -> MoleculeWriter:
         self._stack = ExitStack()
         self.output = self._stack.enter_context(replacing(self._path))
-        self._file = self._stack.enter_context(h5py.File(self.output.temporary, "w"))
+        self._raw = self._stack.enter_context(_PatientFile(self.output.temporary))
+        self._file = self._stack.enter_context(h5py.File(self._raw, "w"))
         self._file.attrs.update(
             schema=SCHEMA,
             system="molecules",
@@ -69,12 +103,6 @@ class MoleculeWriter:
         OSError
             No space is left on the device (errno ENOSPC), or another fault of the disk.
         """
-        try:
-            self._append(molecules)
-        except (OSError, RuntimeError) as error:
-            raise _as_system_error(error, self._path) from error
-
-    def _append(self, molecules: Molecules) -> None:
         first = self.count == 0
         self._extend("positions", molecules.positions)
         self._extend("atomic_numbers", molecules.atomic_numbers)
@@ -95,6 +123,7 @@ class MoleculeWriter:
             self._file[f"properties/{name}"].attrs["unit"] = data.unit
         self._atoms += len(molecules.atomic_numbers)
         self.count += len(molecules)
+        self._raw.check()
 
     def _extend(self, name: str, values: NDArray[Any]) -> None:
         if name not in self._file:
@@ -126,21 +155,15 @@ class MoleculeWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            if kind is None and "split" not in self._file:
-                self.set_split(np.zeros(self.count, np.uint8))
-            self._stack.__exit__(kind, error, traceback)
-        except RuntimeError as fault:  # HDF5 reports a full disk at closing in this way
-            raise _as_system_error(fault, self._path) from fault
-
-
-def _as_system_error(error: Exception, path: Path) -> OSError:
-    """HDF5 hides the number of a system error in its text; bring it back."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error
-    if "No space left" in str(error) or f"errno = {errno.ENOSPC}" in str(error):
-        return OSError(errno.ENOSPC, "No space left on device", str(path))
-    return OSError(errno.EIO, str(error), str(path))
+        with self._stack:
+            if kind is None:
+                if "split" not in self._file:
+                    self.set_split(np.zeros(self.count, np.uint8))
+                self._file.close()
+                self._raw.check()
+            else:
+                # Hand the error on to the stack, so that the temporary file is removed.
+                self._stack.__exit__(kind, error, traceback)
 
 
 class MoleculeFile:

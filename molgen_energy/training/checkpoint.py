@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from molgen_energy import __version__
 from molgen_energy.config import Config, load_config
 from molgen_energy.errors import InputError
-from molgen_energy.output import flush_to_disk, remove
+from molgen_energy.output import flush_to_disk, naming, remove
 
 FORMAT = 1
 _REMEDY = "train again, or name another checkpoint"
@@ -109,8 +109,10 @@ def save_checkpoint(
         (temporary / "state.yaml").write_text(text, encoding="utf-8")
         for file in temporary.iterdir():
             flush_to_disk(file)
-    except BaseException:
+    except BaseException as error:
         remove(temporary)
+        if isinstance(error, OSError):
+            raise naming(error, path) from None
         raise
     if path.exists():
         remove(old)

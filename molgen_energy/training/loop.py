@@ -28,6 +28,7 @@ from molgen_energy import __version__
 from molgen_energy.config import Config, TrainingConfig
 from molgen_energy.diffusion.process import Terms
 from molgen_energy.errors import InputError
+from molgen_energy.output import remove
 from molgen_energy.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -134,7 +135,7 @@ def train(task: Task, run: Path, observer: Observer, resume: bool = False) -> Su
     task
         Physical system with its resolved configuration.
     run
-        Folder of the run; made when `resume` is false.
+        Folder of the run; when `resume` is false, a new one or an empty one.
     observer
         Told of progress.
     resume
@@ -151,7 +152,12 @@ def train(task: Task, run: Path, observer: Observer, resume: bool = False) -> Su
         The loss is not finite.
     """
     trainer = _Trainer(task, run, observer)
-    trainer.start(resume)
+    try:
+        trainer.start(resume)
+    except BaseException:
+        if not resume:
+            remove(run)  # without its first checkpoint it is no run
+        raise
     with _interruptible() as interrupted:
         return trainer.run(interrupted)
 

@@ -39,7 +39,7 @@ class MetricsLog:
             # A kill can leave half a last line; it lies behind the checkpoint.
             whole = [row for row in rows if row.get("seconds") and int(row["step"]) <= step]
             writer.writerows([row[name] for name in COLUMNS] for row in whole)
-        self._board = _tensorboard(run)
+        self._board = _tensorboard(run, step)
 
     def write(self, **values: float | int | None) -> None:
         """Add a row; a column that is not given stays empty."""
@@ -67,9 +67,9 @@ def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
-def _tensorboard(run: Path) -> Any:
+def _tensorboard(run: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # the extra `tensorboard` is not installed
         return None
-    return SummaryWriter(str(run / "tensorboard"))
+    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)

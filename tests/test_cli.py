@@ -1,0 +1,247 @@
+"""The four verbs as a user runs them: the main job, and every kind of bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+
+TINY = (
+    "--set", "model.layers=2", "--set", "model.width=16", "--set", "diffusion.steps=10",
+    "--batch-size", "32", "--set", "training.checkpoint_every=10",
+)  # fmt: skip
+WATER = "3\nwater\nO 0 0 0\nH 0.96 0 0\nH -0.24 0.93 0\n"
+
+
+def test_the_main_job(cli, tmp_path):
+    """Train on the bundled sample, sample from the newest run, evaluate."""
+    trained = cli("train", "--loss", "energy", "--steps", "20", *TINY)
+    assert "1,000 training molecules" in trained.stderr
+    assert "qm9_gdm_aug" in trained.stderr  # how to train in full
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("quick-energy-exponential-")
+    sampled = cli("sample", "-n", "12")
+    assert "12 molecules written to samples.sdf" in sampled.stderr
+    assert "molecules/s" in sampled.stderr
+    assert (tmp_path / "samples.sdf").read_text().count("$$$$") == 12
+    shown = cli("evaluate", "samples.sdf").stdout
+    for words in ("molecule stability", "novelty", "data: QM9 test", "samples.sdf", "±"):
+        assert words in shown
+    found = json.loads(cli("evaluate", "samples.sdf", "--json").stdout)
+    assert found["files"][0]["molecules"] == 12
+    assert found["reference"]["metrics"]["molecule_stability"]["value"] > 0.9
+
+
+def test_options_of_train(cli, tmp_path, sample_path):
+    cli("train", "--loss", "mse", "--epochs", "1", "--data", sample_path, "--lr", "1e-3",
+        "--seed", "5", "--device", "cpu", "-o", "mine", *TINY)  # fmt: skip
+    with (tmp_path / "mine" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert int(rows[-1]["step"]) == 32  # 1,000 molecules in batches of 32
+    text = (tmp_path / "mine" / "config.yaml").read_text()
+    assert "seed: 5" in text
+    assert "lr: 0.001" in text
+    assert "name: mse" in text
+    assert "is complete" in cli("train", "--resume", "mine").stderr
+    cli("train", "--resume", "mine", "--steps", "34")
+    cli("train", "--springs", "inverse", "--steps", "1", "-o", "inverse", *TINY)
+    assert "family: inverse" in (tmp_path / "inverse" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_and_resumed_from_the_shell(cli, tmp_path, number):
+    command = ["train", "--steps", "100000", "-o", "run", *TINY, "--set", "training.log_every=5"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "molgen_energy", *command],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.csv"
+    while not metrics.exists() or metrics.read_text().count("\n") < 5:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    stderr = process.communicate(timeout=60)[1]
+    assert "Traceback" not in stderr
+    if number != signal.SIGKILL:
+        assert process.returncode == 130
+        assert "go on with: molgen-energy train --resume run" in stderr
+    step = int(metrics.read_text().splitlines()[-1].split(",")[0])
+    cli("train", "--resume", "run", "--steps", str(step + 20))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_sampling_leaves_no_half_file(cli, tmp_path, number):
+    cli("train", "--steps", "1", *TINY, "--set", "diffusion.steps=500")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "molgen_energy", "sample", "-n", "500"],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not list(tmp_path.glob(".samples.sdf.*")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(number)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1] == "error: interrupted"
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+def test_preprocess_own_molecules(cli, tmp_path, molecules):
+    frames = []
+    for molecule in molecules.select(np.arange(50)):
+        atoms = [f"{z} {x} {y} {w}" for z, (x, y, w) in
+                 zip(molecule.atomic_numbers, molecule.positions, strict=True)]  # fmt: skip
+        frames.append("\n".join([str(len(molecule)), "", *atoms]) + "\n")
+    (tmp_path / "mols.xyz").write_text("".join(frames))
+    done = cli("preprocess", "mols.xyz", "-o", "mine.h5", "--split", "0.6,0.2,0.2", "--seed", "1")
+    assert "50 molecules written to mine.h5" in done.stderr
+    assert "train 30, valid 10, test 10" in done.stderr
+    with h5py.File(tmp_path / "mine.h5") as file:
+        assert file.attrs["schema"] == 1
+        assert np.bincount(file["split"][:]).tolist() == [30, 10, 10]
+    cli("train", "--data", "mine.h5", "--steps", "3", "-o", "run", *TINY)
+    cli("sample", "-n", "2", "--n-atoms", "5-6", "--checkpoint", "run", "-o", "s.xyz")
+    cli("evaluate", "s.xyz", "--train", "mine.h5", "--reference", "mine.h5")
+    cli("preprocess", "mols.xyz")
+    assert (tmp_path / "mols.h5").exists()
+
+
+def test_skip_bad(cli, tmp_path):
+    (tmp_path / "a.xyz").write_text(WATER + "1\n\nQq 0 0 0\n" + WATER)
+    done = cli("preprocess", "a.xyz", "-o", "a.h5", "--skip-bad")
+    assert "left out record 2 (line 6): atom 1 of 1: 'Qq' is no chemical element" in done.stderr
+    found = json.loads(cli("evaluate", "a.xyz", "--skip-bad", "--json").stdout)
+    assert found["files"][0]["molecules"] == 2
+    assert found["files"][0]["skipped"] == 1
+
+
+BAD = {
+    "unknown loss": (("train", "--loss", "enrgy"), "did you mean 'energy'"),
+    "unknown springs": (("train", "--springs", "soft"), "unknown spring family 'soft'"),
+    "springs without energy": (("train", "--loss", "mse", "--springs", "inverse"), "goes with"),
+    "unknown key": (("train", "--set", "model.depth=3"), "unknown config key 'model.depth'"),
+    "unknown config": (("train", "--config", "qm8"), "unknown config 'qm8'"),
+    "no data": (("train", "--config", "qm9_gdm"), "qm9.h5 does not exist; make it with"),
+    "no such device": (("train", "--device", "abacus"), "--device abacus is not available"),
+    "no steps": (("train", "--steps", "0"), "training.steps"),
+    "no run to resume": (("train", "--resume", "nothing"), "does not exist"),
+    "change on resume": (("train", "--resume", "nothing", "--lr", "1"), "cannot change"),
+    "no run to sample": (("sample", "-n", "3"), "no run with a checkpoint"),
+    "no such checkpoint": (("sample", "--checkpoint", "nothing"), "does not exist"),
+    "no atoms": (("sample", "--n-atoms", "0"), "--n-atoms 0: expected"),
+    "descending": (("sample", "--n-atoms", "9-3"), "--n-atoms 9-3: expected"),
+    "words for atoms": (("sample", "--n-atoms", "few"), "--n-atoms few: expected"),
+    "missing file": (("evaluate", "nothing.sdf"), "nothing.sdf does not exist"),
+    "empty file": (("evaluate", "empty.sdf"), "empty.sdf holds no molecule"),
+    "another format": (("evaluate", "a.pdb"), "no SDF or XYZ file"),
+    "broken record": (("evaluate", "bad.xyz"), "bad.xyz: record 2 (line 6): "),
+    "truncated": (("evaluate", "cut.h5"), "cut.h5 is cut off"),
+    "no table": (("evaluate", "salt.xyz"), "molecule 1 holds Na"),
+    "bad split": (("preprocess", "good.xyz", "--split", "0.5,0.1"), "expected three shares"),
+    "bad shares": (("preprocess", "good.xyz", "--split", "0.5,0.1,0.1"), "add up to 1"),
+    "foreign element": (("preprocess", "good.xyz", "--elements", "H,C"), "molecule 1 holds O"),
+    "no such element": (("preprocess", "good.xyz", "--elements", "H,Xx"), "no chemical element"),
+    "nan": (("preprocess", "nan.xyz"), "record 1 (line 1): the coordinates of atom 2"),
+    "no source": (("preprocess", "qm9", "--source", "nothing"), "nothing does not exist"),
+    "no folder": (("preprocess", "good.xyz", "-o", "no/a.h5"), "no does not exist; make it first"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(cli, tmp_path, what, sample_path):
+    (tmp_path / "empty.sdf").touch()
+    (tmp_path / "a.pdb").touch()
+    (tmp_path / "good.xyz").write_text(WATER * 5)
+    (tmp_path / "bad.xyz").write_text(WATER + "4\n" + WATER)
+    (tmp_path / "nan.xyz").write_text("2\n\nH 0 0 0\nH nan 0 0\n")
+    (tmp_path / "salt.xyz").write_text("2\n\nNa 0 0 0\nCl 0 0 2.4\n")
+    (tmp_path / "cut.h5").write_bytes(sample_path.read_bytes()[:100_000])
+    before = sorted(tmp_path.rglob("*"))
+    arguments, message = BAD[what]
+    stderr = cli(*arguments, code=2).stderr
+    assert message in stderr
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_is_never_overwritten(cli, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    assert "is not empty" in cli("train", "-o", "run", *TINY, code=2).stderr
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_that_cannot_be_written(cli, tmp_path):
+    (tmp_path / "file").touch()
+    assert "cannot write" in cli("train", "-o", "file/run", *TINY, code=2).stderr
+    (tmp_path / "good.xyz").write_text(WATER)
+    assert "folder" in cli("preprocess", "good.xyz", "-o", tmp_path, code=2).stderr
+
+
+@pytest.mark.parametrize("verb", ["preprocess", "sample.sdf", "sample.h5", "train"])
+def test_a_disk_that_takes_no_more(tmp_path, sample_path, verb):
+    """Files beyond 60 kB fail as on a full disk: one line, exit code 2, nothing half-written."""
+    resource = pytest.importorskip("resource")
+
+    def run(*arguments, limit=None):
+        def limited():
+            if limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        return subprocess.run(
+            [sys.executable, "-m", "molgen_energy", *map(str, arguments)], cwd=tmp_path,
+            capture_output=True, text=True, preexec_fn=limited,
+        )  # fmt: skip
+
+    (tmp_path / "good.xyz").write_text(WATER * 20_000)
+    if verb.startswith("sample"):
+        assert run("train", "--steps", "1", *TINY).returncode == 0
+    before = sorted(tmp_path.rglob("*"))
+    arguments = {
+        "preprocess": ("preprocess", "good.xyz"),
+        "sample.sdf": ("sample", "-n", "200", "-o", "a.sdf"),
+        "sample.h5": ("sample", "-n", "600", "-o", "a.h5"),
+        "train": ("train", "--steps", "5", *TINY, "--set", "model.width=64", "-o", "run"),
+    }[verb]
+    done = run(*arguments, limit=60_000)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    name = {"preprocess": "good.h5", "train": "last"}.get(verb, verb.replace("sample", "a"))
+    assert re.search(rf"^error: File too large: .*{name}$", done.stderr.splitlines()[-1])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_help_is_quick_and_names_the_verbs(cli):
+    began = time.monotonic()
+    shown = cli("--help").stdout
+    assert time.monotonic() - began < 20
+    for verb in ("preprocess", "train", "sample", "evaluate"):
+        assert verb in shown
+        assert "--help" in cli(verb, "--help").stdout
+    assert cli("--version").stdout.startswith("molgen-energy ")
+
+
+@pytest.mark.parametrize(
+    ("module", "never"),
+    [
+        ("molgen_energy.cli", {"torch", "rdkit", "h5py"}),
+        ("molgen_energy.metrics.evaluation", {"torch"}),
+        ("molgen_energy.metrics.reference", {"torch"}),
+        ("molgen_energy.sampling", {"molgen_energy.training.loop"}),
+    ],
+)
+def test_what_a_verb_does_not_import(module, never):
+    code = f"import sys, {module}; print([m for m in {sorted(never)} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
