@@ -15,10 +15,8 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(name="preprocess")(preprocess.command)
-app.command(name="train")(train.command)
-app.command(name="sample")(sample.command)
-app.command(name="evaluate")(evaluate.command)
+for verb in (preprocess, train, sample, evaluate):
+    app.command(name=verb.__name__.rsplit(".", 1)[1])(exit_on_error()(verb.command))
 
 
 def _version(wanted: bool) -> None:
@@ -40,5 +38,4 @@ def _options(
 
 def main() -> None:
     """Entry point of `molgen-energy` and of `python -m molgen_energy`."""
-    with exit_on_error():
-        app()
+    app()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,7 +68,7 @@ def command(
         warn(f"{outcome.not_finite} molecules diverged; they stand in the file without coordinates")
     if outcome.interrupted:
         say(f"interrupted: {count - outcome.written:,} of {count:,} are missing")
-        raise typer.Exit(INTERRUPTED)
+        sys.exit(INTERRUPTED)
     say(f"next: molgen-energy evaluate {outcome.path}")
 
 

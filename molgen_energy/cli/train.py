@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,7 @@ def command(
             summary = train(task, run, _BarObserver(bar, handle), resume=resume is not None)
     except Stopped as stopped:
         say(f"{stopped}; go on with: molgen-energy train --resume {run}")
-        raise typer.Exit(INTERRUPTED) from None
+        sys.exit(INTERRUPTED)
     _conclude(settled, summary)
 
 

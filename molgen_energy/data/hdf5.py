@@ -10,6 +10,7 @@ after that.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,21 +29,41 @@ from molgen_energy.output import replacing
 SCHEMA = 1
 SPLITS = ("train", "valid", "test")
 _CHUNK_ROWS = 65536
+_MARGIN = 1 << 20  # bytes for the library's own tables
+
+
+def _chunk_rows(values: NDArray[Any]) -> int:
+    """A chunk holds a whole small data set and at most 64k rows of a large one."""
+    return min(_CHUNK_ROWS, max(1024, len(values)))
+
+
+def _room(values: NDArray[Any]) -> int:
+    """Bytes that appending these values can take, a begun chunk included."""
+    row = values.nbytes // max(1, len(values))
+    texts = sum(map(len, values)) + 32 * len(values) if values.dtype == object else 0
+    return values.nbytes + texts + _CHUNK_ROWS * row
 
 
 class _PatientFile(io.FileIO):
-    """A file that takes every write and remembers the first that failed.
+    """A file for the HDF5 library, which ends the process where a write fails.
 
-    The HDF5 library cannot close a file that it failed to write and ends the process; so it is
-    never told, and `check` raises instead.
+    Space is reserved before the library writes, so that a full disk is noticed by `reserve`. What
+    fails all the same is remembered and raised by `check`; the library is never told.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "w+")
         self._fault: OSError | None = None
+        self._end = 0
+
+    def reserve(self, size: int) -> None:
+        """Make sure of `size` bytes behind what is written, where the system offers to."""
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self.fileno(), self._end, size)
 
     def write(self, data: Any) -> int:
         rest = memoryview(data).cast("B")
+        self._end = max(self._end, self.tell() + len(rest))
         try:
             while len(rest) and self._fault is None:
                 rest = rest[super().write(rest) :]
@@ -104,22 +125,26 @@ class MoleculeWriter:
             No space is left on the device (errno ENOSPC), or another fault of the disk.
         """
         first = self.count == 0
-        self._extend("positions", molecules.positions)
-        self._extend("atomic_numbers", molecules.atomic_numbers)
-        self._extend("offsets", molecules.offsets[0 if first else 1 :] + self._atoms)
+        columns: dict[str, NDArray[Any]] = {
+            "positions": molecules.positions,
+            "atomic_numbers": molecules.atomic_numbers,
+            "offsets": molecules.offsets[0 if first else 1 :] + self._atoms,
+        }
         if molecules.formal_charges is not None:
-            self._extend("formal_charges", molecules.formal_charges)
-        if molecules.bonds is not None:
-            self._extend("bonds/index", molecules.bonds.index)
-            self._extend("bonds/order", molecules.bonds.order)
-            self._extend(
-                "bonds/offsets", molecules.bonds.offsets[0 if first else 1 :] + self._bonds
-            )
-            self._bonds += len(molecules.bonds.order)
+            columns["formal_charges"] = molecules.formal_charges
+        if (bonds := molecules.bonds) is not None:
+            columns["bonds/index"] = bonds.index
+            columns["bonds/order"] = bonds.order
+            columns["bonds/offsets"] = bonds.offsets[0 if first else 1 :] + self._bonds
+            self._bonds += len(bonds.order)
         if molecules.smiles is not None:
-            self._extend("smiles", molecules.smiles)
+            columns["smiles"] = molecules.smiles
+        columns |= {f"properties/{name}": p.values for name, p in molecules.properties.items()}
+        self._file.flush()
+        self._raw.reserve(sum(map(_room, columns.values())) + _MARGIN)
+        for name, values in columns.items():
+            self._extend(name, values)
         for name, data in molecules.properties.items():
-            self._extend(f"properties/{name}", data.values)
             self._file[f"properties/{name}"].attrs["unit"] = data.unit
         self._atoms += len(molecules.atomic_numbers)
         self.count += len(molecules)
@@ -127,15 +152,12 @@ class MoleculeWriter:
 
     def _extend(self, name: str, values: NDArray[Any]) -> None:
         if name not in self._file:
-            dtype = h5py.string_dtype() if values.dtype == object else values.dtype
-            # A chunk holds a whole small file and at most 64k rows of a large one.
-            rows = min(_CHUNK_ROWS, max(1024, len(values)))
             self._file.create_dataset(
                 name,
                 data=values,
-                dtype=dtype,
+                dtype=h5py.string_dtype() if values.dtype == object else values.dtype,
                 maxshape=(None, *values.shape[1:]),
-                chunks=(rows, *values.shape[1:]),
+                chunks=(_chunk_rows(values), *values.shape[1:]),
                 **self._compression,
             )
             return
