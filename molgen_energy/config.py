@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from molgen_energy.chemistry.elements import atomic_number
+from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.losses import LOSSES, SPRINGS
 from molgen_energy.models import MODELS

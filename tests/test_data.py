@@ -14,8 +14,8 @@ from molgen_energy.data import hdf5
 from molgen_energy.data.batches import ResidentMolecules, epoch_batches, sequential_batches
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecule, Molecules
-from molgen_energy.data.preprocess import random_split
 from molgen_energy.errors import InputError
+from molgen_energy.preprocessing import random_split
 
 
 @pytest.fixture

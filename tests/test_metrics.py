@@ -8,9 +8,9 @@ from rdkit import Chem
 from scipy import stats
 
 from molgen_energy.chemistry.bonds import VALENCES, bond_orders, perceive, stable_atoms
-from molgen_energy.chemistry.elements import atomic_number, symbol
 from molgen_energy.chemistry.rdkit import build, judge
 from molgen_energy.data.molecules import Molecule, Molecules
+from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
 from molgen_energy.metrics.evaluation import METRICS, evaluate, over_regular
 from molgen_energy.metrics.rates import Rate

@@ -1,1 +1,1 @@
-"""Elements, bonds, RDKit, and files of molecules."""
+"""Bonds, RDKit, and files of molecules."""

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.chemistry.elements import atomic_number
 from molgen_energy.data.molecules import Molecules
+from molgen_energy.elements import atomic_number
 
 # Picometres. Each pair stands once, under either element.
 SINGLE = {

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from rdkit import Chem, rdBase
 
 from molgen_energy.chemistry.bonds import perceive
-from molgen_energy.chemistry.elements import atomic_number, symbol
 from molgen_energy.chemistry.rdkit import build, judge
 from molgen_energy.data.molecules import AROMATIC, Molecule, Molecules
+from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
 from molgen_energy.output import replacing
 

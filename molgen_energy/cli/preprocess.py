@@ -37,8 +37,8 @@ def command(
 ) -> None:
     """Turn QM9, or any SDF or XYZ file, into the HDF5 file that `train` reads."""
     from molgen_energy.chemistry.molfiles import MoleculeReader
-    from molgen_energy.data.preprocess import preprocess_file, preprocess_qm9
     from molgen_energy.data.sources.qm9 import MOLECULES
+    from molgen_energy.preprocessing import preprocess_file, preprocess_qm9
 
     began = time.monotonic()
     if what.lower() == "qm9" and not Path(what).is_file():
@@ -67,8 +67,8 @@ def command(
 
 
 def _describe(output: Path) -> None:
-    from molgen_energy.chemistry.elements import symbol
     from molgen_energy.data.hdf5 import SPLITS, MoleculeFile
+    from molgen_energy.elements import symbol
 
     with MoleculeFile(output) as file:
         counts = ", ".join(f"{name} {len(file.members(name)):,}" for name in SPLITS)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from molgen_energy.chemistry.bonds import has_valence, perceive, stable_atoms
-from molgen_energy.chemistry.elements import symbol
 from molgen_energy.chemistry.rdkit import build, judge
 from molgen_energy.data.molecules import Molecules
+from molgen_energy.elements import symbol
 from molgen_energy.errors import InputError
 from molgen_energy.metrics.rates import Rate
 

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from molgen_energy.chemistry.elements import atomic_number, symbol
 from molgen_energy.config import Config
 from molgen_energy.data.batches import (
     ResidentMolecules,
@@ -27,6 +26,7 @@ from molgen_energy.diffusion.noise import SeededNoise
 from molgen_energy.diffusion.process import DiffusionObjective, Terms
 from molgen_energy.diffusion.samplers import AncestralSampler
 from molgen_energy.diffusion.schedule import PolynomialSchedule
+from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
 from molgen_energy.losses import Loss, MeanSquaredError, PairwiseEnergy, mean_stiffness
 from molgen_energy.models import MODELS

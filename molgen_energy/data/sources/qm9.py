@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.chemistry.elements import atomic_number
 from molgen_energy.data.molecules import Molecules, Property, offsets_of
+from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError
 from molgen_energy.resources import asset
 
