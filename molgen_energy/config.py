@@ -88,6 +88,7 @@ class LossConfig(_Section):
     name: Annotated[str, _one_of("loss", LOSSES)] = "energy"
     springs: SpringsConfig = SpringsConfig()
     position_weight: PositiveFloat | Auto = "auto"
+    """w; `auto` takes the paper's, converted to springs of mean 1 where it is the energy's."""
 
 
 class TrainingConfig(_Section):

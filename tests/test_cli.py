@@ -34,7 +34,7 @@ def test_the_main_job(cli, tmp_path):
     assert "molecules/s" in sampled.stderr
     assert (tmp_path / "samples.sdf").read_text().count("$$$$") == 12
     shown = cli("evaluate", "samples.sdf").stdout
-    for words in ("molecule stability", "novelty", "data: QM9 test", "samples.sdf", "±"):
+    for words in ("molecule stability", "novelty", "data: QM9 test", "samples.sdf", "95.5 ["):
         assert words in shown
     found = json.loads(cli("evaluate", "samples.sdf", "--json").stdout)
     assert found["files"][0]["molecules"] == 12

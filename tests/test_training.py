@@ -90,7 +90,7 @@ def test_run_directory(unbroken):
     assert {p.name for p in best.iterdir()} == names
     assert [p.name for p in sorted((unbroken / "checkpoints").iterdir())] == ["best", "last"]
     config = load_config(unbroken / "config.yaml")
-    assert config.loss.position_weight == 0.05
+    assert config.loss.position_weight == pytest.approx(0.26)
     assert config.data.elements == ["H", "C", "N", "O", "F"]
     assert isinstance(config.loss.springs.scale, float)
     rows = read_metrics(unbroken / "metrics.csv")
@@ -258,6 +258,18 @@ def test_it_learns(tmp_path, loss):
     before = task.validation_loss(task.model)
     summary = train(task, tmp_path / "run", Watcher())
     assert summary.valid_loss < 0.6 * before
+
+
+def test_what_auto_stands_for():
+    """Softer springs get a larger weight, so that the energy counts as much."""
+    auto = MoleculeTask(tiny(), CPU).config
+    given = MoleculeTask(tiny(loss__springs__scale=42.0, training__lr="auto"), CPU).config
+    products = [c.loss.springs.scale * c.loss.position_weight for c in (auto, given)]
+    assert products[0] == pytest.approx(products[1])
+    assert given.loss.springs.scale == 42.0
+    assert given.training.lr == 4e-4
+    mse = MoleculeTask(tiny(loss__name="mse", training__lr="auto"), CPU).config
+    assert (mse.loss.position_weight, mse.training.lr) == (1.5, 1e-3)
 
 
 def test_validation_is_the_same_each_time(tmp_path):

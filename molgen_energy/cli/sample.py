@@ -80,7 +80,7 @@ class _BarObserver:
     def advance(self, molecules: int, share: float) -> None:
         self._done += molecules * share
         rate = self._done / (time.monotonic() - self._began)
-        self._bar.update(self._handle, completed=int(self._done), rate=f"{rate:.2f} molecules/s")
+        self._bar.update(self._handle, completed=round(self._done), rate=f"{rate:.2f} molecules/s")
         self._log.say(f"{self._done:,.0f} molecules, {rate:.2f} molecules/s")
 
 

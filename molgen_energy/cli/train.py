@@ -69,10 +69,12 @@ def command(
     }
     given = {key: value for key, value in (others | length).items() if value is not None}
     if data is not None:
-        given["data.path"] = str(data.resolve())
+        given["data.path"] = str(data)
     if resume is not None:
         _only_length(given, config, assignments, output)
         run = resume
+        if (run / "state.yaml").is_file():
+            raise InputError(f"--resume {run} is a checkpoint; name its run, {run.parent.parent}")
         checkpoint = load_checkpoint(run)
         settled = checkpoint.config.replaced(given)
     else:

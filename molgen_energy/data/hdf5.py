@@ -207,7 +207,7 @@ class MoleculeFile:
             self._file = h5py.File(path, "r")
         except OSError as error:
             why = "is cut off" if "truncated" in str(error) else "is not a readable HDF5 file"
-            raise InputError(f"{path} {why}; make it again with `preprocess`") from error
+            raise InputError(f"{path} {why}; make one with `molgen-energy preprocess`") from error
         self.path = path
         try:
             self._check()

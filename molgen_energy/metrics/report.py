@@ -13,16 +13,16 @@ from molgen_energy.metrics.rates import Rate
 
 
 def rate_text(rate: Rate | None) -> str:
-    """Per cent with half of the interval's width, or n/a."""
+    """Per cent and its interval, or n/a."""
     if rate is None or rate.value is None or rate.interval is None:
         return "n/a"
     low, high = rate.interval
-    return f"{100 * rate.value:.1f} ± {50 * (high - low):.1f}"
+    return f"{100 * rate.value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def table(samples: list[Evaluation], reference: Evaluation) -> Table:
     """One column for each file and one for real data."""
-    shown = Table(title="per cent, ± half of the 95 % interval", title_justify="left")
+    shown = Table(title="per cent [95 % interval]", title_justify="left")
     shown.add_column("")
     for evaluation in samples:
         shown.add_column(evaluation.name, justify="right")
