@@ -107,7 +107,7 @@ class TrainingConfig(_Section):
     augment_rotations: bool = False
     low_precision: bool | Auto = "auto"
     """bfloat16 on pairs; `auto` uses it where the processor has instructions for it."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     log_every: PositiveInt = 50
     validate_every: PositiveInt = 1000
     validation_molecules: PositiveInt = 2048

@@ -15,12 +15,16 @@ from molgen_energy.errors import InputError
 
 def check_writable(path: Path) -> None:
     """Raise `InputError` unless a file `path` could be made, before any work is done for it."""
-    folder = path.parent
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file to write")
+    check_folder(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `InputError` unless files can be made in a folder."""
     if not folder.is_dir():
         why = "is no folder" if folder.exists() else "does not exist; make it first"
-        raise InputError(f"cannot write {path}: {folder} {why}")
+        raise InputError(f"cannot write there: {folder} {why}")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

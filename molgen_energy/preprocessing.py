@@ -9,9 +9,7 @@ from numpy.typing import NDArray
 
 from molgen_energy.chemistry.molfiles import MoleculeReader
 from molgen_energy.data.hdf5 import MoleculeWriter
-from molgen_energy.data.molecules import Molecules
 from molgen_energy.data.sources.qm9 import Progress, read_qm9, split_of_edm
-from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
 from molgen_energy.output import check_writable
 
@@ -28,7 +26,7 @@ def preprocess_qm9(
     InputError
         QM9 is not to be found or incomplete, or `output` cannot be written.
     """
-    check_writable(output)
+    _check_output(output)
     molecules = read_qm9(source, progress)
     name = "QM9 (qm9pack)" if source is None else f"QM9 ({source.name})"
     with MoleculeWriter(output, source=name) as writer:
@@ -42,7 +40,6 @@ def preprocess_file(
     output: Path,
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
     seed: int = 0,
-    elements: list[str] | None = None,
     progress: Progress = lambda _: None,
 ) -> int:
     """Write the molecules of an SDF or XYZ file to `output`; returns their number.
@@ -51,22 +48,17 @@ def preprocess_file(
     ----------
     fractions
         Shares of training, validation and test molecules, drawn at random with `seed`.
-    elements
-        Symbols that may occur; None allows all.
 
     Raises
     ------
     InputError
-        A record is bad, an element is not allowed, the fractions do not add up to 1, or `output`
-        cannot be written.
+        A record is bad, the fractions do not add up to 1, or `output` cannot be written or is
+        not named .h5 or .hdf5.
     """
     check_fractions(fractions)
-    check_writable(output)
-    allowed = None if elements is None else {atomic_number(name) for name in elements}
+    _check_output(output)
     with MoleculeWriter(output, source=reader.path.name) as writer:
         for piece in reader.chunks(_PIECE):
-            if allowed is not None:
-                _check_elements(piece, allowed, reader.path, writer.count)
             writer.append(piece)
             progress(len(piece))
         writer.set_split(random_split(writer.count, fractions, seed))
@@ -75,7 +67,8 @@ def preprocess_file(
 
 def check_fractions(fractions: tuple[float, float, float]) -> None:
     """Raise `InputError` unless three shares, none negative, add up to 1, with some to train on."""
-    if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or fractions[0] == 0:
+    # Written so that NaN is refused too.
+    if not (min(fractions) >= 0 and abs(sum(fractions) - 1) <= 1e-6 and fractions[0] > 0):
         raise InputError(
             f"the split {','.join(f'{x:g}' for x in fractions)} must be three shares, train above "
             "zero, that add up to 1, such as 0.8,0.1,0.1"
@@ -90,11 +83,7 @@ def random_split(count: int, fractions: tuple[float, float, float], seed: int) -
     return np.random.default_rng(seed).permutation(labels)
 
 
-def _check_elements(piece: Molecules, allowed: set[int], path: Path, before: int) -> None:
-    foreign = np.flatnonzero(~np.isin(piece.atomic_numbers, list(allowed)))
-    if len(foreign):
-        molecule = before + int(np.searchsorted(piece.offsets, foreign[0], side="right"))
-        raise InputError(
-            f"{path}: molecule {molecule} holds {symbol(int(piece.atomic_numbers[foreign[0]]))}, "
-            f"which is not among the elements {', '.join(symbol(z) for z in sorted(allowed))}"
-        )
+def _check_output(output: Path) -> None:
+    if output.suffix.lower() not in (".h5", ".hdf5"):
+        raise InputError(f"{output}: the name of an HDF5 file must end in .h5 or .hdf5")
+    check_writable(output)

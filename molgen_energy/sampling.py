@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from molgen_energy.chemistry.molfiles import MoleculeTextWriter
 from molgen_energy.data.hdf5 import MoleculeWriter
-from molgen_energy.data.molecules import Molecules
+from molgen_energy.data.molecules import Molecules, by_size
 from molgen_energy.errors import InputError
 from molgen_energy.systems.molecules import MoleculeGenerator
 
@@ -23,7 +23,7 @@ SUFFIXES = (".sdf", ".xyz", ".h5")
 
 # Molecules are drawn in windows, within which they are sorted by size: batches of about one size
 # waste little on padding, and a window is small enough to wait for.
-_WINDOW = 1024
+_WINDOW_CPU, _WINDOW_GPU = 256, 4096
 # Pairs of atoms in a batch. On a CPU more than its cache holds is slower, not faster.
 _PAIRS_CPU, _PAIRS_GPU = 20_000, 1_000_000
 
@@ -90,18 +90,22 @@ def sample_to_file(
         raise InputError(f"--batch-size {batch_size}: a batch holds at least one molecule")
     not_finite, interrupted = 0, False
     with _writer(output, generator.seed, provenance) as writer:
-        for start in range(0, count, _WINDOW):
-            numbers = torch.arange(start, min(start + _WINDOW, count))
+        window = _WINDOW_CPU if generator.device.type == "cpu" else _WINDOW_GPU
+        for start in range(0, count, window):
+            numbers = torch.arange(start, min(start + window, count))
             try:
                 drawn = _draw_window(generator, numbers, batch_size, observer)
+                finite = _finite(drawn)
+                if isinstance(writer, MoleculeWriter):
+                    drawn = _at_origin(drawn, ~finite)  # the text formats say so in a field
+                writer.append(drawn)
+                not_finite += int((~finite).sum())
             except KeyboardInterrupt:
                 if writer.count == 0:
                     raise
                 interrupted = True
                 writer.output.target = output.with_suffix(f".partial{output.suffix}")
                 break
-            not_finite += int((~_finite(drawn)).sum())
-            writer.append(drawn)
         target, written = writer.output.target, writer.count
     return Outcome(target, written, not_finite, interrupted)
 
@@ -137,14 +141,12 @@ def _draw_window(
 def _batches(
     sizes: NDArray[np.int64], batch_size: int | None, on_cpu: bool
 ) -> Iterator[NDArray[np.int64]]:
+    if batch_size is None:
+        yield from by_size(sizes, _PAIRS_CPU if on_cpu else _PAIRS_GPU)
+        return
     order = np.argsort(sizes, kind="stable")
-    start = 0
-    while start < len(order):
-        pairs = _PAIRS_CPU if on_cpu else _PAIRS_GPU
-        most = max(1, pairs // int(sizes[order[start]]) ** 2)
-        stop = start + (batch_size or most)
-        yield order[start:stop]
-        start = stop
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def _concatenate(pieces: list[Molecules]) -> Molecules:
@@ -160,3 +162,9 @@ def _finite(molecules: Molecules) -> NDArray[np.bool_]:
     """Which molecules have finite coordinates, (M,)."""
     finite = np.isfinite(molecules.positions).all(axis=1)
     return np.logical_and.reduceat(finite, molecules.offsets[:-1])
+
+
+def _at_origin(molecules: Molecules, which: NDArray[np.bool_]) -> Molecules:
+    """The molecules with the atoms of some put at the origin, for lack of finite coordinates."""
+    atoms = np.repeat(which, molecules.sizes)[:, None]
+    return replace(molecules, positions=np.where(atoms, np.float32(0), molecules.positions))

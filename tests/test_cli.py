@@ -149,10 +149,16 @@ BAD = {
     "no table": (("evaluate", "salt.xyz"), "molecule 1 holds Na"),
     "bad split": (("preprocess", "good.xyz", "--split", "0.5,0.1"), "expected three shares"),
     "bad shares": (("preprocess", "good.xyz", "--split", "0.5,0.1,0.1"), "add up to 1"),
-    "foreign element": (("preprocess", "good.xyz", "--elements", "H,C"), "molecule 1 holds O"),
+    "foreign element": (("preprocess", "good.xyz", "--elements", "H,C"), "record 1 (line 1): it holds O"),
     "no such element": (("preprocess", "good.xyz", "--elements", "H,Xx"), "no chemical element"),
     "nan": (("preprocess", "nan.xyz"), "record 1 (line 1): the coordinates of atom 2"),
     "no source": (("preprocess", "qm9", "--source", "nothing"), "nothing does not exist"),
+    "no hdf5 name": (("preprocess", "good.xyz", "-o", "good.xyz"), "must end in .h5"),
+    "nan share": (("preprocess", "good.xyz", "--split", "nan,0,1"), "add up to 1"),
+    "huge seed": (("train", "--seed", "99999999999999999999"), "training.seed"),
+    "missing second file": (("evaluate", "good.xyz", "nothing.sdf"), "nothing.sdf does not exist"),
+    "missing reference": (("evaluate", "good.xyz", "--reference", "no.h5"), "no.h5 does not exist"),
+    "checkpoint for a run": (("train", "--resume", "checkpoint"), "is a checkpoint; name its run"),
     "no folder": (("preprocess", "good.xyz", "-o", "no/a.h5"), "no does not exist; make it first"),
 }  # fmt: skip
 
@@ -161,6 +167,8 @@ BAD = {
 def test_bad_input_is_one_line_and_exit_code_2(cli, tmp_path, what, sample_path):
     (tmp_path / "empty.sdf").touch()
     (tmp_path / "a.pdb").touch()
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "state.yaml").touch()
     (tmp_path / "good.xyz").write_text(WATER * 5)
     (tmp_path / "bad.xyz").write_text(WATER + "4\n" + WATER)
     (tmp_path / "nan.xyz").write_text("2\n\nH 0 0 0\nH nan 0 0\n")

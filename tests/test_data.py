@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from molgen_energy.data import hdf5
-from molgen_energy.data.batches import ResidentMolecules, epoch_batches, sequential_batches
+from molgen_energy.data.batches import ResidentMolecules, epoch_batches
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
-from molgen_energy.data.molecules import Molecule, Molecules
+from molgen_energy.data.molecules import Molecule, Molecules, by_size
 from molgen_energy.errors import InputError
 from molgen_energy.preprocessing import random_split
 
@@ -187,11 +187,19 @@ def test_little_padding(molecules):
     assert 1 - molecules.sizes.sum() / padded < 0.1
 
 
+def test_pieces_by_size_hold_all_within_the_bound():
+    sizes = np.random.default_rng(0).integers(1, 40, 500)
+    pieces = list(by_size(sizes, 2000))
+    assert sorted(np.concatenate(pieces).tolist()) == list(range(500))
+    assert all(len(p) * sizes[p].max() ** 2 <= 2000 for p in pieces)
+    assert [p.tolist() for p in by_size(np.array([100, 3]), 50)] == [[1], [0]]
+
+
 def test_resident_batch_is_the_molecules(molecules):
     lookup = torch.full((256,), -1)
     lookup[[1, 6, 7, 8, 9]] = torch.arange(5)
     resident = ResidentMolecules(molecules, lookup, torch.device("cpu"))
-    which = sequential_batches(molecules.sizes, 50)[7]
+    which = list(by_size(molecules.sizes, 16_000))[7]
     positions, types, mask = resident.batch(which)
     assert mask.sum(1).tolist() == molecules.sizes[which].tolist()
     for k, i in enumerate(which):

@@ -62,12 +62,12 @@ def test_xyz_is_what_ase_reads(tmp_path, molecules):
 
 def test_unperceivable_molecules_are_written_too(tmp_path):
     nan = np.full((2, 3), np.nan, np.float32)
-    crowd = np.zeros((6, 3), np.float32)
+    crowd = np.zeros((60, 3), np.float32)  # a valence beyond what RDKit can count
     far = np.array([[0, 0, 0], [90, 0, 0]], np.float32)
     odd = Molecules.from_list(
         [
             Molecule(nan, np.array([6, 1], np.uint8)),
-            Molecule(crowd, np.full(6, 6, np.uint8)),
+            Molecule(crowd, np.full(60, 6, np.uint8)),
             Molecule(far, np.array([8, 1], np.uint8)),
         ]
     )

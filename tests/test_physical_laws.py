@@ -9,7 +9,7 @@ from conftest import padded_batch
 from scipy.spatial.transform import Rotation
 
 from molgen_energy.diffusion.noise import SeededNoise
-from molgen_energy.diffusion.samplers import AncestralSampler
+from molgen_energy.diffusion.samplers import SAMPLERS
 from molgen_energy.diffusion.schedule import PolynomialSchedule
 from molgen_energy.losses import LOSSES, SPRINGS, MeanSquaredError, PairwiseEnergy
 from molgen_energy.models import MODELS
@@ -232,7 +232,7 @@ def test_gdm_has_the_papers_size():
     assert sum(p.numel() for p in MODELS["gdm"](features=6).parameters()) == 3_555_602
 
 
-@pytest.mark.parametrize("sampler", [AncestralSampler])
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 class TestSamplers:
     def test_the_exact_denoiser_gives_the_data(self, molecules, sampler):
         """For data of a single point the best noise prediction is known; it leads to the point."""

@@ -40,6 +40,10 @@ def test_every_printed_configuration_is_shipped():
     assert {name for pair in listed for name in pair if name} == set(config_names())
 
 
+def test_nothing_is_left_to_fill_in():
+    assert not re.findall(r"\$[A-Z]{3,}|TODO|TBD", README.read_text(encoding="utf-8"))
+
+
 def test_the_check_runs_the_printed_test_command():
     test_command = "python -m pip install -c constraints.txt -e '.[dev,qm9]' && python -m pytest"
     assert test_command in README.read_text(encoding="utf-8")

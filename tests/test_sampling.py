@@ -56,7 +56,7 @@ def read(path: Path):
 
 def test_a_molecule_depends_on_seed_and_number_only(checkpoint, tmp_path, monkeypatch):
     draw(checkpoint, tmp_path / "a.h5")
-    monkeypatch.setattr(sampling, "_WINDOW", 7)
+    monkeypatch.setattr(sampling, "_WINDOW_CPU", 7)
     draw(checkpoint, tmp_path / "b.h5", batch_size=4)
     draw(checkpoint, tmp_path / "c.h5", count=9, batch_size=1)
     a, b, c = (read(tmp_path / f"{name}.h5") for name in "abc")
@@ -78,7 +78,7 @@ def test_same_seed_same_bytes_other_seed_other_molecules(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["sdf", "xyz", "h5"])
 def test_exactly_n_records(checkpoint, tmp_path, suffix, monkeypatch):
-    monkeypatch.setattr(sampling, "_WINDOW", 5)
+    monkeypatch.setattr(sampling, "_WINDOW_CPU", 5)
     path = tmp_path / f"a.{suffix}"
     outcome = draw(checkpoint, path, count=13)
     assert outcome.written == 13
@@ -128,7 +128,7 @@ def test_molecules_that_diverge_are_counted_and_written(checkpoint, tmp_path):
 
 
 def test_interrupted_keeps_what_is_finished(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling, "_WINDOW", 5)
+    monkeypatch.setattr(sampling, "_WINDOW_CPU", 5)
 
     class Interrupting(Counter):
         def advance(self, molecules, share):

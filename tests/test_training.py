@@ -249,6 +249,36 @@ def test_nan_loss_stops_with_the_checkpoint_named(tmp_path):
     assert all(torch.isfinite(w).all() for w in weights(tmp_path / "run", "model").values())
 
 
+def test_nan_gradient_never_reaches_the_weights(tmp_path):
+    task = MoleculeTask(tiny(), CPU)
+
+    def poison():
+        task.model.embed.weight.register_hook(lambda gradient: gradient * torch.nan)
+
+    with pytest.raises(TrainingFailed, match=r"gradient's norm became nan at step 4"):
+        train(task, tmp_path / "run", Watcher({3: poison}))
+    assert all(torch.isfinite(p).all() for p in task.model.parameters())
+
+
+def test_without_clipping(tmp_path):
+    config = tiny(training__clip_gradients=False)
+    assert train(MoleculeTask(config, CPU), tmp_path / "run", Watcher()).steps == 12
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match="not empty"):
+        train(MoleculeTask(tiny(), CPU), tmp_path, Watcher())
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_validation_molecules_are_drawn_from_the_whole_split(molecules):
+    """The bundled sample is sorted by size; the first 32 would be far too small."""
+    sizes = MoleculeTask(tiny(), CPU)._valid.sizes
+    assert len(sizes) == 32
+    assert abs(sizes.mean() - molecules.sizes.mean()) < 1.5
+
+
 @pytest.mark.parametrize("loss", ["energy", "mse"])
 def test_it_learns(tmp_path, loss):
     config = tiny(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.data.molecules import Molecules
+from molgen_energy.data.molecules import Molecules, by_size
 from molgen_energy.elements import atomic_number
 
 # Picometres. Each pair stands once, under either element.
@@ -113,17 +113,9 @@ class Perceived(NamedTuple):
 
 def perceive(molecules: Molecules) -> Iterator[Perceived]:
     """Bonds of all molecules, by ascending size and in pieces, so that memory stays bounded."""
-    sizes = molecules.sizes
-    order = np.argsort(sizes, kind="stable")
-    start = 0
-    while start < len(order):
-        # As many as fit the bound if all were as large as the largest, at least one.
-        pairs = np.arange(1, len(order) - start + 1) * sizes[order[start:]] ** 2
-        count = max(1, int(np.searchsorted(pairs, _PAIRS_AT_ONCE, side="right")))
-        which = order[start : start + count]
+    for which in by_size(molecules.sizes, _PAIRS_AT_ONCE):
         positions, numbers = molecules.select(which).padded()
         yield Perceived(which, numbers, bond_orders(positions, numbers))
-        start += count
 
 
 def stable_atoms(atomic_numbers: NDArray[np.uint8], orders: NDArray[np.uint8]) -> NDArray[np.bool_]:

@@ -8,6 +8,7 @@ bonds need them.
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import islice
@@ -51,6 +52,8 @@ class MoleculeReader:
         Ends in .sdf, .mol, .xyz, or one of these and .gz.
     skip_bad
         Go on behind a bad record and remember it in `skipped`; else raise.
+    elements
+        Symbols that may occur, a record with another is bad; None allows all.
 
     Raises
     ------
@@ -58,13 +61,16 @@ class MoleculeReader:
         The file is missing, empty or of another kind; a record is bad and `skip_bad` is false.
     """
 
-    def __init__(self, path: Path, skip_bad: bool = False) -> None:
+    def __init__(
+        self, path: Path, skip_bad: bool = False, elements: list[str] | None = None
+    ) -> None:
         if path.is_dir():
             raise InputError(f"{path} is a folder; name an SDF or XYZ file")
         if not path.is_file():
             raise InputError(f"{path} does not exist")
         self.path = path
         self.skip_bad = skip_bad
+        self._allowed = None if elements is None else {atomic_number(name) for name in elements}
         self.skipped: list[BadRecord] = []
         self.skipped_count = 0
         self.count = 0
@@ -80,7 +86,7 @@ class MoleculeReader:
         lines = _Lines(self.path)
         try:
             for number, (line, record) in enumerate(self._records(lines), start=1):
-                reason = record if isinstance(record, str) else _unusable(record)
+                reason = record if isinstance(record, str) else self._unusable(record)
                 if isinstance(record, Molecule) and not reason:
                     self.count += 1
                     yield record
@@ -93,7 +99,7 @@ class MoleculeReader:
                         f"{self.path}: record {number} (line {line}): {reason}; "
                         "mend it or pass --skip-bad to leave out such records"
                     )
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise InputError(
                 f"{self.path} is cut off or no gzip file, behind record {number} ({error})"
             ) from error
@@ -103,20 +109,25 @@ class MoleculeReader:
             what = f"no usable molecule ({number} bad records)" if number else "no molecule"
             raise InputError(f"{self.path} holds {what}")
 
+    def _unusable(self, molecule: Molecule) -> str:
+        """What is wrong with a molecule that was read, or nothing."""
+        if len(molecule) == 0:
+            return "no atoms"
+        if not np.isfinite(molecule.positions).all():
+            atom = int(np.flatnonzero(~np.isfinite(molecule.positions).all(axis=1))[0]) + 1
+            return f"the coordinates of atom {atom} are not finite"
+        if self._allowed is not None:
+            foreign = set(molecule.atomic_numbers.tolist()) - self._allowed
+            if foreign:
+                allowed = ", ".join(symbol(z) for z in sorted(self._allowed))
+                return f"it holds {symbol(min(foreign))}, which is not among {allowed}"
+        return ""
+
     def chunks(self, size: int) -> Iterator[Molecules]:
         """The molecules in pieces of at most `size`."""
         molecules = iter(self)
         while piece := list(islice(molecules, size)):
             yield Molecules.from_list(piece)
-
-
-def _unusable(molecule: Molecule) -> str:
-    if len(molecule) == 0:
-        return "no atoms"
-    if not np.isfinite(molecule.positions).all():
-        atom = int(np.flatnonzero(~np.isfinite(molecule.positions).all(axis=1))[0]) + 1
-        return f"the coordinates of atom {atom} are not finite"
-    return ""
 
 
 class _Lines:
@@ -125,9 +136,9 @@ class _Lines:
     def __init__(self, path: Path) -> None:
         self._file: IO[str]  # closed by `close`
         if path.name.lower().endswith(".gz"):
-            self._file = gzip.open(path, "rt", encoding="utf-8", errors="replace")
+            self._file = gzip.open(path, "rt", encoding="utf-8-sig", errors="replace")
         else:
-            self._file = path.open(encoding="utf-8", errors="replace")
+            self._file = path.open(encoding="utf-8-sig", errors="replace")
         self._returned: list[str] = []
         self.number = 0  # of the line that was read last
 

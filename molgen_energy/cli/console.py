@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 import time
@@ -73,6 +74,8 @@ def exit_on_error() -> Iterator[None]:
         _fail(f"{error.strerror or error}{where}{remedy}", BAD_INPUT)
     except Exception as error:
         _show_traceback()
+        if isinstance(error, MemoryError) or re.search("out of|not enough memory", str(error)):
+            _fail("out of memory; lower --batch-size", FAILED)
         name = type(error).__name__
         text = (
             str(error)

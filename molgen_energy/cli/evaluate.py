@@ -41,6 +41,8 @@ def command(
     # File names alone where they tell the files apart.
     plain = len({path.name for path in files}) == len(files)
     names = {path: path.name if plain else str(path) for path in files}
+    held_out = MoleculeSource(reference or bundled_data(), "test", skip_bad)
+    seen = None if train is None else MoleculeSource(train, "train", skip_bad)
     with progress_bar(transient=True) as bar:
         handle = bar.add_task("evaluating", total=None)
 
@@ -50,17 +52,16 @@ def command(
                 bar.advance(handle, len(piece))
 
         known: set[str] | None
-        if train is None:
+        if seen is None:
             known, against = qm9_training_smiles(), "QM9's 100,000 training molecules (bundled)"
         else:
-            known = training_smiles(counted(MoleculeSource(train, "train", skip_bad)))
+            known = training_smiles(counted(seen))
             against = str(train)
         evaluations = []
         for path, source in zip(files, sources, strict=True):
             evaluation = evaluate(names[path], counted(source), known, skip_bad)
             evaluation.skipped += source.skipped
             evaluations.append(evaluation)
-        held_out = MoleculeSource(reference or bundled_data(), "test", skip_bad)
         name = "QM9 test" if reference is None else str(reference)
         data = evaluate(name, counted(held_out), known, skip_bad)
         data.skipped += held_out.skipped
@@ -79,6 +80,11 @@ def command(
             "novelty is n/a: this RDKit names molecules otherwise than the one that wrote the "
             "bundled list; pass --train qm9.h5"
         )
+    for known_source in filter(None, (held_out, seen)):
+        if known_source.note:
+            warn(f"{known_source.path}: {known_source.note}")
+    if seen is not None and seen.skipped:
+        warn(f"{seen.path}: {seen.skipped:,} bad records left out")
     for evaluation in [*evaluations, data]:
         for note in evaluation.notes:
             warn(f"{evaluation.name}: {note}")

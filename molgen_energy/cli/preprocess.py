@@ -51,12 +51,12 @@ def command(
             raise InputError("--source goes with qm9; a file is named by itself")
         path = Path(what)
         output = output or Path(path.name.removesuffix(".gz")).with_suffix(".h5")
-        reader = MoleculeReader(path, skip_bad)
+        allowed = None if elements is None else [name.strip() for name in elements.split(",")]
+        reader = MoleculeReader(path, skip_bad, allowed)
         with progress_bar(transient=True) as bar:
             task = bar.add_task(f"reading {path.name}", total=None)
-            allowed = None if elements is None else [name.strip() for name in elements.split(",")]
             count = preprocess_file(
-                reader, output, _fractions(split), seed, allowed, lambda n: bar.advance(task, n)
+                reader, output, _fractions(split), seed, lambda n: bar.advance(task, n)
             )
         for record in reader.skipped:
             warn(f"left out record {record.number} (line {record.line}): {record.reason}")

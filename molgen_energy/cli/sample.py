@@ -34,7 +34,7 @@ def command(
     batch_size: int | None = typer.Option(
         None, "--batch-size", help="Molecules at once; default: what suits size and device."
     ),
-    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1, mps."),
+    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1."),
     low_precision: bool = typer.Option(
         False, "--low-precision", help="bfloat16 for pairs of atoms: faster, slightly rougher."
     ),
@@ -53,13 +53,13 @@ def command(
     step = loaded.state["progress"]["step"]
     provenance = f"{_run_name(loaded.path)}, step {step}"
     say(f"sampling {count:,} molecules from {provenance}, {generator.steps:,} steps each")
-    began = time.monotonic()
+    began = time.perf_counter()
     with progress_bar("rate") as bar:
         handle = bar.add_task("sampling", total=max(count, 0), rate="")
         outcome = sample_to_file(
             generator, count, output, _BarObserver(bar, handle), batch_size, provenance
         )
-    seconds = time.monotonic() - began
+    seconds = time.perf_counter() - began
     say(
         f"{outcome.written:,} molecules written to {outcome.path} in {seconds:.0f} s "
         f"({outcome.written / seconds:.2f} molecules/s)"
@@ -75,11 +75,11 @@ def command(
 class _BarObserver:
     def __init__(self, bar: Progress, handle: TaskID) -> None:
         self._bar, self._handle, self._log = bar, handle, Occasional()
-        self._began, self._done = time.monotonic(), 0.0
+        self._began, self._done = time.perf_counter(), 0.0
 
     def advance(self, molecules: int, share: float) -> None:
         self._done += molecules * share
-        rate = self._done / (time.monotonic() - self._began)
+        rate = self._done / (time.perf_counter() - self._began)
         self._bar.update(self._handle, completed=round(self._done), rate=f"{rate:.2f} molecules/s")
         self._log.say(f"{self._done:,.0f} molecules, {rate:.2f} molecules/s")
 

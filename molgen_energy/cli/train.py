@@ -11,7 +11,7 @@ import typer
 
 from molgen_energy.cli.console import INTERRUPTED, Occasional, progress_bar, say
 from molgen_energy.errors import InputError
-from molgen_energy.output import check_writable
+from molgen_energy.output import check_folder
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -41,7 +41,7 @@ def command(
     batch_size: int | None = typer.Option(None, "--batch-size"),
     lr: float | None = typer.Option(None, "--lr", help="Learning rate."),
     seed: int | None = typer.Option(None, "--seed"),
-    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1, mps."),
+    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1."),
     output: Path | None = typer.Option(
         None, "-o", "--output", help="Folder of the run; default: a new one under runs/."
     ),
@@ -128,7 +128,9 @@ def _new_run(config: Config) -> Path:
     loss = config.loss.name
     if loss == "energy":
         loss += f"-{config.loss.springs.family}"
-    return Path("runs") / f"{config.name}-{loss}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = f"{config.name}-{loss}-{datetime.now():%Y%m%d-%H%M%S}"
+    others = len(list(Path("runs").glob(f"{name}*")))
+    return Path("runs") / (f"{name}-{others + 1}" if others else name)
 
 
 def _check_new(run: Path) -> None:
@@ -136,7 +138,7 @@ def _check_new(run: Path) -> None:
         raise InputError(f"{run} is not empty; name another --output, or go on with --resume {run}")
     # The folder itself is made when training starts, so that a refused start leaves nothing.
     existing = next(path for path in (run, *run.resolve().parents) if path.exists())
-    check_writable(existing / "run")
+    check_folder(existing)
 
 
 def _announce(task: Any, run: Path, steps: int) -> None:

@@ -78,9 +78,3 @@ def epoch_batches(
         members = members[np.argsort(sizes[members], kind="stable")]
         batches += [members[k : k + batch_size] for k in range(0, len(members), batch_size)]
     return [batches[k] for k in rng.permutation(len(batches))]
-
-
-def sequential_batches(sizes: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
-    """Every molecule once, by ascending size."""
-    order = np.argsort(sizes, kind="stable")
-    return [order[k : k + batch_size] for k in range(0, len(order), batch_size)]

@@ -135,6 +135,19 @@ class Molecules:
         return positions, atomic_numbers
 
 
+def by_size(sizes: NDArray[np.int64], pairs: int) -> Iterator[NDArray[np.int64]]:
+    """Every molecule once, by ascending size, in pieces of at most so many pairs of atoms.
+
+    A piece counts as padded to its largest molecule, and holds one molecule at least.
+    """
+    order = np.argsort(sizes, kind="stable")
+    while len(order):
+        padded = np.arange(1, len(order) + 1) * sizes[order] ** 2
+        count = max(1, int(np.searchsorted(padded, pairs, side="right")))
+        yield order[:count]
+        order = order[count:]
+
+
 def offsets_of(sizes: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
     """Cumulated sizes with a zero in front: (M,) → (M+1,)."""
     return np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64))]).astype(np.int64)

@@ -79,3 +79,6 @@ class AncestralSampler:
         levels = x.new_tensor([alpha]), x.new_tensor([sigma])
         positions = clean_prediction(x, predict(x, 0), *levels) + sigma / alpha * draw(0)
         return torch.cat([positions[..., :3], x[..., 3:]], dim=-1)
+
+
+SAMPLERS: dict[str, type[AncestralSampler]] = {"ancestral": AncestralSampler}

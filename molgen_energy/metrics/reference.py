@@ -11,6 +11,7 @@ from rdkit import rdBase
 from molgen_energy.chemistry.molfiles import MoleculeReader
 from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.data.molecules import Molecules
+from molgen_energy.errors import InputError
 from molgen_energy.metrics.evaluation import training_smiles
 from molgen_energy.resources import asset
 
@@ -30,18 +31,28 @@ class MoleculeSource:
         Of an HDF5 file that has it, only these molecules (`train`, `test`); None takes all.
     skip_bad
         Leave out broken records and remember how many.
+
+    Raises
+    ------
+    InputError
+        There is no such file.
     """
 
     def __init__(self, path: Path, split: str | None = None, skip_bad: bool = False) -> None:
+        if not path.is_file():
+            raise InputError(f"{path} {'is a folder' if path.exists() else 'does not exist'}")
         self.path, self.split, self.skip_bad = path, split, skip_bad
         self.skipped = 0
+        self.note = ""
 
     def pieces(self) -> Iterator[Molecules]:
         """The molecules, a thousand at a time."""
         if self.path.suffix.lower() in (".h5", ".hdf5"):
             with MoleculeFile(self.path) as file:
-                present = self.split is not None and len(file.members(self.split)) > 0
-                yield from file.chunks(PIECE, self.split if present else None)
+                split = self.split if len(file.members(self.split)) else None
+                if split != self.split:
+                    self.note = f"it has no {self.split} split; all its molecules are taken"
+                yield from file.chunks(PIECE, split)
             return
         reader = MoleculeReader(self.path, self.skip_bad)
         yield from reader.chunks(PIECE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rdkit import rdBase
+from rich.markup import escape
 from rich.table import Table
 
 from molgen_energy import __version__
@@ -25,8 +26,8 @@ def table(samples: list[Evaluation], reference: Evaluation) -> Table:
     shown = Table(title="per cent [95 % interval]", title_justify="left")
     shown.add_column("")
     for evaluation in samples:
-        shown.add_column(evaluation.name, justify="right")
-    shown.add_column(f"data: {reference.name}", justify="right", style="dim")
+        shown.add_column(escape(evaluation.name), justify="right")
+    shown.add_column(escape(f"data: {reference.name}"), justify="right", style="dim")
     columns = [*samples, reference]
     shown.add_row("molecules", *(f"{e.molecules:,}" for e in columns), end_section=True)
     for metric in METRICS:

@@ -6,6 +6,8 @@ width 256 and 9 layers make 3.56 M parameters.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,9 +38,10 @@ class MessageLayer(nn.Module):
     def forward(self, h: Tensor, pairs: Tensor, low_precision: bool) -> Tensor:
         """Atom states (B, N, W) to new ones; pairs (B, N, N) is 1 where j sends to i, else 0."""
         hidden = F.silu(self.receiver(h)[:, :, None] + self.sender(h)[:, None, :])
-        # Only the work on pairs runs in bfloat16: its 8 bits are enough for a message, not for a
-        # coordinate, which enters through `receiver` and `sender`.
-        with torch.autocast(h.device.type, torch.bfloat16, enabled=low_precision):
+        # Only the work on pairs runs in bfloat16; coordinates enter `receiver` and `sender` and are
+        # subtracted in float32.
+        rough = torch.autocast(h.device.type, torch.bfloat16) if low_precision else nullcontext()
+        with rough:
             message = F.silu(self.message(hidden))
             gate = torch.sigmoid(self.gate(message)).squeeze(-1) * pairs.to(message.dtype)
             gathered = torch.matmul(gate[:, :, None, :], message).squeeze(2)

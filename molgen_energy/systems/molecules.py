@@ -17,10 +17,9 @@ from molgen_energy.data.batches import (
     ResidentMolecules,
     batches_per_epoch,
     epoch_batches,
-    sequential_batches,
 )
 from molgen_energy.data.hdf5 import MoleculeFile
-from molgen_energy.data.molecules import Molecules, offsets_of
+from molgen_energy.data.molecules import Molecules, by_size, offsets_of
 from molgen_energy.diffusion.encoding import MoleculeEncoding, vocabulary
 from molgen_energy.diffusion.noise import SeededNoise
 from molgen_energy.diffusion.process import DiffusionObjective, Terms
@@ -129,6 +128,9 @@ class MoleculeTask:
         self.encoding = _encoding(config, elements)
         lookup = self.encoding.type_lookup()
         self._train = ResidentMolecules(train, lookup, device)
+        # Files are often sorted by size, so the molecules to validate on are drawn at random.
+        order = np.random.default_rng(config.training.seed).permutation(len(valid))
+        valid = valid.select(order[: config.training.validation_molecules])
         self._valid = ResidentMolecules(valid, lookup, device) if len(valid) else None
         self.config = self._settle(config)
         self._schedule = PolynomialSchedule(
@@ -166,17 +168,22 @@ class MoleculeTask:
             scale = 1 / stiffness if springs.scale == "auto" else springs.scale
             changes["loss.springs.scale"] = scale
             stiffness *= scale
-        paper = PAPER[config.loss.name, family]
-        if config.loss.position_weight == "auto":
+        paper = PAPER.get((config.loss.name, family))
+        if paper is None and "auto" in (config.loss.position_weight, training.lr):
+            raise InputError(
+                f"the paper gives no training.lr and loss.position_weight for {config.loss.name} "
+                f"{family or ''}; set both"
+            )
+        if paper is not None and config.loss.position_weight == "auto":
             changes["loss.position_weight"] = paper.position_weight / stiffness
-        if training.lr == "auto":
+        if paper is not None and training.lr == "auto":
             changes["training.lr"] = paper.lr
         if training.low_precision == "auto":
             changes["training.low_precision"] = has_native_bfloat16(self.device)
         return config.replaced(changes)
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for which in sequential_batches(self._train.sizes, 4096):
+        for which in by_size(self._train.sizes, pairs=1_000_000):
             batch = self._train.batch(which)
             yield batch.positions.cpu(), batch.mask.cpu()
 
@@ -202,11 +209,10 @@ class MoleculeTask:
             return None
         training = self.config.training
         generator = torch.Generator(self.device).manual_seed(training.seed)
-        sizes = self._valid.sizes[: training.validation_molecules]
         total = 0.0
-        for which in sequential_batches(sizes, max(64, training.batch_size)):
+        for which in by_size(self._valid.sizes, pairs=training.batch_size * 400):
             total += float(self._loss(model, self._valid, which, generator, False).total.sum())
-        return total / len(sizes)
+        return total / len(self._valid)
 
     def _loss(
         self,

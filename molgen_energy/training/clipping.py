@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 
@@ -26,7 +27,8 @@ class GradientClipper:
         """Clip in place; returns the norm before."""
         bound = 1.5 * float(np.mean(self._norms)) + 2 * float(np.std(self._norms))
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
-        self._norms.append(min(norm, bound))
+        if math.isfinite(norm):
+            self._norms.append(min(norm, bound))
         return norm
 
     def state(self) -> Tensor:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -152,14 +152,26 @@ def train(task: Task, run: Path, observer: Observer, resume: bool = False) -> Su
         The loss is not finite.
     """
     trainer = _Trainer(task, run, observer)
+    made = not resume and _make_folder(run)
     try:
         trainer.start(resume)
     except BaseException:
-        if not resume:
+        if made:
             remove(run)  # without its first checkpoint it is no run
         raise
     with _interruptible() as interrupted:
         return trainer.run(interrupted)
+
+
+def _make_folder(run: Path) -> bool:
+    """Make a run's folder, or take an empty one; returns whether it was made here."""
+    try:
+        run.mkdir(parents=True)
+    except FileExistsError:
+        if not run.is_dir() or any(run.iterdir()):
+            raise InputError(f"{run} is there and not empty; name another --output") from None
+        return False
+    return True
 
 
 class _Trainer:
@@ -183,8 +195,6 @@ class _Trainer:
     def start(self, resume: bool) -> None:
         if resume:
             self._restore(load_checkpoint(self.folder))
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(self.task.config.to_yaml(), encoding="utf-8")
         self.metrics = MetricsLog(self.folder, self.at.step)
         if not resume:
@@ -242,7 +252,7 @@ class _Trainer:
     # -- the loop ------------------------------------------------------------------------------
 
     def run(self, interrupted: threading.Event) -> Summary:
-        began = time.monotonic()
+        began = time.perf_counter()
         before = self.at.seconds
         row_began, row_samples = began, 0
         self.task.model.train()
@@ -250,7 +260,7 @@ class _Trainer:
             for which in self._batches():
                 self._step(which)
                 row_samples += len(which)
-                now = time.monotonic()
+                now = time.perf_counter()
                 self.at.seconds = before + now - began
                 self.observer.progress(
                     self.at.step,
@@ -259,11 +269,12 @@ class _Trainer:
                     row_samples / (now - row_began),
                 )
                 last = self.at.step == self.steps
-                if last or self.at.step % self.training.validate_every == 0:
+                validate = last or self.at.step % self.training.validate_every == 0
+                if validate:
                     self._validate()
-                if last or self.at.step % self.training.log_every == 0:
+                if validate or self.at.step % self.training.log_every == 0:
                     self._write_row(row_samples / (now - row_began))
-                    row_began, row_samples = time.monotonic(), 0
+                    row_began, row_samples = time.perf_counter(), 0
                 if last or self.at.step % self.training.checkpoint_every == 0:
                     self._save("last")
                 if interrupted.is_set() and not last:
@@ -291,14 +302,12 @@ class _Trainer:
         loss = terms.total.mean()
         values = torch.stack([loss, terms.positions.mean(), terms.features.mean()]).tolist()
         if not math.isfinite(values[0]):
-            self._log(f"the loss is {values[0]} at step {self.at.step}")
-            raise TrainingFailed(
-                f"the loss became {values[0]} at step {self.at.step + 1}; the last good checkpoint "
-                f"is {self.folder / 'checkpoints' / 'last'}; lower training.lr"
-            )
+            self._fail(f"the loss became {values[0]}")
         loss.backward()  # type: ignore[no-untyped-call]
         parameters = list(self.task.model.parameters())
         norm = self.clipper.clip(parameters) if self.training.clip_gradients else _norm(parameters)
+        if not math.isfinite(norm):
+            self._fail(f"the gradient's norm became {norm}")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.training, self.at.step, self.steps)
         self.optimizer.step()
@@ -309,10 +318,20 @@ class _Trainer:
         self.at.sums = (old[0] + values[0], old[1] + values[1], old[2] + values[2], old[3] + norm)
         self.at.count += 1
 
+    def _fail(self, what: str) -> NoReturn:
+        text = f"{what} at step {self.at.step + 1}"
+        self._log(text)
+        raise TrainingFailed(
+            f"{text}; the last good checkpoint is {self.folder / 'checkpoints' / 'last'}; "
+            "train anew with a lower --lr"
+        )
+
     def _validate(self) -> None:
         valid = self.task.validation_loss(self.ema.model)
         self.at.last_valid = valid
-        if valid is not None and (self.at.best_valid is None or valid < self.at.best_valid):
+        if valid is None or not math.isfinite(valid):
+            return
+        if self.at.best_valid is None or valid < self.at.best_valid:
             self.at.best_valid = valid
             self._save("best")
 
@@ -340,11 +359,11 @@ def _fused(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _norm(parameters: list[nn.Parameter]) -> float:
-    return float(torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None))
+    return float(torch.nn.utils.clip_grad_norm_(parameters, math.inf))
 
 
 def _step_seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) >> 1
 
 
 @contextmanager

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import lzma
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,15 +201,15 @@ def _original_files(source: Path) -> Iterator[tuple[str, str]]:
     if source.is_dir():
         for path in sorted(source.iterdir()):
             if wanted(path.name):
-                yield path.name, path.read_text(encoding="utf-8")
+                yield path.name, path.read_text(encoding="utf-8", errors="replace")
         return
     try:
         with tarfile.open(source, "r:*") as archive:
             for member in archive:
                 name = member.name.rsplit("/", 1)[-1]
                 if wanted(name) and (file := archive.extractfile(member)) is not None:
-                    yield name, file.read().decode("utf-8")
-    except (tarfile.TarError, EOFError) as error:
+                    yield name, file.read().decode("utf-8", "replace")
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise InputError(f"{source} is not a complete tar archive ({error})") from error
 
 
