@@ -149,7 +149,7 @@ BAD = {
     "no table": (("evaluate", "salt.xyz"), "molecule 1 holds Na"),
     "bad split": (("preprocess", "good.xyz", "--split", "0.5,0.1"), "expected three shares"),
     "bad shares": (("preprocess", "good.xyz", "--split", "0.5,0.1,0.1"), "add up to 1"),
-    "foreign element": (("preprocess", "good.xyz", "--elements", "H,C"), "record 1 (line 1): it holds O"),
+    "foreign element": (("preprocess", "good.xyz", "--elements", "H,C"), "(line 1): it holds O"),
     "no such element": (("preprocess", "good.xyz", "--elements", "H,Xx"), "no chemical element"),
     "nan": (("preprocess", "nan.xyz"), "record 1 (line 1): the coordinates of atom 2"),
     "no source": (("preprocess", "qm9", "--source", "nothing"), "nothing does not exist"),

@@ -69,7 +69,7 @@ def judge(molecule: Chem.RWMol) -> Verdict:
                 parts = Chem.GetMolFrags(molecule, asMols=True, sanitizeFrags=True)
                 largest = max(parts, key=lambda part: part.GetNumAtoms())
             return Verdict(True, fragments, Chem.MolToSmiles(largest), implicit, "")
-        # Sanitisation raises a ValueError, and a RuntimeError where a valence is beyond 127.
-        except (ValueError, RuntimeError) as error:
-            reason = next(filter(None, map(str.strip, str(error).splitlines())), "refused")
-            return Verdict(False, fragments, None, False, reason)
+        except ValueError as error:  # what sanitisation raises
+            return Verdict(False, fragments, None, False, str(error).strip())
+        except RuntimeError:  # an atom with more bonds than it can count
+            return Verdict(False, fragments, None, False, "valence beyond what RDKit counts")
