@@ -1,4 +1,4 @@
-"""The one exception that means: the input, not the program, is at fault."""
+"""Exceptions with a message for the user: bad input, and work that failed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ class InputError(ValueError):
 
     The command line prints it and exits with code 2.
     """
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the message names the last good checkpoint. Exit code 1."""
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:

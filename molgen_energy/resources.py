@@ -17,6 +17,11 @@ def resource_directory(kind: str) -> Path:
     return installed if installed.is_dir() else _PACKAGE.parent / kind
 
 
+def bundled_sample() -> Path:
+    """The sample of QM9 that ships with the package: 1,000 training, 200 valid, 800 test."""
+    return asset("qm9_sample.h5")
+
+
 def asset(name: str) -> Path:
     """Path of a shipped asset, for instance ``qm9_sample.h5``."""
     return resource_directory("assets") / name

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from molgen_energy.chemistry.molfiles import MoleculeTextWriter
 from molgen_energy.data.hdf5 import MoleculeWriter
-from molgen_energy.data.molecules import Molecules, by_size
+from molgen_energy.data.molecules import Molecules, by_size, offsets_of
 from molgen_energy.errors import InputError
 from molgen_energy.systems.molecules import MoleculeGenerator
 
@@ -150,11 +150,10 @@ def _batches(
 
 
 def _concatenate(pieces: list[Molecules]) -> Molecules:
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate([p.sizes for p in pieces]))])
     return Molecules(
         np.concatenate([p.positions for p in pieces]),
         np.concatenate([p.atomic_numbers for p in pieces]),
-        offsets.astype(np.int64),
+        offsets_of(np.concatenate([p.sizes for p in pieces])),
     )
 
 

@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from molgen_energy.config import Config, load_config
-from molgen_energy.errors import InputError
+from molgen_energy.errors import InputError, TrainingFailed
 from molgen_energy.models.geometry import centred
 from molgen_energy.systems.molecules import MoleculeTask
 from molgen_energy.training import checkpoint as checkpoints
 from molgen_energy.training.checkpoint import load_checkpoint, newest_run, save_checkpoint
 from molgen_energy.training.clipping import GradientClipper
 from molgen_energy.training.ema import ExponentialMovingAverage
-from molgen_energy.training.loop import Stopped, TrainingFailed, learning_rate, total_steps, train
+from molgen_energy.training.loop import Stopped, learning_rate, total_steps, train
 from molgen_energy.training.metrics import read_metrics
 
 CPU = torch.device("cpu")

@@ -27,12 +27,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from molgen_energy.errors import InputError
+from molgen_energy.errors import InputError, TrainingFailed
 
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 
 _TRACEBACK = "MOLGEN_ENERGY_TRACEBACK"
+# How PyTorch's allocators put it; "index out of range" must not be taken for it.
+_OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
@@ -72,17 +74,14 @@ def exit_on_error() -> Iterator[None]:
         where = f": {error.filename}" if error.filename else ""
         remedy = "; free some and run again" if error.errno == errno.ENOSPC else ""
         _fail(f"{error.strerror or error}{where}{remedy}", BAD_INPUT)
+    except TrainingFailed as error:
+        _fail(str(error), FAILED)
     except Exception as error:
         _show_traceback()
-        if isinstance(error, MemoryError) or re.search("out of|not enough memory", str(error)):
+        if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
             _fail("out of memory; lower --batch-size", FAILED)
-        name = type(error).__name__
-        text = (
-            str(error)
-            if name == "TrainingFailed"
-            else (f"{name}: {error} (set {_TRACEBACK}=1 to see where; please report it)")
-        )
-        _fail(text, FAILED)
+        text = f"{type(error).__name__}: {error}"
+        _fail(f"{text} (set {_TRACEBACK}=1 to see where; please report it)", FAILED)
 
 
 def _show_traceback() -> None:

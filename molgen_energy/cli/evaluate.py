@@ -33,15 +33,16 @@ def command(
     """
     from molgen_energy.data.molecules import Molecules
     from molgen_energy.metrics.evaluation import evaluate, over_regular, training_smiles
-    from molgen_energy.metrics.reference import MoleculeSource, bundled_data, qm9_training_smiles
+    from molgen_energy.metrics.reference import MoleculeSource, qm9_training_smiles
     from molgen_energy.metrics.report import as_json as to_json
     from molgen_energy.metrics.report import table
+    from molgen_energy.resources import bundled_sample
 
     sources = [MoleculeSource(path, skip_bad=skip_bad) for path in files]
     # File names alone where they tell the files apart.
     plain = len({path.name for path in files}) == len(files)
     names = {path: path.name if plain else str(path) for path in files}
-    held_out = MoleculeSource(reference or bundled_data(), "test", skip_bad)
+    held_out = MoleculeSource(reference or bundled_sample(), "test", skip_bad)
     seen = None if train is None else MoleculeSource(train, "train", skip_bad)
     with progress_bar(transient=True) as bar:
         handle = bar.add_task("evaluating", total=None)

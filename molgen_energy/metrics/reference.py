@@ -13,10 +13,9 @@ from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.errors import InputError
 from molgen_energy.metrics.evaluation import training_smiles
-from molgen_energy.resources import asset
+from molgen_energy.resources import asset, bundled_sample
 
 PIECE = 1000
-BUNDLED_DATA = "qm9_sample.h5"
 _BUNDLED_SMILES = "qm9_train_smiles.txt.gz"
 
 
@@ -59,11 +58,6 @@ class MoleculeSource:
         self.skipped = reader.skipped_count
 
 
-def bundled_data() -> Path:
-    """The sample of QM9 that ships with the package; its test split is the default reference."""
-    return asset(BUNDLED_DATA)
-
-
 def qm9_training_smiles() -> set[str] | None:
     """SMILES of QM9's 100,000 training molecules by our perception, as they ship.
 
@@ -75,7 +69,7 @@ def qm9_training_smiles() -> set[str] | None:
         version, *names = file.read().splitlines()
     known = set(names)
     if version != f"# RDKit {rdBase.rdkitVersion}":
-        train = MoleculeSource(bundled_data(), split="train")
+        train = MoleculeSource(bundled_sample(), split="train")
         if not training_smiles(train.pieces()) <= known:
             return None
     return known

@@ -30,10 +30,8 @@ from molgen_energy.errors import InputError
 from molgen_energy.losses import Loss, MeanSquaredError, PairwiseEnergy, mean_stiffness
 from molgen_energy.models import MODELS
 from molgen_energy.models.geometry import random_rotations
-from molgen_energy.resources import asset
+from molgen_energy.resources import bundled_sample
 from molgen_energy.training.checkpoint import Checkpoint
-
-BUNDLED_SAMPLE = "qm9_sample.h5"
 
 
 class Defaults(NamedTuple):
@@ -114,7 +112,7 @@ class MoleculeTask:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.device = device
-        path = Path(config.data.path) if config.data.path else asset(BUNDLED_SAMPLE)
+        path = Path(config.data.path) if config.data.path else bundled_sample()
         with MoleculeFile(path) as file:
             self.source = file.source
             everything = file.load()
@@ -157,27 +155,30 @@ class MoleculeTask:
         }
 
     def _settle(self, config: Config) -> Config:
-        """Replace every `auto` by what it stands for, and epochs by steps."""
+        """Replace every `auto` by what it stands for."""
         springs, training = config.loss.springs, config.training
-        family, stiffness = None, 1.0
+        weight, family, stiffness = config.loss.position_weight, None, 1.0
         changes: dict[str, Any] = {"data.elements": [symbol(z) for z in self.encoding.elements]}
         if config.data.path is not None:  # a run is resumed from any folder
             changes["data.path"] = str(Path(config.data.path).resolve())
         if config.loss.name == "energy":
-            family, stiffness = springs.family, mean_stiffness(springs.family, self._pieces())
+            family = springs.family
+            if "auto" in (springs.scale, weight):  # a resumed run has both settled
+                stiffness = mean_stiffness(family, self._pieces())
             scale = 1 / stiffness if springs.scale == "auto" else springs.scale
             changes["loss.springs.scale"] = scale
             stiffness *= scale
-        paper = PAPER.get((config.loss.name, family))
-        if paper is None and "auto" in (config.loss.position_weight, training.lr):
-            raise InputError(
-                f"the paper gives no training.lr and loss.position_weight for {config.loss.name} "
-                f"{family or ''}; set both"
-            )
-        if paper is not None and config.loss.position_weight == "auto":
-            changes["loss.position_weight"] = paper.position_weight / stiffness
-        if paper is not None and training.lr == "auto":
-            changes["training.lr"] = paper.lr
+        if "auto" in (weight, training.lr):
+            if (config.loss.name, family) not in PAPER:
+                raise InputError(
+                    f"the paper gives no training.lr and loss.position_weight for "
+                    f"{config.loss.name} {family or ''}; set both"
+                )
+            paper = PAPER[config.loss.name, family]
+            if weight == "auto":
+                changes["loss.position_weight"] = paper.position_weight / stiffness
+            if training.lr == "auto":
+                changes["training.lr"] = paper.lr
         if training.low_precision == "auto":
             changes["training.low_precision"] = has_native_bfloat16(self.device)
         return config.replaced(changes)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from molgen_energy import __version__
 from molgen_energy.config import Config, TrainingConfig
 from molgen_energy.diffusion.process import Terms
-from molgen_energy.errors import InputError
+from molgen_energy.errors import InputError, TrainingFailed
 from molgen_energy.output import remove
 from molgen_energy.training.checkpoint import (
     Checkpoint,
@@ -70,10 +70,6 @@ class Observer(Protocol):
 
 class Stopped(Exception):
     """Training was interrupted and can be resumed; the checkpoint is written."""
-
-
-class TrainingFailed(RuntimeError):
-    """Training cannot go on; the message names the last good checkpoint."""
 
 
 @dataclass(frozen=True)
