@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from molgen_energy.diffusion.process import PROCESSES
 from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError, unknown_name
-from molgen_energy.losses import LOSSES, SPRINGS
+from molgen_energy.losses import EDGES, LOSSES, SPIN_LOSSES, SPRINGS
 from molgen_energy.models import MODELS
 from molgen_energy.resources import resource_directory
 
@@ -33,6 +34,17 @@ def _one_of(kind: str, names: Any) -> AfterValidator:
         return name
 
     return AfterValidator(check)
+
+
+def _position_loss(name: str) -> str:
+    if name in SPIN_LOSSES:
+        raise ValueError(
+            f"'{name}' is a loss on spins, for your own training code; molecules are trained with "
+            f"{', '.join(LOSSES)}"
+        )
+    if name not in LOSSES:
+        raise ValueError(unknown_name("loss", name, LOSSES))
+    return name
 
 
 def _symbols(value: list[str] | Auto) -> list[str] | Auto:
@@ -67,6 +79,8 @@ class ModelConfig(_Section):
 class DiffusionConfig(_Section):
     """Forward process, and the scale that positions and features are divided by."""
 
+    process: Annotated[str, _one_of("process", PROCESSES)] = "diffusion"
+    """`diffusion` predicts noise, `flow_matching` the velocity from data to noise."""
     steps: Annotated[int, Field(ge=2)] = 1000
     precision: Annotated[float, Field(gt=0, lt=0.5)] = 1e-5
     position_scale: PositiveFloat = 1.0
@@ -78,17 +92,31 @@ class SpringsConfig(_Section):
     """Springs of the energy loss."""
 
     family: Annotated[str, _one_of("spring family", SPRINGS)] = "exponential"
-    scale: PositiveFloat | Auto = "auto"
-    """c of k_ij = (c/n)·f(d_ij); `auto` makes c·f of mean 1 over the training pairs."""
+    scale: PositiveFloat | Auto | Literal["gdm", "edm", "jodo"] = "auto"
+    """c of k_ij = (c/n)·f(d_ij); `auto` makes c·f of mean 1 over the training pairs, a model's name
+    takes the published c that goes with it."""
+    distance: Literal["positions", "features"] = "positions"
+    """What f takes: distances of positions, or of positions and encoded features together."""
+
+
+class EdgesConfig(_Section):
+    """Pairs that springs join, in the energy loss."""
+
+    kind: Annotated[str, _one_of("edges", EDGES)] = "complete"
+    pool: PositiveInt = 100
+    """Random graphs to draw from for each number of atoms; `sparse` and `symmetrized`."""
+    tolerance: PositiveFloat = 0.01
+    """Distances in Å that differ by less count as equal by symmetry; `symmetrized`."""
 
 
 class LossConfig(_Section):
-    """Loss on positions; features always have the squared error of their noise."""
+    """Loss on positions; features have the squared (`mae`: absolute) error of what is predicted."""
 
-    name: Annotated[str, _one_of("loss", LOSSES)] = "energy"
+    name: Annotated[str, AfterValidator(_position_loss)] = "energy"
     springs: SpringsConfig = SpringsConfig()
+    edges: EdgesConfig = EdgesConfig()
     position_weight: PositiveFloat | Auto = "auto"
-    """w; `auto` takes the paper's, converted to springs of mean 1 where it is the energy's."""
+    """w; `auto` takes the paper's, converted to the run's springs and edges for the energy."""
 
 
 class TrainingConfig(_Section):

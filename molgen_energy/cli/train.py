@@ -21,11 +21,17 @@ if TYPE_CHECKING:
 
 
 def command(
-    loss: str | None = typer.Option(None, "--loss", help="energy or mse."),
+    loss: str | None = typer.Option(None, "--loss", help="energy, mse, mae or kabsch."),
     springs: str | None = typer.Option(
         None,
         "--springs",
-        help="Springs of the energy loss: constant, exponential, inverse, inverse_square.",
+        help="Springs of the energy loss: constant, exponential, inverse, inverse_square, "
+        "lennard_jones.",
+    ),
+    edges: str | None = typer.Option(
+        None,
+        "--edges",
+        help="Pairs that springs join: complete, sparse, symmetrized, bonds.",
     ),
     config: str | None = typer.Option(
         None, "--config", help="Name of a shipped configuration or a YAML file; default: quick."
@@ -63,6 +69,7 @@ def command(
     others: dict[str, Any] = {
         "loss.name": loss,
         "loss.springs.family": springs,
+        "loss.edges.kind": edges,
         "training.batch_size": batch_size,
         "training.lr": lr,
         "training.seed": seed,
@@ -81,11 +88,13 @@ def command(
         changes = parse_assignments(assignments)
         name = config or "quick"
         settled = load_config(name).replaced(changes | given)
-        if springs is not None and settled.loss.name != "energy":
-            raise InputError(f"--springs goes with --loss energy, not {settled.loss.name}")
+        for option, value in (("--springs", springs), ("--edges", edges)):
+            if value is not None and settled.loss.name != "energy":
+                raise InputError(f"{option} goes with --loss energy, not {settled.loss.name}")
         run = output or _new_run(settled)
         _check_new(run)
-    task = MoleculeTask(settled, choose_device(device))
+    with progress_bar() as bar:
+        task = MoleculeTask(settled, choose_device(device), _Preparation(bar))
     steps_in_all = total_steps(task.config.training, task.batches_per_epoch)
     if resume is not None and checkpoint.state["progress"]["step"] >= steps_in_all:
         say(f"{run} is complete at step {steps_in_all:,}; --steps N with more makes it go on")
@@ -99,6 +108,19 @@ def command(
         say(f"{stopped}; go on with: molgen-energy train --resume {run}")
         sys.exit(INTERRUPTED)
     _conclude(settled, summary)
+
+
+class _Preparation:
+    """A bar that appears when there is something to wait for."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._handle: TaskID | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._handle is None:
+            self._handle = self._bar.add_task("finding symmetries", total=total)
+        self._bar.update(self._handle, completed=done, total=total)
 
 
 class _BarObserver:

@@ -1,14 +1,17 @@
-"""The forward process and the training objective."""
+"""The forward processes and their training objectives."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from molgen_energy.diffusion.schedule import PolynomialSchedule
-from molgen_energy.losses import Loss
+from molgen_energy.losses import PositionLoss
 from molgen_energy.models.geometry import centred
 
 
@@ -38,20 +41,20 @@ def clean_prediction(noisy: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor)
     return (noisy - sigma[:, None, None] * noise) / alpha[:, None, None]
 
 
-class DiffusionObjective:
-    """½·[w·(α_t/(s·σ_t))^p·L(s·x̂, s·x) + ‖ε_feat − ε̂_feat‖² / (n·(3+F))] for each sample.
+class Objective(ABC):
+    """½·[w·W(t)·L(s·x̂, s·x) + Σ|h − ĥ|^p / (n·(3+F))] for each sample, p the degree of L.
 
-    Section 4.2 of Kaba et al., NeurIPS 2025: L is a loss on clean positions and p its degree, 2
-    for energies and the squared error, for which (α/σ)²·MSE(x̂, x) is the squared error of the
-    noise. The scale s takes positions from the diffusion's unit to Å, in which springs are defined.
-    The noise level is drawn uniformly from t = 0 … T.
+    Section 4.2 of Kaba et al., NeurIPS 2025. L is a loss on clean positions and ĥ what the network
+    predicts of the features. The weight W makes a small error of the network's prediction cost the
+    same at every time, as it does with the squared error of the prediction itself. The scale s
+    takes positions from the diffusion's unit to Å, in which springs are defined.
 
     Parameters
     ----------
     schedule
-        Noise levels.
+        Times that the network is trained at.
     position_loss
-        L, called with clean positions in Å.
+        L, called with clean positions in Å; one degree for a squared error, an absolute one for 1.
     position_weight
         w.
     position_scale
@@ -61,7 +64,7 @@ class DiffusionObjective:
     def __init__(
         self,
         schedule: PolynomialSchedule,
-        position_loss: Loss,
+        position_loss: PositionLoss,
         position_weight: float,
         position_scale: float = 1.0,
     ) -> None:
@@ -71,9 +74,14 @@ class DiffusionObjective:
         self.position_scale = position_scale
 
     def __call__(
-        self, model: nn.Module, clean: Tensor, mask: Tensor, generator: torch.Generator
+        self,
+        model: nn.Module,
+        clean: Tensor,
+        mask: Tensor,
+        generator: torch.Generator,
+        given: Mapping[str, Any] = MappingProxyType({}),
     ) -> Terms:
-        """Draw a noise level and noise for each sample, and judge the model's prediction.
+        """Draw a time and noise for each sample, and judge the model's prediction.
 
         Parameters
         ----------
@@ -85,7 +93,52 @@ class DiffusionObjective:
             (B, N), true at real atoms.
         generator
             Source of randomness, on the device of the data.
+        given
+            What else the loss is to be called with, such as bonds.
         """
+        guess = self._guess(model, clean, mask, generator)
+        scale, degree = self.position_scale, self.position_loss.degree
+        loss = self.position_loss(
+            scale * guess.clean, scale * clean[..., :3], mask, generator=generator, **given
+        )
+        weight = self.position_weight * (guess.weight / scale) ** degree
+        positions = 0.5 * weight * loss
+        difference = torch.where(mask[..., None], guess.features - guess.wanted, 0)
+        error = difference.square() if degree == 2 else difference.abs() ** degree
+        count = mask.sum(dim=1).clamp(min=1) * clean.shape[-1]
+        features = 0.5 * error.sum(dim=(1, 2)) / count
+        return Terms(positions + features, positions, features)
+
+    @abstractmethod
+    def _guess(
+        self, model: nn.Module, clean: Tensor, mask: Tensor, generator: torch.Generator
+    ) -> Guess:
+        """What the model predicts at random times."""
+
+
+class Guess(NamedTuple):
+    """A prediction of the network."""
+
+    clean: Tensor
+    """Clean positions (B, N, 3)."""
+    weight: Tensor
+    """√W or, for a loss of degree p, W^(1/p), (B,)."""
+    features: Tensor
+    """Predicted noise or velocity of the features, (B, N, F)."""
+    wanted: Tensor
+    """What it should be."""
+
+
+class DiffusionObjective(Objective):
+    """x_t = α_t x + σ_t ε; the network predicts ε, x̂ = (x_t − σ_t ε̂)/α_t and W = (α_t/σ_t)^p.
+
+    Then W·MSE(x̂, x) is the squared error of the noise. The time is drawn uniformly from the steps
+    t = 0 … T.
+    """
+
+    def _guess(
+        self, model: nn.Module, clean: Tensor, mask: Tensor, generator: torch.Generator
+    ) -> Guess:
         schedule = self.schedule
         levels = schedule.steps + 1
         step = torch.randint(levels, (len(clean),), generator=generator, device=clean.device)
@@ -93,13 +146,32 @@ class DiffusionObjective:
         noise = molecule_noise(mask, clean.shape[-1], generator)
         noisy = alpha[:, None, None] * clean + sigma[:, None, None] * noise
         predicted = model(noisy, schedule.time(step), mask)
-
         position = clean_prediction(noisy[..., :3], predicted[..., :3], alpha, sigma)
-        scale = self.position_scale
-        weight = self.position_weight * (alpha / (scale * sigma)) ** self.position_loss.degree
-        loss = self.position_loss(scale * position, scale * clean[..., :3], mask)
-        positions = 0.5 * weight * loss
-        difference = torch.where(mask[..., None], predicted[..., 3:] - noise[..., 3:], 0)
-        count = mask.sum(dim=1).clamp(min=1) * clean.shape[-1]
-        features = 0.5 * difference.square().sum(dim=(1, 2)) / count
-        return Terms(positions + features, positions, features)
+        return Guess(position, alpha / sigma, predicted[..., 3:], noise[..., 3:])
+
+
+class FlowMatchingObjective(Objective):
+    """x_t = (1−t) x + t ε; the network predicts u = ε − x, x̂ = x_t − t û and W = 1/t^p.
+
+    Appendix A.7 of Kaba et al., NeurIPS 2025. Then W·MSE(x̂, x) is the squared error of the
+    velocity. The time is drawn uniformly from the steps t/T = 1/T … 1.
+    """
+
+    def _guess(
+        self, model: nn.Module, clean: Tensor, mask: Tensor, generator: torch.Generator
+    ) -> Guess:
+        steps = self.schedule.steps
+        step = torch.randint(steps, (len(clean),), generator=generator, device=clean.device)
+        time = self.schedule.time(step + 1)
+        noise = molecule_noise(mask, clean.shape[-1], generator)
+        share = time[:, None, None]
+        noisy = (1 - share) * clean + share * noise
+        velocity = model(noisy, time, mask)
+        position = noisy[..., :3] - share * velocity[..., :3]
+        return Guess(position, 1 / time, velocity[..., 3:], (noise - clean)[..., 3:])
+
+
+PROCESSES: dict[str, type[Objective]] = {
+    "diffusion": DiffusionObjective,
+    "flow_matching": FlowMatchingObjective,
+}

@@ -81,4 +81,41 @@ class AncestralSampler:
         return torch.cat([positions[..., :3], x[..., 3:]], dim=-1)
 
 
-SAMPLERS: dict[str, type[AncestralSampler]] = {"ancestral": AncestralSampler}
+class EulerSampler:
+    """dx/dt = û(x, t) from noise at t = 1 to data at t = 0, in T equal steps of Euler's method.
+
+    For networks that were trained by flow matching. Only the start is random.
+    """
+
+    def __init__(self, schedule: PolynomialSchedule) -> None:
+        self.schedule = schedule
+
+    @property
+    def evaluations(self) -> int:
+        """Calls of the network for each sample."""
+        return self.schedule.steps
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: nn.Module,
+        noise: SeededNoise,
+        mask: Tensor,
+        channels: int,
+        advance: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """Draw samples (B, N, channels); parameters as of `AncestralSampler`, u for the noise."""
+        steps = self.schedule.steps
+        x = on_subspace(noise.normal(steps + 1, mask.shape[1], channels), mask)
+        for step in range(steps, 0, -1):
+            time = torch.full((len(mask),), step / steps, device=mask.device)
+            x = on_subspace(x - model(x, time, mask) / steps, mask)
+            advance()
+        return x
+
+
+SAMPLERS: dict[str, type[AncestralSampler] | type[EulerSampler]] = {
+    "diffusion": AncestralSampler,
+    "flow_matching": EulerSampler,
+}
+"""By the process that the network was trained for."""

@@ -2,90 +2,179 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from molgen_energy.losses.springs import SPRINGS, SpringFamily
-
-
-def pairwise_distances(positions: Tensor, mask: Tensor) -> Tensor:
-    """Distances (B, N, N) of positions (B, N, D); padding counts as the origin, gradients as 0.
-
-    The gradient at distance 0 is 0, not NaN.
-    """
-    inside = torch.where(mask[..., None], positions, 0)
-    # The faster route over a matrix product loses the digits that matter at low noise.
-    return torch.cdist(inside, inside, compute_mode="donot_use_mm_for_euclid_dist")
+from molgen_energy.losses.base import PositionLoss, Samples, as_samples
+from molgen_energy.losses.edges import EDGES, Block, Edges
+from molgen_energy.losses.springs import SpringFamily, published_scale, spring_family
 
 
-def mean_stiffness(
-    springs: str | SpringFamily, molecules: Iterable[tuple[Tensor, Tensor]]
-) -> float:
-    """Mean of f(d_ij) over all pairs of real atoms: the c that makes c·f of mean 1 is its inverse.
+class PairwiseEnergy(PositionLoss):
+    """E(ŷ, y) = Σ_{i≠j} ½ k_ij(y) (‖y_i − y_j‖ − ‖ŷ_i − ŷ_j‖)², with k_ij = (c/n)·f(‖y_i − y_j‖).
+
+    Equation 7 of Kaba et al., NeurIPS 2025, over the ordered pairs that the edges join. It does not
+    change when the prediction or the data is translated, rotated or mirrored, or when atoms that a
+    symmetry of the data exchanges are exchanged, and is zero exactly where all joined pairs have
+    the data's distances.
+
+    Value and gradient are computed together and only the gradient, as large as the prediction, is
+    kept for the backward pass. The gradient at coincident atoms is 0. The target is data: it gets
+    no gradient, and there is no second derivative.
 
     Parameters
     ----------
     springs
-        Name of a family, or a function f of distances.
-    molecules
-        Pieces of the data: positions (B, N, D) and mask (B, N), true at real atoms.
+        Name of a family in `SPRINGS`, a `SpringFamily`, or a function f of distances.
+    scale
+        c, or whose published one to take: `gdm`, `edm` or `jodo`.
+    edges
+        Name of a kind in `EDGES`, or an object of such a kind.
+    distance
+        What f takes: distances of `positions`, or of positions and `features` together, as the
+        paper's code does. Springs are at rest at the distances of positions either way.
+
+    Raises
+    ------
+    ValueError
+        There is no such family or kind, or no published scale.
+    """
+
+    def __init__(
+        self,
+        springs: str | Callable[[Tensor], Tensor] | SpringFamily = "exponential",
+        scale: float | str = 1.0,
+        edges: str | Edges = "complete",
+        distance: Literal["positions", "features"] = "positions",
+    ) -> None:
+        self.family = spring_family(springs)
+        self.scale = published_scale(self.family, scale) if isinstance(scale, str) else scale
+        if isinstance(edges, str):
+            if edges not in EDGES:
+                raise ValueError(f"unknown edges '{edges}' (valid: {', '.join(EDGES)})")
+            edges = EDGES[edges]()
+        self.edges = edges
+        if distance not in ("positions", "features"):
+            raise ValueError(f"unknown distance '{distance}' (valid: positions, features)")
+        self.distance = distance
+
+    def of(self, samples: Samples) -> Tensor:
+        """Energy of each sample, (B,)."""
+        if samples.target.requires_grad:
+            raise ValueError("the target of an energy gets no gradient: detach it")
+        differentiate = samples.prediction.requires_grad and torch.is_grad_enabled()
+        with torch.no_grad():
+            pairs = self.edges.pairs(samples)
+            least = torch.finfo(samples.prediction.dtype).tiny ** 0.5  # squares below it are 0
+            energy = samples.prediction.new_zeros(len(samples.prediction))
+            for block in pairs.blocks():
+                rest = _lengths(block.differences("target"))
+                stiffness = self._stiffness(block, rest, samples)
+                apart = block.differences("prediction")
+                length = _lengths(apart)
+                extension = length - rest
+                force = stiffness.mul_(extension)
+                block.add(energy, extension.mul_(force))
+                if differentiate:
+                    # Differences of coincident atoms are 0, whatever they are multiplied by.
+                    block.add_pull(apart.mul_(force.div_(length.clamp_(min=least))))
+            constant = self.scale / samples.counts
+            energy *= 0.5 * constant
+            if not differentiate:
+                return energy
+            gradient = pairs.pull().mul_(2 * constant[:, None, None])
+        return _with_gradient(samples.prediction, energy, gradient)
+
+    def _stiffness(self, block: Block, rest: Tensor, samples: Samples) -> Tensor:
+        """f of the pairs of a block, times their weights; 0 where there is no pair."""
+        distances = rest
+        if self.distance == "features":
+            if samples.features is None:
+                raise ValueError("springs by feature distance: give features")
+            distances = torch.hypot(rest, _lengths(block.differences("features")))
+        bonded = block.bonded() if self.family.needs_bonds else None
+        if block.weight is None:
+            return self.family(distances, bonded).clone()
+        if not self.family.finite_at_zero:  # 0·∞ is no number, so f is asked for another distance
+            distances = torch.where(block.weight > 0, distances, 1)
+        return self.family(distances, bonded) * block.weight
+
+    @torch.no_grad()
+    def total_stiffness(
+        self, target: Tensor, mask: Tensor | None = None, **given: Any
+    ) -> Stiffness:
+        """Σ f and the number of the ordered pairs that springs join, for each sample.
+
+        Parameters are those of a call, without the prediction.
+        """
+        samples = as_samples(target, target, mask, **given)
+        total = samples.target.new_zeros(len(samples.target))
+        count = torch.zeros_like(total)
+        for block in self.edges.pairs(samples).blocks():
+            rest = _lengths(block.differences("target"))
+            block.add(total, self._stiffness(block, rest, samples))
+            ones = torch.ones_like(rest)
+            block.add(count, ones if block.weight is None else ones * block.weight)
+        return Stiffness(total, count)
+
+
+def _lengths(differences: Tensor) -> Tensor:
+    """Norms over the first dimension, for which PyTorch's own are slow."""
+    total = differences[0].square()
+    for coordinate in differences[1:]:
+        total.addcmul_(coordinate, coordinate)
+    return total.sqrt_()
+
+
+class Stiffness(NamedTuple):
+    """Total f of each sample and the number of ordered pairs that it is over, both (B,)."""
+
+    total: Tensor
+    pairs: Tensor
+
+
+def mean_stiffness(energy: PairwiseEnergy, pieces: Iterable[Mapping[str, Any]]) -> float:
+    """Mean of f over the ordered pairs of the data: c = 1/mean makes springs of mean 1/n.
+
+    Parameters
+    ----------
+    energy
+        Whose springs and edges.
+    pieces
+        The data, in pieces: arguments of `total_stiffness`.
 
     Returns
     -------
     The mean; 1.0 where there is no pair (single atoms only).
     """
-    family = SPRINGS[springs] if isinstance(springs, str) else springs
     total = count = 0.0
-    for positions, mask in molecules:
-        pairs = _pairs(mask)
-        stiffness = family(pairwise_distances(positions.double(), mask))
-        total += float(torch.where(pairs, stiffness, 0).sum())
-        count += float(pairs.sum())
+    for piece in pieces:
+        stiffness = energy.total_stiffness(**piece)
+        total += float(stiffness.total.sum())
+        count += float(stiffness.pairs.sum())
     return total / count if count else 1.0
 
 
-class PairwiseEnergy:
-    """E(ŷ, y) = Σ_{i≠j} ½ k_ij(y) (‖y_i − y_j‖ − ‖ŷ_i − ŷ_j‖)², with k_ij = (c/n)·f(‖y_i − y_j‖).
-
-    Equation 7 of Kaba et al., NeurIPS 2025, over ordered pairs of real atoms. It does not change
-    when the prediction or the data is translated, rotated or mirrored, and is zero exactly where
-    all distances agree.
-
-    Parameters
-    ----------
-    springs
-        Name of a family in `SPRINGS`, or a function f of distances.
-    scale
-        c; the spring constants have mean c·⟨f⟩/n.
-    """
-
-    degree = 2
-    """The loss grows with this power of a small displacement."""
-
-    def __init__(self, springs: str | SpringFamily = "exponential", scale: float = 1.0) -> None:
-        self.family = SPRINGS[springs] if isinstance(springs, str) else springs
-        self.scale = scale
-
-    def __call__(self, prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        """Energy of each sample, (B,).
-
-        Parameters
-        ----------
-        prediction, target
-            (B, N, D); what stands at padding, NaN too, has no effect.
-        mask
-            (B, N), true at real atoms.
-        """
-        rest = pairwise_distances(target, mask)
-        stiffness = torch.where(_pairs(mask), self.family(rest), 0)
-        extension = rest - pairwise_distances(prediction, mask)
-        atoms = mask.sum(dim=1).clamp(min=1)
-        return 0.5 * self.scale / atoms * (stiffness * extension.square()).sum(dim=(1, 2))
+def _with_gradient(at: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    """The value (B,) of a function of (B, N, D), with its gradient there."""
+    result: Tensor = _KnownGradient.apply(at, value, gradient)  # type: ignore[no-untyped-call]
+    return result
 
 
-def _pairs(mask: Tensor) -> Tensor:
-    """Ordered pairs i ≠ j of real atoms, (B, N, N)."""
-    apart = ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-    return mask[:, :, None] & mask[:, None, :] & apart
+class _KnownGradient(torch.autograd.Function):
+    """A value (B,) of something (B, N, D) whose gradient is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, at: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return outer[:, None, None] * gradient, None, None

@@ -1,21 +1,51 @@
 """Spring families: how stiff the spring between two atoms is, by their distance in the data.
 
-A family is a function f of distances d (any shape, the unit of the data, Å for molecules) that
-returns f(d) of the same shape. The spring constant of a pair is k_ij = (c/n)·f(d_ij), with n the
-number of atoms and a scale c. Kaba et al., "Energy Loss Functions for Physical Systems", NeurIPS
-2025, section 4.1.
+The spring constant of a pair is k_ij = (c/n)·f(d_ij), with n the number of atoms and a scale c. A
+family is f: distances of any shape, in the unit of the data (Å for molecules), to values of the
+same shape. Kaba et al., "Energy Loss Functions for Physical Systems", NeurIPS 2025, section 4.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-SpringFamily = Callable[[Tensor], Tensor]
-
 _EPSILON = 1e-5  # of the paper's code; keeps the inverse families finite at distance 0
+
+
+@dataclass(frozen=True)
+class SpringFamily:
+    """f(d), or f(d, bonded) of a family that treats bonded pairs apart.
+
+    function
+        Takes distances, and where `needs_bonds` says so also a bool tensor of the same shape.
+    finite_at_zero
+        Whether f(0) is known to be finite.
+    scales
+        c in published work by the model it was used with; `gdm` stands for EDM as well.
+    """
+
+    function: Callable[..., Tensor]
+    scales: Mapping[str, float] = field(default_factory=dict)
+    needs_bonds: bool = False
+    finite_at_zero: bool = False
+
+    def __call__(self, distances: Tensor, bonded: Tensor | None = None) -> Tensor:
+        """f of distances (any shape).
+
+        Raises
+        ------
+        ValueError
+            The family treats bonded pairs apart and is not told which they are.
+        """
+        if not self.needs_bonds:
+            return self.function(distances)
+        if bonded is None:
+            raise ValueError("these springs treat bonded atoms apart: give bonds")
+        return self.function(distances, bonded)
 
 
 def constant(distances: Tensor) -> Tensor:
@@ -29,7 +59,7 @@ def exponential(distances: Tensor) -> Tensor:
 
 
 def inverse(distances: Tensor) -> Tensor:
-    """f(d) = 1/(d + ε)."""
+    """f(d) = 1/(d + ε): the paper's best trade-off for JODO."""
     return 1 / (distances + _EPSILON)
 
 
@@ -38,9 +68,52 @@ def inverse_square(distances: Tensor) -> Tensor:
     return 1 / (distances.square() + _EPSILON)
 
 
+def lennard_jones(distances: Tensor, bonded: Tensor) -> Tensor:
+    """f(d) = 1 on bonded pairs, 1/(d² + ε) on the others."""
+    return torch.where(bonded, 1, inverse_square(distances))
+
+
 SPRINGS: dict[str, SpringFamily] = {
-    "constant": constant,
-    "exponential": exponential,
-    "inverse": inverse,
-    "inverse_square": inverse_square,
+    "constant": SpringFamily(constant, {"gdm": 1.0, "jodo": 1.0}, finite_at_zero=True),
+    "exponential": SpringFamily(exponential, {"gdm": 42.0, "jodo": 24.0}, finite_at_zero=True),
+    "inverse": SpringFamily(inverse, {"gdm": 5.0, "jodo": 3.7}, finite_at_zero=True),
+    "inverse_square": SpringFamily(inverse_square, {"gdm": 16.0, "jodo": 9.0}, finite_at_zero=True),
+    "lennard_jones": SpringFamily(
+        lennard_jones, {"gdm": 9.0}, needs_bonds=True, finite_at_zero=True
+    ),
 }
+
+PUBLISHED_SCALES = ("gdm", "edm", "jodo")
+"""Models that work with energy losses gives a scale c for."""
+
+
+def spring_family(springs: str | Callable[[Tensor], Tensor] | SpringFamily) -> SpringFamily:
+    """The family of a name in `SPRINGS`, of a function of distances, or the family itself.
+
+    Raises
+    ------
+    ValueError
+        There is no family of that name.
+    """
+    if isinstance(springs, SpringFamily):
+        return springs
+    if not isinstance(springs, str):
+        return SpringFamily(springs)
+    if springs not in SPRINGS:
+        raise ValueError(f"unknown springs '{springs}' (valid: {', '.join(SPRINGS)})")
+    return SPRINGS[springs]
+
+
+def published_scale(family: SpringFamily, model: str) -> float:
+    """The scale c that published work uses with a model, one of `PUBLISHED_SCALES`.
+
+    Raises
+    ------
+    ValueError
+        There is none.
+    """
+    name = "gdm" if model == "edm" else model
+    if name not in family.scales:
+        known = ", ".join(family.scales) or "none"
+        raise ValueError(f"these springs have no published scale for '{model}' (known: {known})")
+    return family.scales[name]

@@ -1,0 +1,299 @@
+"""What every loss shares: how samples are given, padded or packed, and what a loss may look at.
+
+B samples of N_b atoms in D dimensions come in one of two layouts:
+
+- **padded**: (B, N, D) with a mask (B, N), true at real atoms; no mask means that all are real;
+- **packed**: (ΣN, D) with `batch` (ΣN,), the ascending number of the sample that an atom belongs
+  to, as PyTorch Geometric holds it; no `batch` means one sample.
+
+What stands at padding has no effect, NaN neither, and gets gradient 0. Half-precision inputs are
+taken to float32, in which the result is returned; a gradient has the type of its input.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Edges of an undirected graph, seen from each atom.
+
+    index
+        (B, N, K) numbers of atoms in their sample, or packed (ΣN, K) numbers among all atoms. Each
+        edge stands in the rows of both its ends; a row with fewer names its own atom instead.
+    weight
+        Factor of the edge's spring constant, or its coupling; of the same shape. None is 1.
+    """
+
+    index: Tensor
+    weight: Tensor | None = None
+
+
+class Bonds:
+    """Which pairs of atoms are bonded: an adjacency (B, N, N), or sorted pairs without one."""
+
+    def __init__(self, atoms: int, adjacency: Tensor | None, pairs: Tensor | None) -> None:
+        self.atoms = atoms
+        self._adjacency = adjacency
+        self._pairs = pairs  # sorted numbers (b·N + i)·N + j, both directions
+
+    def between(self, sample: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Whether atoms are bonded, a bool for each of three index tensors of one shape."""
+        if self._adjacency is not None:
+            return self._adjacency[sample, first, second]
+        assert self._pairs is not None
+        wanted = (sample * self.atoms + first) * self.atoms + second
+        if not len(self._pairs):
+            return torch.zeros_like(wanted, dtype=torch.bool)
+        at = torch.searchsorted(self._pairs, wanted).clamp(max=len(self._pairs) - 1)
+        return self._pairs[at] == wanted
+
+    def rows(self, samples: slice, rows: slice) -> Tensor:
+        """Adjacency of some atoms of some samples to all, (b, r, N)."""
+        if self._adjacency is not None:
+            return self._adjacency[samples, rows]
+        assert self._pairs is not None
+        atom, second = self._pairs // self.atoms, self._pairs % self.atoms
+        sample, first = atom // self.atoms, atom % self.atoms
+        keep = (sample >= samples.start) & (sample < samples.stop)
+        keep &= (first >= rows.start) & (first < rows.stop)
+        shape = (samples.stop - samples.start, rows.stop - rows.start, self.atoms)
+        result = torch.zeros(shape, dtype=torch.bool, device=self._pairs.device)
+        at = sample[keep] - samples.start, first[keep] - rows.start, second[keep]
+        return result.index_put_(at, torch.ones((), dtype=torch.bool, device=result.device))
+
+    def neighbours(self, samples: int) -> Neighbours:
+        """The bonds as a table."""
+        if self._adjacency is not None:
+            flat = self._adjacency.reshape(-1).nonzero().squeeze(1)
+        else:
+            assert self._pairs is not None
+            flat = self._pairs
+        atom, second = flat // self.atoms, flat % self.atoms
+        degrees = torch.bincount(atom, minlength=samples * self.atoms)
+        own = torch.arange(self.atoms, device=flat.device).repeat(samples)
+        width = int(degrees.max()) if len(atom) else 0
+        index = own[:, None].repeat(1, width)
+        place = torch.arange(len(atom), device=flat.device) - (degrees.cumsum(0) - degrees)[atom]
+        index[atom, place] = second
+        return Neighbours(index.view(samples, self.atoms, width))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples in the padded layout, in the precision of the calculation; zero at padding."""
+
+    prediction: Tensor
+    """(B, N, D)."""
+    target: Tensor
+    """(B, N, D)."""
+    mask: Tensor | None
+    """(B, N), true at real atoms; None where all are."""
+    features: Tensor | None
+    """(B, N, F)."""
+    bonds: Bonds | None
+    neighbours: Neighbours | None
+    generator: torch.Generator | None
+
+    @property
+    def counts(self) -> Tensor:
+        """Number of atoms of each sample, at least 1, (B,)."""
+        batch, atoms = self.prediction.shape[:2]
+        if self.mask is None:
+            return self.prediction.new_full((batch,), max(1, atoms))
+        return self.mask.sum(dim=1).clamp(min=1).to(self.prediction.dtype)
+
+
+class Loss(ABC):
+    """A loss of each sample between a prediction and a target."""
+
+    def __call__(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        *,
+        batch: Tensor | None = None,
+        features: Tensor | None = None,
+        bonds: Tensor | None = None,
+        neighbours: Neighbours | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Loss of each sample, (B,).
+
+        Parameters
+        ----------
+        prediction, target
+            Padded (B, N, D) or packed (ΣN, D), any D ≥ 1.
+        mask
+            (B, N), true at real atoms; for the padded layout.
+        batch
+            (ΣN,), ascending; for the packed layout.
+        features
+            Further channels of an atom, (B, N, F) or (ΣN, F), for springs by feature distance.
+        bonds
+            Which atoms are bonded, for what depends on it: padded (B, N, N), not zero where there
+            is a bond, or packed (2, E), atoms among all, one or both directions.
+        neighbours
+            Edges or couplings that were found before, for what takes them.
+        generator
+            Source of randomness where a graph is drawn; None is PyTorch's own.
+
+        Raises
+        ------
+        ValueError
+            Shapes do not fit each other, or something that this loss needs is missing.
+        """
+        with torch.autocast(prediction.device.type, enabled=False):
+            samples = as_samples(
+                prediction, target, mask, batch, features, bonds, neighbours, generator
+            )
+            return self.of(samples)
+
+    @abstractmethod
+    def of(self, samples: Samples) -> Tensor:
+        """Loss of each sample, (B,)."""
+
+
+class PositionLoss(Loss):
+    """A loss on the positions of atoms."""
+
+    degree: int = 2
+    """The loss grows with this power of a small displacement."""
+
+
+def as_samples(
+    prediction: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    batch: Tensor | None = None,
+    features: Tensor | None = None,
+    bonds: Tensor | None = None,
+    neighbours: Neighbours | None = None,
+    generator: torch.Generator | None = None,
+) -> Samples:
+    """Samples of either layout; arguments and errors as when a loss is called."""
+    if target.shape != prediction.shape:
+        raise ValueError(
+            f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ"
+        )
+    if prediction.ndim == 3:
+        if batch is not None:
+            raise ValueError("padded samples (B, N, D) take a mask, not batch")
+        return _padded(prediction, target, mask, features, bonds, neighbours, generator)
+    if prediction.ndim == 2:
+        if mask is not None:
+            raise ValueError("packed samples (ΣN, D) take batch (ΣN,), not a mask")
+        return _packed(prediction, target, batch, features, bonds, neighbours, generator)
+    raise ValueError(f"expected (B, N, D) or (ΣN, D), not {prediction.ndim} dimensions")
+
+
+def _precise(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def _inside(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else torch.where(mask[..., None], values, 0)
+
+
+def _padded(
+    prediction: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    features: Tensor | None,
+    bonds: Tensor | None,
+    neighbours: Neighbours | None,
+    generator: torch.Generator | None,
+) -> Samples:
+    batch, atoms = prediction.shape[:2]
+    if mask is not None:
+        if mask.shape != (batch, atoms):
+            raise ValueError(f"expected a mask {(batch, atoms)}, not {tuple(mask.shape)}")
+        mask = mask.bool()
+    if features is not None and features.shape[:2] != (batch, atoms):
+        raise ValueError(f"expected features {(batch, atoms)} × F, not {tuple(features.shape)}")
+    if bonds is not None and bonds.shape != (batch, atoms, atoms):
+        raise ValueError(
+            f"expected bonds {(batch, atoms, atoms)} for padded samples, not {tuple(bonds.shape)}"
+        )
+    if neighbours is not None and neighbours.index.shape[:2] != (batch, atoms):
+        raise ValueError(
+            f"expected neighbours {(batch, atoms)} × K, not {tuple(neighbours.index.shape)}"
+        )
+    return Samples(
+        _inside(_precise(prediction), mask),
+        _inside(_precise(target), mask),
+        mask,
+        None if features is None else _inside(_precise(features), mask),
+        None if bonds is None else Bonds(atoms, bonds != 0, None),
+        neighbours,
+        generator,
+    )
+
+
+def _packed(
+    prediction: Tensor,
+    target: Tensor,
+    batch: Tensor | None,
+    features: Tensor | None,
+    bonds: Tensor | None,
+    neighbours: Neighbours | None,
+    generator: torch.Generator | None,
+) -> Samples:
+    """The padded layout of packed samples."""
+    total, device = len(prediction), prediction.device
+    if batch is None:
+        batch = torch.zeros(total, dtype=torch.long, device=device)
+    if batch.shape != (total,):
+        raise ValueError(f"expected batch {(total,)}, not {tuple(batch.shape)}")
+    if features is not None and len(features) != total:
+        raise ValueError(f"expected features {total} × F, not {tuple(features.shape)}")
+    if neighbours is not None and len(neighbours.index) != total:
+        raise ValueError(f"expected neighbours {total} × K, not {tuple(neighbours.index.shape)}")
+    if bonds is not None and (bonds.ndim != 2 or len(bonds) != 2):
+        raise ValueError(
+            f"expected bonds (2, E) for packed samples, not {tuple(bonds.shape)}; "
+            "transpose a list of pairs"
+        )
+    if bool((batch[1:] < batch[:-1]).any()):
+        raise ValueError("batch must ascend; sort the atoms by sample")
+    counts = torch.bincount(batch)
+    atoms = int(counts.max()) if total else 0
+    starts = counts.cumsum(0) - counts
+    place = torch.arange(total, device=device) - starts[batch]
+    mask = torch.arange(atoms, device=device)[None] < counts[:, None]
+
+    def dense(values: Tensor) -> Tensor:
+        if len(counts) == 1:
+            return values[None]
+        empty = values.new_zeros((len(counts), atoms, *values.shape[1:]))
+        return empty.index_put((batch, place), values)
+
+    local = None
+    if neighbours is not None:
+        index = neighbours.index - starts[batch, None]
+        own = torch.arange(atoms, device=device)[None, :, None]
+        table = torch.where(mask[..., None], dense(index), own)
+        weight = None if neighbours.weight is None else dense(neighbours.weight)
+        local = Neighbours(table, weight)
+    pairs = None
+    if bonds is not None:
+        first, second = torch.cat([bonds, bonds.flip(0)], dim=1).long()
+        if bool((batch[first] != batch[second]).any()):
+            raise ValueError("a bond joins atoms of two samples")
+        pairs = (batch[first] * atoms + place[first]) * atoms + place[second]
+        pairs = torch.unique(pairs)
+    return Samples(
+        dense(_precise(prediction)),
+        dense(_precise(target)),
+        None if len(counts) == 1 else mask,
+        None if features is None else dense(_precise(features)),
+        None if pairs is None else Bonds(atoms, None, pairs),
+        local,
+        generator,
+    )

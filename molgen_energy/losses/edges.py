@@ -1,0 +1,532 @@
+"""Which pairs of atoms are joined by springs.
+
+`EDGES` holds kinds of edges by name. A kind turns samples into `Pairs`, which present the pairs in
+blocks, give distances in them, and add up what springs there do to the atoms. None of them loops
+over atoms, pairs or samples.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from molgen_energy.losses.base import Neighbours, Samples
+from molgen_energy.losses.symmetry import automorphisms, may_be_symmetric
+
+Where = Literal["prediction", "target", "features"]
+
+
+class Block(ABC):
+    """Some pairs of atoms. The tensors of a block have one shape, first the samples, then pairs."""
+
+    weight: Tensor | None
+    """Factor of a pair's spring constant, 0 for what is no pair of two real atoms; None is 1."""
+
+    @abstractmethod
+    def differences(self, where: Where) -> Tensor:
+        """x_i − x_j of the pairs, (D, …)."""
+
+    @abstractmethod
+    def bonded(self) -> Tensor | None:
+        """Whether the pairs are bonded; None where no bonds are given."""
+
+    @abstractmethod
+    def add(self, totals: Tensor, values: Tensor) -> None:
+        """Add the sum of values over ordered pairs to totals, (B,)."""
+
+    @abstractmethod
+    def add_pull(self, pull: Tensor) -> None:
+        """Add Σ_j pull_ij (D, …), which is −pull_ji, to the pull on each atom."""
+
+
+class Pairs(ABC):
+    """Pairs of atoms of samples, in blocks."""
+
+    @abstractmethod
+    def blocks(self) -> Iterator[Block]:
+        """The pairs; a block may be used until the next one is asked for."""
+
+    @abstractmethod
+    def pull(self) -> Tensor:
+        """What the blocks' `add_pull` gave, (B, N, D)."""
+
+
+class Edges(ABC):
+    """A kind of edges."""
+
+    @abstractmethod
+    def pairs(self, samples: Samples) -> Pairs:
+        """The pairs of these samples."""
+
+
+def _coordinates(samples: Samples) -> dict[Where, Tensor]:
+    """Views with coordinates apart, (D, B, N); contiguous copies are fast to loop over."""
+    by_place: dict[Where, Tensor | None] = {
+        "prediction": samples.prediction,
+        "target": samples.target,
+        "features": samples.features,
+    }
+    return {
+        where: values.detach().movedim(-1, 0)
+        for where, values in by_place.items()
+        if values is not None
+    }
+
+
+def _pairs_at_once(samples: Samples) -> int:
+    """Pairs of a block: few enough for a CPU's cache, enough to occupy a GPU."""
+    return 1 << (16 if samples.prediction.device.type == "cpu" else 22)
+
+
+# ---- complete ------------------------------------------------------------------------------------
+
+
+class CompleteEdges(Edges):
+    """All pairs, O(n²), in blocks of bounded memory.
+
+    Parameters
+    ----------
+    pairs_at_once
+        Largest number of pairs of a block; None picks one that suits the device.
+    """
+
+    def __init__(self, pairs_at_once: int | None = None) -> None:
+        self.pairs_at_once = pairs_at_once
+
+    def pairs(self, samples: Samples) -> Pairs:
+        """All pairs of real atoms."""
+        return _CompletePairs(samples, self.pairs_at_once or _pairs_at_once(samples))
+
+
+class _CompletePairs(Pairs):
+    def __init__(self, samples: Samples, pairs_at_once: int) -> None:
+        self.samples = samples
+        self.at = {where: x.contiguous() for where, x in _coordinates(samples).items()}
+        self.total = torch.zeros_like(self.at["prediction"])
+        batch, atoms = samples.prediction.shape[:2]
+        self.rows = min(max(1, pairs_at_once // max(1, atoms)), max(1, atoms))
+        together = max(1, pairs_at_once // max(1, self.rows * atoms))
+        count = -(-batch // together)
+        self.together = -(-batch // max(1, count))  # of equal size
+
+    def blocks(self) -> Iterator[Block]:
+        batch, atoms = self.samples.prediction.shape[:2]
+        for sample in range(0, batch, max(1, self.together)):
+            for row in range(0, atoms, self.rows):
+                samples = slice(sample, min(sample + self.together, batch))
+                yield _CompleteBlock(self, samples, slice(row, min(row + self.rows, atoms)))
+
+    def pull(self) -> Tensor:
+        return self.total.movedim(0, -1)
+
+
+class _CompleteBlock(Block):
+    def __init__(self, pairs: _CompletePairs, samples: slice, rows: slice) -> None:
+        self.pairs, self.samples, self.rows = pairs, samples, rows
+        atoms, device = pairs.samples.prediction.shape[1], pairs.samples.prediction.device
+        number = torch.arange(atoms, device=device)
+        apart = number[rows, None] != number
+        mask = pairs.samples.mask
+        self.weight = apart.to(pairs.total.dtype)
+        if mask is not None:
+            inside = mask[samples].to(pairs.total.dtype)
+            self.weight = (inside[:, rows, None] * inside[:, None]).mul_(self.weight)
+
+    def differences(self, where: Where) -> Tensor:
+        values = self.pairs.at[where][:, self.samples]
+        return values[:, :, self.rows, None] - values[:, :, None]
+
+    def bonded(self) -> Tensor | None:
+        bonds = self.pairs.samples.bonds
+        return None if bonds is None else bonds.rows(self.samples, self.rows)
+
+    def add(self, totals: Tensor, values: Tensor) -> None:
+        totals[self.samples].add_(values.sum(dim=(1, 2)))
+
+    def add_pull(self, pull: Tensor) -> None:
+        self.pairs.total[:, self.samples, self.rows] = pull.sum(dim=3)
+
+
+# ---- sparse --------------------------------------------------------------------------------------
+
+
+class SparseEdges(Edges):
+    """A random 2D-regular graph for each sample, O(n), that is globally rigid with certainty.
+
+    The atoms are put on a circle in random order and each is joined to the D next ones on either
+    side: the D-th power of a cycle. Without any one vertex it still holds the D-th power of a path,
+    which is rigid, being a chain of D-simplices glued at their faces; and a graph that is rigid
+    without any one vertex is globally rigid (S. Tanigawa, "Sufficient conditions for the global
+    rigidity of graphs", Journal of Combinatorial Theory B 113, 2015). With n ≤ 2D + 1 it is the
+    complete graph.
+
+    Orders are drawn beforehand, and each sample takes one of them at random. Over many draws every
+    pair is as frequent as any other, so the mean over draws is the complete energy times a factor,
+    2D/(n−1). Above 1024 atoms, and where no atom is padding, the order 0, a, 2a, … (modulo n) with
+    a random a prime to n takes the place of a random permutation, which would cost more than all
+    the rest; the samples of a call then share one a.
+
+    Parameters
+    ----------
+    pool
+        How many graphs there are for each n; fewer where n exceeds 2²² / pool.
+    seed
+        Of the graphs. Which one a sample takes depends on the loss's `generator`.
+    """
+
+    _BLOCK = 256
+    _MOST_PERMUTED = 1024
+
+    def __init__(self, pool: int = 100, seed: int = 0) -> None:
+        if pool < 1:
+            raise ValueError(f"a pool of {pool} graphs: expected 1 or more")
+        self.pool = pool
+        self.seed = seed
+        self._circles: dict[tuple[int, int, torch.device], _Circles] = {}
+        self._strides: dict[tuple[int, int], list[int]] = {}
+
+    def graphs(self, n: int) -> int:
+        """How many graphs there are on n atoms."""
+        return max(1, min(self.pool, (1 << 22) // max(1, n)))
+
+    def orders(self, n: int) -> NDArray[np.int64]:
+        """The random orders on the circle of n atoms, (graphs, n).
+
+        Those of n atoms are those of more atoms without the further ones, so it does not matter how
+        far samples are padded.
+        """
+        keys = [
+            np.random.default_rng([self.seed, block]).random((self.pool, self._BLOCK))[
+                : self.graphs(n)
+            ]
+            for block in range(-(-n // self._BLOCK))
+        ]
+        if not keys:
+            return np.zeros((self.graphs(n), 0), dtype=np.int64)
+        return np.concatenate(keys, axis=1)[:, :n].argsort(axis=1, kind="stable")
+
+    def strides(self, n: int, dimension: int) -> list[int]:
+        """The steps a of the large graphs, prime to n and at most n/(2D)."""
+        known = self._strides.get((n, dimension))
+        if known is None:
+            drawn = np.random.default_rng([self.seed, n]).integers(
+                1, max(2, n // (2 * dimension)), 100 * self.pool
+            )
+            known = [a for a in drawn.tolist() if math.gcd(a, n) == 1][: self.pool] or [1]
+            self._strides[n, dimension] = known
+        return known
+
+    def edge_list(self, n: int, dimension: int, graph: int = 0) -> NDArray[np.int64]:
+        """The edges of one graph of a random order on n atoms, (E, 2), each once."""
+        order = self.orders(n)[graph]
+        offset, place = np.meshgrid(np.arange(1, dimension + 1), np.arange(n), indexing="ij")
+        # With 2·offset = n an edge is met from both its ends, with more it has been met before.
+        keep = (2 * offset < n) | ((2 * offset == n) & (place < offset))
+        return np.stack([order[place[keep]], order[(place + offset)[keep] % n]], axis=1)
+
+    def pairs(self, samples: Samples) -> Pairs:
+        """The pairs of a graph drawn for each sample."""
+        batch, atoms, dimension = samples.prediction.shape
+        device, generator = samples.prediction.device, samples.generator
+        source = device if generator is None else generator.device
+        if samples.mask is None and atoms > self._MOST_PERMUTED:
+            strides = self.strides(atoms, dimension)
+            where = "cpu" if source.type == "cpu" else source
+            drawn = torch.randint(len(strides), (), generator=generator, device=where)
+            return _CircularPairs(samples, None, strides[int(drawn)])
+        key = atoms, dimension, device
+        circles = self._circles.get(key)
+        if circles is None:
+            circles = _circles(self.orders(atoms), dimension)
+            circles = self._circles[key] = _Circles(*(x.to(device) for x in circles))
+        choice = torch.randint(len(circles.order), (batch,), generator=generator, device=source)
+        choice = choice.to(device)
+        drawn_circles = _Circles(circles.order[choice], circles.rank[choice])
+        if samples.mask is not None:
+            drawn_circles = _without_padding(drawn_circles, samples.mask)
+        return _CircularPairs(samples, drawn_circles, 1)
+
+
+class _Circles(NamedTuple):
+    """Orders of atoms on circles. Behind the last atom of a circle stand its first ones again."""
+
+    order: Tensor  # (B, N + D), the atom at a place
+    rank: Tensor  # (B, N), the place of an atom
+
+
+def _circles(orders: NDArray[np.int64], dimension: int) -> _Circles:
+    """Circles of orders (B, N)."""
+    again = np.arange(dimension) % max(1, orders.shape[1])
+    extended = np.concatenate([orders, orders[:, again]], axis=1) if orders.size else orders
+    return _Circles(torch.from_numpy(extended), torch.from_numpy(orders.argsort(axis=1)))
+
+
+def _without_padding(circles: _Circles, mask: Tensor) -> _Circles:
+    """Circles of the real atoms, in the same order; a rank of padding means nothing."""
+    batch, atoms = mask.shape
+    places = circles.order.shape[1]
+    orders = circles.order[:, :atoms]
+    real = mask.gather(1, orders)
+    place = torch.where(real, real.cumsum(dim=1) - 1, atoms)
+    rank = torch.zeros_like(circles.rank).scatter_(1, orders, place).clamp_(max=max(0, atoms - 1))
+    order = orders.new_zeros(batch, atoms + 1).scatter_(1, place, orders)
+    beyond = torch.arange(places, device=mask.device)
+    count = mask.sum(dim=1, keepdim=True)
+    again = torch.where(beyond < count, beyond, (beyond - count) % count.clamp(min=1))
+    return _Circles(order.gather(1, again), rank)
+
+
+class _CircularPairs(Pairs):
+    """Each atom and those that stand 1, …, D strides behind it on the circle.
+
+    Without circles the atoms stand in the order of their numbers, and none is padding.
+    """
+
+    def __init__(self, samples: Samples, circles: _Circles | None, stride: int) -> None:
+        self.samples, self.circles, self.stride = samples, circles, stride
+        self.batch, self.atoms, self.dimension = samples.prediction.shape
+        self.at: dict[Where, Tensor] = {}
+        for where, values in _coordinates(samples).items():
+            self.at[where] = self._placed(values)
+        self.total = torch.zeros_like(self.at["prediction"])
+        self.weight = self._weight()
+
+    def _placed(self, values: Tensor) -> Tensor:
+        """(C, B, N) to (C, B, N + D·stride), in the order of places."""
+        if self.circles is not None:
+            return values.gather(2, self.circles.order.expand(len(values), -1, -1))
+        return torch.cat([values, values[:, :, : self.dimension * self.stride]], dim=2)
+
+    def _weight(self) -> Tensor | None:
+        """Weights (B or 1, D, N or 1) of the pairs; None where all are 1."""
+        mask, device = self.samples.mask, self.total.device
+        if mask is None and self.atoms > 2 * self.dimension:
+            return None
+        offset = torch.arange(1, self.dimension + 1, device=device)[:, None]
+        if mask is None:
+            count = torch.full((1, 1, 1), self.atoms, device=device)
+        else:
+            count = mask.sum(dim=1)[:, None, None]
+        # An offset of half the circle meets each edge from both its ends; larger ones repeat it.
+        factor = (2 * offset < count).to(self.total.dtype) + 0.5 * (2 * offset == count)
+        return factor * (torch.arange(self.atoms, device=device) < count)
+
+    def blocks(self) -> Iterator[Block]:
+        width = max(1, _pairs_at_once(self.samples) // max(1, self.batch * self.dimension))
+        for place in range(0, self.atoms, width):
+            yield _CircularBlock(self, place, min(place + width, self.atoms))
+
+    def pull(self) -> Tensor:
+        # What fell on atoms that stand again belongs to the first ones.
+        mask, total = self.samples.mask, self.total
+        width = min(self.dimension * self.stride, self.atoms)
+        if mask is None:
+            total[:, :, :width].add_(total[:, :, self.atoms : self.atoms + width].clone())
+        else:
+            last = mask.sum(dim=1, keepdim=True) + torch.arange(width, device=mask.device)
+            total[:, :, :width].add_(total.gather(2, last.expand(self.dimension, -1, -1)))
+        if self.circles is None:
+            return total[:, :, : self.atoms].movedim(0, -1)
+        result = total.gather(2, self.circles.rank.expand(self.dimension, -1, -1)).movedim(0, -1)
+        return result if mask is None else torch.where(mask[..., None], result, 0)
+
+
+class _CircularBlock(Block):
+    def __init__(self, pairs: _CircularPairs, start: int, stop: int) -> None:
+        self.pairs, self.start, self.stop = pairs, start, stop
+        self.weight = None if pairs.weight is None else pairs.weight[:, :, start:stop]
+
+    def _windows(self, values: Tensor) -> Tensor:
+        """(C, B, N + D·stride) seen 0, 1, …, D strides ahead, (C, B, 1 + D, n)."""
+        stride = self.pairs.stride
+        reach = values[:, :, self.start : self.stop + self.pairs.dimension * stride]
+        return reach.unfold(2, self.stop - self.start, stride)
+
+    def differences(self, where: Where) -> Tensor:
+        windows = self._windows(self.pairs.at[where])
+        return windows[:, :, :1] - windows[:, :, 1:]
+
+    def bonded(self) -> Tensor | None:
+        bonds = self.pairs.samples.bonds
+        if bonds is None:
+            return None
+        if self.pairs.circles is None:
+            atoms = self.pairs.atoms
+            order = torch.arange(atoms, device=self.pairs.total.device)
+            order = torch.cat([order, order[: self.pairs.dimension * self.pairs.stride]])
+            order = order.expand(self.pairs.batch, -1)
+        else:
+            order = self.pairs.circles.order
+        windows = self._windows(order[None])[0]
+        second = windows[:, 1:]
+        first = windows[:, :1].expand_as(second)
+        sample = torch.arange(len(order), device=order.device)[:, None, None]
+        return bonds.between(sample.expand_as(first), first, second)
+
+    def add(self, totals: Tensor, values: Tensor) -> None:
+        totals.add_(values.sum(dim=(1, 2)), alpha=2)
+
+    def add_pull(self, pull: Tensor) -> None:
+        total, stride = self.pairs.total, self.pairs.stride
+        for k in range(self.pairs.dimension):
+            ahead = (k + 1) * stride
+            total[:, :, self.start : self.stop].add_(pull[:, :, k])
+            total[:, :, self.start + ahead : self.stop + ahead].sub_(pull[:, :, k])
+
+
+# ---- tables of neighbours ------------------------------------------------------------------------
+
+
+class BondEdges(Edges):
+    """The bonds that the loss is called with. They do not fix the configuration: an ablation."""
+
+    def pairs(self, samples: Samples) -> Pairs:
+        """The bonded pairs."""
+        if samples.bonds is None:
+            raise ValueError("edges along bonds: give bonds")
+        return _TabulatedPairs(samples, samples.bonds.neighbours(len(samples.prediction)))
+
+
+class SymmetrizedEdges(Edges):
+    """A sparse graph of each molecule, averaged over the symmetries of the molecule.
+
+    Atoms that a symmetry exchanges then feel the same springs. The weight of an edge is the share
+    of automorphisms of the distance matrix that bring an edge of the sparse graph onto it: equation
+    57 of Kaba et al., NeurIPS 2025, divided by the number of automorphisms, so that a symmetric
+    molecule counts no more than another.
+
+    Parameters
+    ----------
+    tolerance
+        Distances that differ by less are taken as equal, in the unit of positions.
+    pool, seed
+        Of the sparse graphs, see `SparseEdges`. A molecule keeps its graph.
+
+    Notes
+    -----
+    Symmetries are searched for molecule by molecule, by networkx. A training loop does that once,
+    by `neighbours`, and calls the loss with the result; without it a loss searches at each call.
+    """
+
+    def __init__(self, tolerance: float = 0.01, pool: int = 100, seed: int = 0) -> None:
+        self.tolerance = tolerance
+        self.sparse = SparseEdges(pool, seed)
+
+    def pairs(self, samples: Samples) -> Pairs:
+        """The pairs of the table that the samples come with, or of one made here."""
+        table = samples.neighbours
+        if table is None:
+            mask = samples.mask
+            if mask is None:
+                mask = torch.ones_like(samples.target[..., 0], dtype=torch.bool)
+            table = self.neighbours(samples.target, mask)
+        return _TabulatedPairs(samples, table)
+
+    def neighbours(
+        self, positions: Tensor, mask: Tensor, numbers: NDArray[np.int64] | None = None
+    ) -> Neighbours:
+        """The table of molecules (B, N, D) with mask (B, N).
+
+        `numbers` (B,) say which graph of the pool a molecule takes, counting round; None is 0.
+
+        Raises
+        ------
+        ValueError
+            Two atoms of a molecule are closer than the tolerance.
+        """
+        inside = torch.where(mask[..., None], positions.detach(), 0).double().cpu()
+        real = mask.cpu().numpy()
+        batch, atoms, dimension = inside.shape
+        distances = torch.cdist(inside, inside, compute_mode="donot_use_mm_for_euclid_dist").numpy()
+        weights = np.zeros((batch, atoms, atoms), dtype=np.float32)
+        which = np.zeros(batch, dtype=np.int64) if numbers is None else numbers
+        for size in np.unique(real.sum(axis=1)):
+            members = np.flatnonzero(real.sum(axis=1) == size)
+            graphs = self.sparse.graphs(int(size))
+            small = np.zeros((graphs, size, size), dtype=np.float32)
+            for graph in range(graphs):
+                i, j = self.sparse.edge_list(int(size), dimension, graph).T
+                small[graph, i, j] = small[graph, j, i] = 1
+            places = np.nonzero(real[members])[1].reshape(len(members), size)
+            at = members[:, None, None], places[:, :, None], places[:, None, :]
+            weights[at] = small[which[members] % graphs]
+        for molecule in np.flatnonzero(may_be_symmetric(distances, real, self.tolerance)):
+            place = np.flatnonzero(real[molecule])
+            among = np.ix_(place, place)
+            group = automorphisms(distances[molecule][among], self.tolerance)
+            own = weights[molecule][among]
+            images = own[group[:, :, None], group[:, None, :]]
+            weights[molecule][among] = images.mean(axis=0)
+        width = int((weights > 0).sum(axis=2).max(initial=0))
+        first = np.argsort(-weights, axis=2, kind="stable")[:, :, :width]
+        weight = np.take_along_axis(weights, first, axis=2)
+        index = np.where(weight > 0, first, np.arange(atoms)[None, :, None])
+        device = positions.device
+        return Neighbours(torch.from_numpy(index).to(device), torch.from_numpy(weight).to(device))
+
+
+class _TabulatedPairs(Pairs):
+    """Pairs of a table of neighbours, each from both its ends: no atom is written to twice."""
+
+    def __init__(self, samples: Samples, table: Neighbours) -> None:
+        self.samples = samples
+        self.table = table
+        self.at = {where: x.contiguous() for where, x in _coordinates(samples).items()}
+        self.total = torch.zeros_like(self.at["prediction"])
+
+    def blocks(self) -> Iterator[Block]:
+        if self.table.index.shape[-1]:
+            yield _TabulatedBlock(self)
+
+    def pull(self) -> Tensor:
+        return self.total.movedim(0, -1)
+
+
+class _TabulatedBlock(Block):
+    def __init__(self, pairs: _TabulatedPairs) -> None:
+        self.pairs = pairs
+        samples, self.index = pairs.samples, pairs.table.index
+        own = torch.arange(self.index.shape[1], device=self.index.device)[None, :, None]
+        valid = self.index != own
+        if samples.mask is not None:
+            other = samples.mask.gather(1, self.index.flatten(1)).view_as(self.index)
+            valid = valid & samples.mask[:, :, None] & other
+        given = pairs.table.weight
+        self.weight = valid.to(pairs.total.dtype)
+        if given is not None:
+            self.weight = torch.where(valid, given.to(self.weight.dtype), 0)
+
+    def differences(self, where: Where) -> Tensor:
+        values = self.pairs.at[where]
+        at = self.index.flatten(1).expand(len(values), -1, -1)
+        return values[..., None] - values.gather(2, at).view(len(values), *self.index.shape)
+
+    def bonded(self) -> Tensor | None:
+        bonds = self.pairs.samples.bonds
+        if bonds is None:
+            return None
+        batch, atoms = self.index.shape[:2]
+        sample = torch.arange(batch, device=self.index.device)[:, None, None]
+        own = torch.arange(atoms, device=self.index.device)[None, :, None]
+        return bonds.between(sample.expand_as(self.index), own.expand_as(self.index), self.index)
+
+    def add(self, totals: Tensor, values: Tensor) -> None:
+        totals += values.sum(dim=(1, 2))
+
+    def add_pull(self, pull: Tensor) -> None:
+        self.pairs.total = pull.sum(dim=3)
+
+
+EDGES: dict[str, type[Edges]] = {
+    "complete": CompleteEdges,
+    "sparse": SparseEdges,
+    "symmetrized": SymmetrizedEdges,
+    "bonds": BondEdges,
+}

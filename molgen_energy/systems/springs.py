@@ -1,0 +1,162 @@
+"""What losses on molecules are called with besides positions, found once for a whole data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from molgen_energy.chemistry.bonds import perceive
+from molgen_energy.data.molecules import Molecules, by_size
+from molgen_energy.errors import InputError
+from molgen_energy.losses import (
+    BondEdges,
+    Neighbours,
+    PairwiseEnergy,
+    PositionLoss,
+    SymmetrizedEdges,
+)
+
+Progress = Callable[[int, int], None]
+
+_PAIRS_AT_ONCE = 300_000
+
+
+class LossInputs:
+    """Bonds, features and symmetrized edges of molecules, as far as a loss asks for them.
+
+    Parameters
+    ----------
+    loss
+        Whose needs are met.
+    molecules
+        Their bonds, where the data has none, are perceived from distances.
+    device
+        Where tables are kept.
+    name
+        Of the data, for messages.
+    progress
+        Told how many of how many molecules are done, where that takes long.
+
+    Raises
+    ------
+    InputError
+        Symmetries are asked for, and two atoms of a molecule coincide.
+    """
+
+    def __init__(
+        self,
+        loss: PositionLoss,
+        molecules: Molecules,
+        device: torch.device,
+        name: str = "data",
+        progress: Progress = lambda done, total: None,
+    ) -> None:
+        self._features = False
+        self._bonds: Tensor | None = None
+        self._neighbours: Neighbours | None = None
+        if not isinstance(loss, PairwiseEnergy):
+            return
+        self._features = loss.distance == "features"
+        if loss.family.needs_bonds or isinstance(loss.edges, BondEdges):
+            self._bonds = torch.from_numpy(_bond_table(molecules)).to(device)
+        if isinstance(loss.edges, SymmetrizedEdges):
+            index, weight = _symmetrized_table(loss.edges, molecules, name, progress)
+            self._neighbours = Neighbours(
+                torch.from_numpy(index).to(device), torch.from_numpy(weight).to(device)
+            )
+
+    def of(self, which: NDArray[np.int64], features: Tensor) -> dict[str, Any]:
+        """Arguments of the loss for molecules of these numbers, given their features (B, N, F)."""
+        atoms = features.shape[1]
+        given: dict[str, Any] = {}
+        at = torch.from_numpy(which).to(features.device)
+        if self._features:
+            given["features"] = features
+        if self._bonds is not None:
+            other = self._bonds[at, :atoms].long().clamp(max=max(0, atoms - 1))
+            adjacency = torch.zeros(len(at), atoms, atoms, dtype=torch.bool, device=at.device)
+            adjacency.scatter_(2, other, True)
+            own = torch.arange(atoms, device=at.device)
+            adjacency[:, own, own] = False  # stands where a row has fewer bonds
+            given["bonds"] = adjacency
+        if self._neighbours is not None:
+            index, weight = self._neighbours.index[at, :atoms], self._neighbours.weight
+            assert weight is not None
+            weight = weight[at, :atoms]
+            given["neighbours"] = Neighbours(index.long().clamp(max=max(0, atoms - 1)), weight)
+        return given
+
+
+def _index_type(molecules: Molecules) -> type[np.integer[Any]]:
+    return np.uint8 if molecules.sizes.max(initial=0) < 256 else np.int16
+
+
+def _bond_table(molecules: Molecules) -> NDArray[np.integer[Any]]:
+    """Atoms bonded to each atom, (M, N, K), its own number where there are fewer than K."""
+    atoms = int(molecules.sizes.max(initial=0))
+    if molecules.bonds is not None:
+        molecule = np.repeat(np.arange(len(molecules)), np.diff(molecules.bonds.offsets))
+        i, j = molecules.bonds.index.astype(np.int64).T
+        triples = np.concatenate(
+            [np.stack([molecule, i, j], axis=1), np.stack([molecule, j, i], axis=1)]
+        )
+    else:
+        found = [
+            np.stack([piece.which[m], i, j], axis=1)
+            for piece in perceive(molecules)
+            for m, i, j in [np.nonzero(piece.orders)]
+        ]
+        triples = np.concatenate(found) if found else np.zeros((0, 3), np.int64)
+    row = triples[:, 0] * atoms + triples[:, 1]
+    order = np.argsort(row, kind="stable")
+    row, other = row[order], triples[order, 2]
+    degrees = np.bincount(row, minlength=len(molecules) * atoms)
+    place = np.arange(len(row)) - (np.cumsum(degrees) - degrees)[row]
+    table = np.tile(np.arange(atoms, dtype=_index_type(molecules)), len(molecules))
+    table = np.repeat(table[:, None], max(1, int(degrees.max(initial=0))), axis=1)
+    table[row, place] = other
+    return table.reshape(len(molecules), atoms, -1)
+
+
+def _symmetrized_table(
+    edges: SymmetrizedEdges, molecules: Molecules, name: str, progress: Progress
+) -> tuple[NDArray[np.integer[Any]], NDArray[np.float32]]:
+    """Neighbours and weights of each atom, (M, N, K)."""
+    pieces, done = [], 0
+    for which in by_size(molecules.sizes, _PAIRS_AT_ONCE):
+        positions, numbers = molecules.select(which).padded()
+        mask = torch.from_numpy(numbers > 0)
+        try:
+            table = edges.neighbours(torch.from_numpy(positions), mask, which)
+        except ValueError:
+            raise InputError(
+                f"{name}: {_coincident(molecules, which, edges.tolerance)} holds two atoms closer "
+                f"than loss.edges.tolerance = {edges.tolerance} Å; leave it out, or lower that"
+            ) from None
+        assert table.weight is not None
+        pieces.append((which, table.index.numpy(), table.weight.numpy()))
+        done += len(which)
+        progress(done, len(molecules))
+    atoms = int(molecules.sizes.max(initial=0))
+    width = max((index.shape[2] for _, index, _ in pieces), default=0)
+    own = np.arange(atoms, dtype=_index_type(molecules))[None, :, None]
+    indices = np.broadcast_to(own, (len(molecules), atoms, width)).copy()
+    weights = np.zeros((len(molecules), atoms, width), np.float32)
+    for which, index, weight in pieces:
+        indices[which, : index.shape[1], : index.shape[2]] = index
+        weights[which, : index.shape[1], : index.shape[2]] = weight
+    return indices, weights
+
+
+def _coincident(molecules: Molecules, which: NDArray[np.int64], tolerance: float) -> str:
+    for number in which.tolist():
+        positions = molecules[number].positions
+        distances = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
+        if (distances + np.eye(len(positions)) * np.inf <= tolerance).any():
+            return f"molecule {number + 1}"
+    return "a molecule"
