@@ -2,24 +2,69 @@
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import permutations
+
 import numpy as np
 import pytest
 import torch
 from conftest import padded_batch
 from scipy.spatial.transform import Rotation
 
+from molgen_energy.chemistry.bonds import bond_orders
 from molgen_energy.diffusion.noise import SeededNoise
 from molgen_energy.diffusion.samplers import SAMPLERS
 from molgen_energy.diffusion.schedule import PolynomialSchedule
-from molgen_energy.losses import LOSSES, SPRINGS, MeanSquaredError, PairwiseEnergy
+from molgen_energy.losses import (
+    EDGES,
+    LOSSES,
+    SPRINGS,
+    PairwiseEnergy,
+    SparseEdges,
+    SymmetrizedEdges,
+)
+from molgen_energy.losses.symmetry import automorphisms
 from molgen_energy.models import MODELS
 
-ENERGIES = {f"energy-{name}": PairwiseEnergy(name, 1.7) for name in SPRINGS}
-ALL_LOSSES = ENERGIES | {"mse": MeanSquaredError()}
+
+def kind_of_edges(name):
+    """One graph for each number of atoms, so that a sample has the same whatever its batch."""
+    pools = {"sparse": lambda: SparseEdges(pool=1), "symmetrized": lambda: SymmetrizedEdges(pool=1)}
+    return pools.get(name, EDGES[name])()
 
 
-def test_every_registered_loss_is_here():
-    assert {name.split("-")[0] for name in ALL_LOSSES} == set(LOSSES)
+ENERGIES = {
+    f"energy-{springs}-{edges}": PairwiseEnergy(springs, 1.7, kind_of_edges(edges))
+    for springs in SPRINGS
+    for edges in EDGES
+}
+ENERGIES["energy-features"] = PairwiseEnergy("exponential", 1.7, distance="features")
+ENERGIES["energy-callable"] = PairwiseEnergy(lambda d: 1 / d**3, 1.7)
+ALL_LOSSES = ENERGIES | {name: loss() for name, loss in LOSSES.items() if name != "energy"}
+RIGID = {name: loss for name, loss in ENERGIES.items() if not name.endswith("-bonds")}
+POINTWISE = {name: loss for name, loss in ALL_LOSSES.items() if name not in ENERGIES}
+
+
+def over(losses):
+    return pytest.mark.parametrize("loss", losses.values(), ids=losses)
+
+
+def given(target, mask):
+    """What some losses are called with besides positions; NaN at padding."""
+    nan = torch.tensor(torch.nan, dtype=target.dtype)
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(*mask.shape, 4, generator=generator).to(target.dtype)
+    inside = torch.where(mask[..., None], target, 99).float().numpy()
+    orders = bond_orders(inside[..., :3], np.where(mask.numpy(), 6, 0).astype(np.uint8))
+    return {
+        "features": torch.where(mask[..., None], features, nan),
+        "bonds": torch.from_numpy(orders > 0),
+    }
+
+
+def value(loss, prediction, target, mask, extras=None):
+    extras = given(target, mask) if extras is None else extras
+    return loss(prediction, target, mask, **extras)
 
 
 @pytest.fixture(scope="module")
@@ -30,27 +75,48 @@ def pair(molecules):
     return target + 0.3 * noise, target, mask
 
 
-def naive_energy(prediction, target, mask, family, scale):
+def moved(positions, mirror=1, seed=1):
+    rotation = mirror * torch.from_numpy(Rotation.random(random_state=seed).as_matrix())
+    return positions @ rotation.T + torch.tensor([5.0, -3.0, 1.0]).double()
+
+
+def naive_energy(prediction, target, mask, stiffness):
     """Equation 7 as it is written, pair by pair."""
     energies = []
     for k in range(len(mask)):
-        n = int(mask[k].sum())
-        total = 0.0
+        n, total = int(mask[k].sum()), 0.0
         for i in range(n):
             for j in range(n):
                 if i != j:
                     rest = (target[k, i] - target[k, j]).norm()
                     now = (prediction[k, i] - prediction[k, j]).norm()
-                    total += 0.5 * scale / n * float(family(rest)) * (rest - now) ** 2
+                    total += 0.5 * 1.7 / n * stiffness(k, i, j, rest) * (rest - now) ** 2
         energies.append(float(total))
     return torch.tensor(energies, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", SPRINGS)
-def test_energy_is_the_equation(pair, name):
-    prediction, target, mask = pair
-    expected = naive_energy(prediction, target, mask, SPRINGS[name], 1.7)
-    torch.testing.assert_close(ENERGIES[f"energy-{name}"](*pair), expected)
+@pytest.mark.parametrize("edges", EDGES)
+@pytest.mark.parametrize("springs", SPRINGS)
+def test_energy_is_the_equation(pair, springs, edges):
+    _, target, mask = pair
+    extras = given(target, mask)
+    bonded = extras["bonds"]
+    joined = np.ones((*mask.shape, mask.shape[1])) if edges == "complete" else bonded.numpy()
+    if edges in ("sparse", "symmetrized"):
+        joined = np.zeros_like(joined, dtype=float)
+        for k, n in enumerate(mask.sum(1).tolist()):
+            i, j = SparseEdges(pool=1).edge_list(n, 3).T
+            joined[k, i, j] = joined[k, j, i] = 1
+            if edges == "symmetrized":
+                group = automorphisms(torch.cdist(target[k, :n], target[k, :n]).numpy(), 0.01)
+                images = joined[k, :n, :n][group[:, :, None], group[:, None, :]]
+                joined[k, :n, :n] = images.mean(axis=0)
+
+    def stiffness(k, i, j, rest):
+        return SPRINGS[springs](rest, bonded[k, i, j]) * float(joined[k, i, j])
+
+    expected = naive_energy(*pair, stiffness)
+    torch.testing.assert_close(value(ENERGIES[f"energy-{springs}-{edges}"], *pair), expected)
 
 
 @pytest.mark.parametrize(
@@ -60,97 +126,370 @@ def test_energy_is_the_equation(pair, name):
         ("exponential", lambda d: np.exp(-d)),
         ("inverse", lambda d: 1 / (d + 1e-5)),
         ("inverse_square", lambda d: 1 / (d**2 + 1e-5)),
+        ("lennard_jones", lambda d: np.where(np.arange(5) == 2, 1, 1 / (d**2 + 1e-5))),
     ],
 )
 def test_spring_families(name, formula):
     d = np.array([0.0, 0.7, 1.1, 1.54, 5.0])
     expected = np.broadcast_to(formula(d), d.shape)
-    np.testing.assert_allclose(SPRINGS[name](torch.from_numpy(d)).numpy(), expected)
+    found = SPRINGS[name](torch.from_numpy(d), torch.arange(5) == 2)
+    np.testing.assert_allclose(found.numpy(), expected)
 
 
-@pytest.mark.parametrize("loss", ALL_LOSSES.values(), ids=ALL_LOSSES)
+@over(ALL_LOSSES)
 def test_zero_at_the_data_positive_elsewhere(pair, loss):
     prediction, target, mask = pair
-    assert loss(target, target, mask).abs().max() == 0
-    assert (loss(prediction, target, mask) > 0).all()
+    assert value(loss, target, target, mask).abs().max() < 1e-20
+    assert (value(loss, prediction, target, mask) > 0).all()
 
 
-@pytest.mark.parametrize("loss", ALL_LOSSES.values(), ids=ALL_LOSSES)
+@over(ALL_LOSSES)
 def test_padding_has_no_effect(pair, loss):
     prediction, target, mask = pair
-    together = loss(prediction, target, mask)
+    extras = given(target, mask)
+    together = value(loss, prediction, target, mask, extras)
     assert together.shape == (len(mask),)
     for k in range(len(mask)):
         n = int(mask[k].sum())
-        alone = loss(prediction[k : k + 1, :n], target[k : k + 1, :n], mask[k : k + 1, :n])
+        one = {
+            "features": extras["features"][k : k + 1, :n],
+            "bonds": extras["bonds"][k : k + 1, :n, :n],
+        }
+        cut = slice(k, k + 1), slice(n)
+        alone = loss(prediction[cut], target[cut], mask[cut], **one)
         torch.testing.assert_close(together[k : k + 1], alone)
+        no_mask = loss(prediction[cut], target[cut], **one)
+        torch.testing.assert_close(no_mask, alone)
 
 
-@pytest.mark.parametrize("loss", ALL_LOSSES.values(), ids=ALL_LOSSES)
-def test_gradient_against_finite_differences(pair, loss):
+# Elsewhere an atom has another number and so other edges in a random graph.
+@over({name: loss for name, loss in ALL_LOSSES.items() if "-s" not in name})
+def test_where_padding_stands_has_no_effect(pair, loss):
     prediction, target, mask = pair
-    value = prediction[:1].clone()
-    value[~mask[:1]] = 0  # gradcheck perturbs the padding too
-    value.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: loss(x, target[:1], mask[:1]), value)
+    extras = given(target, mask)
+
+    def padded_in_front(values, fill):
+        return torch.cat([torch.full_like(values[:, :2], fill), values], dim=1)
+
+    got = loss(
+        padded_in_front(prediction, torch.nan),
+        padded_in_front(target, torch.nan),
+        padded_in_front(mask, False),
+        features=padded_in_front(extras["features"], torch.nan),
+        bonds=torch.nn.functional.pad(extras["bonds"], (2, 0, 2, 0), value=True),
+    )
+    torch.testing.assert_close(got, value(loss, prediction, target, mask, extras))
 
 
-@pytest.mark.parametrize("loss", ALL_LOSSES.values(), ids=ALL_LOSSES)
+@over(ALL_LOSSES)
+def test_packed_is_padded(pair, loss):
+    prediction, target, mask = pair
+    extras = given(target, mask)
+    expected = value(loss, prediction, target, mask, extras)
+    batch, _ = mask.nonzero().T
+    number = torch.full(mask.shape, -1)
+    number[mask] = torch.arange(len(batch))
+    sample, i, j = (extras["bonds"].triu() & mask[:, :, None] & mask[:, None]).nonzero().T
+    packed = {
+        "features": extras["features"][mask],
+        "bonds": torch.stack([number[sample, i], number[sample, j]]),
+    }
+    value_ = prediction[mask].requires_grad_()
+    got = loss(value_, target[mask], batch=batch, **packed)
+    torch.testing.assert_close(got, expected)
+    got.sum().backward()
+    padded = torch.where(mask[..., None], prediction, 0).requires_grad_()
+    value(loss, padded, target, mask, extras).sum().backward()
+    torch.testing.assert_close(value_.grad, padded.grad[mask])
+
+
+@over(ALL_LOSSES)
+def test_gradient_against_finite_differences(pair, loss):
+    prediction, target, mask = (x[:1] for x in pair)
+    position = prediction.clone()
+    position[~mask] = 0  # gradcheck perturbs the padding too
+    position.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: value(loss, x, target, mask), position)
+
+
+@over(ALL_LOSSES)
 def test_gradient_is_finite_everywhere(loss):
-    """Coincident atoms, one atom, two atoms, and NaN at padding."""
-    nan = torch.nan
-    target = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [2, 0, 0]], [[1, 2, 3], [nan] * 3, [nan] * 3],
-                           [[0, 0, 0], [0, 0, 1.1], [nan] * 3]])  # fmt: skip
+    """Coincident atoms, one atom, two atoms, none, planar and linear, and NaN at padding."""
+    nan = [torch.nan] * 3
+    target = torch.tensor(
+        [
+            [[0.0, 0, 0], [1, 0, 0], [2, 0, 0]],
+            [[1, 2, 3], nan, nan],
+            [[0, 0, 0], [0, 0, 1.1], nan],
+            [[0, 0, 0], [0, 1, 0], [1, 0, 0]],
+            [nan, nan, nan],
+        ]
+    )
     mask = ~target.isnan().any(-1)
-    prediction = torch.where(mask[..., None], 0.0, torch.nan).requires_grad_()
-    loss(prediction, target, mask).sum().backward()
+    for prediction in (torch.zeros_like(target), target, torch.flip(target, [1]).nan_to_num(2.0)):
+        prediction = torch.where(mask[..., None], prediction, torch.nan).requires_grad_()
+        loss_ = value(loss, prediction, target, mask)
+        assert torch.isfinite(loss_).all()
+        loss_.sum().backward()
+        assert torch.isfinite(prediction.grad).all()
+        assert (prediction.grad[~mask] == 0).all()
+
+
+# Symmetries of coincident atoms are not searched for, and 1/d³ is infinite.
+@over({k: v for k, v in ALL_LOSSES.items() if "symmetrized" not in k and "callable" not in k})
+def test_gradient_is_finite_where_atoms_of_the_data_coincide(loss):
+    target = torch.zeros(1, 9, 3)
+    prediction = torch.randn(1, 9, 3, requires_grad=True)
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    value(loss, prediction, target, mask).sum().backward()
     assert torch.isfinite(prediction.grad).all()
 
 
-@pytest.mark.parametrize("loss", ALL_LOSSES.values(), ids=ALL_LOSSES)
+@over(ALL_LOSSES)
+@pytest.mark.parametrize("dimension", [1, 2, 4])
+def test_any_dimension(loss, dimension):
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randn(2, 8, dimension, generator=generator).double()
+    target = target + torch.arange(8)[:, None]
+    noise = torch.randn(target.shape, generator=generator).double()
+    prediction = (target + 0.1 * noise).requires_grad_()
+    extras = {"features": torch.randn(2, 8, 3).double(), "bonds": torch.ones(2, 8, 8)}
+    assert (loss(target, target, **extras) < 1e-20).all()
+    assert torch.autograd.gradcheck(lambda x: loss(x, target, **extras), prediction)
+
+
+@over(ALL_LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_precisions(pair, loss, dtype):
+    prediction, target, mask = pair
+    extras = given(target, mask)
+    exact = value(loss, prediction.to(dtype).double(), target.to(dtype).double(), mask, extras)
+    position = prediction.to(dtype).clone().requires_grad_()
+    got = value(loss, position, target.to(dtype), mask, extras)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-6)
+    got.sum().backward()
+    assert position.grad.dtype == dtype
+    assert torch.isfinite(position.grad).all()
+
+
+@over(ALL_LOSSES)
+def test_autocast_changes_nothing(pair, loss):
+    prediction, target, mask = (x.float() if x.is_floating_point() else x for x in pair)
+    expected = value(loss, prediction, target, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(value(loss, prediction, target, mask), expected)
+
+
+@over(ALL_LOSSES)
 def test_degree(pair, loss):
     """A small displacement twice as large gives 2^degree times the loss."""
     prediction, target, mask = pair
     step = prediction - target
-    near = loss(target + 1e-5 * step, target, mask)
-    far = loss(target + 2e-5 * step, target, mask)
+    near = value(loss, target + 1e-5 * step, target, mask)
+    far = value(loss, target + 2e-5 * step, target, mask)
     torch.testing.assert_close(
         far / near, torch.full_like(near, 2.0**loss.degree), rtol=1e-3, atol=0
     )
 
 
-@pytest.mark.parametrize("loss", ENERGIES.values(), ids=ENERGIES)
+@over(ENERGIES)
 @pytest.mark.parametrize("mirror", [1, -1])
 def test_energy_is_invariant_in_both_arguments(pair, loss, mirror):
     prediction, target, mask = pair
-    rotation = mirror * torch.from_numpy(Rotation.random(random_state=1).as_matrix())
-    moved = prediction @ rotation.T + torch.tensor([5.0, -3.0, 1.0]).double()
+    extras = given(target, mask)
+    expected = value(loss, prediction, target, mask, extras)
+    torch.testing.assert_close(
+        value(loss, moved(prediction, mirror), target, mask, extras), expected
+    )
+    torch.testing.assert_close(
+        value(loss, prediction, moved(target, mirror), mask, extras), expected
+    )
+    assert value(loss, moved(target, mirror), target, mask, extras).max() < 1e-20
+
+
+def test_kabsch_knows_a_mirror_image(pair):
+    prediction, target, mask = pair
+    loss = ALL_LOSSES["kabsch"]
     expected = loss(prediction, target, mask)
-    torch.testing.assert_close(loss(moved, target, mask), expected)
-    moved = target @ rotation.T - 7
-    torch.testing.assert_close(loss(prediction, moved, mask), expected)
+    torch.testing.assert_close(loss(moved(prediction), target, mask), expected)
+    torch.testing.assert_close(loss(prediction, moved(target), mask), expected)
+    assert loss(moved(target), target, mask).max() < 1e-20
+    chiral = mask.sum(1) > 4
+    assert (loss(moved(target, -1), target, mask)[chiral] > 1e-3).all()
 
 
-@pytest.mark.parametrize("loss", ENERGIES.values(), ids=ENERGIES)
-def test_minimisers_of_the_energy_are_images_of_the_data(pair, loss):
-    """From a start nearby, descent ends where all distances agree (corollary 4.3)."""
-    prediction, target, mask = (x[:2] for x in pair)
-    value = torch.where(mask[..., None], prediction, 0).clone().requires_grad_()
-    optimiser = torch.optim.LBFGS([value], max_iter=500, tolerance_grad=1e-10,
-                                  line_search_fn="strong_wolfe")  # fmt: skip
+@pytest.mark.parametrize("name", ["mse", "mae"])
+def test_errors_in_space_know_every_motion(pair, name):
+    _, target, mask = pair
+    assert (ALL_LOSSES[name](moved(target), target, mask) > 1e-3).all()
+
+
+# Configurations whose symmetries are known: name, points, order of the group on the points.
+ANGLES = 2 * np.pi * np.arange(6) / 6
+RING = np.stack([np.cos(ANGLES), np.sin(ANGLES), 0 * ANGLES], axis=1)
+TETRAHEDRON = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / 3**0.5
+CORNERS = np.stack(np.meshgrid([0.0, 1], [0.0, 1], [0.0, 1]), axis=-1).reshape(-1, 3)
+SYMMETRIC = {
+    "methane": (np.concatenate([np.zeros((1, 3)), 1.09 * TETRAHEDRON]), 24),
+    "benzene": (np.concatenate([1.39 * RING, 2.48 * RING]), 12),
+    "cube": (CORNERS, 48),
+}
+
+
+@cache
+def group_of(name):
+    return permutations_of(SYMMETRIC[name][0])
+
+
+def permutations_of(points):
+    """All symmetries by brute force over the images of four points, with their permutations."""
+    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    base = list(range(min(4, len(points))))
+    found = set()
+    for image in permutations(range(len(points)), len(base)):
+        if np.abs(distances[np.ix_(image, image)] - distances[np.ix_(base, base)]).max() > 1e-6:
+            continue
+        # Each further point is where its distances to the base are; extend point by point.
+        partial = [list(image)]
+        for i in range(len(base), len(points)):
+            partial = [
+                [*p, j]
+                for p in partial
+                for j in range(len(points))
+                if j not in p and np.abs(distances[j, p] - distances[i, :i]).max() < 1e-6
+            ]
+        found.update(map(tuple, partial))
+    return np.array(sorted(found))
+
+
+@pytest.mark.parametrize("name", SYMMETRIC)
+@over({k: v for k, v in ENERGIES.items() if "sparse" not in k and k != "energy-features"})
+def test_energy_is_invariant_under_symmetries_of_the_data_only(loss, name):
+    """Proposition 4.2: under Aut(k) ∩ Aut(Δ); other permutations of atoms change the energy."""
+    points, order = SYMMETRIC[name]
+    group = group_of(name)
+    assert len(group) == order
+    target = torch.from_numpy(points)[None].double()
+    prediction = target + 0.2 * torch.randn(
+        target.shape, generator=torch.Generator().manual_seed(2)
+    )
+    mask = torch.ones(target.shape[:2], dtype=torch.bool)
+    extras = {"bonds": torch.cdist(target, target) < 1.5}
+    expected = loss(prediction, target, mask, **extras)
+    images = prediction[0][torch.from_numpy(group)]
+    many = {"bonds": extras["bonds"].expand(order, -1, -1)}
+    got = loss(images, target.expand(order, -1, -1), mask.expand(order, -1), **many)
+    torch.testing.assert_close(got, expected.expand(order))
+    others = np.array(
+        [
+            p
+            for p in np.random.default_rng(0).permuted(
+                np.tile(np.arange(len(points)), (20, 1)), axis=1
+            )
+            if tuple(p) not in set(map(tuple, group))
+        ]
+    )
+    images = prediction[0][torch.from_numpy(others)]
+    many = {"bonds": extras["bonds"].expand(len(others), -1, -1)}
+    got = loss(images, target.expand(len(others), -1, -1), mask.expand(len(others), -1), **many)
+    assert ((got - expected).abs() > 1e-3 * expected).all()
+
+
+def test_sparse_energy_is_not_invariant_under_symmetries_but_its_average_is():
+    """The reason for symmetrized edges."""
+    points, order = SYMMETRIC["cube"]
+    target = torch.from_numpy(points)[None].double()
+    prediction = target + 0.2 * torch.randn(
+        target.shape, generator=torch.Generator().manual_seed(2)
+    )
+    images = prediction[0][torch.from_numpy(group_of("cube"))]
+    sparse = PairwiseEnergy("constant", 1.0, SparseEdges(pool=1))
+    values = sparse(images, target.expand(order, -1, -1))
+    assert values.std() > 0.01 * values.mean()
+    average = PairwiseEnergy("constant", 1.0, SymmetrizedEdges(pool=1))
+    torch.testing.assert_close(average(prediction, target)[0], values.mean())
+
+
+def minimise(loss, target, start, mask, extras):
+    if isinstance(loss.edges, SymmetrizedEdges):
+        extras = extras | {"neighbours": loss.edges.neighbours(target, mask)}
+    position = start.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS(
+        [position], max_iter=2000, max_eval=4000, history_size=50, tolerance_grad=1e-11,
+        tolerance_change=1e-14, line_search_fn="strong_wolfe",
+    )  # fmt: skip
 
     def closure():
         optimiser.zero_grad()
-        energy = loss(value, target, mask).sum()
+        energy = value(loss, position, target, mask, extras).sum()
         energy.backward()
         return energy
 
     optimiser.step(closure)
+    return position.detach(), value(loss, position.detach(), target, mask, extras)
+
+
+@over(RIGID)
+def test_minimisers_of_the_energy_are_images_of_the_data(pair, loss):
+    """From a start nearby, descent ends where all distances agree (corollary 4.3)."""
+    prediction, target, mask = (x[:2] for x in pair)
+    start = torch.where(mask[..., None], prediction, 0)
+    position, _ = minimise(loss, target, start, mask, given(target, mask))
     for k in range(2):
         n = int(mask[k].sum())
         torch.testing.assert_close(
-            torch.pdist(value[k, :n].detach()), torch.pdist(target[k, :n]), rtol=0, atol=1e-3
+            torch.pdist(position[k, :n]), torch.pdist(target[k, :n]), rtol=0, atol=2e-3
         )
+
+
+@pytest.mark.parametrize("edges", ["complete", "sparse", "symmetrized"])
+def test_random_starts_end_at_images_of_the_data(molecules, edges):
+    """Wherever the energy comes to zero, all pairs have the data's distances, joined or not."""
+    target, mask = padded_batch(molecules.select(np.array([0, 900, 1500])))
+    target = torch.where(mask[..., None], target, 0)
+    starts = 12
+    target, mask = target.repeat_interleave(starts, 0), mask.repeat_interleave(starts, 0)
+    noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(4)).double()
+    loss = PairwiseEnergy("constant", 1.0, kind_of_edges(edges))
+    found = 0
+    for k in range(len(target)):  # one at a time: a line search is for one function
+        one = slice(k, k + 1)
+        position, energy = minimise(loss, target[one], 3 * noise[one], mask[one], {})
+        if energy < 1e-10:
+            found += 1
+            n = int(mask[k].sum())
+            torch.testing.assert_close(
+                torch.pdist(position[0, :n]), torch.pdist(target[k, :n]), rtol=0, atol=1e-3
+            )
+    assert found >= len(target) // 4  # descent may end in a local minimum as well
+
+
+def test_bonds_alone_leave_other_minima():
+    """A graph that is not rigid: the energy is zero at a molecule turned about a bond."""
+    target = torch.tensor([[[-1.0, 1, 0], [0, 0, 0], [1.5, 0, 0], [2.5, 1, 0]]]).double()
+    turned = target.clone()
+    turned[0, 3, 1] = -1
+    bonds = torch.zeros(1, 4, 4)
+    bonds[0, [0, 1, 2], [1, 2, 3]] = bonds[0, [1, 2, 3], [0, 1, 2]] = 1
+    along = PairwiseEnergy("constant", edges="bonds")
+    assert along(turned, target, bonds=bonds) < 1e-20
+    assert PairwiseEnergy("constant")(turned, target) > 0.01
+
+
+def test_mse_is_the_energy_of_springs_to_far_anchors(pair):
+    """Springs from each atom to points far out on the axes: (d − d̂)² tends to the squared error."""
+    prediction, target, mask = (x[:1] for x in pair)
+    n = int(mask.sum())
+    anchors = 1e7 * torch.eye(3, dtype=torch.float64)[None]
+    held = torch.cat([target[:, :n], anchors], dim=1)
+    guess = torch.cat([prediction[:, :n], anchors], dim=1)
+    bonds = torch.zeros(1, n + 3, n + 3)
+    bonds[:, :n, n:] = 1
+    bonds[:, n:, :n] = 1
+    energy = PairwiseEnergy("constant", 1.0, "bonds")(guess, held, bonds=bonds)
+    squared = LOSSES["mse"](channels=1)(prediction, target, mask)
+    torch.testing.assert_close(energy * (n + 3) / n, squared, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -232,38 +571,71 @@ def test_gdm_has_the_papers_size():
     assert sum(p.numel() for p in MODELS["gdm"](features=6).parameters()) == 3_555_602
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+class Diffusion:
+    """The best network for known data, when it predicts noise."""
+
+    def __init__(self, schedule):
+        self.schedule = schedule
+        self.last = float(schedule.sigma2[0].sqrt())  # noise that is left in a sample
+
+    def level(self, time):
+        step = (time * self.schedule.steps).round().long()
+        return self.schedule.alpha(step)[:, None, None], self.schedule.sigma(step)[:, None, None]
+
+    def of_point(self, noisy, time, clean):
+        alpha, sigma = self.level(time)
+        return (noisy - alpha * clean) / sigma
+
+    def of_spread(self, noisy, time, spread):
+        alpha, sigma = self.level(time)
+        return sigma / (alpha**2 * spread**2 + sigma**2) * noisy
+
+
+class FlowMatching:
+    """The same when it predicts the velocity ε − x."""
+
+    last = 1e-5
+
+    def __init__(self, schedule):
+        pass
+
+    def of_point(self, noisy, time, clean):
+        return (noisy - clean) / time[:, None, None]
+
+    def of_spread(self, noisy, time, spread):
+        t = time[:, None, None]
+        return (t - (1 - t) * spread**2) / ((1 - t) ** 2 * spread**2 + t**2) * noisy
+
+
+BEST = {"diffusion": Diffusion, "flow_matching": FlowMatching}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 class TestSamplers:
-    def test_the_exact_denoiser_gives_the_data(self, molecules, sampler):
-        """For data of a single point the best noise prediction is known; it leads to the point."""
+    def test_the_exact_network_gives_the_data(self, molecules, name):
+        """For data of a single point the best prediction is known; it leads to the point."""
         positions, mask = padded_batch(molecules.select(np.array([3, 700])), torch.float32)
         clean = torch.where(mask[..., None], torch.cat([positions, positions * 0.1], dim=-1), 0)
         centre = clean[..., :3].sum(1, keepdim=True) / mask.sum(1)[:, None, None]
         clean[..., :3] = torch.where(mask[..., None], clean[..., :3] - centre, 0)
         schedule = PolynomialSchedule(100)
+        best = BEST[name](schedule)
+        drawn = SAMPLERS[name](schedule).sample(
+            lambda noisy, time, mask: best.of_point(noisy, time, clean),
+            SeededNoise(0, torch.arange(2)), mask, 6,
+        )  # fmt: skip
+        assert (drawn - clean).abs().max() < 6 * best.last
+        assert (drawn != clean).any()  # it is drawn, not copied
 
-        def exact(noisy, time, mask):
-            step = (time * 100).round().long()
-            alpha, sigma = schedule.alpha(step), schedule.sigma(step)
-            return (noisy - alpha[:, None, None] * clean) / sigma[:, None, None]
-
-        drawn = sampler(schedule).sample(exact, SeededNoise(0, torch.arange(2)), mask, 6)
-        last = float(schedule.sigma2[0].sqrt())
-        assert (drawn - clean).abs().max() < 6 * last
-        assert (drawn - clean).abs().max() > 0.1 * last  # it is drawn, not copied
-
-    def test_gaussian_data_keep_their_spread(self, sampler):
+    def test_gaussian_data_keep_their_spread(self, name):
         """For normal data of spread s the best prediction is linear; samples have spread s."""
         spread, schedule = 0.5, PolynomialSchedule(200)
         mask = torch.ones(400, 10, dtype=torch.bool)
-
-        def best(noisy, time, mask):
-            step = (time * 200).round().long()
-            alpha, sigma = schedule.alpha(step), schedule.sigma(step)
-            share = sigma / (alpha**2 * spread**2 + sigma**2)
-            return share[:, None, None] * noisy
-
-        drawn = sampler(schedule).sample(best, SeededNoise(1, torch.arange(400)), mask, 5)
+        best = BEST[name](schedule)
+        drawn = SAMPLERS[name](schedule).sample(
+            lambda noisy, time, mask: best.of_spread(noisy, time, spread),
+            SeededNoise(1, torch.arange(400)), mask, 5,
+        )  # fmt: skip
         # positions live on the zero-mean subspace: 9 of 10 atoms are free
         free = (drawn[..., :3].square().sum(1) / 9).mean().sqrt()
         assert float(free) == pytest.approx(spread, rel=0.03)
