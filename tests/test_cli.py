@@ -55,6 +55,11 @@ def test_options_of_train(cli, tmp_path, sample_path):
     cli("train", "--resume", "mine", "--steps", "34")
     cli("train", "--springs", "inverse", "--steps", "1", "-o", "inverse", *TINY)
     assert "family: inverse" in (tmp_path / "inverse" / "config.yaml").read_text()
+    cli("train", "--springs", "lennard_jones", "--edges", "sparse", "--steps", "1", "-o", "lj",
+        "--set", "diffusion.process=flow_matching", *TINY)  # fmt: skip
+    text = (tmp_path / "lj" / "config.yaml").read_text()
+    assert "kind: sparse" in text
+    cli("sample", "-n", "2", "--checkpoint", "lj")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -155,6 +160,16 @@ BAD = {
     "no source": (("preprocess", "qm9", "--source", "nothing"), "nothing does not exist"),
     "no hdf5 name": (("preprocess", "good.xyz", "-o", "good.xyz"), "must end in .h5"),
     "nan share": (("preprocess", "good.xyz", "--split", "nan,0,1"), "add up to 1"),
+    "spin loss": (("train", "--loss", "margin"), "'margin' is a loss on spins"),
+    "edges of mse": (("train", "--loss", "mse", "--edges", "sparse"), "--edges goes with"),
+    "no published scale": (
+        ("train", "--springs", "lennard_jones", "--set", "loss.springs.scale=jodo"),
+        "no published scale for 'jodo'",
+    ),
+    "coincident atoms": (
+        ("train", "--data", "twins.h5", "--edges", "symmetrized"),
+        "twins.h5: molecule 1 holds two atoms closer than",
+    ),
     "huge seed": (("train", "--seed", "99999999999999999999"), "training.seed"),
     "missing second file": (("evaluate", "good.xyz", "nothing.sdf"), "nothing.sdf does not exist"),
     "missing reference": (("evaluate", "good.xyz", "--reference", "no.h5"), "no.h5 does not exist"),
@@ -174,6 +189,9 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, tmp_path, what, sample_path)
     (tmp_path / "nan.xyz").write_text("2\n\nH 0 0 0\nH nan 0 0\n")
     (tmp_path / "salt.xyz").write_text("2\n\nNa 0 0 0\nCl 0 0 2.4\n")
     (tmp_path / "cut.h5").write_bytes(sample_path.read_bytes()[:100_000])
+    if "twins.h5" in BAD[what][0]:
+        (tmp_path / "twins.xyz").write_text("3\n\nH 0 0 0\nH 0 0 0.001\nO 1 0 0\n" * 9)
+        cli("preprocess", "twins.xyz", "-o", "twins.h5")
     before = sorted(tmp_path.rglob("*"))
     arguments, message = BAD[what]
     stderr = cli(*arguments, code=2).stderr

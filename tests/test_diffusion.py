@@ -8,9 +8,13 @@ from scipy import stats
 
 from molgen_energy.diffusion.encoding import MoleculeEncoding
 from molgen_energy.diffusion.noise import SeededNoise, philox
-from molgen_energy.diffusion.process import DiffusionObjective, molecule_noise
+from molgen_energy.diffusion.process import (
+    DiffusionObjective,
+    FlowMatchingObjective,
+    molecule_noise,
+)
 from molgen_energy.diffusion.schedule import PolynomialSchedule
-from molgen_energy.losses import MeanSquaredError, PairwiseEnergy, mean_stiffness
+from molgen_energy.losses import LOSSES, MeanAbsoluteError, MeanSquaredError, PairwiseEnergy
 from molgen_energy.models.geometry import centred, random_rotations
 
 
@@ -143,6 +147,78 @@ def objective_setup(molecules, loss, weight, scale=1.0):
     return terms, noise, wrong, clean, mask, alpha, sigma
 
 
+def flow_setup(molecules, loss, weight, scale=1.0):
+    """Terms, the true velocity, the model's, clean molecules, mask and times."""
+    positions, mask = padded_batch(molecules.select(np.arange(0, 2000, 250)), torch.float32)
+    positions = centred(positions, mask) / scale
+    clean = torch.cat([positions, positions * 0.1], dim=-1)
+    wrong = molecule_noise(mask, 6, torch.Generator().manual_seed(5))
+    model = Noisy(wrong)
+    objective = FlowMatchingObjective(PolynomialSchedule(100), loss, weight, scale)
+    terms = objective(model, clean, mask, torch.Generator().manual_seed(1))
+    noisy, time = model.seen
+    assert ((time > 0) & (time <= 1)).all()
+    time = time[:, None, None]
+    noise = (noisy - (1 - time) * clean) / time
+    assert float(noise.sum(1)[..., :3].abs().max()) < 1e-3  # on the subspace
+    return terms, noise - clean, wrong, clean, mask, time
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_flow_matching_with_mse_is_the_error_of_the_velocity(molecules, scale):
+    """MSE(x̂, x)/t² is the squared error of the velocity."""
+    loss = MeanSquaredError(channels=6)
+    terms, velocity, wrong, _, mask, _ = flow_setup(molecules, loss, 1.0, scale)
+    difference = torch.where(mask[..., None], velocity - wrong, 0)
+    expected = 0.5 * difference.square().sum((1, 2)) / (mask.sum(1) * 6)
+    torch.testing.assert_close(terms.total, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_flow_matching_with_energy(molecules):
+    """E(x̂, x)/t² with x̂ = x_t − t û (appendix A.7)."""
+    loss = PairwiseEnergy("exponential", 3.0)
+    terms, velocity, wrong, clean, mask, time = flow_setup(molecules, loss, 0.05)
+    guess = clean + time * (velocity - wrong)
+    expected = 0.5 * 0.05 * loss(guess[..., :3], clean[..., :3], mask) / time.flatten() ** 2
+    torch.testing.assert_close(terms.positions, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_objective_with_mae_is_the_absolute_error_of_the_noise(molecules):
+    """Of features as well."""
+    loss = MeanAbsoluteError(channels=6)
+    terms, noise, wrong, _, mask, _, _ = objective_setup(molecules, loss, 1.0)
+    difference = torch.where(mask[..., None], noise - wrong, 0).abs()
+    expected = 0.5 * difference.sum((1, 2)) / (mask.sum(1) * 6)
+    torch.testing.assert_close(terms.total, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("process", [DiffusionObjective, FlowMatchingObjective])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_weight_makes_all_times_alike(molecules, process, name):
+    """A given small error of the prediction costs about the same at every time."""
+    positions, mask = padded_batch(molecules.select(np.full(64, 700)))
+    clean = torch.cat([centred(positions, mask), torch.zeros(64, mask.shape[1], 3)], dim=-1)
+    error = 1e-3 * molecule_noise(mask[:1], 6, torch.Generator().manual_seed(5)).double()
+    schedule = PolynomialSchedule(100)
+    seen = []
+
+    def model(noisy, time, mask):
+        seen.append(time)
+        if process is DiffusionObjective:
+            step = (time * 100).round().long()
+            alpha, sigma = (x(step)[:, None, None] for x in (schedule.alpha, schedule.sigma))
+            return (noisy - alpha * clean) / sigma + error
+        t = time[:, None, None]
+        return (noisy - (1 - t) * clean) / t - clean + error
+
+    objective = process(schedule, LOSSES[name](), 1.0)
+    terms = objective(model, clean, mask, torch.Generator().manual_seed(0))
+    small = seen[0] < 0.6  # later the error is no longer small against the molecule
+    values = terms.positions[small]
+    assert len(values) > 10
+    assert float(values.max() / values.min()) < 1.1
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_objective_with_mse_is_edms(molecules, scale):
     """(α/σ)²·MSE on clean positions is the squared error of the noise, so EDM's L2 comes back."""
@@ -180,17 +256,3 @@ def test_objective_does_not_see_padding(molecules):
     terms.total.sum().backward()
     assert torch.isfinite(terms.total).all()
     assert torch.isfinite(weight.grad).all()
-
-
-def test_mean_stiffness_calibrates_to_one(molecules):
-    pieces = [molecules.select(np.arange(k, 2000, 100)) for k in (0, 1, 2)]
-    batches = [padded_batch(piece, torch.float32) for piece in pieces]
-    scale = 1 / mean_stiffness("exponential", batches)
-    everything = [
-        np.exp(-np.linalg.norm(m.positions[:, None] - m.positions[None], axis=-1))[
-            ~np.eye(len(m), dtype=bool)
-        ]
-        for piece in pieces
-        for m in piece
-    ]
-    assert scale * np.concatenate(everything).mean() == pytest.approx(1, rel=1e-5)

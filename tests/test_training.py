@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from molgen_energy.config import Config, load_config
+from molgen_energy.diffusion.process import PROCESSES
 from molgen_energy.errors import InputError, TrainingFailed
+from molgen_energy.losses import EDGES, LOSSES, SPRINGS
 from molgen_energy.models.geometry import centred
-from molgen_energy.systems.molecules import MoleculeTask
+from molgen_energy.systems.molecules import PAPER, MoleculeTask
 from molgen_energy.training import checkpoint as checkpoints
 from molgen_energy.training.checkpoint import load_checkpoint, newest_run, save_checkpoint
 from molgen_energy.training.clipping import GradientClipper
@@ -274,20 +276,26 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
 
 def test_validation_molecules_are_drawn_from_the_whole_split(molecules):
     """The bundled sample is sorted by size; the first 32 would be far too small."""
-    sizes = MoleculeTask(tiny(), CPU)._valid.sizes
+    sizes = MoleculeTask(tiny(), CPU)._valid.data.sizes
     assert len(sizes) == 32
     assert abs(sizes.mean() - molecules.sizes.mean()) < 1.5
 
 
-@pytest.mark.parametrize("loss", ["energy", "mse"])
-def test_it_learns(tmp_path, loss):
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_it_learns(tmp_path, loss, process):
     config = tiny(
-        training__steps=150, training__batch_size=32, training__warmup_steps=10, loss__name=loss
+        training__steps=150,
+        training__batch_size=32,
+        training__warmup_steps=10,
+        loss__name=loss,
+        diffusion__process=process,
     )
     task = MoleculeTask(config, CPU)
     before = task.validation_loss(task.model)
     summary = train(task, tmp_path / "run", Watcher())
-    assert summary.valid_loss < 0.6 * before
+    # A velocity has a part that nobody can know, at every time.
+    assert summary.valid_loss < (0.6 if process == "diffusion" else 0.75) * before
 
 
 def test_what_auto_stands_for():
@@ -302,6 +310,54 @@ def test_what_auto_stands_for():
     assert (mse.loss.position_weight, mse.training.lr) == (1.5, 1e-3)
 
 
+@pytest.mark.parametrize("springs", SPRINGS)
+@pytest.mark.parametrize("edges", EDGES)
+def test_auto_is_the_same_pull_whatever_the_springs(springs, edges):
+    """w·Σk/n of the configured springs is that of complete exponential ones times the paper's."""
+    config = tiny(loss__springs__family=springs, loss__edges__kind=edges, training__lr="auto")
+    task = MoleculeTask(config, CPU)
+    loss = task._objective.position_loss
+    assert type(loss.edges) is EDGES[edges]
+    generator = torch.Generator().manual_seed(1)
+    pull = pairs = 0.0
+    for piece in task._pieces():
+        atoms = piece["mask"].sum(1)
+        total = loss.total_stiffness(**piece, generator=generator).total
+        pull += loss.scale * float((total / atoms).sum())
+        pairs += float((atoms - 1).sum())
+    weight = PAPER["energy", springs].position_weight
+    assert task.config.loss.position_weight * pull / pairs == pytest.approx(weight, rel=0.02)
+    assert task.config.training.lr == PAPER["energy", springs].lr
+
+
+def test_published_scale():
+    config = MoleculeTask(tiny(loss__springs__scale="jodo"), CPU).config
+    assert config.loss.springs.scale == 24
+    with pytest.raises(InputError, match=r"lennard_jones: .*no published scale for 'jodo'"):
+        MoleculeTask(tiny(loss__springs__scale="jodo", loss__springs__family="lennard_jones"), CPU)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss__edges__kind": "sparse"},
+        {"loss__edges__kind": "symmetrized", "loss__springs__distance": "features"},
+        {"loss__springs__family": "lennard_jones", "diffusion__process": "flow_matching"},
+        {"loss__name": "kabsch"},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_every_loss_resumes_to_the_same_numbers(tmp_path, changes):
+    config = tiny(training__steps=6, training__checkpoint_every=100, **changes)
+    train(MoleculeTask(config, CPU), tmp_path / "unbroken", Watcher())
+    watcher = Watcher({2: lambda: os.kill(os.getpid(), signal.SIGINT)})
+    with pytest.raises(Stopped):
+        train(MoleculeTask(config, CPU), tmp_path / "run", watcher)
+    settled = load_checkpoint(tmp_path / "run").config
+    train(MoleculeTask(settled, CPU), tmp_path / "run", Watcher(), resume=True)
+    assert_same_run(tmp_path / "unbroken", tmp_path / "run")
+
+
 def test_validation_is_the_same_each_time(tmp_path):
     task = MoleculeTask(tiny(), CPU)
     assert task.validation_loss(task.model) == task.validation_loss(task.model)
@@ -313,7 +369,7 @@ def test_augmentation_rotates_the_batch():
     for augment in (False, True):
         task = MoleculeTask(tiny(training__augment_rotations=augment), CPU)
 
-        def objective(model, clean, mask, generator):
+        def objective(model, clean, mask, generator, given):
             seen.append((clean, mask))
 
         task._objective = objective

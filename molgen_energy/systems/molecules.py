@@ -161,8 +161,8 @@ class MoleculeTask:
         with MoleculeFile(path) as file:
             self.source = file.source
             everything = file.load()
-            train = everything.select(file.members("train"))
-            valid = everything.select(file.members("valid"))
+            in_train, in_valid = file.members("train"), file.members("valid")
+        train = everything.select(in_train)
         elements = _elements(config, everything, path)
         if len(train) == 0:
             raise InputError(
@@ -173,15 +173,15 @@ class MoleculeTask:
         # Every loss needs the same inputs whatever its scale.
         unscaled = build_loss(config.replaced({"loss.springs.scale": 1.0}), self.encoding)
 
-        def split(molecules: Molecules) -> _Split:
-            inputs = LossInputs(unscaled, molecules, device, str(path), progress)
+        def split(molecules: Molecules, numbers: NDArray[np.int64]) -> _Split:
+            inputs = LossInputs(unscaled, molecules, device, str(path), numbers, progress)
             return _Split(ResidentMolecules(molecules, lookup, device), inputs)
 
-        self._train = split(train)
+        self._train = split(train, in_train)
         # Files are often sorted by size, so the molecules to validate on are drawn at random.
-        order = np.random.default_rng(config.training.seed).permutation(len(valid))
-        valid = valid.select(order[: config.training.validation_molecules])
-        self._valid = split(valid) if len(valid) else None
+        order = np.random.default_rng(config.training.seed).permutation(len(in_valid))
+        in_valid = in_valid[order[: config.training.validation_molecules]]
+        self._valid = split(everything.select(in_valid), in_valid) if len(in_valid) else None
         self.config = self._settle(config)
         self._schedule = PolynomialSchedule(
             self.config.diffusion.steps, self.config.diffusion.precision

@@ -37,8 +37,8 @@ class LossInputs:
         Their bonds, where the data has none, are perceived from distances.
     device
         Where tables are kept.
-    name
-        Of the data, for messages.
+    name, numbers
+        Of the data, and of the molecules in it, for messages.
     progress
         Told how many of how many molecules are done, where that takes long.
 
@@ -54,6 +54,7 @@ class LossInputs:
         molecules: Molecules,
         device: torch.device,
         name: str = "data",
+        numbers: NDArray[np.int64] | None = None,
         progress: Progress = lambda done, total: None,
     ) -> None:
         self._features = False
@@ -65,7 +66,9 @@ class LossInputs:
         if loss.family.needs_bonds or isinstance(loss.edges, BondEdges):
             self._bonds = torch.from_numpy(_bond_table(molecules)).to(device)
         if isinstance(loss.edges, SymmetrizedEdges):
-            index, weight = _symmetrized_table(loss.edges, molecules, name, progress)
+            if numbers is None:
+                numbers = np.arange(len(molecules))
+            index, weight = _symmetrized_table(loss.edges, molecules, name, numbers, progress)
             self._neighbours = Neighbours(
                 torch.from_numpy(index).to(device), torch.from_numpy(weight).to(device)
             )
@@ -124,7 +127,11 @@ def _bond_table(molecules: Molecules) -> NDArray[np.integer[Any]]:
 
 
 def _symmetrized_table(
-    edges: SymmetrizedEdges, molecules: Molecules, name: str, progress: Progress
+    edges: SymmetrizedEdges,
+    molecules: Molecules,
+    name: str,
+    numbers_in_data: NDArray[np.int64],
+    progress: Progress,
 ) -> tuple[NDArray[np.integer[Any]], NDArray[np.float32]]:
     """Neighbours and weights of each atom, (M, N, K)."""
     pieces, done = [], 0
@@ -134,9 +141,10 @@ def _symmetrized_table(
         try:
             table = edges.neighbours(torch.from_numpy(positions), mask, which)
         except ValueError:
+            number = numbers_in_data[_coincident(molecules, which, edges.tolerance)] + 1
             raise InputError(
-                f"{name}: {_coincident(molecules, which, edges.tolerance)} holds two atoms closer "
-                f"than loss.edges.tolerance = {edges.tolerance} Å; leave it out, or lower that"
+                f"{name}: molecule {number} holds two atoms closer than loss.edges.tolerance = "
+                f"{edges.tolerance} Å; leave it out, or lower that"
             ) from None
         assert table.weight is not None
         pieces.append((which, table.index.numpy(), table.weight.numpy()))
@@ -153,10 +161,11 @@ def _symmetrized_table(
     return indices, weights
 
 
-def _coincident(molecules: Molecules, which: NDArray[np.int64], tolerance: float) -> str:
+def _coincident(molecules: Molecules, which: NDArray[np.int64], tolerance: float) -> int:
+    """The first of these molecules that holds two atoms closer than the tolerance."""
     for number in which.tolist():
-        positions = molecules[number].positions
-        distances = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
-        if (distances + np.eye(len(positions)) * np.inf <= tolerance).any():
-            return f"molecule {number + 1}"
-    return "a molecule"
+        positions = molecules[number].positions.astype(np.float64)
+        i, j = np.triu_indices(len(positions), k=1)
+        if (np.linalg.norm(positions[i] - positions[j], axis=1) <= tolerance).any():
+            return int(number)
+    raise AssertionError("no atoms coincide")

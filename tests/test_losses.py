@@ -1,0 +1,213 @@
+"""How losses are called, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from molgen_energy.losses import (
+    LOSSES,
+    CompleteEdges,
+    KabschError,
+    Neighbours,
+    PairwiseEnergy,
+    SparseEdges,
+    SpringFamily,
+)
+
+X = torch.zeros(2, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "message"),
+    [
+        ((X, X[:, :4]), {}, r"prediction \(2, 5, 3\) and target \(2, 4, 3\) differ"),
+        ((X, X, torch.ones(2, 5, 1)), {}, r"expected a mask \(2, 5\), not \(2, 5, 1\)"),
+        ((X, X), {"batch": torch.zeros(10)}, "take a mask, not batch"),
+        ((X[0], X[0], torch.ones(5)), {}, "not a mask"),
+        ((X[0], X[0]), {"batch": torch.tensor([0, 0, 1])}, r"expected batch \(5,\), not \(3,\)"),
+        ((X[0], X[0]), {"batch": torch.tensor([0, 1, 0, 1, 1])}, "must ascend"),
+        ((X[0, 0], X[0, 0]), {}, "not 1 dimensions"),
+        ((X, X), {"features": torch.zeros(2, 4, 6)}, "expected features"),
+        ((X, X), {"bonds": torch.zeros(2, 7)}, r"expected bonds \(2, 5, 5\)"),
+        ((X[0], X[0]), {"bonds": torch.zeros(4, 2)}, "transpose"),
+        (
+            (X[0], X[0]),
+            {"batch": torch.tensor([0, 0, 1, 1, 1]), "bonds": torch.tensor([[0], [4]])},
+            "two samples",
+        ),
+        ((X, X), {"neighbours": Neighbours(torch.zeros(2, 3, 1).long())}, "expected neighbours"),
+    ],
+)
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_does_not_fit_is_refused(name, arguments, given, message):
+    with pytest.raises(ValueError, match=message):
+        LOSSES[name]()(*arguments, **given)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"springs": "exponentail"}, "unknown springs 'exponentail'"),
+        ({"edges": "all"}, "unknown edges 'all'"),
+        ({"distance": "feature"}, "unknown distance 'feature'"),
+        ({"scale": "edn"}, "no published scale for 'edn'"),
+        ({"springs": "lennard_jones", "scale": "jodo"}, "no published scale for 'jodo'"),
+        ({"springs": lambda d: d, "scale": "gdm"}, "known: none"),
+    ],
+)
+def test_unknown_names_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        PairwiseEnergy(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"springs": "lennard_jones"}, "give bonds"),
+        ({"edges": "bonds"}, "give bonds"),
+        ({"distance": "features"}, "give features"),
+    ],
+)
+def test_what_is_missing_is_asked_for(options, message):
+    with pytest.raises(ValueError, match=message):
+        PairwiseEnergy(**options)(X, X)
+
+
+def test_published_scales():
+    """c of the paper, for the models that it used the springs with."""
+    table = {
+        "constant": (1, 1),
+        "exponential": (42, 24),
+        "inverse": (5, 3.7),
+        "inverse_square": (16, 9),
+    }
+    for springs, (gdm, jodo) in table.items():
+        scales = [PairwiseEnergy(springs, model).scale for model in ("gdm", "edm", "jodo")]
+        assert scales == [gdm, gdm, jodo]
+    assert PairwiseEnergy("lennard_jones", "edm").scale == 9
+
+
+def test_scale_and_springs_of_ones_own():
+    target, prediction = torch.randn(2, 3, 6, 3).unbind(0)
+    own = PairwiseEnergy(SpringFamily(lambda d: torch.exp(-d)), scale=3.0)
+    expected = 3 * PairwiseEnergy("exponential")(prediction, target)
+    torch.testing.assert_close(own(prediction, target), expected)
+    # a function that returns its argument must not be written to
+    linear = PairwiseEnergy(lambda d: d)
+    torch.testing.assert_close(linear(target, target), torch.zeros(3))
+    torch.testing.assert_close(
+        linear(prediction, target),
+        PairwiseEnergy(lambda d: 1 * d)(prediction, target),
+    )
+
+
+def test_blocks_give_the_same():
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(7, 23, 3, generator=generator).double()
+    prediction = target + 0.1 * torch.randn(target.shape, generator=generator)
+    mask = torch.rand(7, 23, generator=generator) > 0.2
+    results = []
+    for pairs in (1, 24, 23 * 23, 3 * 23 * 23, 10**9):
+        position = prediction.clone().requires_grad_()
+        value = PairwiseEnergy(edges=CompleteEdges(pairs))(position, target, mask)
+        value.sum().backward()
+        results.append((value.detach(), position.grad))
+    for value, gradient in results[1:]:
+        torch.testing.assert_close(value, results[0][0])
+        torch.testing.assert_close(gradient, results[0][1])
+
+
+def test_gradient_flows_to_the_prediction_alone():
+    target = torch.randn(1, 4, 3)
+    with pytest.raises(ValueError, match="detach"):
+        PairwiseEnergy()(target + 1, target.clone().requires_grad_())
+    prediction = (target + 1).requires_grad_()
+    value = PairwiseEnergy()(prediction * 1.1, target)
+    (gradient,) = torch.autograd.grad(value.sum(), prediction, create_graph=True)
+    with pytest.raises(RuntimeError):  # there is no second derivative, and it is not silent
+        gradient.sum().backward()
+    with torch.no_grad():
+        assert not PairwiseEnergy()(prediction, target).requires_grad
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_input_is_left_as_it_was(name):
+    prediction, target = torch.randn(2, 2, 4, 3).unbind(0)
+    mask = torch.tensor([[True] * 4, [True] * 3 + [False]])
+    before = prediction.clone(), target.clone(), mask.clone()
+    LOSSES[name]()(prediction, target, mask)
+    assert all(torch.equal(a, b) for a, b in zip(before, (prediction, target, mask), strict=True))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_other_strides_and_empty_batches(name):
+    loss = LOSSES[name]()
+    prediction, target = torch.randn(2, 3, 6, 4).transpose(2, 3).unbind(0)
+    expected = loss(prediction.contiguous(), target.contiguous())
+    torch.testing.assert_close(loss(prediction, target), expected)
+    assert loss(torch.zeros(0, 5, 3), torch.zeros(0, 5, 3)).shape == (0,)
+    assert loss(torch.zeros(0, 3), torch.zeros(0, 3), batch=torch.zeros(0).long()).shape == (0,)
+    assert (loss(torch.zeros(2, 0, 3), torch.zeros(2, 0, 3)) == 0).all()
+
+
+def test_a_sample_without_atoms_costs_nothing():
+    prediction = torch.randn(5, 3, requires_grad=True)
+    value = PairwiseEnergy()(
+        prediction, prediction.detach() + 1, batch=torch.tensor([0, 0, 0, 2, 2])
+    )
+    assert value.shape == (3,)
+    assert value[1] == 0
+
+
+@pytest.mark.parametrize("edges", ["complete", "sparse"])
+def test_losses_are_copied_and_pickled(edges):
+    loss = PairwiseEnergy("inverse", 2.0, edges)
+    prediction, target = torch.randn(2, 2, 9, 3).unbind(0)
+
+    def value(loss):
+        return loss(prediction, target, generator=torch.Generator().manual_seed(0))
+
+    expected = value(loss)
+    assert torch.equal(value(copy.deepcopy(loss)), expected)
+    assert torch.equal(value(pickle.loads(pickle.dumps(loss))), expected)
+
+
+def test_no_tensor_of_all_pairs_on_the_sparse_path():
+    """30,000 atoms: all pairs would take 3.6 GB; the largest tensor here is far below."""
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            outputs = result if isinstance(result, (tuple, list)) else [result]
+            sizes.extend(x.numel() for x in outputs if isinstance(x, torch.Tensor))
+            return result
+
+    n = 30_000
+    target = torch.randn(1, n, 3)
+    prediction = (target + 0.1).requires_grad_()
+    loss = PairwiseEnergy(edges=SparseEdges(pool=1))
+    with Watch():
+        loss(prediction, target).sum().backward()
+    assert max(sizes) < 10 * 3 * n
+    assert len(sizes) < 2000  # and no loop over atoms
+
+
+@pytest.mark.filterwarnings("ignore:Optimal rotation is not uniquely")
+def test_kabsch_against_scipy():
+    """The same least squares as scipy's alignment of vectors, planar and linear molecules too."""
+    from scipy.spatial.transform import Rotation
+
+    generator = torch.Generator().manual_seed(0)
+    for shape in ([1.0, 1, 1], [1, 1, 0], [1, 0, 0]):
+        target = torch.randn(5, 8, 3, generator=generator).double() * torch.tensor(shape)
+        prediction = target + 0.5 * torch.randn(target.shape, generator=generator)
+        got = KabschError(channels=1)(prediction, target)
+        for k in range(5):
+            a, b = (x[k].numpy() - x[k].numpy().mean(0) for x in (prediction, target))
+            _, distance = Rotation.align_vectors(a, b)
+            assert float(got[k]) == pytest.approx(distance**2 / 8, rel=1e-6)
