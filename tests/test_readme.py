@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
 
 from molgen_energy.cli import app
@@ -40,8 +42,54 @@ def test_every_printed_configuration_is_shipped():
     assert {name for pair in listed for name in pair if name} == set(config_names())
 
 
-def test_nothing_is_left_to_fill_in():
-    assert not re.findall(r"\$[A-Z]{3,}|TODO|TBD", README.read_text(encoding="utf-8"))
+PAGES = [README, ROOT / "docs" / "losses.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_nothing_is_left_to_fill_in(page):
+    assert not re.findall(r"\$[A-Z]{3,}|TODO|TBD|BENCHMARK", page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8"))
+    assert targets
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_printed_python_is_python(page):
+    """It compiles, what it imports exists, and what it calls takes what it is given."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        compile(block, page.name, "exec")
+        for line in block.splitlines():
+            if line.startswith("from molgen_energy"):
+                exec(line, {})
+
+
+def test_printed_losses_run():
+    """The examples of the page on losses, on data of the shapes that they name."""
+    text = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    training, packed, symmetrized, spins = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    x, mask = torch.randn(2, 5, 3), torch.ones(2, 5, dtype=torch.bool)
+    names = {
+        "batches": [(x, mask)],
+        "centred_noise": lambda x, mask: torch.randn_like(x),
+        "alpha": torch.full((2, 1, 1), 0.8),
+        "sigma": torch.full((2, 1, 1), 0.6),
+        "t": torch.rand(2),
+        "model": lambda *inputs: 0.9 * inputs[0] if len(inputs) > 1 else inputs[0].pos + 1,
+    }
+    exec(training, names)
+    assert names["loss"].shape == ()
+    data = SimpleNamespace(pos=torch.randn(7, 3), batch=torch.tensor([0, 0, 0, 1, 1, 1, 1]))
+    exec(packed, names | {"data": data})
+    exec("from molgen_energy.losses import PairwiseEnergy, SymmetrizedEdges", names)
+    exec(symmetrized, names)
+    lattice = {name: torch.rand(2, 4, 4) for name in ("right", "down")}
+    exec(spins, lattice | {"logits": torch.randn(2, 16, 1), "spins": torch.ones(2, 16, 1)})
 
 
 def test_the_check_runs_the_printed_test_command():
