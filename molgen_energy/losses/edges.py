@@ -82,7 +82,8 @@ def _coordinates(samples: Samples) -> dict[Where, Tensor]:
 
 def _pairs_at_once(samples: Samples) -> int:
     """Pairs of a block: few enough for a CPU's cache, enough to occupy a GPU."""
-    return 1 << (16 if samples.prediction.device.type == "cpu" else 22)
+    on_cpu = samples.prediction.device.type == "cpu"
+    return min(torch.get_num_threads(), 2) << 16 if on_cpu else 1 << 22
 
 
 # ---- complete ------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ class PairwiseEnergy(PositionLoss):
                 apart = block.differences("prediction")
                 length = _lengths(apart)
                 extension = length - rest
-                force = stiffness.mul_(extension)
+                force = stiffness * extension  # f may be what it was given: not in place
                 block.add(energy, extension.mul_(force))
                 if differentiate:
                     # Differences of coincident atoms are 0, whatever they are multiplied by.
@@ -98,7 +98,7 @@ class PairwiseEnergy(PositionLoss):
             distances = torch.hypot(rest, _lengths(block.differences("features")))
         bonded = block.bonded() if self.family.needs_bonds else None
         if block.weight is None:
-            return self.family(distances, bonded).clone()
+            return self.family(distances, bonded)
         if not self.family.finite_at_zero:  # 0·∞ is no number, so f is asked for another distance
             distances = torch.where(block.weight > 0, distances, 1)
         return self.family(distances, bonded) * block.weight
