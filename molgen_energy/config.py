@@ -11,12 +11,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from molgen_energy.diffusion.process import PROCESSES
 from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError, unknown_name
-from molgen_energy.losses import EDGES, LOSSES, SPIN_LOSSES, SPRINGS
+from molgen_energy.losses import EDGES, LOSSES, PUBLISHED_SCALES, SPIN_LOSSES, SPRINGS
 from molgen_energy.models import MODELS
 from molgen_energy.resources import resource_directory
 
@@ -34,6 +41,23 @@ def _one_of(kind: str, names: Any) -> AfterValidator:
         return name
 
     return AfterValidator(check)
+
+
+def _positive_or(names: tuple[str, ...], value: float | str) -> float | str:
+    if isinstance(value, str):
+        if value not in names:
+            raise ValueError(f"expected a number above 0 or {', '.join(names)}, not '{value}'")
+    elif not 0 < value < float("inf"):
+        raise ValueError(f"expected a number greater than 0, not {value}")
+    return value
+
+
+def _positive_or_auto(value: float | str) -> float | str:
+    return _positive_or(("auto",), value)
+
+
+def _spring_scale(value: float | str) -> float | str:
+    return _positive_or(("auto", *PUBLISHED_SCALES), value)
 
 
 def _position_loss(name: str) -> str:
@@ -56,6 +80,13 @@ def _symbols(value: list[str] | Auto) -> list[str] | Auto:
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_value(cls, values: Any) -> Any:
+        if isinstance(values, (str, int, float, list)):
+            raise ValueError(f"holds {', '.join(cls.model_fields)}; set one of these")
+        return values
 
 
 class DataConfig(_Section):
@@ -92,7 +123,7 @@ class SpringsConfig(_Section):
     """Springs of the energy loss."""
 
     family: Annotated[str, _one_of("spring family", SPRINGS)] = "exponential"
-    scale: PositiveFloat | Auto | Literal["gdm", "edm", "jodo"] = "auto"
+    scale: Annotated[float | str, AfterValidator(_spring_scale)] = "auto"
     """c of k_ij = (c/n)·f(d_ij); `auto` makes c·f of mean 1 over the training pairs, a model's name
     takes the published c that goes with it."""
     distance: Literal["positions", "features"] = "positions"
@@ -103,7 +134,7 @@ class EdgesConfig(_Section):
     """Pairs that springs join, in the energy loss."""
 
     kind: Annotated[str, _one_of("edges", EDGES)] = "complete"
-    pool: PositiveInt = 100
+    pool: Annotated[int, Field(gt=0, le=10_000)] = 100
     """Random graphs to draw from for each number of atoms; `sparse` and `symmetrized`."""
     tolerance: PositiveFloat = 0.01
     """Distances in Å that differ by less count as equal by symmetry; `symmetrized`."""
@@ -115,7 +146,7 @@ class LossConfig(_Section):
     name: Annotated[str, AfterValidator(_position_loss)] = "energy"
     springs: SpringsConfig = SpringsConfig()
     edges: EdgesConfig = EdgesConfig()
-    position_weight: PositiveFloat | Auto = "auto"
+    position_weight: Annotated[float | str, AfterValidator(_positive_or_auto)] = "auto"
     """w; `auto` takes the paper's, converted to the run's springs and edges for the energy."""
 
 

@@ -168,7 +168,7 @@ BAD = {
     ),
     "coincident atoms": (
         ("train", "--data", "twins.h5", "--edges", "symmetrized"),
-        "twins.h5: molecule 1 holds two atoms closer than",
+        "twins.h5: molecule 1: two atoms are closer than",
     ),
     "huge seed": (("train", "--seed", "99999999999999999999"), "training.seed"),
     "missing second file": (("evaluate", "good.xyz", "nothing.sdf"), "nothing.sdf does not exist"),

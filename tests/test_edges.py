@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import networkx as nx
 import numpy as np
 import pytest
@@ -63,6 +65,7 @@ BANANA = without(two_cliques(5, 2)[0], (0, 1))
         (bipartite(4, 6), 10, 3, True, False),
         (bipartite(5, 5), 10, 3, True, False),
         (bipartite(5, 5), 10, 2, True, True),
+        (np.zeros((0, 2), int), 5, 3, False, False),
         # has the 3n − 6 edges and all counts right, but turns about the line 0–1
         (BANANA, 8, 3, False, False),
         (two_cliques(6, 3)[0], 9, 3, True, False),
@@ -144,7 +147,7 @@ def test_sparse_graphs_are_regular_and_globally_rigid(dimension):
     """With certainty: the theorem, and an exact test of every small graph."""
     edges = SparseEdges(pool=3, seed=1)
     for n in range(1, 30):
-        graphs = np.stack([edges.edge_list(n, dimension, graph) for graph in range(3)])
+        graphs = edges.edge_lists(n, dimension)
         degree = min(2 * dimension, n - 1)
         for graph in graphs:
             assert (np.bincount(graph.ravel(), minlength=n) == degree).all()
@@ -153,17 +156,18 @@ def test_sparse_graphs_are_regular_and_globally_rigid(dimension):
             assert are_globally_rigid(graphs, n, dimension).all()
         else:
             assert is_globally_rigid(graphs[0], n, dimension)
-    assert is_globally_rigid(edges.edge_list(100, dimension), 100, dimension)
+    assert is_globally_rigid(edges.edge_lists(100, dimension)[0], 100, dimension)
 
 
-@pytest.mark.parametrize(("n", "dimension"), [(1030, 3), (1500, 2)])
+@pytest.mark.parametrize(("n", "dimension"), [(32_800, 3), (32_801, 2)])
 def test_large_sparse_graphs_are_powers_of_cycles(n, dimension):
-    """Above 1024 atoms: 0, a, 2a, … is one circle through all atoms, and springs join D of them."""
+    """Above 32,768 atoms: 0, a, 2a, … is a circle through all atoms; springs reach D ahead."""
     edges = SparseEdges(pool=5)
     strides = edges.strides(n, dimension)
     assert len(set(strides)) > 1
     target = torch.randn(2, n, dimension, generator=torch.Generator().manual_seed(0)).double()
-    prediction = target + 0.1 * torch.randn(target.shape).double()
+    noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(1))
+    prediction = target + 0.1 * noise
     loss = PairwiseEnergy("constant", 1.0, edges)
     generator = torch.Generator().manual_seed(3)
     drawn = int(torch.randint(len(strides), (), generator=generator))
@@ -252,9 +256,60 @@ def test_tolerance_of_symmetry():
     points[0] += 0.01
     distances = cdist(points, points)
     assert len(automorphisms(distances, 0.05)) == 8
+    with pytest.raises(ValueError, match="not finite"):
+        automorphisms(np.full((3, 3), np.nan))
     assert len(automorphisms(distances, 1e-4)) == 2
-    with pytest.raises(ValueError, match="closer than the tolerance"):
+    with pytest.raises(ValueError, match="closer than four times"):
         automorphisms(cdist(points, points), 5.0)
+
+
+def test_what_is_equal_within_a_tolerance_is_made_a_group():
+    """A hexagon with errors about as large as the tolerance: some symmetries are seen, some not."""
+    rng = np.random.default_rng(0)
+    angle = 2 * np.pi * np.arange(6) / 6
+    sizes = []
+    for _ in range(30):
+        points = 1.4 * np.stack([np.cos(angle), np.sin(angle)], 1) + 0.004 * rng.normal(size=(6, 2))
+        group = automorphisms(cdist(points, points), 0.01)
+        known = {tuple(p) for p in group.tolist()}
+        assert {tuple(p[q].tolist()) for p in group for q in group} == known
+        sizes.append(len(group))
+    assert set(sizes) <= {1, 2, 3, 4, 6, 12}
+    assert len(set(sizes)) > 1
+
+
+def test_large_rings_are_searched_at_once():
+    angle = 2 * np.pi * np.arange(80) / 80
+    points = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    assert len(automorphisms(cdist(points, points), 1e-4)) == 160
+
+
+def test_symmetrized_edges_of_packed_molecules(molecules):
+    positions, numbers = molecules.select(np.arange(0, 40)).padded()
+    target, mask = torch.from_numpy(positions).double(), torch.from_numpy(numbers > 0)
+    prediction = target + 0.1 * torch.randn_like(target)
+    edges = SymmetrizedEdges(pool=1)
+    loss = PairwiseEnergy("exponential", 1.0, edges)
+    expected = loss(prediction, target, mask)
+    batch = mask.nonzero()[:, 0]
+    table = edges.neighbours(target[mask], batch=batch)
+    assert table.index.shape[0] == len(batch)
+    got = loss(prediction[mask], target[mask], batch=batch, neighbours=table)
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(ValueError, match="not finite"):
+        edges.neighbours(torch.full((1, 3, 3), torch.nan))
+    whole = edges.neighbours(target, mask.float())
+    assert torch.equal(whole.index, edges.neighbours(target, mask).index)
+
+
+def test_graphs_are_not_kept_without_end_nor_pickled():
+    edges = SparseEdges(pool=2)
+    loss = PairwiseEnergy(edges=edges)
+    edges._MOST_KEPT = 1000
+    for n in range(50, 80):
+        loss(torch.zeros(1, n, 3), torch.zeros(1, n, 3))
+        assert sum(circles.order.numel() for circles in edges._circles.values()) < 1500
+    assert len(pickle.dumps(edges)) < 1000
 
 
 def test_symmetrized_edges_treat_equivalent_atoms_alike():
@@ -267,12 +322,12 @@ def test_symmetrized_edges_treat_equivalent_atoms_alike():
         target = torch.from_numpy(points)[None]
         mask = torch.ones(target.shape[:2], dtype=torch.bool)
         edges = SymmetrizedEdges(pool=4)
-        table = edges.neighbours(target, mask, np.array([1]))
+        table = edges.neighbours(target, mask, numbers=np.array([1]))
         totals = table.weight.sum(2)[0].numpy()
         hydrogens = totals[-len(points) // 2 :]
         np.testing.assert_allclose(hydrogens, hydrogens[0], rtol=1e-5)
         # the mean over the group keeps the number of edges
-        sparse = edges.sparse.edge_list(len(points), 3, 1)
+        sparse = edges.sparse.edge_lists(len(points), 3)[1]
         assert totals.sum() / 2 == pytest.approx(len(sparse), rel=1e-5)
         # a small displacement of one atom feels the symmetric springs
         loss = PairwiseEnergy("constant", 1.0, edges)

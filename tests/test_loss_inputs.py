@@ -68,7 +68,9 @@ def test_symmetrized_edges_of_a_batch_are_those_of_the_molecules(few):
     target, mask = torch.from_numpy(positions).double(), torch.from_numpy(numbers > 0)
     prediction = target + 0.2 * torch.randn_like(target)
     table = inputs.of(which, torch.zeros(*numbers.shape, 6))["neighbours"]
-    expected = loss(prediction, target, mask, neighbours=edges.neighbours(target, mask, which))
+    expected = loss(
+        prediction, target, mask, neighbours=edges.neighbours(target, mask, numbers=which)
+    )
     torch.testing.assert_close(loss(prediction, target, mask, neighbours=table), expected)
 
 
@@ -76,7 +78,7 @@ def test_coincident_atoms_are_named():
     positions = np.array([[0, 0, 0], [1, 0, 0], [0, 0, 0], [0, 0, 1e-3], [1, 0, 0]], np.float32)
     pair = Molecules(positions, np.full(5, 6, np.uint8), np.array([0, 2, 5]))
     loss = PairwiseEnergy(edges="symmetrized")
-    with pytest.raises(InputError, match=r"mine\.h5: molecule 2 holds two atoms closer than"):
+    with pytest.raises(InputError, match=r"mine\.h5: molecule 2: two atoms are closer than"):
         LossInputs(loss, pair, CPU, "mine.h5")
 
 

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from molgen_energy.losses import (
     LOSSES,
@@ -39,6 +40,10 @@ X = torch.zeros(2, 5, 3)
             {"batch": torch.tensor([0, 0, 1, 1, 1]), "bonds": torch.tensor([[0], [4]])},
             "two samples",
         ),
+        ((X[0], X[0]), {"batch": torch.tensor([-1, 0, 0, 0, 0])}, "must ascend from 0"),
+        ((X[0], X[0]), {"batch": torch.zeros(5)}, "expected batch of integers"),
+        ((X[0], X[0]), {"batch": torch.arange(5), "size": 3}, "more than size = 3"),
+        ((X, X), {"features": torch.zeros(2, 5)}, "expected features of 3 dimensions"),
         ((X, X), {"neighbours": Neighbours(torch.zeros(2, 3, 1).long())}, "expected neighbours"),
     ],
 )
@@ -54,9 +59,13 @@ def test_what_does_not_fit_is_refused(name, arguments, given, message):
         ({"springs": "exponentail"}, "unknown springs 'exponentail'"),
         ({"edges": "all"}, "unknown edges 'all'"),
         ({"distance": "feature"}, "unknown distance 'feature'"),
-        ({"scale": "edn"}, "no published scale for 'edn'"),
+        ({"scale": "edn"}, "scale 'edn': expected a number or gdm"),
         ({"springs": "lennard_jones", "scale": "jodo"}, "no published scale for 'jodo'"),
         ({"springs": lambda d: d, "scale": "gdm"}, "known: none"),
+        ({"scale": float("nan")}, "expected a number above 0"),
+        ({"scale": -1.0}, "expected a number above 0"),
+        ({"springs": 3}, "expected a name or a function"),
+        ({"edges": SparseEdges}, "expected a name or an object"),
     ],
 )
 def test_unknown_names_are_refused(options, message):
@@ -75,6 +84,12 @@ def test_unknown_names_are_refused(options, message):
 def test_what_is_missing_is_asked_for(options, message):
     with pytest.raises(ValueError, match=message):
         PairwiseEnergy(**options)(X, X)
+
+
+def test_a_table_for_edges_that_take_none_is_refused():
+    table = Neighbours(torch.zeros(2, 5, 1).long())
+    with pytest.raises(ValueError, match="neighbours are for symmetrized edges"):
+        PairwiseEnergy()(X, X, neighbours=table)
 
 
 def test_published_scales():
@@ -96,7 +111,12 @@ def test_scale_and_springs_of_ones_own():
     own = PairwiseEnergy(SpringFamily(lambda d: torch.exp(-d)), scale=3.0)
     expected = 3 * PairwiseEnergy("exponential")(prediction, target)
     torch.testing.assert_close(own(prediction, target), expected)
-    # a function that returns its argument must not be written to
+    # a function may write into its argument, return it, or return a number
+    in_place = PairwiseEnergy(lambda d: d.neg_().exp_(), 3.0)
+    torch.testing.assert_close(in_place(prediction, target), expected)
+    number = PairwiseEnergy(lambda d: 1.0)
+    constant = PairwiseEnergy("constant")
+    torch.testing.assert_close(number(prediction, target), constant(prediction, target))
     linear = PairwiseEnergy(lambda d: d)
     torch.testing.assert_close(linear(target, target), torch.zeros(3))
     torch.testing.assert_close(
@@ -126,12 +146,33 @@ def test_gradient_flows_to_the_prediction_alone():
     with pytest.raises(ValueError, match="detach"):
         PairwiseEnergy()(target + 1, target.clone().requires_grad_())
     prediction = (target + 1).requires_grad_()
-    value = PairwiseEnergy()(prediction * 1.1, target)
-    (gradient,) = torch.autograd.grad(value.sum(), prediction, create_graph=True)
-    with pytest.raises(RuntimeError):  # there is no second derivative, and it is not silent
-        gradient.sum().backward()
     with torch.no_grad():
-        assert not PairwiseEnergy()(prediction, target).requires_grad
+        value = PairwiseEnergy()(prediction, target.clone().requires_grad_())
+        assert not value.requires_grad
+
+
+def test_no_second_derivative_is_not_silent():
+    prediction = torch.randn(1, 4, 3, requires_grad=True)
+    value = PairwiseEnergy()(prediction, torch.randn(1, 4, 3)).sum()
+    (gradient,) = torch.autograd.grad(value, prediction, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_forward_mode_and_functional_gradients(name):
+    """Directional derivatives agree with the gradient, however it is asked for."""
+    prediction, target, step = torch.randn(3, 2, 6, 3).double().unbind(0)
+    loss = LOSSES[name]()
+    position = prediction.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(position, target).sum(), position)
+    expected = (gradient * step).sum((1, 2))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(prediction, step)
+        tangent = forward_ad.unpack_dual(loss(dual, target)).tangent
+    torch.testing.assert_close(tangent, expected)
+    found = torch.func.grad(lambda x: loss(x, target).sum())(prediction)
+    torch.testing.assert_close(found, gradient)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -161,6 +202,32 @@ def test_a_sample_without_atoms_costs_nothing():
     )
     assert value.shape == (3,)
     assert value[1] == 0
+    batch = torch.tensor([0, 0, 0, 2, 2])
+    more = PairwiseEnergy()(prediction, prediction.detach() + 1, batch=batch, size=5)
+    assert more.shape == (5,)
+
+
+@pytest.mark.parametrize("edges", ["bonds", "complete", "sparse"])
+def test_bonds_in_one_direction_are_bonds(edges):
+    prediction, target = torch.randn(2, 1, 6, 3).unbind(0)
+    both = torch.zeros(1, 6, 6)
+    both[0, [0, 1, 2], [4, 2, 5]] = both[0, [4, 2, 5], [0, 1, 2]] = 1
+    loss = PairwiseEnergy("lennard_jones", 1.0, edges if edges != "sparse" else SparseEdges(1))
+    expected = loss(prediction, target, bonds=both)
+    for one in (both.triu(), both.tril()):
+        torch.testing.assert_close(loss(prediction, target, bonds=one), expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_data_of_other_types(name):
+    """Integers, other precisions: the prediction says in which precision to calculate."""
+    target = torch.randint(-3, 3, (2, 5, 3))
+    prediction = target + torch.randn(2, 5, 3)
+    expected = LOSSES[name]()(prediction, target.float())
+    for other in (target, target.double(), target.half()):
+        torch.testing.assert_close(LOSSES[name]()(prediction, other), expected)
+    with pytest.raises(ValueError, match="floating-point"):
+        LOSSES[name]()(target, target)
 
 
 @pytest.mark.parametrize("edges", ["complete", "sparse"])

@@ -105,7 +105,7 @@ def test_energy_is_the_equation(pair, springs, edges):
     if edges in ("sparse", "symmetrized"):
         joined = np.zeros_like(joined, dtype=float)
         for k, n in enumerate(mask.sum(1).tolist()):
-            i, j = SparseEdges(pool=1).edge_list(n, 3).T
+            i, j = SparseEdges(pool=1).edge_lists(n, 3)[0].T
             joined[k, i, j] = joined[k, j, i] = 1
             if edges == "symmetrized":
                 group = automorphisms(torch.cdist(target[k, :n], target[k, :n]).numpy(), 0.01)

@@ -130,6 +130,43 @@ def test_either_gauge(glass, loss):
         torch.testing.assert_close(got, torch.minimum(straight, flipped))
 
 
+@over(LABELLED)
+def test_either_gauge_can_leave_zero(glass, loss):
+    """At z = 0 both gauges cost the same; a network that starts there must still learn."""
+    table, _, _, _, ground = glass
+    logits = torch.zeros_like(ground).requires_grad_()
+    type(loss)(either_gauge=True)(logits, ground, neighbours=table).sum().backward()
+    assert (logits.grad != 0).any()
+
+
+@over(LABELLED)
+def test_spins_may_be_integers(glass, loss):
+    table, _, _, _, ground = glass
+    logits = torch.randn(ground.shape, generator=torch.Generator().manual_seed(1)).double()
+    expected = loss(logits, ground, neighbours=table)
+    for dtype in (torch.int64, torch.int8):
+        torch.testing.assert_close(loss(logits, ground.to(dtype), neighbours=table), expected)
+
+
+@over(ALL)
+def test_sure_logits_in_single_precision(glass, loss):
+    """Where the network is sure, right or wrong, float32 has the gradient of float64."""
+    table, _, _, _, ground = glass
+    for scale in (9.0, -9.0, 14.0, -14.0):
+        gradients = []
+        for dtype in (torch.float32, torch.float64):
+            logits = (scale * ground.to(dtype)).requires_grad_()
+            loss(logits, ground.to(dtype), neighbours=table).sum().backward()
+            gradients.append(logits.grad.double())
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-30)
+
+
+def test_logits_without_a_channel_are_refused():
+    for loss in ALL.values():
+        with pytest.raises(ValueError, match=r"one channel is \[\.\.\., None\]"):
+            loss(torch.zeros(2, 4), torch.ones(2, 4))
+
+
 def kullback_leibler(logits, energies_of, temperature, configurations):
     """KL(q ‖ exp(−E/T)/Z) by summing over all configurations."""
     up = torch.sigmoid(2 * logits)

@@ -31,6 +31,7 @@ from molgen_energy.losses.spin import (
     CrossEntropy,
     LocalField,
     Margin,
+    SpinLoss,
     TrueEnergy,
     lattice_couplings,
 )
@@ -46,7 +47,7 @@ POINTWISE_LOSSES: dict[str, type[PointwiseLoss]] = {
 LOSSES: dict[str, type[PositionLoss]] = {"energy": PairwiseEnergy, **POINTWISE_LOSSES}
 """Losses on the positions of atoms."""
 
-SPIN_LOSSES: dict[str, type[Loss]] = {
+SPIN_LOSSES: dict[str, type[SpinLoss]] = {
     "local_field": LocalField,
     "cross_entropy": CrossEntropy,
     "margin": Margin,
@@ -76,6 +77,7 @@ __all__ = [
     "PointwiseLoss",
     "PositionLoss",
     "SparseEdges",
+    "SpinLoss",
     "SpringFamily",
     "SymmetrizedEdges",
     "TrueEnergy",

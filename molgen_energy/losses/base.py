@@ -6,8 +6,9 @@ B samples of N_b atoms in D dimensions come in one of two layouts:
 - **packed**: (ΣN, D) with `batch` (ΣN,), the ascending number of the sample that an atom belongs
   to, as PyTorch Geometric holds it; no `batch` means one sample.
 
-What stands at padding has no effect, NaN neither, and gets gradient 0. Half-precision inputs are
-taken to float32, in which the result is returned; a gradient has the type of its input.
+What stands at padding has no effect, NaN neither, and gets gradient 0. The calculation is done in
+the precision of the prediction, float32 for half precision, and so is the result returned; a
+gradient has the type of its input.
 """
 
 from __future__ import annotations
@@ -112,6 +113,9 @@ class Samples:
 class Loss(ABC):
     """A loss of each sample between a prediction and a target."""
 
+    needs_batch = False
+    """Whether (ΣN, D) without `batch` is refused rather than taken as one sample."""
+
     def __call__(
         self,
         prediction: Tensor,
@@ -123,6 +127,7 @@ class Loss(ABC):
         bonds: Tensor | None = None,
         neighbours: Neighbours | None = None,
         generator: torch.Generator | None = None,
+        size: int | None = None,
     ) -> Tensor:
         """Loss of each sample, (B,).
 
@@ -134,11 +139,13 @@ class Loss(ABC):
             (B, N), true at real atoms; for the padded layout.
         batch
             (ΣN,), ascending; for the packed layout.
+        size
+            B, for the packed layout; None is one more than the last of `batch`.
         features
             Further channels of an atom, (B, N, F) or (ΣN, F), for springs by feature distance.
         bonds
-            Which atoms are bonded, for what depends on it: padded (B, N, N), not zero where there
-            is a bond, or packed (2, E), atoms among all, one or both directions.
+            Which atoms are bonded, for what depends on it, in one or both directions: padded
+            (B, N, N), not zero where there is a bond, or packed (2, E), atoms among all.
         neighbours
             Edges or couplings that were found before, for what takes them.
         generator
@@ -149,9 +156,14 @@ class Loss(ABC):
         ValueError
             Shapes do not fit each other, or something that this loss needs is missing.
         """
+        if self.needs_batch and prediction.ndim == 2 and batch is None:
+            raise ValueError(
+                f"{tuple(prediction.shape)}: expected (B, N, D), or (ΣN, D) with batch; "
+                "one channel is [..., None]"
+            )
         with torch.autocast(prediction.device.type, enabled=False):
             samples = as_samples(
-                prediction, target, mask, batch, features, bonds, neighbours, generator
+                prediction, target, mask, batch, features, bonds, neighbours, generator, size
             )
             return self.of(samples)
 
@@ -176,8 +188,13 @@ def as_samples(
     bonds: Tensor | None = None,
     neighbours: Neighbours | None = None,
     generator: torch.Generator | None = None,
+    size: int | None = None,
 ) -> Samples:
     """Samples of either layout; arguments and errors as when a loss is called."""
+    if not prediction.is_floating_point():
+        raise ValueError(f"expected a prediction of floating-point numbers, not {prediction.dtype}")
+    if features is not None and features.ndim != prediction.ndim:
+        raise ValueError(f"expected features of {prediction.ndim} dimensions, not {features.ndim}")
     if target.shape != prediction.shape:
         raise ValueError(
             f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ"
@@ -189,12 +206,14 @@ def as_samples(
     if prediction.ndim == 2:
         if mask is not None:
             raise ValueError("packed samples (ΣN, D) take batch (ΣN,), not a mask")
-        return _packed(prediction, target, batch, features, bonds, neighbours, generator)
+        packing = Packing.of(batch, len(prediction), prediction.device, size)
+        return _packed(prediction, target, packing, features, bonds, neighbours, generator)
     raise ValueError(f"expected (B, N, D) or (ΣN, D), not {prediction.ndim} dimensions")
 
 
-def _precise(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+def _precision(prediction: Tensor) -> torch.dtype:
+    half = prediction.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half else prediction.dtype
 
 
 def _inside(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -225,32 +244,79 @@ def _padded(
         raise ValueError(
             f"expected neighbours {(batch, atoms)} × K, not {tuple(neighbours.index.shape)}"
         )
+    dtype = _precision(prediction)
+    adjacency = None if bonds is None else bonds != 0
     return Samples(
-        _inside(_precise(prediction), mask),
-        _inside(_precise(target), mask),
+        _inside(prediction.to(dtype), mask),
+        _inside(target.to(dtype), mask),
         mask,
-        None if features is None else _inside(_precise(features), mask),
-        None if bonds is None else Bonds(atoms, bonds != 0, None),
+        None if features is None else _inside(features.to(dtype), mask),
+        None if adjacency is None else Bonds(atoms, adjacency | adjacency.mT, None),
         neighbours,
         generator,
     )
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Where packed atoms stand when they are padded."""
+
+    batch: Tensor
+    """(ΣN,), the sample of an atom."""
+    place: Tensor
+    """(ΣN,), its number in its sample."""
+    starts: Tensor
+    """(B,), the first atom of a sample."""
+    counts: Tensor
+    """(B,)."""
+    atoms: int
+    """N, of the largest sample."""
+
+    @classmethod
+    def of(
+        cls, batch: Tensor | None, total: int, device: torch.device, size: int | None = None
+    ) -> Packing:
+        """The packing of so many atoms in all."""
+        if batch is None:
+            batch = torch.zeros(total, dtype=torch.long, device=device)
+        if batch.shape != (total,):
+            raise ValueError(f"expected batch {(total,)}, not {tuple(batch.shape)}")
+        if batch.is_floating_point() or batch.dtype == torch.bool:
+            raise ValueError(f"expected batch of integers, not {batch.dtype}")
+        if total and (bool((batch[1:] < batch[:-1]).any()) or int(batch[0]) < 0):
+            raise ValueError("batch must ascend from 0; sort the atoms by sample")
+        counts = torch.bincount(batch, minlength=size or 0)
+        if size is not None and len(counts) > size:
+            raise ValueError(f"batch names {len(counts)} samples, more than size = {size}")
+        starts = counts.cumsum(0) - counts
+        place = torch.arange(total, device=device) - starts[batch]
+        return cls(batch, place, starts, counts, int(counts.max()) if len(counts) else 0)
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, N), true at atoms."""
+        return torch.arange(self.atoms, device=self.batch.device)[None] < self.counts[:, None]
+
+    def padded(self, values: Tensor) -> Tensor:
+        """(ΣN, …) to (B, N, …), zero at padding."""
+        if len(self.counts) == 1:
+            return values[None]
+        empty = values.new_zeros((len(self.counts), self.atoms, *values.shape[1:]))
+        return empty.index_put((self.batch, self.place), values)
+
+
 def _packed(
     prediction: Tensor,
     target: Tensor,
-    batch: Tensor | None,
+    packing: Packing,
     features: Tensor | None,
     bonds: Tensor | None,
     neighbours: Neighbours | None,
     generator: torch.Generator | None,
 ) -> Samples:
     """The padded layout of packed samples."""
-    total, device = len(prediction), prediction.device
-    if batch is None:
-        batch = torch.zeros(total, dtype=torch.long, device=device)
-    if batch.shape != (total,):
-        raise ValueError(f"expected batch {(total,)}, not {tuple(batch.shape)}")
+    total, dtype, atoms = len(prediction), _precision(prediction), packing.atoms
+    batch, place = packing.batch, packing.place
     if features is not None and len(features) != total:
         raise ValueError(f"expected features {total} × F, not {tuple(features.shape)}")
     if neighbours is not None and len(neighbours.index) != total:
@@ -260,26 +326,12 @@ def _packed(
             f"expected bonds (2, E) for packed samples, not {tuple(bonds.shape)}; "
             "transpose a list of pairs"
         )
-    if bool((batch[1:] < batch[:-1]).any()):
-        raise ValueError("batch must ascend; sort the atoms by sample")
-    counts = torch.bincount(batch)
-    atoms = int(counts.max()) if total else 0
-    starts = counts.cumsum(0) - counts
-    place = torch.arange(total, device=device) - starts[batch]
-    mask = torch.arange(atoms, device=device)[None] < counts[:, None]
-
-    def dense(values: Tensor) -> Tensor:
-        if len(counts) == 1:
-            return values[None]
-        empty = values.new_zeros((len(counts), atoms, *values.shape[1:]))
-        return empty.index_put((batch, place), values)
-
     local = None
     if neighbours is not None:
-        index = neighbours.index - starts[batch, None]
-        own = torch.arange(atoms, device=device)[None, :, None]
-        table = torch.where(mask[..., None], dense(index), own)
-        weight = None if neighbours.weight is None else dense(neighbours.weight)
+        index = neighbours.index - packing.starts[batch, None]
+        own = torch.arange(atoms, device=batch.device)[None, :, None]
+        table = torch.where(packing.mask[..., None], packing.padded(index), own)
+        weight = None if neighbours.weight is None else packing.padded(neighbours.weight)
         local = Neighbours(table, weight)
     pairs = None
     if bonds is not None:
@@ -289,10 +341,10 @@ def _packed(
         pairs = (batch[first] * atoms + place[first]) * atoms + place[second]
         pairs = torch.unique(pairs)
     return Samples(
-        dense(_precise(prediction)),
-        dense(_precise(target)),
-        None if len(counts) == 1 else mask,
-        None if features is None else dense(_precise(features)),
+        packing.padded(prediction.to(dtype)),
+        packing.padded(target.to(dtype)),
+        None if len(packing.counts) == 1 else packing.mask,
+        None if features is None else packing.padded(features.to(dtype)),
         None if pairs is None else Bonds(atoms, None, pairs),
         local,
         generator,

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from molgen_energy.losses.base import Neighbours, Samples
+from molgen_energy.losses.base import Neighbours, Packing, Samples
 from molgen_energy.losses.symmetry import automorphisms, may_be_symmetric
 
 Where = Literal["prediction", "target", "features"]
@@ -60,6 +60,9 @@ class Pairs(ABC):
 
 class Edges(ABC):
     """A kind of edges."""
+
+    takes_neighbours = False
+    """Whether samples may come with a table of edges that were found before."""
 
     @abstractmethod
     def pairs(self, samples: Samples) -> Pairs:
@@ -170,9 +173,12 @@ class SparseEdges(Edges):
 
     Orders are drawn beforehand, and each sample takes one of them at random. Over many draws every
     pair is as frequent as any other, so the mean over draws is the complete energy times a factor,
-    2D/(n−1). Above 1024 atoms, and where no atom is padding, the order 0, a, 2a, … (modulo n) with
-    a random a prime to n takes the place of a random permutation, which would cost more than all
-    the rest; the samples of a call then share one a.
+    2D/(n−1).
+
+    Above 32,768 atoms, and where no atom is padding, the order 0, a, 2a, … (modulo n) with a random
+    a prime to n takes the place of a random permutation, which would cost more than all the rest.
+    The graph is as rigid, and the samples of a call share it; but which pairs it can join depends
+    on how atoms are numbered, so the mean over draws is another sum over pairs.
 
     Parameters
     ----------
@@ -183,7 +189,8 @@ class SparseEdges(Edges):
     """
 
     _BLOCK = 256
-    _MOST_PERMUTED = 1024
+    _MOST_PERMUTED = 32_768
+    _MOST_KEPT = 50_000_000  # numbers, all sizes together
 
     def __init__(self, pool: int = 100, seed: int = 0) -> None:
         if pool < 1:
@@ -203,14 +210,11 @@ class SparseEdges(Edges):
         Those of n atoms are those of more atoms without the further ones, so it does not matter how
         far samples are padded.
         """
-        keys = [
-            np.random.default_rng([self.seed, block]).random((self.pool, self._BLOCK))[
-                : self.graphs(n)
-            ]
-            for block in range(-(-n // self._BLOCK))
-        ]
-        if not keys:
-            return np.zeros((self.graphs(n), 0), dtype=np.int64)
+        graphs = self.graphs(n)
+        keys = [np.zeros((graphs, 0))]
+        for block in range(-(-n // self._BLOCK)):
+            generator = np.random.default_rng([self.seed, block])
+            keys.append(generator.random((graphs, self._BLOCK)))
         return np.concatenate(keys, axis=1)[:, :n].argsort(axis=1, kind="stable")
 
     def strides(self, n: int, dimension: int) -> list[int]:
@@ -224,20 +228,25 @@ class SparseEdges(Edges):
             self._strides[n, dimension] = known
         return known
 
-    def edge_list(self, n: int, dimension: int, graph: int = 0) -> NDArray[np.int64]:
-        """The edges of one graph of a random order on n atoms, (E, 2), each once."""
-        order = self.orders(n)[graph]
+    def edge_lists(self, n: int, dimension: int) -> NDArray[np.int64]:
+        """The edges of all graphs of random orders on n atoms, (graphs, E, 2), each once."""
+        orders = self.orders(n)
         offset, place = np.meshgrid(np.arange(1, dimension + 1), np.arange(n), indexing="ij")
         # With 2·offset = n an edge is met from both its ends, with more it has been met before.
         keep = (2 * offset < n) | ((2 * offset == n) & (place < offset))
-        return np.stack([order[place[keep]], order[(place + offset)[keep] % n]], axis=1)
+        first, second = place[keep], (place + offset)[keep] % max(1, n)
+        return np.stack([orders[:, first], orders[:, second]], axis=2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the graphs, which are drawn again."""
+        return vars(self) | {"_circles": {}, "_strides": {}}
 
     def pairs(self, samples: Samples) -> Pairs:
         """The pairs of a graph drawn for each sample."""
         batch, atoms, dimension = samples.prediction.shape
         device, generator = samples.prediction.device, samples.generator
         source = device if generator is None else generator.device
-        if samples.mask is None and atoms > self._MOST_PERMUTED:
+        if samples.mask is None and atoms > max(self._MOST_PERMUTED, 4 * dimension):
             strides = self.strides(atoms, dimension)
             where = "cpu" if source.type == "cpu" else source
             drawn = torch.randint(len(strides), (), generator=generator, device=where)
@@ -245,6 +254,8 @@ class SparseEdges(Edges):
         key = atoms, dimension, device
         circles = self._circles.get(key)
         if circles is None:
+            if sum(known.order.numel() for known in self._circles.values()) > self._MOST_KEPT:
+                self._circles.clear()
             circles = _circles(self.orders(atoms), dimension)
             circles = self._circles[key] = _Circles(*(x.to(device) for x in circles))
         choice = torch.randint(len(circles.order), (batch,), generator=generator, device=source)
@@ -416,6 +427,8 @@ class SymmetrizedEdges(Edges):
     by `neighbours`, and calls the loss with the result; without it a loss searches at each call.
     """
 
+    takes_neighbours = True
+
     def __init__(self, tolerance: float = 0.01, pool: int = 100, seed: int = 0) -> None:
         self.tolerance = tolerance
         self.sparse = SparseEdges(pool, seed)
@@ -424,53 +437,81 @@ class SymmetrizedEdges(Edges):
         """The pairs of the table that the samples come with, or of one made here."""
         table = samples.neighbours
         if table is None:
-            mask = samples.mask
-            if mask is None:
-                mask = torch.ones_like(samples.target[..., 0], dtype=torch.bool)
-            table = self.neighbours(samples.target, mask)
+            table = self.neighbours(samples.target, samples.mask)
         return _TabulatedPairs(samples, table)
 
     def neighbours(
-        self, positions: Tensor, mask: Tensor, numbers: NDArray[np.int64] | None = None
+        self,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        *,
+        batch: Tensor | None = None,
+        numbers: NDArray[np.int64] | None = None,
     ) -> Neighbours:
-        """The table of molecules (B, N, D) with mask (B, N).
+        """The table of molecules, for the layout that they are given in.
 
-        `numbers` (B,) say which graph of the pool a molecule takes, counting round; None is 0.
+        Parameters
+        ----------
+        positions, mask, batch
+            Padded or packed, as a loss is called.
+        numbers
+            Which graph of the pool a molecule takes, (B,), counting round; None is 0.
 
         Raises
         ------
         ValueError
-            Two atoms of a molecule are closer than the tolerance.
+            Positions are not finite, or two atoms of a molecule are too close to tell symmetries
+            apart: closer than four times the tolerance.
         """
+        if positions.ndim == 2:
+            packing = Packing.of(batch, len(positions), positions.device)
+            padded = self.neighbours(packing.padded(positions), packing.mask, numbers=numbers)
+            assert padded.weight is not None
+            at = packing.batch, packing.place
+            return Neighbours(
+                padded.index[at] + packing.starts[packing.batch, None], padded.weight[at]
+            )
+        if mask is None:
+            mask = torch.ones_like(positions[..., 0], dtype=torch.bool)
+        mask = mask.bool()
         inside = torch.where(mask[..., None], positions.detach(), 0).double().cpu()
         real = mask.cpu().numpy()
-        batch, atoms, dimension = inside.shape
         distances = torch.cdist(inside, inside, compute_mode="donot_use_mm_for_euclid_dist").numpy()
-        weights = np.zeros((batch, atoms, atoms), dtype=np.float32)
-        which = np.zeros(batch, dtype=np.int64) if numbers is None else numbers
-        for size in np.unique(real.sum(axis=1)):
-            members = np.flatnonzero(real.sum(axis=1) == size)
-            graphs = self.sparse.graphs(int(size))
-            small = np.zeros((graphs, size, size), dtype=np.float32)
-            for graph in range(graphs):
-                i, j = self.sparse.edge_list(int(size), dimension, graph).T
-                small[graph, i, j] = small[graph, j, i] = 1
-            places = np.nonzero(real[members])[1].reshape(len(members), size)
-            at = members[:, None, None], places[:, :, None], places[:, None, :]
-            weights[at] = small[which[members] % graphs]
+        if not np.isfinite(distances).all():
+            raise ValueError("positions are not finite")
+        weights = self._sparse_weights(real, inside.shape[-1], numbers)
         for molecule in np.flatnonzero(may_be_symmetric(distances, real, self.tolerance)):
             place = np.flatnonzero(real[molecule])
             among = np.ix_(place, place)
             group = automorphisms(distances[molecule][among], self.tolerance)
-            own = weights[molecule][among]
-            images = own[group[:, :, None], group[:, None, :]]
-            weights[molecule][among] = images.mean(axis=0)
+            own, total = weights[molecule][among], np.zeros((len(place), len(place)))
+            for start in range(0, len(group), 1000):
+                images = group[start : start + 1000]
+                total += own[images[:, :, None], images[:, None, :]].sum(axis=0)
+            weights[molecule][among] = total / len(group)
         width = int((weights > 0).sum(axis=2).max(initial=0))
         first = np.argsort(-weights, axis=2, kind="stable")[:, :, :width]
         weight = np.take_along_axis(weights, first, axis=2)
-        index = np.where(weight > 0, first, np.arange(atoms)[None, :, None])
+        index = np.where(weight > 0, first, np.arange(real.shape[1])[None, :, None])
         device = positions.device
         return Neighbours(torch.from_numpy(index).to(device), torch.from_numpy(weight).to(device))
+
+    def _sparse_weights(
+        self, real: NDArray[np.bool_], dimension: int, numbers: NDArray[np.int64] | None
+    ) -> NDArray[np.float32]:
+        """Adjacency (B, N, N) of a sparse graph of each molecule."""
+        batch, atoms = real.shape
+        weights = np.zeros((batch, atoms, atoms), dtype=np.float32)
+        numbers = np.zeros(batch, dtype=np.int64) if numbers is None else numbers
+        sizes = real.sum(axis=1)
+        for size in np.unique(sizes):
+            members = np.flatnonzero(sizes == size)
+            edges = self.sparse.edge_lists(int(size), dimension)
+            edges = edges[numbers[members] % len(edges)]  # (members, E, 2)
+            places = np.nonzero(real[members])[1].reshape(len(members), size)
+            i, j = (np.take_along_axis(places, edges[..., end], axis=1) for end in (0, 1))
+            weights[members[:, None], i, j] = weights[members[:, None], j, i] = 1
+        return weights
 
 
 class _TabulatedPairs(Pairs):

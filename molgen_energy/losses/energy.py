@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from molgen_energy.losses.base import PositionLoss, Samples, as_samples
 from molgen_energy.losses.edges import EDGES, Block, Edges
@@ -23,8 +23,8 @@ class PairwiseEnergy(PositionLoss):
     the data's distances.
 
     Value and gradient are computed together and only the gradient, as large as the prediction, is
-    kept for the backward pass. The gradient at coincident atoms is 0. The target is data: it gets
-    no gradient, and there is no second derivative.
+    kept for the backward pass. The gradient at coincident atoms is 0. The target is data, as are
+    springs: they get no gradient, and there is no second derivative.
 
     Parameters
     ----------
@@ -52,11 +52,15 @@ class PairwiseEnergy(PositionLoss):
         distance: Literal["positions", "features"] = "positions",
     ) -> None:
         self.family = spring_family(springs)
+        if not isinstance(scale, str) and not 0 < scale < float("inf"):
+            raise ValueError(f"scale {scale}: expected a number above 0")
         self.scale = published_scale(self.family, scale) if isinstance(scale, str) else scale
         if isinstance(edges, str):
             if edges not in EDGES:
                 raise ValueError(f"unknown edges '{edges}' (valid: {', '.join(EDGES)})")
             edges = EDGES[edges]()
+        if not isinstance(edges, Edges):
+            raise ValueError(f"edges {edges!r}: expected a name or an object such as SparseEdges()")
         self.edges = edges
         if distance not in ("positions", "features"):
             raise ValueError(f"unknown distance '{distance}' (valid: positions, features)")
@@ -64,9 +68,13 @@ class PairwiseEnergy(PositionLoss):
 
     def of(self, samples: Samples) -> Tensor:
         """Energy of each sample, (B,)."""
-        if samples.target.requires_grad:
+        if samples.neighbours is not None and not self.edges.takes_neighbours:
+            raise ValueError("neighbours are for symmetrized edges; these edges find their own")
+        if samples.target.requires_grad and torch.is_grad_enabled():
             raise ValueError("the target of an energy gets no gradient: detach it")
-        differentiate = samples.prediction.requires_grad and torch.is_grad_enabled()
+        tangent = forward_ad.unpack_dual(samples.prediction).tangent  # type: ignore[no-untyped-call]
+        reverse = samples.prediction.requires_grad and torch.is_grad_enabled()
+        differentiate = reverse or tangent is not None
         with torch.no_grad():
             pairs = self.edges.pairs(samples)
             least = torch.finfo(samples.prediction.dtype).tiny ** 0.5  # squares below it are 0
@@ -169,12 +177,39 @@ class _KnownGradient(torch.autograd.Function):
     """A value (B,) of something (B, N, D) whose gradient is known already."""
 
     @staticmethod
-    def forward(ctx: Any, at: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
+    def forward(at: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        at, _, gradient = inputs
+        ctx.save_for_backward(at, gradient)
+        ctx.save_for_forward(at, gradient)
+
+    @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return outer[:, None, None] * gradient, None, None
+        at, gradient = ctx.saved_tensors
+        pulled: Tensor = _FirstDerivative.apply(at, outer, gradient)  # type: ignore[no-untyped-call]
+        return pulled, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *others: None) -> Tensor:
+        _, gradient = ctx.saved_tensors
+        change: Tensor = (gradient * tangent).sum(dim=(1, 2))
+        return change
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """A gradient that depends on where it was taken, and cannot be differentiated again."""
+
+    @staticmethod
+    def forward(at: Tensor, outer: Tensor, gradient: Tensor) -> Tensor:
+        return outer[:, None, None] * gradient
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> None:
+        raise RuntimeError("the energy has no second derivative")

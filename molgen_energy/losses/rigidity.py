@@ -84,6 +84,8 @@ def is_globally_rigid(
     edges = _simple(edges, n)
     if n <= dimension + 1:
         return len(edges) == n * (n - 1) // 2
+    if len(edges) <= n * dimension - dimension * (dimension + 1) // 2:
+        return False  # none to spare: some edge's other side can be mirrored
     return bool(are_globally_rigid(edges[None], n, dimension, seed, attempts)[0])
 
 
@@ -95,7 +97,7 @@ def are_globally_rigid(
     generator = np.random.default_rng(seed)
     result = np.zeros(len(edges), dtype=bool)
     # A few graphs at a time stay in the cache.
-    chunk = max(1, 1_000_000 // (8 * edges.shape[1] * n * dimension))
+    chunk = max(1, 1_000_000 // max(1, 8 * edges.shape[1] * n * dimension))
     for start in range(0, len(edges), chunk):
         for _ in range(attempts):
             open_ = start + np.flatnonzero(~result[start : start + chunk])

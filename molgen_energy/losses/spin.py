@@ -24,7 +24,13 @@ from torch.nn import functional as F
 from molgen_energy.losses.base import Loss, Neighbours, Samples
 
 
-class _SpinLoss(Loss):
+class SpinLoss(Loss):
+    """A loss of logits z, given spins or couplings; logits without a channel are refused."""
+
+    needs_batch = True
+
+
+class _LabelledLoss(SpinLoss):
     """A loss that is a sum over sites of something at the logits z, given spins y.
 
     Parameters
@@ -39,9 +45,11 @@ class _SpinLoss(Loss):
     def of(self, samples: Samples) -> Tensor:
         """Loss of each sample, (B,)."""
         loss = self._with(samples, samples.target)
-        if not self.either_gauge:
-            return loss.sum(dim=1)
-        return torch.minimum(loss, self._with(samples, -samples.target)).sum(dim=1)
+        if self.either_gauge:
+            flipped = self._with(samples, -samples.target)
+            # Where both are alike, as at z = 0, half of each gradient would be none at all.
+            loss = torch.where(loss <= flipped, loss, flipped)
+        return loss.sum(dim=1)
 
     def _with(self, samples: Samples, spins: Tensor) -> Tensor:
         return _over_sites(self.at_sites(samples, spins), samples)
@@ -51,7 +59,7 @@ class _SpinLoss(Loss):
         """Its terms, (B, N, D)."""
 
 
-class CrossEntropy(_SpinLoss):
+class CrossEntropy(_LabelledLoss):
     """−log q(y) = Σ_i log(1 + exp(−2 y_i z_i)): the data's negative log-likelihood."""
 
     def at_sites(self, samples: Samples, spins: Tensor) -> Tensor:
@@ -59,7 +67,7 @@ class CrossEntropy(_SpinLoss):
         return F.softplus(-2 * spins * samples.prediction)
 
 
-class Margin(_SpinLoss):
+class Margin(_LabelledLoss):
     """Σ_i max(0, μ − y_i z_i): the hinge loss of the logits.
 
     Parameters
@@ -79,7 +87,7 @@ class Margin(_SpinLoss):
         return F.relu(self.margin - spins * samples.prediction)
 
 
-class LocalField(_SpinLoss):
+class LocalField(_LabelledLoss):
     """(1/T)·(E_q[E(ŷ, y)] − T·S[q]) with E(ŷ, y) = −Σ_i h_i ŷ_i, h_i = Σ_j J_ij y_j + h⁰ y_i.
 
     Each spin in the field of the data around it: y_i·(h_i − h⁰ y_i) is half the energy that its
@@ -108,10 +116,10 @@ class LocalField(_SpinLoss):
         """Its terms, (B, N, D)."""
         field = coupled_sum(spins, samples) + self.offset * spins
         logits = samples.prediction
-        return -field * torch.tanh(logits) / self.temperature - entropy(logits)
+        return -field * mean_spins(logits) / self.temperature - entropy(logits)
 
 
-class TrueEnergy(Loss):
+class TrueEnergy(SpinLoss):
     """(1/T)·(E(m) − T·S[q]) with E(m) = −½ Σ_ij J_ij m_i m_j: the variational free energy.
 
     It asks for no labels: the target is not looked at. The mean of the energy over independent
@@ -129,7 +137,7 @@ class TrueEnergy(Loss):
     def of(self, samples: Samples) -> Tensor:
         """Loss of each sample, (B,)."""
         logits = samples.prediction
-        means = torch.tanh(logits)
+        means = mean_spins(logits)
         energy = -0.5 * means * coupled_sum(means, samples)
         return _over_sites(energy / self.temperature - entropy(logits), samples).sum(dim=1)
 
@@ -137,8 +145,14 @@ class TrueEnergy(Loss):
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of a spin of mean tanh z, in nats, of the shape of the logits z."""
     # −p log p − q log q with log p = −softplus(−2z), log q = −softplus(2z)
-    up = torch.sigmoid(2 * logits)
-    return up * F.softplus(-2 * logits) + (1 - up) * F.softplus(2 * logits)
+    up, down = torch.sigmoid(2 * logits), torch.sigmoid(-2 * logits)
+    return up * F.softplus(-2 * logits) + down * F.softplus(2 * logits)
+
+
+def mean_spins(logits: Tensor) -> Tensor:
+    """tanh z, whose gradient does not vanish by rounding where the network is sure."""
+    up, down = torch.sigmoid(2 * logits), torch.sigmoid(-2 * logits)
+    return torch.where(logits > 0, 1 - 2 * down, 2 * up - 1)
 
 
 def coupled_sum(values: Tensor, samples: Samples) -> Tensor:

@@ -48,6 +48,17 @@ class SpringFamily:
         return self.function(distances, bonded)
 
 
+@dataclass(frozen=True)
+class _OwnSprings:
+    """A user's function: it may write into what it is given, or return a number."""
+
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, distances: Tensor) -> Tensor:
+        value = torch.as_tensor(self.function(distances.clone()), device=distances.device)
+        return value.to(distances.dtype).expand_as(distances)
+
+
 def constant(distances: Tensor) -> Tensor:
     """f(d) = 1: a Morse potential to second order, all pairs alike."""
     return torch.ones_like(distances)
@@ -98,7 +109,9 @@ def spring_family(springs: str | Callable[[Tensor], Tensor] | SpringFamily) -> S
     if isinstance(springs, SpringFamily):
         return springs
     if not isinstance(springs, str):
-        return SpringFamily(springs)
+        if not callable(springs):
+            raise ValueError(f"springs {springs!r}: expected a name or a function of distances")
+        return SpringFamily(_OwnSprings(springs))
     if springs not in SPRINGS:
         raise ValueError(f"unknown springs '{springs}' (valid: {', '.join(SPRINGS)})")
     return SPRINGS[springs]
@@ -112,6 +125,8 @@ def published_scale(family: SpringFamily, model: str) -> float:
     ValueError
         There is none.
     """
+    if model not in PUBLISHED_SCALES:
+        raise ValueError(f"scale '{model}': expected a number or {', '.join(PUBLISHED_SCALES)}")
     name = "gdm" if model == "edm" else model
     if name not in family.scales:
         known = ", ".join(family.scales) or "none"

@@ -139,12 +139,13 @@ def _symmetrized_table(
         positions, numbers = molecules.select(which).padded()
         mask = torch.from_numpy(numbers > 0)
         try:
-            table = edges.neighbours(torch.from_numpy(positions), mask, which)
-        except ValueError:
-            number = numbers_in_data[_coincident(molecules, which, edges.tolerance)] + 1
+            table = edges.neighbours(torch.from_numpy(positions), mask, numbers=which)
+        except ValueError as error:
+            at = _first_too_close(molecules, which, edges.tolerance)
+            where = name if at is None else f"{name}: molecule {numbers_in_data[at] + 1}"
             raise InputError(
-                f"{name}: molecule {number} holds two atoms closer than loss.edges.tolerance = "
-                f"{edges.tolerance} Å; leave it out, or lower that"
+                f"{where}: {error} (loss.edges.tolerance = {edges.tolerance} Å); leave it out, or "
+                "lower that"
             ) from None
         assert table.weight is not None
         pieces.append((which, table.index.numpy(), table.weight.numpy()))
@@ -161,11 +162,13 @@ def _symmetrized_table(
     return indices, weights
 
 
-def _coincident(molecules: Molecules, which: NDArray[np.int64], tolerance: float) -> int:
-    """The first of these molecules that holds two atoms closer than the tolerance."""
+def _first_too_close(
+    molecules: Molecules, which: NDArray[np.int64], tolerance: float
+) -> int | None:
+    """The first of these molecules that holds two atoms too close to tell symmetries apart."""
     for number in which.tolist():
         positions = molecules[number].positions.astype(np.float64)
         i, j = np.triu_indices(len(positions), k=1)
-        if (np.linalg.norm(positions[i] - positions[j], axis=1) <= tolerance).any():
+        if (np.linalg.norm(positions[i] - positions[j], axis=1) < 4 * tolerance).any():
             return int(number)
-    raise AssertionError("no atoms coincide")
+    return None
