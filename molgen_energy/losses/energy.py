@@ -189,6 +189,8 @@ class _KnownGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
         at, gradient = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return outer[:, None, None] * gradient, None, None
         pulled: Tensor = _FirstDerivative.apply(at, outer, gradient)  # type: ignore[no-untyped-call]
         return pulled, None, None
 
