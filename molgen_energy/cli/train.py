@@ -93,8 +93,8 @@ def command(
                 raise InputError(f"{option} goes with --loss energy, not {settled.loss.name}")
         run = output or _new_run(settled)
         _check_new(run)
-    with progress_bar() as bar:
-        task = MoleculeTask(settled, choose_device(device), _Preparation(bar))
+    with _Preparation() as preparation:
+        task = MoleculeTask(settled, choose_device(device), preparation)
     steps_in_all = total_steps(task.config.training, task.batches_per_epoch)
     if resume is not None and checkpoint.state["progress"]["step"] >= steps_in_all:
         say(f"{run} is complete at step {steps_in_all:,}; --steps N with more makes it go on")
@@ -113,12 +113,20 @@ def command(
 class _Preparation:
     """A bar that appears when there is something to wait for."""
 
-    def __init__(self, bar: Progress) -> None:
-        self._bar = bar
+    def __init__(self) -> None:
+        self._bar = progress_bar(transient=True)
         self._handle: TaskID | None = None
+
+    def __enter__(self) -> _Preparation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            self._bar.stop()
 
     def __call__(self, done: int, total: int) -> None:
         if self._handle is None:
+            self._bar.start()
             self._handle = self._bar.add_task("finding symmetries", total=total)
         self._bar.update(self._handle, completed=done, total=total)
 
@@ -150,6 +158,8 @@ def _new_run(config: Config) -> Path:
     loss = config.loss.name
     if loss == "energy":
         loss += f"-{config.loss.springs.family}"
+        if config.loss.edges.kind != "complete":
+            loss += f"-{config.loss.edges.kind}"
     name = f"{config.name}-{loss}-{datetime.now():%Y%m%d-%H%M%S}"
     others = len(list(Path("runs").glob(f"{name}*")))
     return Path("runs") / (f"{name}-{others + 1}" if others else name)
@@ -167,11 +177,14 @@ def _announce(task: Any, run: Path, steps: int) -> None:
     config = task.config
     count = task.state["data"]["training_molecules"]
     parameters = sum(p.numel() for p in task.model.parameters())
-    springs = f", {config.loss.springs.family} springs" if config.loss.name == "energy" else ""
+    springs = ""
+    if config.loss.name == "energy":
+        springs = f", {config.loss.springs.family} springs on {config.loss.edges.kind} edges"
+    process = "" if config.diffusion.process == "diffusion" else ", by flow matching"
     say(f"data    {task.source}: {count:,} training molecules")
     say(
         f"model   {config.model.name} {config.model.layers}×{config.model.width}, "
-        f"{parameters:,} parameters, loss {config.loss.name}{springs}, on {task.device}"
+        f"{parameters:,} parameters, loss {config.loss.name}{springs}{process}, on {task.device}"
     )
     say(f"length  {steps:,} steps of {config.training.batch_size} molecules")
     say(f"run     {run}")
