@@ -1,8 +1,8 @@
 """Which pairs of atoms are joined by springs.
 
 `EDGES` holds kinds of edges by name. A kind turns samples into `Pairs`, which present the pairs in
-blocks, give distances in them, and add up what springs there do to the atoms. None of them loops
-over atoms, pairs or samples.
+blocks, give differences in them, and add up what springs there do to the atoms, with no loop over
+atoms, pairs or samples.
 """
 
 from __future__ import annotations
@@ -86,7 +86,11 @@ def _coordinates(samples: Samples) -> dict[Where, Tensor]:
 def _pairs_at_once(samples: Samples) -> int:
     """Pairs of a block: few enough for a CPU's cache, enough to occupy a GPU."""
     on_cpu = samples.prediction.device.type == "cpu"
-    return min(torch.get_num_threads(), 2) << 16 if on_cpu else 1 << 22
+    pairs = min(torch.get_num_threads(), 2) << 16 if on_cpu else 1 << 22
+    channels = samples.prediction.shape[-1]
+    if samples.features is not None:
+        channels = max(channels, samples.features.shape[-1])
+    return max(1, 3 * pairs // max(3, channels))
 
 
 # ---- complete ------------------------------------------------------------------------------------
@@ -190,7 +194,7 @@ class SparseEdges(Edges):
 
     _BLOCK = 256
     _MOST_PERMUTED = 32_768
-    _MOST_KEPT = 50_000_000  # numbers, all sizes together
+    _MOST_KEPT = 12_000_000  # places on circles, all sizes together
 
     def __init__(self, pool: int = 100, seed: int = 0) -> None:
         if pool < 1:
@@ -248,8 +252,7 @@ class SparseEdges(Edges):
         source = device if generator is None else generator.device
         if samples.mask is None and atoms > max(self._MOST_PERMUTED, 4 * dimension):
             strides = self.strides(atoms, dimension)
-            where = "cpu" if source.type == "cpu" else source
-            drawn = torch.randint(len(strides), (), generator=generator, device=where)
+            drawn = torch.randint(len(strides), (), generator=generator, device=source)
             return _CircularPairs(samples, None, strides[int(drawn)])
         key = atoms, dimension, device
         circles = self._circles.get(key)
