@@ -60,14 +60,12 @@ def _spring_scale(value: float | str) -> float | str:
     return _positive_or(("auto", *PUBLISHED_SCALES), value)
 
 
-def _position_loss(name: str) -> str:
+def _no_spin_loss(name: str) -> str:
     if name in SPIN_LOSSES:
         raise ValueError(
             f"'{name}' is a loss on spins, for your own training code; molecules are trained with "
             f"{', '.join(LOSSES)}"
         )
-    if name not in LOSSES:
-        raise ValueError(unknown_name("loss", name, LOSSES))
     return name
 
 
@@ -143,7 +141,7 @@ class EdgesConfig(_Section):
 class LossConfig(_Section):
     """Loss on positions; features have the squared (`mae`: absolute) error of what is predicted."""
 
-    name: Annotated[str, AfterValidator(_position_loss)] = "energy"
+    name: Annotated[str, AfterValidator(_no_spin_loss), _one_of("loss", LOSSES)] = "energy"
     springs: SpringsConfig = SpringsConfig()
     edges: EdgesConfig = EdgesConfig()
     position_weight: Annotated[float | str, AfterValidator(_positive_or_auto)] = "auto"

@@ -186,7 +186,7 @@ def draw(sweep: list[list[Finding]], folder: Path) -> None:
         left.fill_between(sigmas, values.min(1), values.max(1), alpha=0.15)
     left.loglog(sigmas, sigmas, "k:", label="slope 1")
     left.axvline(WIDTH, color="grey", lw=0.8)
-    left.text(WIDTH, 3, " τ", color="grey")
+    left.text(WIDTH, 0.93, " τ", color="grey", transform=left.get_xaxis_transform())
     left.set(xlabel="σ", title="The minimiser of the mean energy is the score (4.4)")
     left.legend(loc="lower right")
     found = min((row[0] for row in sweep), key=lambda f: abs(f.sigma - 0.02))

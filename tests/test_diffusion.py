@@ -132,31 +132,33 @@ class Noisy(torch.nn.Module):
         return self.wrong
 
 
-def objective_setup(molecules, loss, weight, scale=1.0):
+def judged(process, molecules, loss, weight, scale):
+    """Terms of a wrong prediction, what the model saw and said, clean molecules and mask."""
     positions, mask = padded_batch(molecules.select(np.arange(0, 2000, 250)), torch.float32)
     positions = centred(positions, mask) / scale
     clean = torch.cat([positions, positions * 0.1], dim=-1)
     wrong = molecule_noise(mask, 6, torch.Generator().manual_seed(5))
     model = Noisy(wrong)
-    schedule = PolynomialSchedule(100)
-    objective = DiffusionObjective(schedule, loss, weight, scale)
+    objective = process(PolynomialSchedule(100), loss, weight, scale)
     terms = objective(model, clean, mask, torch.Generator().manual_seed(1))
-    step = (model.seen[1] * 100).round().long()
+    return terms, model.seen, wrong, clean, mask
+
+
+def objective_setup(molecules, loss, weight, scale=1.0):
+    terms, (noisy, time), wrong, clean, mask = judged(
+        DiffusionObjective, molecules, loss, weight, scale
+    )
+    schedule, step = PolynomialSchedule(100), (time * 100).round().long()
     alpha, sigma = schedule.alpha(step)[:, None, None], schedule.sigma(step)[:, None, None]
-    noise = torch.where(mask[..., None], (model.seen[0] - alpha * clean) / sigma, 0)
+    noise = torch.where(mask[..., None], (noisy - alpha * clean) / sigma, 0)
     return terms, noise, wrong, clean, mask, alpha, sigma
 
 
 def flow_setup(molecules, loss, weight, scale=1.0):
     """Terms, the true velocity, the model's, clean molecules, mask and times."""
-    positions, mask = padded_batch(molecules.select(np.arange(0, 2000, 250)), torch.float32)
-    positions = centred(positions, mask) / scale
-    clean = torch.cat([positions, positions * 0.1], dim=-1)
-    wrong = molecule_noise(mask, 6, torch.Generator().manual_seed(5))
-    model = Noisy(wrong)
-    objective = FlowMatchingObjective(PolynomialSchedule(100), loss, weight, scale)
-    terms = objective(model, clean, mask, torch.Generator().manual_seed(1))
-    noisy, time = model.seen
+    terms, (noisy, time), wrong, clean, mask = judged(
+        FlowMatchingObjective, molecules, loss, weight, scale
+    )
     assert ((time > 0) & (time <= 1)).all()
     time = time[:, None, None]
     noise = (noisy - (1 - time) * clean) / time

@@ -21,6 +21,14 @@ from molgen_energy.losses.rigidity import (
 from molgen_energy.losses.symmetry import automorphisms
 
 
+@pytest.fixture
+def forty(molecules):
+    """A prediction near 40 molecules, the molecules, and the mask."""
+    positions, numbers = molecules.select(np.arange(0, 40)).padded()
+    target, mask = torch.from_numpy(positions).double(), torch.from_numpy(numbers > 0)
+    return target + 0.1 * torch.randn_like(target), target, mask
+
+
 def complete(n):
     return np.array([(i, j) for i in range(n) for j in range(i)]).reshape(-1, 2)
 
@@ -284,10 +292,8 @@ def test_large_rings_are_searched_at_once():
     assert len(automorphisms(cdist(points, points), 1e-4)) == 160
 
 
-def test_symmetrized_edges_of_packed_molecules(molecules):
-    positions, numbers = molecules.select(np.arange(0, 40)).padded()
-    target, mask = torch.from_numpy(positions).double(), torch.from_numpy(numbers > 0)
-    prediction = target + 0.1 * torch.randn_like(target)
+def test_symmetrized_edges_of_packed_molecules(forty):
+    prediction, target, mask = forty
     edges = SymmetrizedEdges(pool=1)
     loss = PairwiseEnergy("exponential", 1.0, edges)
     expected = loss(prediction, target, mask)
@@ -339,10 +345,8 @@ def test_symmetrized_edges_treat_equivalent_atoms_alike():
         np.testing.assert_allclose(energies, energies[0], rtol=1e-3)
 
 
-def test_a_table_found_before_gives_the_same(molecules):
-    positions, numbers = molecules.select(np.arange(0, 40)).padded()
-    target, mask = torch.from_numpy(positions).double(), torch.from_numpy(numbers > 0)
-    prediction = target + 0.1 * torch.randn_like(target)
+def test_a_table_found_before_gives_the_same(forty):
+    prediction, target, mask = forty
     edges = SymmetrizedEdges(pool=1)
     loss = PairwiseEnergy("exponential", 1.0, edges)
     table = edges.neighbours(target, mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -12,21 +13,16 @@ from molgen_energy.diffusion.process import clean_prediction, on_subspace
 from molgen_energy.diffusion.schedule import PolynomialSchedule
 
 
-class AncestralSampler:
-    """Ancestral sampling of EDM (Hoogeboom et al., ICML 2022, algorithm 2).
-
-    x_s = x_t/α_{t|s} − σ²_{t|s}/(α_{t|s} σ_t)·ε̂ + (σ_{t|s} σ_s/σ_t)·ε for t = T … 1, s = t − 1,
-    with α_{t|s} = α_t/α_s and σ²_{t|s} = σ²_t − α²_{t|s} σ²_s. At the end positions are drawn from
-    N(x̂, σ_0²/α_0²), and features are those of x_0 itself.
-    """
+class Sampler(ABC):
+    """From noise to samples, with a network that was trained at the times of a schedule."""
 
     def __init__(self, schedule: PolynomialSchedule) -> None:
         self.schedule = schedule
 
     @property
+    @abstractmethod
     def evaluations(self) -> int:
         """Calls of the network for each sample."""
-        return self.schedule.steps + 1
 
     @torch.no_grad()
     def sample(
@@ -42,7 +38,7 @@ class AncestralSampler:
         Parameters
         ----------
         model
-            Called as model(noisy, time, mask), returns the noise.
+            Called as model(noisy, time, mask), returns what it was trained to predict.
         noise
             Source of randomness, one stream for each sample.
         mask
@@ -52,6 +48,40 @@ class AncestralSampler:
         advance
             Called behind each call of the model.
         """
+        return self._draw(model, noise, mask, channels, advance)
+
+    @abstractmethod
+    def _draw(
+        self,
+        model: nn.Module,
+        noise: SeededNoise,
+        mask: Tensor,
+        channels: int,
+        advance: Callable[[], None],
+    ) -> Tensor:
+        """Draw samples; parameters as of `sample`."""
+
+
+class AncestralSampler(Sampler):
+    """Ancestral sampling of EDM (Hoogeboom et al., ICML 2022, algorithm 2).
+
+    x_s = x_t/α_{t|s} − σ²_{t|s}/(α_{t|s} σ_t)·ε̂ + (σ_{t|s} σ_s/σ_t)·ε for t = T … 1, s = t − 1,
+    with α_{t|s} = α_t/α_s and σ²_{t|s} = σ²_t − α²_{t|s} σ²_s. At the end positions are drawn from
+    N(x̂, σ_0²/α_0²), and features are those of x_0 itself.
+    """
+
+    @property
+    def evaluations(self) -> int:
+        return self.schedule.steps + 1
+
+    def _draw(
+        self,
+        model: nn.Module,
+        noise: SeededNoise,
+        mask: Tensor,
+        channels: int,
+        advance: Callable[[], None],
+    ) -> Tensor:
         schedule = self.schedule
         alpha2, sigma2 = schedule.alpha2, schedule.sigma2
         atoms = mask.shape[1]
@@ -81,30 +111,24 @@ class AncestralSampler:
         return torch.cat([positions[..., :3], x[..., 3:]], dim=-1)
 
 
-class EulerSampler:
+class EulerSampler(Sampler):
     """dx/dt = û(x, t) from noise at t = 1 to data at t = 0, in T equal steps of Euler's method.
 
     For networks that were trained by flow matching. Only the start is random.
     """
 
-    def __init__(self, schedule: PolynomialSchedule) -> None:
-        self.schedule = schedule
-
     @property
     def evaluations(self) -> int:
-        """Calls of the network for each sample."""
         return self.schedule.steps
 
-    @torch.no_grad()
-    def sample(
+    def _draw(
         self,
         model: nn.Module,
         noise: SeededNoise,
         mask: Tensor,
         channels: int,
-        advance: Callable[[], None] = lambda: None,
+        advance: Callable[[], None],
     ) -> Tensor:
-        """Draw samples (B, N, channels); parameters as of `AncestralSampler`, u for the noise."""
         steps = self.schedule.steps
         x = on_subspace(noise.normal(steps + 1, mask.shape[1], channels), mask)
         for step in range(steps, 0, -1):
@@ -114,7 +138,7 @@ class EulerSampler:
         return x
 
 
-SAMPLERS: dict[str, type[AncestralSampler] | type[EulerSampler]] = {
+SAMPLERS: dict[str, type[Sampler]] = {
     "diffusion": AncestralSampler,
     "flow_matching": EulerSampler,
 }

@@ -20,6 +20,7 @@ from molgen_energy.losses import (
     PositionLoss,
     SymmetrizedEdges,
 )
+from molgen_energy.losses.base import Bonds as BondedPairs
 
 Progress = Callable[[int, int], None]
 
@@ -115,15 +116,9 @@ def _bond_table(molecules: Molecules) -> NDArray[np.integer[Any]]:
             for m, i, j in [np.nonzero(piece.orders)]
         ]
         triples = np.concatenate(found) if found else np.zeros((0, 3), np.int64)
-    row = triples[:, 0] * atoms + triples[:, 1]
-    order = np.argsort(row, kind="stable")
-    row, other = row[order], triples[order, 2]
-    degrees = np.bincount(row, minlength=len(molecules) * atoms)
-    place = np.arange(len(row)) - (np.cumsum(degrees) - degrees)[row]
-    table = np.tile(np.arange(atoms, dtype=_index_type(molecules)), len(molecules))
-    table = np.repeat(table[:, None], max(1, int(degrees.max(initial=0))), axis=1)
-    table[row, place] = other
-    return table.reshape(len(molecules), atoms, -1)
+    pairs = np.unique((triples[:, 0] * atoms + triples[:, 1]) * atoms + triples[:, 2])
+    table = BondedPairs(atoms, None, torch.from_numpy(pairs)).neighbours(len(molecules))
+    return table.index.numpy().astype(_index_type(molecules))
 
 
 def _symmetrized_table(
