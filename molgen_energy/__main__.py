@@ -1,3 +1,4 @@
 from molgen_energy.cli import main
 
-main()
+if __name__ == "__main__":  # a worker process reads this file too
+    main()

@@ -59,7 +59,7 @@ def preprocess_file(
     _check_output(output)
     with MoleculeWriter(output, source=reader.path.name) as writer:
         for piece in reader.chunks(_PIECE):
-            writer.append(piece)
+            writer.append(piece.molecules)
             progress(len(piece))
         writer.set_split(random_split(writer.count, fractions, seed))
     return writer.count

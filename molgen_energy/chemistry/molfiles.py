@@ -8,6 +8,7 @@ bonds need them.
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,22 +17,18 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from rdkit import Chem, rdBase
 
 from molgen_energy.chemistry.bonds import perceive
-from molgen_energy.chemistry.rdkit import build, judge
-from molgen_energy.data.molecules import AROMATIC, Molecule, Molecules
+from molgen_energy.chemistry.rdkit import CROWD, ORDERS, build, judge, most_neighbours
+from molgen_energy.data.molecules import Molecule, Molecules, Piece
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
 from molgen_energy.output import replacing
 
-_ORDERS = {
-    Chem.BondType.SINGLE: 1,
-    Chem.BondType.DOUBLE: 2,
-    Chem.BondType.TRIPLE: 3,
-    Chem.BondType.AROMATIC: AROMATIC,
-}
+PERCEIVED = "bonds"
+"""Field of an SDF that says `perceived` where its bonds were found from distances."""
+
 _MOST_NAMED = 5
 
 
@@ -74,40 +71,53 @@ class MoleculeReader:
         self.skipped: list[BadRecord] = []
         self.skipped_count = 0
         self.count = 0
+        self.number = 0
+        """Of the record that was read last, from 1."""
+        self.fields: dict[str, str] = {}
+        """What the first record says besides its atoms: the data fields of an SDF."""
         kind = path.name.lower().removesuffix(".gz").rsplit(".", 1)[-1]
         if kind not in ("sdf", "mol", "xyz"):
             raise InputError(f"{path} is no SDF or XYZ file (.sdf, .xyz, also .gz)")
         self._records = _sdf_records if kind in ("sdf", "mol") else _xyz_records
 
     def __iter__(self) -> Iterator[Molecule]:
-        self.count = self.skipped_count = 0
+        self.count = self.skipped_count = self.number = 0
         self.skipped = []
-        number = 0
         lines = _Lines(self.path)
         try:
-            for number, (line, record) in enumerate(self._records(lines), start=1):
+            for line, record in self._records(lines, self):
+                self.number += 1
                 reason = record if isinstance(record, str) else self._unusable(record)
                 if isinstance(record, Molecule) and not reason:
                     self.count += 1
                     yield record
                     continue
-                self.skipped_count += 1
-                if len(self.skipped) < _MOST_NAMED:
-                    self.skipped.append(BadRecord(number, line, reason))
-                if not self.skip_bad:
-                    raise InputError(
-                        f"{self.path}: record {number} (line {line}): {reason}; "
-                        "mend it or pass --skip-bad to leave out such records"
-                    )
+                self._skip(line, reason)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(
-                f"{self.path} is cut off or no gzip file, behind record {number} ({error})"
-            ) from error
+            self.number += 1
+            if not (self.skip_bad and self.count):
+                raise InputError(
+                    f"{self.path} is cut off or no gzip file, behind record {self.number - 1} "
+                    f"({error}); --skip-bad takes what can be read"
+                ) from error
+            self._skip(lines.number, f"the file is cut off ({error})")
         finally:
             lines.close()
         if self.count == 0:
-            what = f"no usable molecule ({number} bad records)" if number else "no molecule"
+            bad = self.skipped_count
+            what = f"no usable molecule ({bad} bad records)" if bad else "no molecule"
             raise InputError(f"{self.path} holds {what}")
+
+    def _skip(self, line: int, reason: str) -> None:
+        """Remember the record that was read last as a bad one, or raise."""
+        self.skipped_count += 1
+        if len(self.skipped) < _MOST_NAMED:
+            self.skipped.append(BadRecord(self.number, line, reason))
+        if not self.skip_bad:
+            raise InputError(
+                f"{self.path}: record {self.number} (line {line}): {reason}; "
+                "mend it or pass --skip-bad to leave out such records"
+            )
 
     def _unusable(self, molecule: Molecule) -> str:
         """What is wrong with a molecule that was read, or nothing."""
@@ -123,11 +133,12 @@ class MoleculeReader:
                 return f"it holds {symbol(min(foreign))}, which is not among {allowed}"
         return ""
 
-    def chunks(self, size: int) -> Iterator[Molecules]:
+    def chunks(self, size: int) -> Iterator[Piece]:
         """The molecules in pieces of at most `size`."""
-        molecules = iter(self)
-        while piece := list(islice(molecules, size)):
-            yield Molecules.from_list(piece)
+        molecules = ((self.number, molecule) for molecule in self)
+        while part := list(islice(molecules, size)):
+            records, piece = zip(*part, strict=True)
+            yield Piece(np.array(records, np.int64), Molecules.from_list(piece))
 
 
 class _Lines:
@@ -156,19 +167,37 @@ class _Lines:
         self._file.close()
 
 
-def _sdf_records(lines: _Lines) -> Iterator[tuple[int, Molecule | str]]:
+def _sdf_records(lines: _Lines, reader: MoleculeReader) -> Iterator[tuple[int, Molecule | str]]:
     """Line number and molecule, or what is wrong, of each record up to its `$$$$`."""
     while True:
         start = lines.number + 1
         record: list[str] = []
         while (line := lines.next()) is not None and not line.startswith("$$$$"):
             record.append(line)
+        if reader.number == 0:
+            reader.fields = _data_fields(record)
         if any(text.strip() for text in record):
             yield start, _parse_mol_block("".join(record))
         elif line is not None:
             yield start, "an empty record"
         if line is None:
             return
+
+
+def _data_fields(record: list[str]) -> dict[str, str]:
+    """The data fields of an SDF record, `> <name>` and the lines up to an empty one."""
+    fields: dict[str, str] = {}
+    name = None
+    for line in record:
+        header = re.match(r">.*<([^>]+)>", line)
+        if header:
+            name = header[1]
+            fields[name] = ""
+        elif not line.strip():
+            name = None
+        elif name is not None:
+            fields[name] += line
+    return {name: value.rstrip("\n") for name, value in fields.items()}
 
 
 def _parse_mol_block(block: str) -> Molecule | str:
@@ -186,18 +215,18 @@ def _parse_mol_block(block: str) -> Molecule | str:
         return "no atoms" if not numbers else "no coordinates"
     bonds = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx(), b.GetBondType()) for b in parsed.GetBonds()]
     for i, j, kind in bonds:
-        if kind not in _ORDERS:
+        if kind not in ORDERS:
             return f"the bond of atoms {i + 1} and {j + 1} has no order 1, 2, 3 or aromatic"
     return Molecule(
         parsed.GetConformer().GetPositions().astype(np.float32),
         np.array(numbers, np.uint8),
         np.array([atom.GetFormalCharge() for atom in parsed.GetAtoms()], np.int8),
         np.array([(i, j) for i, j, _ in bonds], np.uint16).reshape(-1, 2),
-        np.array([_ORDERS[kind] for _, _, kind in bonds], np.uint8),
+        np.array([ORDERS[kind] for _, _, kind in bonds], np.uint8),
     )
 
 
-def _xyz_records(lines: _Lines) -> Iterator[tuple[int, Molecule | str]]:
+def _xyz_records(lines: _Lines, reader: MoleculeReader) -> Iterator[tuple[int, Molecule | str]]:
     """Line number and molecule, or what is wrong, of each frame.
 
     Behind a bad frame the next one is looked for: a line with a number alone, a comment, and a
@@ -212,6 +241,8 @@ def _xyz_records(lines: _Lines) -> Iterator[tuple[int, Molecule | str]]:
         start = lines.number
         record = [line]
         parsed = _parse_frame(lines, record)
+        if reader.number == 0 and len(record) > 1:
+            reader.fields = dict(re.findall(r"(\w+)='([^']*)'", record[1]))
         yield start, parsed
         if isinstance(parsed, str):
             lines.put_back(record[1:])
@@ -266,10 +297,10 @@ def _seek_frame(lines: _Lines) -> None:
 class MoleculeTextWriter:
     """Write SDF or XYZ piece by piece; the file appears under its name when the block succeeds.
 
-    Every molecule becomes a record. Bonds are perceived from distances; the SDF fields `status`
-    (`valid`, or why RDKit refuses the molecule) and `fragments` say what came of it. Where
-    coordinates are not finite, no format can hold them: the atoms are put at the origin, without
-    bonds, and the status says so.
+    Every molecule becomes a record. Bonds are perceived from distances, as the SDF field `bonds`
+    says; the fields `status` (`valid`, or why RDKit refuses the molecule) and `fragments` say what
+    came of it. Where coordinates are not finite, no format can hold them: the atoms are put at the
+    origin, without bonds, and the status says so. A crowd of atoms is written without bonds too.
 
     Parameters
     ----------
@@ -277,11 +308,16 @@ class MoleculeTextWriter:
         Ends in .sdf or .xyz.
     fields
         Said of every molecule: data fields of an SDF, the comment line of an XYZ.
+    once
+        Said of the first molecule of an SDF only, since it is long.
     """
 
-    def __init__(self, path: Path, fields: dict[str, str]) -> None:
+    def __init__(
+        self, path: Path, fields: dict[str, str], once: dict[str, str] | None = None
+    ) -> None:
         self._path = path
         self._fields = fields
+        self._once = once or {}
         self._record = _sdf_record if path.suffix.lower() == ".sdf" else _xyz_record
         self.count = 0
 
@@ -293,38 +329,38 @@ class MoleculeTextWriter:
 
     def append(self, molecules: Molecules) -> None:
         """Write molecules behind those that are there, in their order."""
-        records = [""] * len(molecules)
-        for which, _, orders in perceive(molecules):
-            for i, order in zip(which.tolist(), orders, strict=True):
-                fields = {"molecule": str(self.count + i)} | self._fields
-                molecule = molecules[i]
-                records[i] = self._record(molecule, order[: len(molecule), : len(molecule)], fields)
-        self._file.writelines(records)
-        self.count += len(molecules)
+        for molecule in perceive(molecules):
+            fields = {"molecule": str(self.count)} | self._fields
+            if self.count == 0 and self._record is _sdf_record:
+                fields |= self._once
+            self._file.write(self._record(molecule, fields))
+            self.count += 1
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
 
-def _sdf_record(molecule: Molecule, orders: NDArray[np.uint8], fields: dict[str, str]) -> str:
-    positions = molecule.positions
-    if np.isfinite(positions).all():
-        verdict = judge(build(molecule.atomic_numbers, orders))
+def _sdf_record(molecule: Molecule, fields: dict[str, str]) -> str:
+    if np.isfinite(molecule.positions).all():
+        verdict = judge(molecule)
         status, fragments = verdict.reason or "valid", verdict.fragments
+        if most_neighbours(molecule) > CROWD:
+            molecule = Molecule(molecule.positions, molecule.atomic_numbers)
     else:
-        positions, orders = np.zeros_like(positions), np.zeros_like(orders)
+        molecule = Molecule(np.zeros_like(molecule.positions), molecule.atomic_numbers)
         status, fragments = "coordinates are not finite", len(molecule)
     with rdBase.BlockLogs():
-        built = build(molecule.atomic_numbers, orders, positions)
+        built = build(molecule, positions=True)
         built.UpdatePropertyCache(strict=False)
         built.SetProp("_Name", f"molecule {fields['molecule']}")
         block = Chem.MolToMolBlock(built, kekulize=False)
-    fields = fields | {"status": status, "fragments": str(fragments)}
-    data = "".join(f">  <{key}>\n{value}\n\n" for key, value in fields.items())
+    fields = fields | {PERCEIVED: "perceived", "status": status, "fragments": str(fragments)}
+    # An empty line would end a field.
+    data = "".join(f">  <{key}>\n{value.strip()}\n\n" for key, value in fields.items() if value)
     return f"{block}{data}$$$$\n"
 
 
-def _xyz_record(molecule: Molecule, _orders: NDArray[np.uint8], fields: dict[str, str]) -> str:
+def _xyz_record(molecule: Molecule, fields: dict[str, str]) -> str:
     positions = molecule.positions
     if not np.isfinite(positions).all():
         positions, fields = np.zeros_like(positions), fields | {"status": "coordinates not finite"}

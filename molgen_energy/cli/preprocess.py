@@ -75,8 +75,8 @@ def _describe(output: Path) -> None:
         present: set[int] = set()
         flat = True
         for piece in file.chunks(50_000):
-            present |= set(piece.atomic_numbers.tolist())
-            flat = flat and not piece.positions[:, 2].any()
+            present |= set(piece.molecules.atomic_numbers.tolist())
+            flat = flat and not piece.molecules.positions[:, 2].any()
         sizes = file.offsets[1:] - file.offsets[:-1]
     say(f"{counts}; {sizes.min()} to {sizes.max()} atoms of "
         f"{', '.join(symbol(z) for z in sorted(present))}")  # fmt: skip

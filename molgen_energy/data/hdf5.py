@@ -10,6 +10,7 @@ after that.
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molgen_energy import __version__
-from molgen_energy.data.molecules import Bonds, Molecules, Property
+from molgen_energy.data.molecules import Bonds, Molecules, Piece, Property
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.output import replacing
 
@@ -94,9 +95,17 @@ class MoleculeWriter:
     ...     writer.set_split(split)
     """
 
-    def __init__(self, path: Path, *, source: str, compress: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        source: str,
+        compress: bool = False,
+        provenance: Mapping[str, str] | None = None,
+    ) -> None:
         self._path = path
         self._source = source
+        self._provenance = dict(provenance or {})
         self._compression = {"compression": "gzip", "shuffle": True} if compress else {}
         self._atoms = 0
         self._bonds = 0
@@ -114,6 +123,8 @@ class MoleculeWriter:
             created_by=f"molgen-energy {__version__}",
             units="positions: angstrom; charges: e",
         )
+        if self._provenance:
+            self._file.attrs["provenance"] = json.dumps(self._provenance)
         return self
 
     def append(self, molecules: Molecules) -> None:
@@ -247,6 +258,17 @@ class MoleculeFile:
         """What the file was made from."""
         return str(self._file.attrs.get("source", self.path.name))
 
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Where sampled molecules come from: checkpoint, seed, configuration."""
+        text = self._file.attrs.get("provenance")
+        return {"source": self.source} if text is None else dict(json.loads(text))
+
+    @property
+    def has_bonds(self) -> bool:
+        """Whether the molecules carry bonds."""
+        return "bonds" in self._file
+
     def __len__(self) -> int:
         return len(self.split)
 
@@ -263,16 +285,32 @@ class MoleculeFile:
         molecules = self.slice(0, len(self))
         return molecules if split is None else molecules.select(self.members(split))
 
-    def chunks(self, size: int, split: str | None = None) -> Iterator[Molecules]:
-        """The molecules of a split in pieces of at most `size`, read one piece at a time."""
-        wanted = None if split is None else self.members(split)
+    def chunks(
+        self, size: int, split: str | None = None, skip_bad: bool = False
+    ) -> Iterator[Piece]:
+        """The molecules of a split in pieces of at most `size`, read one piece at a time.
+
+        With `skip_bad`, molecules whose coordinates are not finite are left out and counted in
+        `skipped`.
+        """
+        wanted = self.members(split)
+        self.skipped = 0
         for start in range(0, len(self), size):
             stop = min(start + size, len(self))
-            piece = self.slice(start, stop)
-            if wanted is not None:
-                piece = piece.select(wanted[(wanted >= start) & (wanted < stop)] - start)
-            if len(piece):
-                yield piece
+            chosen = wanted[slice(*np.searchsorted(wanted, [start, stop]))]
+            if not len(chosen):
+                continue
+            molecules = self._read(start, stop)
+            usable = _finite(molecules)[chosen - start]
+            if not skip_bad and not usable.all():
+                raise self._not_finite(int(chosen[~usable][0]))
+            self.skipped += int((~usable).sum())
+            chosen = chosen[usable]
+            if len(chosen):
+                yield Piece(chosen + 1, molecules.select(chosen - start))
+
+    def _not_finite(self, number: int) -> InputError:
+        return InputError(f"{self.path}: molecule {number + 1} has coordinates that are not finite")
 
     def slice(self, start: int, stop: int) -> Molecules:
         """Molecules `start` to `stop`, read from the file.
@@ -282,15 +320,16 @@ class MoleculeFile:
         InputError
             A position is not a finite number; names the molecule.
         """
+        molecules = self._read(start, stop)
+        finite = _finite(molecules)
+        if not finite.all():
+            raise self._not_finite(start + int(np.flatnonzero(~finite)[0]))
+        return molecules
+
+    def _read(self, start: int, stop: int) -> Molecules:
         file = self._file
         offsets = self.offsets[start : stop + 1]
         atoms = slice(offsets[0], offsets[-1])
-        positions = file["positions"][atoms]
-        finite = np.isfinite(positions).all(axis=1)
-        if not finite.all():
-            atom = int(np.flatnonzero(~finite)[0])
-            number = start + int(np.searchsorted(offsets - offsets[0], atom, side="right"))
-            raise InputError(f"{self.path}: molecule {number} has coordinates that are not finite")
         bonds = None
         if "bonds" in file:
             edge_offsets = file["bonds/offsets"][start : stop + 1]
@@ -305,7 +344,7 @@ class MoleculeFile:
             for name, data in file.get("properties", {}).items()
         }
         return Molecules(
-            positions,
+            file["positions"][atoms],
             file["atomic_numbers"][atoms],
             (offsets - offsets[0]).astype(np.int64),
             file["formal_charges"][atoms] if "formal_charges" in file else None,
@@ -323,3 +362,11 @@ class MoleculeFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _finite(molecules: Molecules) -> NDArray[np.bool_]:
+    """Which molecules have finite coordinates, (M,)."""
+    finite = np.isfinite(molecules.positions).all(axis=1)
+    if not len(molecules):
+        return np.zeros(0, bool)
+    return np.logical_and.reduceat(finite, molecules.offsets[:-1])

@@ -108,6 +108,18 @@ class Molecules:
     def __iter__(self) -> Iterator[Molecule]:
         return (self[i] for i in range(len(self)))
 
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """The number of the molecule of each atom, (ΣN,)."""
+        return np.repeat(np.arange(len(self)), self.sizes)
+
+    def atoms_of_bonds(self) -> NDArray[np.int64]:
+        """Both atoms of each bond by their number among all atoms, (ΣE, 2); none where no bonds."""
+        if self.bonds is None:
+            return np.zeros((0, 2), np.int64)
+        first = np.repeat(self.offsets[:-1], np.diff(self.bonds.offsets))
+        return first[:, None] + self.bonds.index.astype(np.int64)
+
     def select(self, which: NDArray[np.int64]) -> Molecules:
         """The molecules with the given numbers, in the given order."""
         atoms, offsets = gather_ragged(self.offsets, which)
@@ -133,6 +145,26 @@ class Molecules:
         positions[inside] = self.positions
         atomic_numbers[inside] = self.atomic_numbers
         return positions, atomic_numbers
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some molecules of a file with the numbers of their records, from 1."""
+
+    records: NDArray[np.int64]
+    molecules: Molecules
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def parts(self, size: int) -> Iterator[Piece]:
+        """The molecules in pieces of at most `size`."""
+        for start in range(0, len(self), size):
+            yield self.select(np.arange(start, min(start + size, len(self))))
+
+    def select(self, which: NDArray[np.int64]) -> Piece:
+        """The molecules of these numbers within the piece."""
+        return Piece(self.records[which], self.molecules.select(which))
 
 
 def by_size(sizes: NDArray[np.int64], pairs: int) -> Iterator[NDArray[np.int64]]:

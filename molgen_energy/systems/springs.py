@@ -103,19 +103,13 @@ def _index_type(molecules: Molecules) -> type[np.integer[Any]]:
 def _bond_table(molecules: Molecules) -> NDArray[np.integer[Any]]:
     """Atoms bonded to each atom, (M, N, K), its own number where there are fewer than K."""
     atoms = int(molecules.sizes.max(initial=0))
-    if molecules.bonds is not None:
-        molecule = np.repeat(np.arange(len(molecules)), np.diff(molecules.bonds.offsets))
-        i, j = molecules.bonds.index.astype(np.int64).T
-        triples = np.concatenate(
-            [np.stack([molecule, i, j], axis=1), np.stack([molecule, j, i], axis=1)]
-        )
-    else:
-        found = [
-            np.stack([piece.which[m], i, j], axis=1)
-            for piece in perceive(molecules)
-            for m, i, j in [np.nonzero(piece.orders)]
-        ]
-        triples = np.concatenate(found) if found else np.zeros((0, 3), np.int64)
+    bonds = molecules.bonds or perceive(molecules).bonds
+    assert bonds is not None
+    molecule = np.repeat(np.arange(len(molecules)), np.diff(bonds.offsets))
+    i, j = bonds.index.astype(np.int64).T
+    triples = np.concatenate(
+        [np.stack([molecule, i, j], axis=1), np.stack([molecule, j, i], axis=1)]
+    )
     pairs = np.unique((triples[:, 0] * atoms + triples[:, 1]) * atoms + triples[:, 2])
     table = BondedPairs(atoms, None, torch.from_numpy(pairs)).neighbours(len(molecules))
     return table.index.numpy().astype(_index_type(molecules))
