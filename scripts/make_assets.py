@@ -1,4 +1,6 @@
-"""Make the files of `assets/` that are derived from QM9. Needs the package qm9pack.
+"""Make the files of `assets/` that are derived from QM9.
+
+Needs the extras qm9, fcd, posebusters and xtb.
 
 python scripts/make_assets.py
 """
@@ -8,16 +10,22 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from rdkit import rdBase
 
-from molgen_energy.chemistry.bonds import bond_orders
-from molgen_energy.chemistry.rdkit import build, judge
+from molgen_energy.chemistry.bonds import perceive
+from molgen_energy.chemistry.geometry import QM9_TYPES
+from molgen_energy.chemistry.rdkit import judge
 from molgen_energy.data.hdf5 import MoleculeWriter
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.data.sources import qm9
+from molgen_energy.metrics.evaluation import METRIC_GROUPS, Options, lacking
+from molgen_energy.metrics.reference import qm9_training_names, reference_of
+from molgen_energy.metrics.workers import Workers, default_workers
+from molgen_energy.preprocessing import preprocess_qm9
 from molgen_energy.resources import asset
 
 SAMPLE = {0: 1000, 1: 200, 2: 800}
@@ -30,6 +38,7 @@ def main() -> None:
     split = qm9.split_of_edm()
     write_sample(molecules, split)
     write_training_smiles(molecules.select(np.flatnonzero(split == 0)))
+    write_test_statistics()
 
 
 def write_uncharacterised() -> None:
@@ -59,21 +68,29 @@ def write_sample(molecules: Molecules, split: np.ndarray) -> None:
 
 def write_training_smiles(molecules: Molecules) -> None:
     """Distinct SMILES of the training molecules, by the perception that judges samples."""
-    smiles = set()
-    for start in range(0, len(molecules), 1000):
-        piece = molecules.select(np.arange(start, min(start + 1000, len(molecules))))
-        positions, numbers = piece.padded()
-        orders = bond_orders(positions, numbers)
-        for z, order, size in zip(numbers, orders, piece.sizes, strict=True):
-            verdict = judge(build(z[:size], order[:size, :size]))
-            if verdict.smiles is not None:
-                smiles.add(verdict.smiles)
-    text = "\n".join([f"# RDKit {rdBase.rdkitVersion}", *sorted(smiles)]) + "\n"
+    names = {judge(molecule).smiles for molecule in perceive(molecules)} - {None}
+    text = "\n".join([f"# RDKit {rdBase.rdkitVersion}", *sorted(filter(None, names))]) + "\n"
     with (
         asset("qm9_train_smiles.txt.gz").open("wb") as raw,
         gzip.GzipFile("", "wb", compresslevel=9, fileobj=raw, mtime=0) as file,
     ):
         file.write(text.encode())
+
+
+def write_test_statistics() -> None:
+    """What samples are compared with where no reference is named: QM9's test split, judged."""
+    options = Options(metrics=frozenset(METRIC_GROUPS))
+    missing = [name for name in METRIC_GROUPS if lacking(name)]
+    assert not missing, f"install the extras {missing} first"
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Workers(default_workers(), seconds=120) as workers,
+    ):
+        path = Path(folder) / "qm9.h5"
+        preprocess_qm9(path)
+        known = qm9_training_names()
+        reference = reference_of(path, "QM9 test", options, QM9_TYPES, known, workers)
+        reference.save(asset("qm9_test_statistics.h5"), "QM9 (qm9pack), test split of EDM")
 
 
 if __name__ == "__main__":

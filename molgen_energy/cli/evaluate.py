@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from molgen_energy.cli.console import progress_bar, say, stdout, warn
+from molgen_energy.cli.console import Occasional, progress_bar, say, stdout, warn
+from molgen_energy.errors import InputError, unknown_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from molgen_energy.metrics.report import Report
 
 
 def command(
@@ -16,78 +22,147 @@ def command(
         ..., metavar="FILE…", help="SDF or XYZ (also .gz) or HDF5, of any program."
     ),
     reference: Path | None = typer.Option(
-        None, "--reference", help="Real molecules to compare with; default: bundled QM9."
+        None, "--reference", help="Real molecules to compare with; default: QM9's test split."
     ),
     train: Path | None = typer.Option(
         None, "--train", help="Training molecules, for novelty; default: QM9's 100,000."
     ),
+    report: Path | None = typer.Option(
+        None, "--report", metavar="FOLDER", help="Write report.html, report.json and pictures."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
+    metrics: str = typer.Option(
+        "rates,geometry,composition,strain",
+        "--metrics",
+        metavar="NAMES",
+        help="Also fcd, posebusters, xtb (each an extra to install); or all.",
+    ),
+    bonds: str = typer.Option(
+        "perceived",
+        "--bonds",
+        metavar="perceived|given",
+        help="Bonds behind validity, names, connectivity and geometry: found from distances, or "
+        "those in the file.",
+    ),
+    valence: str = typer.Option(
+        "strict",
+        "--valence",
+        metavar="strict|jodo",
+        help="How atoms are judged by the bonds in the file: by chemistry, or as JODO's code does.",
+    ),
+    angles: str = typer.Option(
+        "once",
+        "--angles",
+        metavar="once|jodo",
+        help="Count every angle and dihedral once, or as JODO's code does.",
+    ),
+    types: str | None = typer.Option(
+        None,
+        "--types",
+        metavar="qm9|geom|frequent",
+        help="Types of bonds, angles and dihedrals to compare; default: JODO's list for QM9, else "
+        "the eight most frequent of the reference.",
+    ),
+    subset: int = typer.Option(
+        1000,
+        "--subset",
+        min=1,
+        help="Molecules, at random, that strain and PoseBusters look at; xTB takes a tenth.",
+    ),
+    workers: int | None = typer.Option(
+        None, "--workers", min=0, help="Processes; default: one for each processor."
+    ),
+    timeout: float = typer.Option(
+        20.0, "--timeout", min=0.1, help="Seconds after which one molecule is given up."
+    ),
     skip_bad: bool = typer.Option(
         False, "--skip-bad", help="Leave out broken records instead of stopping."
     ),
 ) -> None:
-    """Judge molecules: stability, validity, uniqueness, novelty, connectivity, beside real data.
+    """Judge molecules: stability, validity, novelty, geometry, energy, beside real data.
 
-    Bonds are perceived from distances (EDM's protocol), also where a file carries its own. Of an
-    HDF5 file the reference is its test split, and `--train` takes its training split.
+    Bonds are perceived from distances (EDM's protocol); where a file carries bonds, they are
+    judged too. Of an HDF5 file the reference is its test split, and `--train` takes its training
+    split.
     """
-    from molgen_energy.data.molecules import Molecules
-    from molgen_energy.metrics.evaluation import evaluate, over_regular, training_smiles
-    from molgen_energy.metrics.reference import MoleculeSource, qm9_training_smiles
+    from molgen_energy.chemistry.bonds import VALENCE_MODELS
+    from molgen_energy.chemistry.geometry import COUNTINGS
+    from molgen_energy.metrics.evaluation import Options, parse_metrics
+    from molgen_energy.metrics.judging import BOND_CHOICES, Settings
     from molgen_energy.metrics.report import as_json as to_json
-    from molgen_energy.metrics.report import table
-    from molgen_energy.resources import bundled_sample
+    from molgen_energy.metrics.report import findings_text, table
+    from molgen_energy.metrics.workers import Workers, default_workers
+    from molgen_energy.output import check_folder
 
-    sources = [MoleculeSource(path, skip_bad=skip_bad) for path in files]
-    # File names alone where they tell the files apart.
-    plain = len({path.name for path in files}) == len(files)
-    names = {path: path.name if plain else str(path) for path in files}
-    held_out = MoleculeSource(reference or bundled_sample(), "test", skip_bad)
-    seen = None if train is None else MoleculeSource(train, "train", skip_bad)
-    with progress_bar(transient=True) as bar:
-        handle = bar.add_task("evaluating", total=None)
+    for option, name, valid in (
+        ("--bonds", bonds, BOND_CHOICES),
+        ("--valence", valence, VALENCE_MODELS),
+        ("--angles", angles, COUNTINGS),
+    ):
+        if name not in valid:
+            raise InputError(unknown_name(f"choice of {option}", name, valid))
+    if report is not None:
+        if report.exists() and not report.is_dir():
+            raise InputError(f"{report} is a file; name a folder for the report")
+        check_folder(report if report.exists() else report.absolute().parent)
+    options = Options(
+        parse_metrics(metrics),
+        Settings(bonds=bonds, valence=valence, counting=angles),
+        subset,
+        skip_bad,
+    )
+    count = default_workers() if workers is None else workers
+    page = None
+    with progress_bar(transient=True) as bar, Workers(count, timeout) as pool:
+        log = Occasional()
 
-        def counted(source: MoleculeSource) -> Iterator[Molecules]:
-            for piece in source.pieces():
-                yield piece
-                bar.advance(handle, len(piece))
+        def watched(what: str, total: int | None) -> Callable[[int], None]:
+            handle = bar.add_task(what, total=total)
+            done = 0
 
-        known: set[str] | None
-        if seen is None:
-            known, against = qm9_training_smiles(), "QM9's 100,000 training molecules (bundled)"
-        else:
-            known = training_smiles(counted(seen))
-            against = str(train)
-        evaluations = []
-        for path, source in zip(files, sources, strict=True):
-            evaluation = evaluate(names[path], counted(source), known, skip_bad)
-            evaluation.skipped += source.skipped
-            evaluations.append(evaluation)
-        name = "QM9 test" if reference is None else str(reference)
-        data = evaluate(name, counted(held_out), known, skip_bad)
-        data.skipped += held_out.skipped
-    for evaluation in evaluations:
-        if over_regular(evaluation, data):
-            evaluation.notes.append(
-                "more often stable than real data: over-regular, not better than the data"
-            )
+            def advance(molecules: int) -> None:
+                nonlocal done
+                done += molecules
+                bar.advance(handle, molecules)
+                log.say(f"{what}: {done:,} molecules")
+
+            return advance
+
+        from molgen_energy.metrics.run import run
+
+        found = run(files, reference, train, types, options, pool, watched)
+        if report is not None:
+            from molgen_energy.metrics.html import write_report
+
+            page = write_report(found, report, files, pool)
     if as_json:
-        typer.echo(json.dumps(to_json(evaluations, data, against), indent=2))
+        typer.echo(json.dumps(to_json(found), indent=2))
     else:
-        stdout.print(table(evaluations, data))
-        say(f"bonds perceived from distances; novelty against {against}")
-    if known is None:
-        warn(
-            "novelty is n/a: this RDKit names molecules otherwise than the one that wrote the "
-            "bundled list; pass --train qm9.h5"
+        stdout.print(table(found))
+        settings = found.options.settings
+        say(
+            f"bonds {found.samples[0].bonds}; novelty against {found.novelty_against}; "
+            f"types: {found.reference.types.name}"
+            + ("; angles as JODO lists them" if settings.counting == "jodo" else "")
         )
-    for known_source in filter(None, (held_out, seen)):
-        if known_source.note:
-            warn(f"{known_source.path}: {known_source.note}")
-    if seen is not None and seen.skipped:
-        warn(f"{seen.path}: {seen.skipped:,} bad records left out")
-    for evaluation in [*evaluations, data]:
+        for evaluation in found.samples:
+            for line in findings_text(evaluation):
+                say(f"{evaluation.name}: {line}")
+    _warn(found)
+    if page is not None:
+        say(f"report: {page}")
+
+
+def _warn(report: Report) -> None:
+    for note in report.notes:
+        warn(note)
+    for evaluation in report.columns:
         for note in evaluation.notes:
             warn(f"{evaluation.name}: {note}")
         if evaluation.skipped:
-            warn(f"{evaluation.name}: {evaluation.skipped:,} bad records left out of all rates")
+            warn(f"{evaluation.name}: {evaluation.skipped:,} bad records left out of all figures")
+        if evaluation.findings.counts.timed_out:
+            warn(
+                f"{evaluation.name}: {evaluation.findings.counts.timed_out:,} molecules given up, "
+                "counted as invalid"
+            )

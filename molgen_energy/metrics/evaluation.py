@@ -1,155 +1,338 @@
-"""Judge molecules by the field's protocol: stability, validity, uniqueness, novelty, connectivity.
+"""Judge a file of molecules by the field's protocols.
 
 EDM's protocol (Hoogeboom et al., ICML 2022): bonds are perceived from distances. An atom is stable
 when its bond orders add up to an allowed valence, a molecule when all its atoms are. A molecule is
 valid when RDKit sanitises it whole, and is named by the canonical SMILES of its largest fragment.
+Bonds that a file carries are judged beside that, and geometry by JODO's protocol.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+import importlib.util
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from molgen_energy.chemistry.bonds import has_valence, perceive, stable_atoms
-from molgen_energy.chemistry.rdkit import build, judge
-from molgen_energy.data.molecules import Molecules
+from molgen_energy.chemistry.bonds import has_valence
+from molgen_energy.chemistry.geometry import GeometryTypes, code_of
+from molgen_energy.data.molecules import Molecules, Piece
 from molgen_energy.elements import symbol
-from molgen_energy.errors import InputError
-from molgen_energy.metrics.rates import Rate
+from molgen_energy.errors import InputError, unknown_name
+from molgen_energy.metrics.comparison import Comparison, Distributions, Measure
+from molgen_energy.metrics.fcd import ChemNet, Moments
+from molgen_energy.metrics.findings import Distinct, Draw, Findings, Worst
+from molgen_energy.metrics.judging import (
+    Judgement,
+    Settings,
+    judge_piece,
+    judge_without_rdkit,
+    name_hash,
+)
+from molgen_energy.metrics.plausibility import bust, given_up
+from molgen_energy.metrics.rates import Rate, median_interval
+from molgen_energy.metrics.relaxation import Relaxed, not_relaxed, relax_mmff, relax_xtb
+from molgen_energy.metrics.workers import Workers
+
+METRIC_GROUPS = ("rates", "geometry", "composition", "strain", "fcd", "posebusters", "xtb")
+"""What `--metrics` chooses from; rates are always there."""
+DEFAULT_METRICS = frozenset({"rates", "geometry", "composition", "strain"})
+EXTRAS = {"fcd": ("fcd",), "posebusters": ("posebusters",), "xtb": ("tblite", "ase")}
+"""Packages that metrics of the same name need; the extras of this package are called so too."""
+
+_SLOW_PIECE = 10
+_XTB_SHARE = (
+    10  # xTB takes a second for a molecule of QM9: it looks at a tenth of the others' share
+)
+_WORST = 3
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A row of the report."""
+class Options:
+    """How files are evaluated.
 
-    key: str
-    label: str
-    meaning: str
+    Parameters
+    ----------
+    metrics
+        Some of `METRIC_GROUPS`.
+    settings
+        How each molecule is judged.
+    drawn
+        How many molecules the slow metrics look at (strain, PoseBusters; xTB at a tenth of them).
+    skip_bad
+        Leave out molecules with an element that no valence is known for, rather than raise.
+    """
+
+    metrics: frozenset[str] = DEFAULT_METRICS
+    settings: Settings = field(default_factory=Settings)
+    drawn: int = 1000
+    skip_bad: bool = False
+
+    @property
+    def usable(self) -> frozenset[str]:
+        """The metrics that are wanted and whose packages are installed."""
+        return frozenset(name for name in self.metrics if not lacking(name))
 
 
-METRICS = (
-    Metric("molecule_stability", "molecule stability", "molecules whose atoms are all stable"),
-    Metric("atom_stability", "atom stability", "atoms with an allowed sum of bond orders"),
-    Metric("validity", "validity", "molecules that RDKit sanitises"),
-    Metric("uniqueness", "uniqueness", "distinct among the valid"),
-    Metric("novelty", "novelty", "not in the training set, among the distinct"),
-    Metric("connected", "connected", "molecules of one fragment"),
-    Metric("complete", "complete", "valid and connected"),
-    Metric("valid_unique", "valid × unique", "distinct valid among all"),
-    Metric("valid_unique_novel", "valid × unique × novel", "novel among all"),
-    Metric("hydrogens_assumed", "valid by added hydrogens", "valid with implicit H or radicals"),
-)
+def parse_metrics(text: str) -> frozenset[str]:
+    """Metrics named with commas, or `all`; rates are always among them.
+
+    Raises
+    ------
+    InputError
+        There is no such metric.
+    """
+    names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    if "all" in names:
+        return frozenset(METRIC_GROUPS)
+    for name in names:
+        if name not in METRIC_GROUPS:
+            raise InputError(unknown_name("metric", name, [*METRIC_GROUPS, "all"]))
+    return frozenset(names) | {"rates"}
+
+
+def lacking(metric: str) -> bool:
+    """Whether a package is not installed that the metric needs."""
+    return any(importlib.util.find_spec(name) is None for name in EXTRAS.get(metric, ()))
+
+
+def how_to_get(metric: str) -> str:
+    """What to type for a metric whose package is not installed."""
+    return f"pip install 'molgen-energy[{metric}]'"
+
+
+def settings_for(types: GeometryTypes | None, options: Options) -> Settings:
+    """The settings with the types of geometry that are to be collected."""
+    codes: dict[str, tuple[int, ...]] = {}
+    if types is not None:
+        codes = {k: tuple(code_of(k, name) for name in names) for k, names in types.types.items()}
+    whole = "fcd" in options.usable
+    return replace(options.settings, codes=codes, whole_names=whole)
+
+
+class Source(Protocol):
+    """Molecules that come in pieces, and what is known of them."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """The molecules in pieces, one in memory at a time."""
+        ...
 
 
 @dataclass
 class Evaluation:
-    """What was found of one set of molecules: a rate for each of `METRICS`, None if not known."""
+    """What was found of one set of molecules: rates by key, None where they do not apply."""
 
     name: str
     molecules: int
     rates: dict[str, Rate | None]
+    measures: dict[str, Measure] = field(default_factory=dict)
+    distributions: Distributions | None = None
+    findings: Findings = field(default_factory=Findings)
+    comparison: Comparison = field(default_factory=Comparison)
     bonds: str = "perceived from distances"
     skipped: int = 0
     notes: list[str] = field(default_factory=list)
+    worst: list[Worst] = field(default_factory=list)
+    provenance: dict[str, str] = field(default_factory=dict)
+    failed_checks: Counter[str] = field(default_factory=Counter)
 
 
-class _Tally:
-    def __init__(self) -> None:
-        self.molecules = self.atoms = self.stable_molecules = self.stable_atoms = 0
-        self.valid = self.connected = self.complete = self.hydrogens = 0
-        self.smiles: set[str] = set()
-
-    def add(self, molecules: Molecules) -> None:
-        """Count one piece; memory grows with the distinct SMILES only."""
-        for _, numbers, orders in perceive(molecules):
-            inside = numbers > 0
-            stable = stable_atoms(numbers, orders)
-            self.stable_atoms += int(stable.sum())
-            self.stable_molecules += int((stable | ~inside).all(axis=1).sum())
-            for z, order, size in zip(numbers, orders, inside.sum(axis=1).tolist(), strict=True):
-                verdict = judge(build(z[:size], order[:size, :size]))
-                self.valid += verdict.valid
-                self.connected += verdict.fragments == 1
-                self.complete += verdict.valid and verdict.fragments == 1
-                self.hydrogens += verdict.hydrogens_added
-                if verdict.smiles is not None:
-                    self.smiles.add(verdict.smiles)
-        self.molecules += len(molecules)
-        self.atoms += len(molecules.atomic_numbers)
-
-    def rates(self, known: Collection[str] | None) -> dict[str, Rate | None]:
-        """All rates; those that need a training set are None without one."""
-        novel = None if known is None else sum(s not in known for s in self.smiles)
-        distinct = len(self.smiles)
-        return {
-            "molecule_stability": Rate(self.stable_molecules, self.molecules),
-            "atom_stability": Rate(self.stable_atoms, self.atoms),
-            "validity": Rate(self.valid, self.molecules),
-            "uniqueness": Rate(distinct, self.valid),
-            "novelty": None if novel is None else Rate(novel, distinct),
-            "connected": Rate(self.connected, self.molecules),
-            "complete": Rate(self.complete, self.molecules),
-            "valid_unique": Rate(distinct, self.molecules),
-            "valid_unique_novel": None if novel is None else Rate(novel, self.molecules),
-            "hydrogens_assumed": Rate(self.hydrogens, self.molecules),
-        }
+Progress = Callable[[int], None]
 
 
 def evaluate(
-    name: str, pieces: Iterable[Molecules], known: Collection[str] | None, skip_bad: bool = False
+    name: str,
+    source: Source,
+    options: Options,
+    known: NDArray[np.uint64] | None,
+    workers: Workers,
+    progress: Progress = lambda _: None,
 ) -> Evaluation:
-    """Judge molecules that come in pieces.
+    """Judge the molecules of a file.
 
     Parameters
     ----------
     name
         What the molecules are called in the report and in errors.
-    pieces
-        The molecules; one piece is in memory at a time.
+    source
+        The molecules; a few pieces are in memory at a time.
+    options
+        What is looked at, with the types of geometry filled in (`settings_for`).
     known
-        SMILES of the training molecules, by the same perception; None leaves novelty open.
-    skip_bad
-        Leave out molecules with an element that no valence is known for, rather than raise.
+        Sorted hashes of the training molecules' SMILES, by the same bonds; None leaves novelty
+        open.
+    workers
+        Processes that RDKit's part is done in.
+    progress
+        Told of molecules that are done.
 
     Raises
     ------
     InputError
-        An atom is of an element that the table of valences does not hold, and `skip_bad` is false.
+        A molecule holds an element that the table of valences lacks, and bad records are not to
+        be skipped; or the given bonds are to be judged and there are none.
     """
-    tally = _Tally()
-    skipped = seen = 0
-    for piece in pieces:
-        foreign = np.flatnonzero(~has_valence(piece.atomic_numbers))
-        if len(foreign):
-            owners = np.unique(np.searchsorted(piece.offsets, foreign, side="right") - 1)
-            if not skip_bad:
+    findings = Findings(options.drawn)
+    left_out = _LeftOut(name, options)
+    net = ChemNet() if "fcd" in options.usable else None
+    settings = options.settings
+    results = workers.map(
+        partial(judge_piece, settings=settings),
+        lambda piece, trouble: judge_without_rdkit(piece, settings, f"RDKit: {trouble}"),
+        left_out.without(source.pieces()),
+    )
+    found: Judgement
+    for piece, found in results:
+        findings.add(found)
+        if net is not None:
+            net.add(found.whole_names)
+        progress(len(piece))
+    if settings.bonds == "given" and not findings.counts.carried_bonds:
+        raise InputError(f"{name} carries no bonds; leave out --bonds given")
+    counts = findings.counts
+    hashes = findings.names.hashes
+    counts.distinct = len(hashes)
+    if known is not None:
+        counts.novel = int((~np.isin(hashes, known, assume_unique=True)).sum())
+    moments: Moments | None = None if net is None else net.finish()
+    evaluation = Evaluation(
+        name,
+        counts.molecules,
+        counts.rates(),
+        findings=findings,
+        distributions=Distributions.of(findings, moments),
+        skipped=left_out.count,
+        bonds="given in the file" if settings.bonds == "given" else "perceived from distances",
+    )
+    evaluation.rates["posebusters"] = None
+    _look_closer(evaluation, options, workers)
+    evaluation.worst = _worst(findings) + evaluation.worst
+    return evaluation
+
+
+def hashes_of_names(
+    source: Source, settings: Settings, workers: Workers, progress: Progress = lambda _: None
+) -> NDArray[np.uint64]:
+    """Sorted hashes of molecules' SMILES as `evaluate` names them, for novelty against them."""
+    names = Distinct()
+    plain = replace(settings, codes={}, whole_names=False, carried=settings.bonds == "given")
+    for piece, found in workers.map(
+        partial(judge_piece, settings=plain),
+        lambda piece, trouble: judge_without_rdkit(piece, plain, trouble),
+        source.pieces(),
+    ):
+        names.add(found.names)
+        progress(len(piece))
+    return names.hashes
+
+
+def hashes_of(names: Iterable[str]) -> NDArray[np.uint64]:
+    """Sorted hashes of SMILES."""
+    return np.unique(np.array([name_hash(name) for name in names], np.uint64))
+
+
+class _LeftOut:
+    """Takes molecules with elements that no valence is known for out of pieces, or raises."""
+
+    def __init__(self, name: str, options: Options) -> None:
+        self._name, self._skip, self.count = name, options.skip_bad, 0
+        self._given = options.settings.bonds == "given"
+
+    def without(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            if self._given and piece.molecules.bonds is None:
+                raise InputError(f"{self._name}: record {piece.records[0]} carries no bonds")
+            numbers = piece.molecules.atomic_numbers
+            foreign = np.flatnonzero(~has_valence(numbers))
+            if not len(foreign):
+                yield piece
+                continue
+            owners = np.unique(piece.molecules.owners[foreign])
+            if not self._skip:
                 raise InputError(
-                    f"{name}: molecule {seen + int(owners[0]) + 1} holds "
-                    f"{symbol(int(piece.atomic_numbers[foreign[0]]))}, for which no valence is "
-                    "known; pass --skip-bad to leave out such molecules"
+                    f"{self._name}: record {piece.records[owners[0]]} holds "
+                    f"{symbol(int(numbers[foreign[0]]))}, for which no valence is known; pass "
+                    "--skip-bad to leave out such molecules"
                 )
-            skipped += len(owners)
-        seen += len(piece)
-        if len(foreign):
-            piece = piece.select(np.setdiff1d(np.arange(len(piece)), owners))
-        if len(piece):
-            tally.add(piece)
-    return Evaluation(name, tally.molecules, tally.rates(known), skipped=skipped)
+            self.count += len(owners)
+            rest = np.setdiff1d(np.arange(len(piece)), owners)
+            if len(rest):
+                yield piece.select(rest)
 
 
-def training_smiles(pieces: Iterable[Molecules]) -> set[str]:
-    """SMILES of molecules as `evaluate` names them, for novelty against them."""
-    tally = _Tally()
-    for piece in pieces:
-        tally.add(piece)
-    return tally.smiles
+def _look_closer(evaluation: Evaluation, options: Options, workers: Workers) -> None:
+    """The metrics that are too slow for all molecules."""
+    findings, measures = evaluation.findings, evaluation.measures
+    for metric, relax, label in (
+        ("strain", relax_mmff, "MMFF94"),
+        ("xtb", relax_xtb, "GFN2-xTB"),
+    ):
+        if metric not in options.metrics:
+            continue
+        if metric not in options.usable:
+            for key in (f"{metric}_energy", f"{metric}_rmsd"):
+                measures[key] = Measure(None, note=how_to_get(metric))
+            continue
+        relaxed: list[Relaxed] = []
+        records: list[int] = []
+        most = options.drawn if metric == "strain" else max(1, options.drawn // _XTB_SHARE)
+        for piece, part in workers.map(relax, not_relaxed, _pieces(findings.whole, most)):
+            relaxed += part
+            records += piece.records.tolist()
+        _add_relaxed(evaluation, metric, label, records, relaxed)
+    if "posebusters" in options.usable:
+        failures: list[list[str]] = []
+        for _, checks in workers.map(bust, given_up, _pieces(findings.any, options.drawn)):
+            failures += checks
+        passed = sum(not checks for checks in failures)
+        evaluation.rates["posebusters"] = Rate(passed, len(failures))
+        evaluation.failed_checks = Counter(name for checks in failures for name in checks)
 
 
-def over_regular(samples: Evaluation, reference: Evaluation) -> bool:
+def _pieces(drawn: Draw, most: int) -> Iterator[Piece]:
+    specimens = list(drawn)[:most]
+    for start in range(0, len(specimens), _SLOW_PIECE):
+        part = specimens[start : start + _SLOW_PIECE]
+        records = np.array([s.record for s in part], np.int64)
+        yield Piece(records, Molecules.from_list([s.molecule for s in part]))
+
+
+def _add_relaxed(
+    evaluation: Evaluation, metric: str, label: str, records: list[int], relaxed: list[Relaxed]
+) -> None:
+    reasons = Counter(r.reason for r in relaxed if r.strain is None)
+    for key, index, unit in (("energy", 0, "kcal/mol"), ("rmsd", 1, "Å")):
+        values = np.array([r[index] for r in relaxed if r.strain is not None], np.float64)
+        if not len(values):
+            note = reasons.most_common(1)[0][0] if reasons else "none to relax"
+            evaluation.measures[f"{metric}_{key}"] = Measure(None, note=note)
+            continue
+        evaluation.measures[f"{metric}_{key}"] = Measure(
+            float(np.median(values)), median_interval(values), len(values)
+        )
+        if key == "energy":
+            pairs = zip(relaxed, records, strict=True)
+            ranked = sorted(((r.strain, n) for r, n in pairs if r.strain is not None), reverse=True)
+            evaluation.worst += [
+                Worst(n, value, f"{label} strain {value:.0f} {unit}")
+                for value, n in ranked[:_WORST]
+            ]
+    if reasons:
+        said = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+        evaluation.notes.append(f"{label} strain leaves out: {said}")
+
+
+def _worst(findings: Findings) -> list[Worst]:
+    return [*findings.timed_out[:_WORST], *findings.worst[:_WORST]]
+
+
+def over_regular(samples: Evaluation, reference: Rate | None) -> bool:
     """Whether samples are more often stable than real data beyond both intervals."""
-    ours, data = samples.rates["molecule_stability"], reference.rates["molecule_stability"]
-    if ours is None or data is None or ours.interval is None or data.interval is None:
+    ours = samples.rates["molecule_stability"]
+    if ours is None or reference is None or ours.interval is None or reference.interval is None:
         return False
-    return ours.interval[0] > data.interval[1]
+    return ours.interval[0] > reference.interval[1]

@@ -1,0 +1,241 @@
+"""The report as a folder: one page that opens offline, the numbers as JSON, pictures as PNG."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from rdkit import Chem, rdBase
+
+from molgen_energy import __version__
+from molgen_energy.data.molecules import Molecules, Piece
+from molgen_energy.elements import symbol
+from molgen_energy.metrics.drawings import (
+    LIGHT,
+    SERIES,
+    draw_piece,
+    not_drawn,
+    panel_svg,
+    panels,
+    panels_png,
+    unstable_atoms,
+)
+from molgen_energy.metrics.evaluation import Evaluation
+from molgen_energy.metrics.findings import Specimen
+from molgen_energy.metrics.report import Report, as_json, figure_text, findings_text
+from molgen_energy.metrics.workers import Workers
+from molgen_energy.output import replacing
+
+PAGE = "report.html"
+
+
+def write_report(report: Report, folder: Path, files: list[Path], workers: Workers) -> Path:
+    """Write `report.html`, `report.json` and a PNG for each kind of plot; returns the page.
+
+    Parameters
+    ----------
+    folder
+        Is made where it is not there; other files in it stay.
+    files
+        The files that were evaluated, in the report's order, for their checksums.
+    workers
+        Draw the molecules.
+    """
+    folder.mkdir(exist_ok=True)
+    shown = panels(report)
+    for evaluation, path in zip(report.samples, files, strict=True):
+        evaluation.provenance = {
+            "file": path.name,
+            "SHA-256": _sha256(path),
+        } | evaluation.provenance
+    names = [evaluation.name for evaluation in report.samples]
+    for title, found in shown.items():
+        picture = panels_png(found, names, f"data: {report.reference.name}")
+        _write(folder / f"{title.replace(' ', '_')}.png", picture)
+    _write(folder / "report.json", (json.dumps(as_json(report), indent=2) + "\n").encode())
+    _write(folder / PAGE, _page(report, shown, workers).encode())
+    return folder / PAGE
+
+
+def _write(path: Path, content: bytes) -> None:
+    with replacing(path) as output:
+        output.temporary.write_bytes(content)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _page(report: Report, shown: dict[str, Any], workers: Workers) -> str:
+    loader = jinja2.PackageLoader("molgen_energy.metrics", ".")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    galleries = []
+    specimens: list[dict[str, Any]] = []
+    for evaluation in report.samples:
+        parts = []
+        for title, chosen in (
+            ("Nothing wrong with them", list(evaluation.findings.shown_good)),
+            ("Something wrong with them", evaluation.findings.bad_specimens()),
+        ):
+            cards = _cards(chosen, workers, len(specimens))
+            specimens += [card.pop("model") for card in cards]
+            parts.append({"title": title, "cards": cards})
+        galleries.append({"name": evaluation.name, "parts": parts})
+    return environment.get_template("report.html.j2").render(
+        names=[e.name for e in report.samples],
+        data_name=report.reference.name,
+        molecules=[f"{e.molecules:,}" for e in report.columns],
+        sections=_sections(report),
+        notes=_notes(report),
+        findings=[
+            {"name": e.name, "lines": findings_text(e)} for e in report.samples if findings_text(e)
+        ],
+        plots=[
+            {"title": title, "panels": [Markup(panel_svg(panel)) for panel in found]}
+            for title, found in shown.items()
+        ],
+        types_name=report.reference.types.name,
+        galleries=galleries,
+        specimens=Markup(json.dumps(specimens, separators=(",", ":")).replace("<", "\\u003c")),
+        provenance=[_provenance(e) for e in report.samples],
+        about=_about(report),
+        colours=list(LIGHT.values()),
+        series=SERIES,
+        version=__version__,
+    )
+
+
+def _sections(report: Report) -> list[dict[str, Any]]:
+    return [
+        {
+            "title": section.title,
+            "rows": [
+                {
+                    "label": row.label,
+                    "meaning": row.meaning,
+                    "hint": report.hint(row),
+                    "cells": [
+                        _cell(figure_text(report.figure(e, row.key), row.unit))
+                        for e in report.columns
+                    ],
+                }
+                for row in section.rows
+            ],
+        }
+        for section in report.sections()
+    ]
+
+
+def _cell(text: str) -> tuple[str, str]:
+    """The value, and its interval or note."""
+    value, _, rest = text.partition(" ")
+    return value, rest
+
+
+def _notes(report: Report) -> list[str]:
+    said = list(report.notes)
+    for evaluation in report.columns:
+        said += [f"{evaluation.name}: {note}" for note in evaluation.notes]
+        if evaluation.skipped:
+            said.append(f"{evaluation.name}: {evaluation.skipped:,} bad records left out")
+        given_up = evaluation.findings.counts.timed_out
+        if given_up:
+            said.append(f"{evaluation.name}: {given_up:,} molecules given up, counted as invalid")
+    return said
+
+
+def _cards(chosen: list[Specimen], workers: Workers, first: int) -> list[dict[str, Any]]:
+    if not chosen:
+        return []
+    records = np.array([s.record for s in chosen], np.int64)
+    piece = Piece(records, Molecules.from_list([s.molecule for s in chosen]))
+    drawn: list[str] = []
+    for _, part in workers.map(draw_piece, not_drawn, piece.parts(1)):
+        drawn += part
+    return [
+        {
+            "number": first + k,
+            "record": specimen.record,
+            "name": _short(specimen),
+            "formula": _formula(specimen),
+            "reasons": specimen.reasons,
+            "drawing": Markup(svg),
+            "model": _model(specimen),
+        }
+        for k, (specimen, svg) in enumerate(zip(chosen, drawn, strict=True))
+    ]
+
+
+def _short(specimen: Specimen) -> str:
+    """SMILES; without hydrogens where none is missing."""
+    if specimen.name is None:
+        return ""
+    if specimen.reasons:
+        return specimen.name
+    return str(Chem.MolToSmiles(Chem.MolFromSmiles(specimen.name)))
+
+
+def _formula(specimen: Specimen) -> str:
+    """Hill's order: carbon, hydrogen, then by the alphabet."""
+    symbols = [symbol(z) for z in specimen.molecule.atomic_numbers.tolist()]
+    order = sorted(set(symbols), key=lambda s: ({"C": 0, "H": 1}.get(s, 2), s))
+    return "".join(s + (str(symbols.count(s)) if symbols.count(s) > 1 else "") for s in order)
+
+
+def _model(specimen: Specimen) -> dict[str, Any]:
+    """What the page turns in three dimensions: positions in Å, symbols, bonds, atoms at fault."""
+    molecule = specimen.molecule
+    centred = molecule.positions - molecule.positions.mean(axis=0)
+    bonds: list[list[int]] = []
+    if molecule.bond_index is not None and molecule.bond_order is not None:
+        orders = molecule.bond_order.tolist()
+        bonds = [[i, j, k] for (i, j), k in zip(molecule.bond_index.tolist(), orders, strict=True)]
+    return {
+        "p": np.round(centred, 3).astype(float).round(3).tolist(),
+        "e": [symbol(z) for z in molecule.atomic_numbers.tolist()],
+        "b": bonds,
+        "w": unstable_atoms(molecule),
+    }
+
+
+def _provenance(evaluation: Evaluation) -> dict[str, Any]:
+    long = {k: v for k, v in evaluation.provenance.items() if "\n" in v}
+    short = {k: v for k, v in evaluation.provenance.items() if "\n" not in v}
+    # What the writer says of the first molecule alone is no provenance of the file.
+    for name in ("molecule", "status", "fragments"):
+        short.pop(name, None)
+    return {
+        "name": evaluation.name,
+        "short": short | {"bonds": evaluation.bonds},
+        "long": long,
+    }
+
+
+def _about(report: Report) -> dict[str, str]:
+    settings = report.options.settings
+    return {
+        "molgen-energy": __version__,
+        "RDKit": rdBase.rdkitVersion,
+        "Python": platform.python_version(),
+        "NumPy": np.__version__,
+        "reference": report.reference.name,
+        "novelty against": report.novelty_against,
+        "metrics": ", ".join(sorted(report.options.metrics)),
+        "bonds": settings.bonds,
+        "valences of bonds in the file": settings.valence,
+        "angles": settings.counting,
+        "types of geometry": report.reference.types.name,
+        "molecules for strain and PoseBusters": f"{report.options.drawn:,} at most",
+    }
