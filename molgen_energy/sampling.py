@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from molgen_energy import __version__
 from molgen_energy.chemistry.molfiles import MoleculeTextWriter
 from molgen_energy.data.hdf5 import MoleculeWriter
 from molgen_energy.data.molecules import Molecules, by_size, offsets_of
@@ -59,6 +60,7 @@ def sample_to_file(
     observer: Observer,
     batch_size: int | None = None,
     provenance: str = "",
+    config: str = "",
 ) -> Outcome:
     """Draw molecules 0 … count−1 of the generator's seed and write them in this order.
 
@@ -77,7 +79,10 @@ def sample_to_file(
     batch_size
         Molecules at once; None takes what suits their size and the device.
     provenance
-        What the molecules were sampled from, written into the file.
+        What the molecules were sampled from, written into the file with the seed, the steps and
+        the version.
+    config
+        The run's configuration as YAML, written once into SDF and HDF5.
 
     Raises
     ------
@@ -89,7 +94,13 @@ def sample_to_file(
     if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: a batch holds at least one molecule")
     not_finite, interrupted = 0, False
-    with _writer(output, generator.seed, provenance) as writer:
+    origin = {
+        "created_by": f"molgen-energy {__version__}",
+        "checkpoint": provenance,
+        "seed": str(generator.seed),
+        "steps": str(generator.steps),
+    }
+    with _writer(output, origin, config) as writer:
         window = _WINDOW_CPU if generator.device.type == "cpu" else _WINDOW_GPU
         for start in range(0, count, window):
             numbers = torch.arange(start, min(start + window, count))
@@ -111,14 +122,15 @@ def sample_to_file(
 
 
 def _writer(
-    output: Path, seed: int, provenance: str
+    output: Path, origin: dict[str, str], config: str
 ) -> AbstractContextManager[MoleculeTextWriter | MoleculeWriter]:
     suffix = output.suffix.lower()
     if suffix not in SUFFIXES:
         raise InputError(f"{output}: the name must end in {', '.join(SUFFIXES)}")
     if suffix == ".h5":
-        return MoleculeWriter(output, source=f"sampled from {provenance}, seed {seed}")
-    return MoleculeTextWriter(output, {"seed": str(seed), "checkpoint": provenance})
+        source = f"sampled from {origin['checkpoint']}, seed {origin['seed']}"
+        return MoleculeWriter(output, source=source, provenance=origin | {"config": config})
+    return MoleculeTextWriter(output, origin, {"config": config})
 
 
 def _draw_window(

@@ -57,7 +57,13 @@ def command(
     with progress_bar("rate") as bar:
         handle = bar.add_task("sampling", total=max(count, 0), rate="")
         outcome = sample_to_file(
-            generator, count, output, _BarObserver(bar, handle), batch_size, provenance
+            generator,
+            count,
+            output,
+            _BarObserver(bar, handle),
+            batch_size,
+            provenance,
+            loaded.config.to_yaml(),
         )
     seconds = time.perf_counter() - began
     say(
