@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rdkit import Chem
+from rdkit.Chem import AllChem
 
+from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.data.hdf5 import MoleculeFile
-from molgen_energy.data.molecules import Molecules
+from molgen_energy.data.molecules import Molecule, Molecules, offsets_of
 from molgen_energy.resources import asset
 
 torch.set_num_threads(1)  # tests run in parallel processes
@@ -53,6 +56,32 @@ def cli(tmp_path: Path):
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+def of_smiles(*smiles: str, shift: float = 0.0) -> Molecule:
+    """Embedded molecules, side by side at `shift` Å."""
+    positions, numbers = [], []
+    for k, text in enumerate(smiles):
+        molecule = Chem.AddHs(Chem.MolFromSmiles(text))
+        AllChem.EmbedMolecule(molecule, randomSeed=7)
+        AllChem.MMFFOptimizeMolecule(molecule)
+        positions.append(molecule.GetConformer().GetPositions() + k * shift)
+        numbers += [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
+    return Molecule(np.concatenate(positions).astype("f4"), np.array(numbers, "u1"))
+
+
+def dense_orders(positions: np.ndarray, atomic_numbers: np.ndarray) -> np.ndarray:
+    """Perceived bond orders (B, N, N) of padded molecules (B, N, 3), (B, N)."""
+    inside = atomic_numbers > 0
+    molecules = Molecules(
+        positions[inside].astype("f4"), atomic_numbers[inside], offsets_of(inside.sum(axis=1))
+    )
+    bonds = perceive(molecules).bonds
+    orders = np.zeros((*atomic_numbers.shape, atomic_numbers.shape[1]), np.uint8)
+    owner = np.repeat(np.arange(len(molecules)), np.diff(bonds.offsets))
+    i, j = bonds.index.T
+    orders[owner, i, j] = orders[owner, j, i] = bonds.order
+    return orders
 
 
 def padded_batch(

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import dense_orders
 
-from molgen_energy.chemistry.bonds import bond_orders
 from molgen_energy.data.molecules import Bonds, Molecules, offsets_of
 from molgen_energy.errors import InputError
 from molgen_energy.losses import KabschError, PairwiseEnergy, SymmetrizedEdges
@@ -38,7 +38,7 @@ def test_bonds_are_perceived_where_none_are_given(few, loss):
     chosen = few.select(which)
     positions, numbers = chosen.padded()
     found = inputs.of(which, torch.zeros(*numbers.shape, 6))["bonds"]
-    assert torch.equal(found, torch.from_numpy(bond_orders(positions, numbers) > 0))
+    assert torch.equal(found, torch.from_numpy(dense_orders(positions, numbers) > 0))
     assert found.any()
 
 

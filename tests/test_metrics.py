@@ -1,20 +1,39 @@
-"""Perception, stability, validity and the rest, against computations written another way."""
+"""Perception, stability, rates and bad molecules, against computations written another way."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from conftest import dense_orders, of_smiles
 from rdkit import Chem
 from scipy import stats
 
-from molgen_energy.chemistry.bonds import VALENCES, bond_orders, perceive, stable_atoms
-from molgen_energy.chemistry.rdkit import build, judge
-from molgen_energy.data.molecules import Molecule, Molecules
+from molgen_energy.chemistry.bonds import (
+    CHARGED_VALENCES,
+    VALENCES,
+    perceive,
+    stable_atoms,
+    stable_charged_atoms,
+    valences,
+)
+from molgen_energy.chemistry.rdkit import build, judge, kekulised
+from molgen_energy.data.molecules import Molecule, Molecules, Piece
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
-from molgen_energy.metrics.evaluation import METRICS, evaluate, over_regular
-from molgen_energy.metrics.rates import Rate
-from molgen_energy.metrics.reference import MoleculeSource, qm9_training_smiles
+from molgen_energy.metrics.evaluation import (
+    METRIC_GROUPS,
+    Options,
+    evaluate,
+    hashes_of,
+    over_regular,
+    parse_metrics,
+)
+from molgen_energy.metrics.judging import Settings, judge_piece
+from molgen_energy.metrics.rates import Rate, median_interval
+from molgen_energy.metrics.reference import MoleculeSource, qm9_training_names
+from molgen_energy.metrics.workers import Workers
 
 # The lengths in pm that matter for QM9, from the tables that EDM uses, by hand.
 LENGTHS = {
@@ -23,6 +42,26 @@ LENGTHS = {
     ("C", "F"): (135,), ("N", "N"): (145, 125, 110), ("N", "O"): (140, 121), ("F", "N"): (136,),
     ("O", "O"): (148, 121), ("F", "O"): (142,), ("F", "F"): (142,),
 }  # fmt: skip
+
+RATES_ONLY = Options(frozenset({"rates"}), Settings(codes={}))
+HERE = Workers(0, 0.0)
+
+
+class Pieces:
+    """A source of molecules for tests."""
+
+    def __init__(self, *parts: Molecules) -> None:
+        self._parts = parts
+
+    def pieces(self):
+        first = 1
+        for part in self._parts:
+            yield Piece(np.arange(first, first + len(part)), part)
+            first += len(part)
+
+
+def rates_of(*parts: Molecules, known=None, options=RATES_ONLY):
+    return evaluate("x", Pieces(*parts), options, known, HERE)
 
 
 def naive_order(a: str, b: str, distance: float) -> int:
@@ -36,64 +75,53 @@ def naive_order(a: str, b: str, distance: float) -> int:
 @pytest.mark.parametrize("noise", [0.0, 0.05, 0.2])
 def test_perception_and_stability_against_pair_loops(molecules, rng, noise):
     some = molecules.select(np.arange(0, 2000, 40))
-    positions, numbers = some.padded()
-    positions += (noise * rng.standard_normal(positions.shape)).astype("f4")
-    orders = bond_orders(positions, numbers)
-    stable = stable_atoms(numbers, orders)
-    assert (orders == orders.transpose(0, 2, 1)).all()
-    for k, size in enumerate(some.sizes):
-        names = [symbol(int(z)) for z in numbers[k, :size]]
+    shift = noise * rng.standard_normal(some.positions.shape)
+    some = perceive(replace(some, positions=(some.positions + shift).astype("f4")))
+    stable, sums = stable_atoms(some), valences(some)
+    for k, molecule in enumerate(some):
+        names = [symbol(int(z)) for z in molecule.atomic_numbers]
+        size = len(molecule)
         expected = np.zeros((size, size), int)
         for i in range(size):
             for j in range(i):
-                distance = float(np.linalg.norm(positions[k, i] - positions[k, j]))
+                distance = float(np.linalg.norm(molecule.positions[i] - molecule.positions[j]))
                 expected[i, j] = expected[j, i] = naive_order(names[i], names[j], distance)
-        np.testing.assert_array_equal(orders[k, :size, :size], expected)
+        found = np.zeros_like(expected)
+        for (i, j), order in zip(molecule.bond_index, molecule.bond_order, strict=True):
+            assert i < j
+            found[i, j] = found[j, i] = order
+        np.testing.assert_array_equal(found, expected)
+        atoms = slice(some.offsets[k], some.offsets[k + 1])
+        assert sums[atoms].tolist() == expected.sum(axis=0).tolist()
         wanted = [expected[i].sum() in VALENCES[names[i]] for i in range(size)]
-        assert stable[k, :size].tolist() == wanted
-        assert not stable[k, size:].any()
-        assert not orders[k, size:].any()
+        assert stable[atoms].tolist() == wanted
 
 
-def test_perceive_covers_every_molecule_in_bounded_pieces(molecules, monkeypatch):
+def test_perception_in_bounded_pieces_and_of_large_molecules(molecules, monkeypatch):
+    whole = perceive(molecules)
     monkeypatch.setattr("molgen_energy.chemistry.bonds._PAIRS_AT_ONCE", 5000)
-    pieces = list(perceive(molecules))
-    assert sorted(np.concatenate([p.which for p in pieces]).tolist()) == list(range(2000))
-    assert max(p.orders.size for p in pieces) <= 5000
-    for piece in pieces[::40]:
-        i, order = int(piece.which[0]), piece.orders[0]
-        one = molecules.select(np.array([i])).padded()
-        n = len(molecules[i])
-        np.testing.assert_array_equal(order[:n, :n], bond_orders(*one)[0])
+    monkeypatch.setattr("molgen_energy.chemistry.bonds._LARGE", 20)  # beyond, by near pairs
+    again = perceive(molecules)
+    assert (molecules.sizes > 20).sum() > 100
+    for field in ("index", "order", "offsets"):
+        np.testing.assert_array_equal(getattr(again.bonds, field), getattr(whole.bonds, field))
+
+
+def test_perception_replaces_bonds_and_charges():
+    molecule = replace(of_smiles("C"), formal_charges=np.ones(5, "i1"))
+    given = replace(molecule, bond_index=np.array([[1, 2]], "u2"), bond_order=np.array([3], "u1"))
+    found = perceive(Molecules.from_list([given]))
+    assert found.formal_charges is None
+    assert found.bonds.order.tolist() == [1, 1, 1, 1]
 
 
 def test_real_qm9_scores_what_is_published(molecules):
     """95.2 % and 99.0 % are published for QM9; 2,000 molecules know them to about a point."""
-    found = evaluate("qm9", [molecules], None)
+    found = rates_of(molecules)
     low, high = found.rates["molecule_stability"].interval
     assert low < 0.952 < high + 0.005
     assert found.rates["atom_stability"].value == pytest.approx(0.992, abs=0.004)
     assert found.rates["validity"].value == pytest.approx(0.979, abs=0.01)
-
-
-def test_evaluation_does_not_depend_on_the_pieces(molecules):
-    whole = evaluate("a", [molecules], {"CC"})
-    parts = evaluate("a", [molecules.select(np.arange(k, 2000, 7)) for k in range(7)], {"CC"})
-    assert whole.rates == parts.rates
-
-
-def of_smiles(*smiles: str, shift: float = 0.0) -> Molecule:
-    """Embedded molecules, side by side at `shift` Å."""
-    from rdkit.Chem import AllChem
-
-    positions, numbers = [], []
-    for k, text in enumerate(smiles):
-        molecule = Chem.AddHs(Chem.MolFromSmiles(text))
-        AllChem.EmbedMolecule(molecule, randomSeed=7)
-        AllChem.MMFFOptimizeMolecule(molecule)
-        positions.append(molecule.GetConformer().GetPositions() + k * shift)
-        numbers += [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
-    return Molecule(np.concatenate(positions).astype("f4"), np.array(numbers, "u1"))
 
 
 def test_every_rate_by_hand():
@@ -103,7 +131,8 @@ def test_every_rate_by_hand():
     radical = Molecule(ethane.positions[:-1], ethane.atomic_numbers[:-1])
     two = of_smiles("CCO", "O", shift=20)
     these = [ethane, ethane, of_smiles("CCO"), two, crowd, radical]
-    found = evaluate("x", [Molecules.from_list(these)], known={"[H]OC([H])([H])C([H])([H])[H]"})
+    known = hashes_of(["[H]OC([H])([H])C([H])([H])[H]"])
+    found = rates_of(Molecules.from_list(these), known=known)
     expected = {
         "molecule_stability": (4, 6),
         # all but the crowd's six and the radical's one carbon
@@ -116,38 +145,205 @@ def test_every_rate_by_hand():
         "valid_unique": (3, 6),
         "valid_unique_novel": (2, 6),
         "hydrogens_assumed": (1, 6),
+        "good": (3, 6),
     }
-    assert {k: (r.count, r.total) for k, r in found.rates.items()} == expected
-    assert [metric.key for metric in METRICS] == list(expected)
+    found_rates = {k: (r.count, r.total) for k, r in found.rates.items() if r is not None}
+    assert found_rates == expected
+    assert [w.record for w in found.worst] == [5, 6]
+    assert found.worst[0].what == "6 of 6 atoms unstable"
+    assert found.findings.reasons == {"C with valence 15": 1}
+    assert found.findings.examples == {"C with valence 15": 5}
+    assert found.findings.faults == {("C", 15): 6, ("C", 3): 1}
 
 
 def test_nothing_valid_is_no_division_by_zero():
     crowd = Molecule(np.zeros((6, 3), "f4"), np.full(6, 6, "u1"))
-    rates = evaluate("x", [Molecules.from_list([crowd])], known=set()).rates
+    rates = rates_of(Molecules.from_list([crowd]), known=hashes_of([])).rates
     assert rates["uniqueness"].value is None
     assert rates["novelty"].interval is None
 
 
 def test_judge_agrees_with_rdkit_alone(molecules):
-    for molecule in molecules.select(np.arange(0, 2000, 50)):
-        orders = bond_orders(molecule.positions[None], molecule.atomic_numbers[None])[0]
-        verdict = judge(build(molecule.atomic_numbers, orders))
-        plain = build(molecule.atomic_numbers, orders)
+    for molecule in perceive(molecules.select(np.arange(0, 2000, 50))):
+        verdict = judge(molecule, whole=True)
+        plain = build(molecule)
         assert verdict.valid == (Chem.SanitizeMol(plain, catchErrors=True) == 0)
         assert verdict.fragments == len(Chem.GetMolFrags(plain))
         if verdict.valid and verdict.fragments == 1:
             assert verdict.smiles == Chem.MolToSmiles(plain)
             again = Chem.MolFromSmiles(verdict.smiles)
             assert again.GetNumAtoms() <= len(molecule)
+            assert verdict.whole == Chem.MolToSmiles(again, isomericSmiles=False)
+
+
+def test_a_crowd_of_atoms_is_judged_at_once():
+    """RDKit takes minutes over the rings of sixty atoms that are all bonded."""
+    crowd = perceive(
+        Molecules.from_list([Molecule(np.zeros((500, 3), "f4"), np.full(500, 6, "u1"))])
+    )
+    assert len(crowd.bonds.order) == 500 * 499 // 2
+    assert judge(crowd[0]).reason == "an atom has more than 12 bonds"
+
+
+# Known bugs of the field, each with the molecule that shows it.
+
+
+def embedded(smiles: str, aromatic: bool = False) -> Molecule:
+    """A molecule with the bonds and charges that RDKit gives it."""
+    molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
+    if not aromatic:
+        Chem.Kekulize(molecule, clearAromaticFlags=True)
+    orders = {
+        Chem.BondType.SINGLE: 1, Chem.BondType.DOUBLE: 2, Chem.BondType.TRIPLE: 3,
+        Chem.BondType.AROMATIC: 12,
+    }  # fmt: skip
+    bonds = list(molecule.GetBonds())
+    return Molecule(
+        np.random.default_rng(0).normal(size=(molecule.GetNumAtoms(), 3)).astype("f4") * 50,
+        np.array([a.GetAtomicNum() for a in molecule.GetAtoms()], "u1"),
+        np.array([a.GetFormalCharge() for a in molecule.GetAtoms()], "i1"),
+        np.array([(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in bonds], "u2").reshape(-1, 2),
+        np.array([orders[b.GetBondType()] for b in bonds], "u1"),
+    )
+
+
+def unstable(*these: Molecule, valence: str = "strict") -> list[int]:
+    piece = Piece(np.arange(len(these)) + 1, Molecules.from_list(these))
+    return judge_piece(piece, Settings(valence=valence, codes={})).carried.unstable_atoms.tolist()
+
+
+@pytest.mark.parametrize(
+    "smiles", ["c1ccccc1", "c1cc[nH]c1", "c1ccncc1", "c1cnc2[nH]cnc2c1", "C[N+](=O)[O-]", "C[NH3+]"]
+)
+def test_aromatic_bonds_are_no_integers(smiles):
+    """1.5 twice is 3, and 1 + 1 in an array of integers is 2: Kekulise first."""
+    assert unstable(embedded(smiles, aromatic=True)) == [0]
+    assert unstable(embedded(smiles)) == [0]
+
+
+def test_aromatic_bonds_that_cannot_be_kekulised_are_unstable():
+    """A ring of five CH has no alternating bonds."""
+    ring = [(k, (k + 1) % 5) for k in range(5)]
+    spokes = [(k, k + 5) for k in range(5)]
+    radical = Molecule(
+        np.zeros((10, 3), "f4"),
+        np.array([6] * 5 + [1] * 5, "u1"),
+        np.zeros(10, "i1"),
+        np.array(ring + spokes, "u2"),
+        np.array([12] * 5 + [1] * 5, "u1"),
+    )
+    assert kekulised(radical) is radical
+    assert unstable(radical) == [5]
+    assert unstable(radical, valence="jodo") == [0]  # 1 + 1 + 1 = 3, which it takes for stable
+
+
+@pytest.mark.parametrize(
+    ("smiles", "strict", "jodo"),
+    [
+        ("[CH3]", 1, 0),  # a neutral carbon with three bonds
+        ("C[NH]", 1, 0),  # a neutral nitrogen with two
+        ("[CH3+]", 0, 0),
+        ("[CH2-2]", 1, 1),
+        ("[NH4+]", 0, 0),
+        ("[O-2]", 1, 1),
+        ("[OH3+]", 0, 0),
+        ("[OH2+2]", 1, 0),  # a charge that is not in the table counts as 0 with JODO
+        ("[IH+]", 1, 0),  # elements with one entry ignore the charge with JODO
+    ],
+)
+def test_unknown_charges_are_unstable(smiles, strict, jodo):
+    """The charge is what counts, not what would have been right without it."""
+    molecule = embedded(smiles)
+    assert unstable(molecule) == [strict]
+    assert unstable(molecule, valence="jodo") == [jodo]
+
+
+def test_the_table_of_charged_valences():
+    """Every entry is stable, and no other sum from 0 to 8 with a charge from -3 to 3."""
+    for name, by_charge in CHARGED_VALENCES.items():
+        for charge in range(-3, 4):
+            for total in range(9):
+                z = atomic_number(name)
+                star = Molecules.from_list(
+                    [
+                        Molecule(
+                            np.zeros((total + 1, 3), "f4"),
+                            np.array([z] + [1] * total, "u1"),
+                            np.array([charge] + [0] * total, "i1"),
+                            np.array([(0, k + 1) for k in range(total)], "u2").reshape(-1, 2),
+                            np.ones(total, "u1"),
+                        )
+                    ]
+                )
+                assert stable_charged_atoms(star)[0] == (total in by_charge.get(charge, ()))
+
+
+def test_the_molecule_is_sanitised_before_its_fragment_is_chosen():
+    """A small bad fragment makes the molecule invalid, however good the large one is."""
+    good = of_smiles("CCCC")
+    crowd = Molecule(np.zeros((3, 3), "f4") + 50, np.full(3, 9, "u1"))
+    both = Molecule(
+        np.concatenate([good.positions, crowd.positions]),
+        np.concatenate([good.atomic_numbers, crowd.atomic_numbers]),
+    )
+    found = rates_of(Molecules.from_list([good, both])).rates
+    assert (found["validity"].count, found["connected"].count) == (1, 1)
+
+
+def test_hydrogens_that_are_not_there_are_told():
+    """RDKit accepts carbon alone as methane; it is counted as valid, and as such."""
+    carbon = Molecule(np.zeros((1, 3), "f4"), np.array([6], "u1"))
+    found = rates_of(Molecules.from_list([carbon])).rates
+    assert found["validity"].count == found["hydrogens_assumed"].count == 1
+    assert found["molecule_stability"].count == found["good"].count == 0
+
+
+def test_rates_do_not_depend_on_pieces_or_padding(molecules):
+    """A small molecule beside a large one is judged as it is alone."""
+    known = hashes_of(["CC"])
+    whole = rates_of(molecules, known=known)
+    parts = rates_of(*(molecules.select(np.arange(k, 2000, 7)) for k in range(7)), known=known)
+    assert whole.rates == parts.rates
+    atoms = whole.findings.counts.atoms
+    assert atoms == len(molecules.atomic_numbers) < 2000 * molecules.sizes.max()
 
 
 def test_an_element_without_valence_is_named():
     salt = Molecule(np.array([[0, 0, 0], [0, 0, 2.4]], "f4"), np.array([11, 17], "u1"))
-    pieces = [Molecules.from_list([of_smiles("CC")]), Molecules.from_list([of_smiles("C"), salt])]
-    with pytest.raises(InputError, match="molecule 3 holds Na"):
-        evaluate("x.sdf", pieces, None)
-    found = evaluate("x.sdf", pieces, None, skip_bad=True)
+    parts = [Molecules.from_list([of_smiles("CC")]), Molecules.from_list([of_smiles("C"), salt])]
+    with pytest.raises(InputError, match="record 3 holds Na"):
+        rates_of(*parts)
+    found = rates_of(*parts, options=replace(RATES_ONLY, skip_bad=True))
     assert (found.molecules, found.skipped) == (2, 1)
+
+
+def test_given_bonds_must_be_there(molecules):
+    given = Options(frozenset({"rates"}), Settings(bonds="given", codes={}))
+    with pytest.raises(InputError, match="carries no bonds"):
+        rates_of(molecules, options=given)
+
+
+def test_given_bonds_are_what_is_judged():
+    """Ethane whose file says that its carbons are not bonded is two fragments then."""
+    bonded = perceive(Molecules.from_list([of_smiles("CC")]))
+    cut = bonded.bonds.index[(bonded.bonds.index > 1).any(axis=1)]
+    one = Molecule(
+        bonded.positions,
+        bonded.atomic_numbers,
+        np.zeros(8, "i1"),
+        cut,
+        np.ones(len(cut), "u1"),
+    )
+    both = Molecules.from_list([one])
+    seen = rates_of(both).rates
+    assert (seen["molecule_stability"].count, seen["connected"].count) == (1, 1)
+    assert seen["carried_molecule_stability"].count == seen["carried_complete"].count == 0
+    assert seen["carried_atom_stability"].count == 6
+    given = Options(frozenset({"rates"}), Settings(bonds="given", codes={}))
+    found = rates_of(both, options=given)
+    assert found.rates["connected"].count == 0
+    assert found.rates["molecule_stability"].count == 1  # EDM's, always perceived
+    assert found.bonds == "given in the file"
 
 
 @pytest.mark.parametrize(("count", "total"), [(0, 10), (10, 10), (3, 7), (9520, 10000)])
@@ -156,32 +352,55 @@ def test_wilson_interval_against_scipy(count, total):
     assert Rate(count, total).interval == pytest.approx((expected.low, expected.high))
 
 
+def test_interval_of_the_median(rng):
+    """It holds the true median in about 95 of 100 samples."""
+    inside = 0
+    for _ in range(300):
+        low, high = median_interval(rng.exponential(size=50))
+        inside += low <= np.log(2) <= high
+    assert 270 <= inside <= 300
+    assert median_interval(np.arange(5.0)) is None
+
+
 def test_over_regular(molecules):
-    data = evaluate("data", [molecules], None)
-    better = evaluate("x", [molecules], None)
-    assert not over_regular(better, data)
+    data = rates_of(molecules)
+    better = rates_of(molecules)
+    rate = data.rates["molecule_stability"]
+    assert not over_regular(better, rate)
     better.rates["molecule_stability"] = Rate(2000, 2000)
-    assert over_regular(better, data)
+    assert over_regular(better, rate)
 
 
-def test_bundled_training_smiles(sample_path):
-    known = qm9_training_smiles()
+def test_bundled_training_names(sample_path):
+    known = qm9_training_names()
     assert known is not None
     assert 90_000 < len(known) < 100_000
-    train = evaluate("train", MoleculeSource(sample_path, "train").pieces(), known)
-    test = evaluate("test", MoleculeSource(sample_path, "test").pieces(), known)
-    assert train.rates["novelty"].value == 0
-    assert test.rates["novelty"].value > 0.98
+    novelty = {
+        split: evaluate(split, MoleculeSource(sample_path, split), RATES_ONLY, known, HERE).rates[
+            "novelty"
+        ]
+        for split in ("train", "test")
+    }
+    assert novelty["train"].value == 0
+    assert novelty["test"].value > 0.98
 
 
-def test_bundled_smiles_of_another_rdkit(monkeypatch):
+def test_bundled_names_of_another_rdkit(monkeypatch):
     """Another version is believed only if it names the sample as the list does."""
     monkeypatch.setattr("rdkit.rdBase.rdkitVersion", "1999.01.1")
-    assert qm9_training_smiles() is not None
+    assert qm9_training_names() is not None
     monkeypatch.setattr(
-        "molgen_energy.metrics.reference.training_smiles", lambda pieces: {"named otherwise"}
+        "molgen_energy.metrics.reference.hashes_of_names",
+        lambda *arguments: hashes_of(["named otherwise"]),
     )
-    assert qm9_training_smiles() is None
+    assert qm9_training_names() is None
+
+
+def test_names_of_metrics():
+    assert parse_metrics("all") == set(METRIC_GROUPS)
+    assert parse_metrics(" FCD, strain ") == {"rates", "fcd", "strain"}
+    with pytest.raises(InputError, match="did you mean 'geometry'"):
+        parse_metrics("geometri")
 
 
 def test_elements():
@@ -191,3 +410,11 @@ def test_elements():
         assert atomic_number(symbol(z)) == z
     with pytest.raises(ValueError, match="no chemical element"):
         atomic_number("Xx")
+
+
+def test_dense_orders_of_the_tests(molecules):
+    """The tests' own view of bonds, padded."""
+    some = molecules.select(np.array([3, 400, 9]))
+    orders = dense_orders(*some.padded())
+    for k, molecule in enumerate(perceive(some)):
+        assert orders[k].sum() == 2 * molecule.bond_order.sum()

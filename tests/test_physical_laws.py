@@ -8,10 +8,9 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from conftest import padded_batch
+from conftest import dense_orders, padded_batch
 from scipy.spatial.transform import Rotation
 
-from molgen_energy.chemistry.bonds import bond_orders
 from molgen_energy.diffusion.noise import SeededNoise
 from molgen_energy.diffusion.samplers import SAMPLERS
 from molgen_energy.diffusion.schedule import PolynomialSchedule
@@ -55,7 +54,7 @@ def given(target, mask):
     generator = torch.Generator().manual_seed(3)
     features = torch.randn(*mask.shape, 4, generator=generator).to(target.dtype)
     inside = torch.where(mask[..., None], target, 99).float().numpy()
-    orders = bond_orders(inside[..., :3], np.where(mask.numpy(), 6, 0).astype(np.uint8))
+    orders = dense_orders(inside[..., :3], np.where(mask.numpy(), 6, 0).astype(np.uint8))
     return {
         "features": torch.where(mask[..., None], features, nan),
         "bonds": torch.from_numpy(orders > 0),

@@ -73,7 +73,7 @@ def command(
         None, "--workers", min=0, help="Processes; default: one for each processor."
     ),
     timeout: float = typer.Option(
-        20.0, "--timeout", min=0.1, help="Seconds after which one molecule is given up."
+        20.0, "--timeout", min=1.0, help="Seconds after which one molecule is given up."
     ),
     skip_bad: bool = typer.Option(
         False, "--skip-bad", help="Leave out broken records instead of stopping."

@@ -251,5 +251,5 @@ def _drawing(molecule: Molecule) -> str:
     text = text[text.index("<svg") :]
     for colour, variable in (("#000000", "ink"), ("#0000FF", "nitrogen"), ("#FF0000", "oxygen")):
         text = text.replace(colour, f"var(--{variable})")
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->|xmlns:rdkit='[^']*'", "", text, flags=re.DOTALL)
     return re.sub(r"width='\d+px' height='\d+px'", "role='img'", text, count=1)

@@ -62,7 +62,7 @@ class Gaussian:
         inner = eigh(root @ other.covariance @ root, eigvals_only=True)
         trace = np.trace(self.covariance) + np.trace(other.covariance)
         trace -= 2 * np.sqrt(np.clip(inner, 0, None)).sum()
-        return float(((self.mean - other.mean) ** 2).sum() + trace)
+        return max(0.0, float(((self.mean - other.mean) ** 2).sum() + trace))
 
 
 class ChemNet:

@@ -330,7 +330,7 @@ class Findings:
             group = groups(instances.record)
             key = keys(instances.record, instances.code, instances.turn)
             codes, starts = np.unique(instances.code, return_index=True)
-            stops = np.append(starts[1:], len(instances.code))
+            stops = np.append(starts, len(instances.code))[1:]
             for code, start, stop in zip(
                 codes.tolist(), starts.tolist(), stops.tolist(), strict=True
             ):

@@ -6,6 +6,7 @@ cannot interrupt them. So the work is done in processes that can be killed.
 
 from __future__ import annotations
 
+import importlib
 import math
 import multiprocessing
 import os
@@ -32,9 +33,11 @@ def default_workers() -> int:
     return os.cpu_count() or 1
 
 
-def _one_thread() -> None:
-    """There is a process for each processor already."""
+def _prepare() -> None:
+    """Import before the clock of the first molecule runs; use one thread in each process."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    importlib.import_module("molgen_energy.metrics.judging")
+    importlib.import_module("molgen_energy.metrics.relaxation")
 
 
 class Workers:
@@ -59,7 +62,7 @@ class Workers:
             self._pool = ProcessPool(
                 max_workers=self._count,
                 context=multiprocessing.get_context("spawn"),
-                initializer=_one_thread,
+                initializer=_prepare,
             )
         return self
 
