@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import re
@@ -179,6 +180,14 @@ BAD = {
     "huge seed": (("train", "--seed", "99999999999999999999"), "training.seed"),
     "missing second file": (("evaluate", "good.xyz", "nothing.sdf"), "nothing.sdf does not exist"),
     "missing reference": (("evaluate", "good.xyz", "--reference", "no.h5"), "no.h5 does not exist"),
+    "unknown metric": (("evaluate", "good.xyz", "--metrics", "fdc"), "did you mean 'fcd'"),
+    "unknown valence": (("evaluate", "good.xyz", "--valence", "lax"), "(valid: strict, jodo)"),
+    "no bonds given": (("evaluate", "good.xyz", "--bonds", "given"), "carries no bonds"),
+    "report is a file": (("evaluate", "good.xyz", "--report", "a.pdb"), "a.pdb is a file"),
+    "report nowhere": (("evaluate", "good.xyz", "--report", "no/out"), "no does not exist"),
+    "cut gzip": (("evaluate", "cut.xyz.gz"), "cut.xyz.gz is cut off or no gzip file, behind"),
+    "wrong counts": (("evaluate", "count.xyz"), "count.xyz: record 2 (line 6): the file ends"),
+    "nan in hdf5": (("evaluate", "nan.h5"), "nan.h5: molecule 2 has coordinates that are not"),
     "checkpoint for a run": (("train", "--resume", "checkpoint"), "is a checkpoint; name its run"),
     "no folder": (("preprocess", "good.xyz", "-o", "no/a.h5"), "no does not exist; make it first"),
 }  # fmt: skip
@@ -195,6 +204,12 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, tmp_path, what, sample_path)
     (tmp_path / "nan.xyz").write_text("2\n\nH 0 0 0\nH nan 0 0\n")
     (tmp_path / "salt.xyz").write_text("2\n\nNa 0 0 0\nCl 0 0 2.4\n")
     (tmp_path / "cut.h5").write_bytes(sample_path.read_bytes()[:100_000])
+    (tmp_path / "count.xyz").write_text(WATER + "4\nwater\nO 0 0 0\nH 0.96 0 0\n")
+    (tmp_path / "cut.xyz.gz").write_bytes(gzip.compress(WATER.encode() * 500, mtime=0)[:-20])
+    if "nan.h5" in BAD[what][0]:
+        (tmp_path / "nan.h5").write_bytes(sample_path.read_bytes())
+        with h5py.File(tmp_path / "nan.h5", "r+") as file:
+            file["positions"][int(file["offsets"][1]), 2] = np.nan
     if "twins.h5" in BAD[what][0]:
         (tmp_path / "twins.xyz").write_text("3\n\nH 0 0 0\nH 0 0 0.001\nO 1 0 0\n" * 9)
         cli("preprocess", "twins.xyz", "-o", "twins.h5")
@@ -205,6 +220,49 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, tmp_path, what, sample_path)
     assert stderr.startswith("error: ")
     assert stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_evaluation_goes_on_behind_bad_records(cli, tmp_path, sample_path):
+    """With --skip-bad: a cut gzip file, NaN in HDF5, foreign elements; numbers stay those of
+    the file."""
+    (tmp_path / "cut.xyz.gz").write_bytes(gzip.compress(WATER.encode() * 500, mtime=0)[:-20])
+    done = cli("evaluate", "cut.xyz.gz", "--skip-bad", "--json", "--metrics", "rates")
+    (found,) = json.loads(done.stdout)["files"]
+    assert 0 < found["molecules"] <= 500
+    assert found["skipped"] == 1
+    assert "the file is cut off" in done.stderr
+    (tmp_path / "nan.h5").write_bytes(sample_path.read_bytes())
+    with h5py.File(tmp_path / "nan.h5", "r+") as file:
+        file["positions"][int(file["offsets"][1]), 2] = np.nan
+    lines = "1\n\nNa 0 0 0\n" + "2\n\nH 0 0 0\nH 0 0 9\n" + WATER
+    (tmp_path / "salt.xyz").write_text(lines)
+    done = cli(
+        "evaluate", "nan.h5", "salt.xyz", "--skip-bad", "--json", "--metrics", "rates",
+        "--workers", "1",
+    )  # fmt: skip
+    nan, salt = json.loads(done.stdout)["files"]
+    assert (nan["molecules"], nan["skipped"]) == (1999, 1)
+    assert (salt["molecules"], salt["skipped"]) == (2, 1)
+    assert salt["worst"][0]["record"] == 2
+
+
+def test_odd_files_are_evaluated(cli, tmp_path):
+    """One molecule; nothing valid; five hundred atoms in one place and on a line."""
+    (tmp_path / "one.xyz").write_text(WATER)
+    (tmp_path / "crowd.xyz").write_text("500\n\n" + "C 0 0 0\n" * 500)
+    line = "".join(f"C {1.5 * k} 0 0\n" for k in range(500))
+    (tmp_path / "line.xyz").write_text("500\n\n" + line)
+    done = cli("evaluate", "one.xyz", "crowd.xyz", "line.xyz", "--report", "out", "--json")
+    one, crowd, chain = json.loads(done.stdout)["files"]
+    assert one["metrics"]["molecule_stability"]["value"] == 1
+    assert one["metrics"]["mmd_bond_length"]["interval"] is None
+    assert crowd["metrics"]["validity"]["value"] == 0
+    assert crowd["metrics"]["uniqueness"]["value"] is None
+    assert crowd["invalid"][0]["reason"] == "an atom has more than N bonds"
+    assert chain["metrics"]["complete"]["value"] == 1
+    assert "RDKit does not draw it" in (tmp_path / "out" / "report.html").read_text()
+    table = cli("evaluate", "crowd.xyz").stdout
+    assert "n/a" in table
 
 
 def test_a_run_is_never_overwritten(cli, tmp_path):

@@ -27,9 +27,11 @@ from molgen_energy.errors import InputError
 from molgen_energy.metrics.distances import (
     jackknife,
     mmd,
+    mmd_without,
     total_variation,
     wasserstein,
     wasserstein_of_counts,
+    wasserstein_without,
 )
 
 
@@ -163,6 +165,26 @@ def test_mmd_against_the_double_sum(rng, m, n, shift, outlier):
     source, target = rng.normal(size=m) + shift, rng.normal(size=n)
     target[0] += outlier
     assert mmd(source, target) == pytest.approx(naive_mmd(source, target), rel=1e-7, abs=1e-7)
+
+
+def test_mmd_without_groups(rng):
+    """As the double sum over what is left, with the kernels of all."""
+    source, target = rng.normal(size=300), rng.normal(0.3, 1, size=200)
+    group = rng.integers(0, 4, 300).astype("u1")
+    both = np.concatenate([source, target])
+    squared = (both[:, None] - both[None]) ** 2
+    width = squared.sum() / (500 * 499) / 4
+    kernel = sum(np.exp(-squared / (width * 2**i)) for i in range(5))
+    expected = []
+    for g in (None, 0, 3):
+        kept = np.concatenate([np.ones(300, bool) if g is None else group != g])
+        weight = np.concatenate([kept / kept.sum(), np.full(200, -1 / 200)])
+        expected.append(weight @ kernel @ weight)
+    assert mmd_without(source, group, target, [0, 3]) == pytest.approx(expected, abs=1e-7)
+    assert np.isnan(mmd_without(source, group * 0, target, [0])[1])
+    whole, without = wasserstein_without(source, group, target, [2])
+    assert whole == pytest.approx(stats.wasserstein_distance(source, target))
+    assert without == pytest.approx(stats.wasserstein_distance(source[group != 2], target))
 
 
 def test_mmd_of_equal_values():

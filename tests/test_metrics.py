@@ -346,6 +346,15 @@ def test_given_bonds_are_what_is_judged():
     assert found.bonds == "given in the file"
 
 
+def test_single_bonds_only_as_edm_does_on_geom():
+    """Ethene is unstable, and valid only since RDKit adds hydrogens: the order is forgotten."""
+    single = Options(frozenset({"rates"}), Settings(bonds="single", codes={}))
+    found = rates_of(Molecules.from_list([of_smiles("C=C")]), options=single)
+    assert found.rates["molecule_stability"].count == 1  # with the orders, as EDM
+    assert found.rates["hydrogens_assumed"].count == 1
+    assert found.findings.names.hashes.tolist() == hashes_of(["[H]C([H])C([H])[H]"]).tolist()
+
+
 @pytest.mark.parametrize(("count", "total"), [(0, 10), (10, 10), (3, 7), (9520, 10000)])
 def test_wilson_interval_against_scipy(count, total):
     expected = stats.binomtest(count, total).proportion_ci(0.95, method="wilson")

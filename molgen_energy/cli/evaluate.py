@@ -40,9 +40,9 @@ def command(
     bonds: str = typer.Option(
         "perceived",
         "--bonds",
-        metavar="perceived|given",
-        help="Bonds behind validity, names, connectivity and geometry: found from distances, or "
-        "those in the file.",
+        metavar="perceived|single|given",
+        help="Bonds behind validity, names and connectivity: found from distances; the same, all "
+        "taken as single (EDM on GEOM-Drugs); or those in the file.",
     ),
     valence: str = typer.Option(
         "strict",

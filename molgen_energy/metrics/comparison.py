@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from molgen_energy.chemistry.geometry import GeometryTypes, code_of
 from molgen_energy.metrics.distances import (
     jackknife,
-    mmd,
+    mmd_without,
     total_variation,
-    wasserstein,
     wasserstein_of_counts,
+    wasserstein_without,
 )
 from molgen_energy.metrics.fcd import Moments
 from molgen_energy.metrics.findings import GROUPS, Findings, Geometry, Values
@@ -111,11 +111,11 @@ def compare(
         found.missing[kind] = missing
         found.by_type[kind] = {}
         tables = {}
-        for label, distance in (("mmd", mmd), ("wasserstein", wasserstein)):
+        for label, distance in (("mmd", mmd_without), ("wasserstein", wasserstein_without)):
             # Each type's distance without each group, then their means: a group may hold all
             # instances of a type.
             rows = {
-                name: _leaving_out(values, group, other, distance, numbers)
+                name: distance(values, group, other, numbers.tolist())
                 for name, (values, group, other) in pairs.items()
             }
             tables[label] = {name: row[0] for name, row in rows.items()}
@@ -165,28 +165,14 @@ def _pairs(
     return pairs, missing
 
 
-def _leaving_out(
-    values: NDArray[np.float32],
-    group: NDArray[np.uint8],
-    other: NDArray[np.float32],
-    distance: Callable[[NDArray[np.float32], NDArray[np.float32]], float],
-    numbers: NDArray[np.int64],
-) -> list[float]:
-    """The distance of all values, then without each group; NaN where nothing is left."""
-    row = [distance(values, other)]
-    for g in numbers:
-        kept = group != g
-        row.append(distance(values[kept], other) if kept.any() else np.nan)
-    return row
-
-
 def _mean_of_types(rows: list[list[float]], molecules: int) -> Measure:
     if not rows:
         return Measure(None, note="no type that both have")
     values = np.array(rows)
     # A type without instances when a group is left out is not in that mean.
-    means = np.nanmean(values, axis=0).tolist()
-    if molecules < _FEWEST or len(means) < 3:
+    there = np.isfinite(values).any(axis=0)
+    means = np.nanmean(values[:, there], axis=0).tolist()
+    if molecules < _FEWEST or len(means) < 3 or not there.all():
         return Measure(means[0], None, molecules)
     return Measure(means[0], jackknife(means[0], means[1:]), molecules)
 

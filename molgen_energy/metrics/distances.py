@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -33,31 +34,61 @@ def mmd(source: Values, target: Values) -> float:
     source, target
         (n,) and (m,), neither empty.
     """
+    return mmd_without(source, np.zeros(len(source), np.uint8), target, [])[0]
+
+
+def mmd_without(
+    source: Values, group: NDArray[np.uint8], target: Values, left_out: Iterable[int]
+) -> list[float]:
+    """`mmd` of all numbers, then of those outside each of some groups.
+
+    Parameters
+    ----------
+    source, group
+        Numbers and the group of each, (n,).
+    left_out
+        Groups to leave out in turn; NaN where nothing is left. The kernels stay those of all
+        numbers.
+    """
+    left_out = list(left_out)
     both = np.concatenate([source, target]).astype(np.float64)
     count = len(both)
     both -= both.mean()
     spread = 2 * float(both @ both) / (count - 1) if count > 1 else 0.0
     width = spread / 2 ** (_KERNELS // 2)
-    reach = float(np.ptp(both))
-    if width <= 0 or reach == 0:
-        return 0.0
+    if width <= 0 or np.ptp(both) == 0:
+        return [0.0] + [0.0 if (group != g).any() else math.nan for g in left_out]
     step = math.sqrt(width / 2) / _POINTS_PER_WIDTH
-    weights = np.concatenate(
-        [np.full(len(source), 1 / len(source)), np.full(len(target), -1 / len(target))]
-    )
-    grid = _spread((both - both.min()) / step, weights)
-    # wᵀKw = Σ_lag r(lag) K(lag), with r the autocorrelation of the difference of both densities.
-    padded = 2 * len(grid)
-    power = np.abs(np.fft.rfft(grid, padded)) ** 2
-    correlation = np.fft.irfft(power, padded)[: len(grid)]
-    lag = (np.arange(len(grid)) * step) ** 2
+    places = (both - both.min()) / step
+    size = int(places.max()) + 4
+    ours, theirs = places[: len(source)], places[len(source) :]
+    whole = _spread(ours, size)
+    density = _spread(theirs, size) / len(target)
+    lag = (np.arange(size) * step) ** 2
     kernel = sum(np.exp(-lag / (width * 2**i)) for i in range(_KERNELS))
+    found = [_form(whole / len(source) - density, kernel)]
+    for g in left_out:
+        inside = group == g
+        rest = len(source) - int(inside.sum())
+        if rest == 0:
+            found.append(math.nan)
+            continue
+        found.append(_form((whole - _spread(ours[inside], size)) / rest - density, kernel))
+    return found
+
+
+def _form(difference: NDArray[np.float64], kernel: NDArray[np.float64]) -> float:
+    """Σ_ab w_a w_b K(a − b) for a difference of densities w on a grid (G,), K by lag (G,)."""
+    from scipy.fft import irfft, next_fast_len, rfft
+
+    size = next_fast_len(2 * len(difference), real=True)
+    correlation = irfft(np.abs(rfft(difference, size)) ** 2, size)[: len(difference)]
     return float(correlation[0] * kernel[0] + 2 * (correlation[1:] @ kernel[1:]))
 
 
-def _spread(places: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Weights at places (in steps, from 0) shared among four grid points each, by Lagrange."""
-    below = np.floor(places).astype(np.int64)
+def _spread(places: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """Points at places (in steps, from 0), each shared by four of the grid's, by Lagrange."""
+    below = places.astype(np.int64)
     f = places - below
     shares = (
         -f * (f - 1) * (f - 2) / 6,
@@ -65,18 +96,44 @@ def _spread(places: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArra
         -(f + 1) * f * (f - 2) / 2,
         (f + 1) * f * (f - 1) / 6,
     )
-    size = int(below.max()) + 4
     grid = np.zeros(size)
     for k, share in enumerate(shares):
-        grid += np.bincount(below + k, weights * share, size)
+        grid += np.bincount(below + k, share, size)
     return grid
 
 
 def wasserstein(source: Values, target: Values) -> float:
     """First Wasserstein distance of two sets of numbers, in their unit; neither is empty."""
-    from scipy.stats import wasserstein_distance
+    return wasserstein_without(source, np.zeros(len(source), np.uint8), target, [])[0]
 
-    return float(wasserstein_distance(source, target))
+
+def wasserstein_without(
+    source: Values, group: NDArray[np.uint8], target: Values, left_out: Iterable[int]
+) -> list[float]:
+    """`wasserstein` of all numbers, then of those outside each of some groups (NaN of nothing).
+
+    ∫|F − G|, from one sorting of all numbers.
+    """
+    both = np.concatenate([source, target]).astype(np.float64)
+    order = np.argsort(both, kind="stable")
+    gaps = np.diff(both[order])
+    ours = order < len(source)
+    whole = np.cumsum(ours)[:-1]
+    theirs = (np.arange(1, len(both)) - whole) / len(target)
+    found = [_integral(whole / len(source) - theirs, gaps)]
+    label = np.full(len(both), -1, np.int16)
+    label[ours] = group[order[ours]]
+    for g in left_out:
+        inside = np.cumsum(label == g)
+        rest = len(source) - int(inside[-1])
+        share = (whole - inside[:-1]) / max(1, rest)
+        found.append(_integral(share - theirs, gaps) if rest else math.nan)
+    return found
+
+
+def _integral(difference: NDArray[np.float64], gaps: NDArray[np.float64]) -> float:
+    """∫|F − G| of steps; a product in BLAS would wait for threads longer than it takes."""
+    return float((np.abs(difference) * gaps).sum())
 
 
 def wasserstein_of_counts(source: NDArray[np.int64], target: NDArray[np.int64]) -> float:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from molgen_energy.chemistry.bonds import has_valence
 from molgen_energy.chemistry.geometry import GeometryTypes, code_of
+from molgen_energy.chemistry.rdkit import CROWD
 from molgen_energy.data.molecules import Molecules, Piece
 from molgen_energy.elements import symbol
 from molgen_energy.errors import InputError, unknown_name
@@ -43,6 +44,13 @@ METRIC_GROUPS = ("rates", "geometry", "composition", "strain", "fcd", "posebuste
 DEFAULT_METRICS = frozenset({"rates", "geometry", "composition", "strain"})
 EXTRAS = {"fcd": ("fcd",), "posebusters": ("posebusters",), "xtb": ("tblite", "ase")}
 """Packages that metrics of the same name need; the extras of this package are called so too."""
+
+BONDS = {
+    "perceived": "perceived from distances",
+    "single": "perceived from distances, all taken as single",
+    "given": "given in the file",
+}
+"""What a report calls the choices of bonds."""
 
 _SLOW_PIECE = 10
 _XTB_SHARE = (
@@ -206,8 +214,13 @@ def evaluate(
         findings=findings,
         distributions=Distributions.of(findings, moments),
         skipped=left_out.count,
-        bonds="given in the file" if settings.bonds == "given" else "perceived from distances",
+        bonds=BONDS[settings.bonds],
     )
+    if counts.crowded and "geometry" in options.metrics:
+        evaluation.notes.append(
+            f"geometry leaves out {counts.crowded:,} molecules with an atom of more than {CROWD} "
+            "bonds"
+        )
     evaluation.rates["posebusters"] = None
     _look_closer(evaluation, options, workers)
     evaluation.worst = _worst(findings) + evaluation.worst

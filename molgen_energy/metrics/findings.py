@@ -200,6 +200,7 @@ class Counts:
     distinct: int = 0
     novel: int | None = None
     timed_out: int = 0
+    crowded: int = 0
     carried_bonds: int = 0
     carried_molecules: int = 0
     carried_stable_molecules: int = 0
@@ -282,6 +283,7 @@ class Findings:
         counts.hydrogens_added += int(found.hydrogens_added.sum())
         counts.good += int(found.good.sum())
         counts.timed_out += int(found.timed_out.sum())
+        counts.crowded += found.crowded
         if found.carried is not None:
             own = found.carried
             counts.carried_bonds += own.bonds

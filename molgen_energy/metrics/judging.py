@@ -17,19 +17,21 @@ from molgen_energy.chemistry.bonds import (
     valences,
 )
 from molgen_energy.chemistry.geometry import KINDS, measure
-from molgen_energy.chemistry.rdkit import Verdict, judge, kekulised
+from molgen_energy.chemistry.rdkit import CROWD, Verdict, judge, kekulised
 from molgen_energy.data.molecules import Molecules, Piece
 from molgen_energy.elements import symbol
 
-BOND_CHOICES = ("perceived", "given")
+BOND_CHOICES = ("perceived", "single", "given")
+"""Bonds behind RDKit's verdict, names and connectivity: perceived from distances; the same, each
+taken as a single bond (EDM's validity on GEOM-Drugs); or those that a file carries."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """How molecules are judged.
 
-    ``bonds``: which ones RDKit's verdict, names, connectivity and geometry rest on, one of
-    `BOND_CHOICES`. ``valence``: model for given bonds (`molgen_energy.chemistry.bonds`).
+    ``bonds``: one of `BOND_CHOICES`; geometry rests on the given ones or, with their orders, on
+    the perceived ones. ``valence``: model for given bonds (`molgen_energy.chemistry.bonds`).
     ``counting``: of angles (`molgen_energy.chemistry.geometry`). ``codes``: of the types of
     geometry that are wanted, for each kind; None takes all types, no kinds take none.
     ``whole_names``: whether names of whole molecules are wanted, for FCD. ``carried``: whether
@@ -78,6 +80,7 @@ class Judgement:
     timed_out: NDArray[np.bool_]
     faults: Counter[tuple[str, int]]  # unstable atoms by element and sum of orders
     geometry: dict[str, Instances]
+    crowded: int  # molecules that geometry leaves out
     carried: Carried | None
 
     @property
@@ -107,10 +110,14 @@ def _judgement(piece: Piece, settings: Settings, failed: str | None) -> Judgemen
     molecules = piece.molecules
     perceived = perceive(molecules)
     given = molecules.bonds is not None and settings.carried
-    judged = perceived
-    if settings.bonds == "given":
-        judged = molecules
-    verdicts = _verdicts(judged, settings.whole_names, failed)
+    judged = molecules if settings.bonds == "given" else perceived
+    named = judged
+    if settings.bonds == "single":
+        assert perceived.bonds is not None
+        ones = np.ones_like(perceived.bonds.order)
+        named = replace(perceived, bonds=replace(perceived.bonds, order=ones))
+    crowded = _crowded(judged)
+    verdicts = _verdicts(named, settings.whole_names, failed)
     carried = None
     stable = stable_atoms(perceived)
     sums = valences(perceived)
@@ -136,7 +143,8 @@ def _judgement(piece: Piece, settings: Settings, failed: str | None) -> Judgemen
         reasons=[v.reason for v in verdicts],
         timed_out=np.full(len(piece), failed is not None),
         faults=faults,
-        geometry=_geometry(Piece(piece.records, judged), settings),
+        geometry=_geometry(Piece(piece.records, judged), crowded, settings),
+        crowded=int(crowded.sum()),
         carried=carried,
     )
 
@@ -187,7 +195,14 @@ def _per_molecule(atoms: NDArray[np.bool_], molecules: Molecules) -> NDArray[np.
     return np.add.reduceat(atoms.astype(np.int64), molecules.offsets[:-1])
 
 
-def _geometry(piece: Piece, settings: Settings) -> dict[str, Instances]:
+def _crowded(molecules: Molecules) -> NDArray[np.bool_]:
+    """Molecules with an atom of more than `CROWD` bonds: their dihedrals would be billions."""
+    bonds = np.bincount(molecules.atoms_of_bonds().ravel(), minlength=len(molecules.owners))
+    return _per_molecule(bonds > CROWD, molecules) > 0
+
+
+def _geometry(piece: Piece, crowded: NDArray[np.bool_], settings: Settings) -> dict[str, Instances]:
+    piece = piece.select(np.flatnonzero(~crowded))
     kinds = KINDS if settings.codes is None else [k for k in KINDS if k in settings.codes]
     found = {}
     for kind, measured in measure(piece.molecules, kinds, settings.counting).items():

@@ -139,10 +139,10 @@ def _known(
         if source.skipped:
             notes.append(f"{train}: {source.skipped:,} bad records left out")
         return known, str(train)
-    if options.settings.bonds == "given":
+    if options.settings.bonds != "perceived":
         notes.append(
-            "novelty is n/a: the bundled names of QM9 rest on perceived bonds; pass --train with a "
-            "file that carries bonds"
+            "novelty is n/a: the bundled names of QM9 rest on perceived bonds and their orders; "
+            "pass the training molecules with --train"
         )
         return None, "nothing"
     bundled = qm9_training_names()
