@@ -277,7 +277,7 @@ def test_bonds_that_a_file_carries_are_judged_beside(tmp_path, molecules):
     given = replace(EVERYTHING_FAST, settings=Settings(bonds="given"))
     found = run([tmp_path / "a.h5"], None, tmp_path / "a.h5", None, given, HERE)
     assert found.samples[0].rates["novelty"].count == 0
-    assert any("those of the files are given" in note for note in found.notes)
+    assert any("those of the files are given in the file" in note for note in found.notes)
 
 
 def test_mmff_strain_against_rdkit(molecules):

@@ -93,8 +93,9 @@ def run(
     for name, source in zip(_names(files), sources, strict=True):
         progress = watched(f"evaluating {name}", source.size())
         samples.append(_evaluation(name, source, options, known, workers, progress, data))
-    if options.settings.bonds == "given" and data.row.bonds != samples[0].bonds:
-        notes.append(f"the bonds of {data.name} are {data.row.bonds}; those of the files are given")
+    if data.row.bonds != samples[0].bonds:
+        ours = samples[0].bonds
+        notes.append(f"bonds of {data.name} are {data.row.bonds}; those of the files are {ours}")
     report = Report(samples, data, options, against, notes)
     report.judge()
     return report
