@@ -7,6 +7,7 @@ marks, each counted once, as JODO does it.
 from __future__ import annotations
 
 import warnings
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,15 +52,22 @@ class Gaussian:
     ) -> None:
         self.mean, self.covariance, self.count = mean, covariance, count
 
-    def distance(self, other: Gaussian) -> float:
-        """Fréchet distance: ‖μ − μ'‖² + tr(Σ + Σ' − 2 (ΣΣ')^½)."""
+    @cached_property
+    def _root(self) -> NDArray[np.float64]:
+        """The symmetric square root of the covariance."""
         from scipy.linalg import eigh
 
-        # (ΣΣ')^½ has the eigenvalues of (√Σ Σ' √Σ)^½, which is symmetric: no complex roots, and
-        # stable where there are fewer molecules than dimensions.
         values, vectors = eigh(self.covariance)
-        root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-        inner = eigh(root @ other.covariance @ root, eigvals_only=True)
+        root: NDArray[np.float64] = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+        return root
+
+    def distance(self, other: Gaussian) -> float:
+        """Fréchet distance: ‖μ − μ'‖² + tr(Σ + Σ' − 2 (ΣΣ')^½)."""
+        from scipy.linalg import eigvalsh
+
+        # (ΣΣ')^½ has the eigenvalues of (√Σ' Σ √Σ')^½, which is symmetric: no complex roots, and
+        # stable where there are fewer molecules than dimensions.
+        inner = eigvalsh(other._root @ self.covariance @ other._root)
         trace = np.trace(self.covariance) + np.trace(other.covariance)
         trace -= 2 * np.sqrt(np.clip(inner, 0, None)).sum()
         return max(0.0, float(((self.mean - other.mean) ** 2).sum() + trace))
