@@ -8,6 +8,7 @@ import os
 import re
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ from molgen_energy.metrics.reference import (
 from molgen_energy.metrics.relaxation import relax_mmff, rmsd
 from molgen_energy.metrics.report import as_json, figure_text
 from molgen_energy.metrics.run import run
-from molgen_energy.metrics.workers import Workers
+from molgen_energy.metrics.workers import Workers, WorkFailed
 
 HERE = Workers(0, 0.0)
 EVERYTHING_FAST = Options(drawn=40)
@@ -89,6 +90,33 @@ def test_a_molecule_that_hangs_or_kills_is_named_and_the_rest_goes_on(molecules,
     assert (7, trouble) in results
     done = [record for result in results if isinstance(result, list) for record in result]
     assert done == [k for k in range(1, 31) if k != 7]
+
+
+def test_processes_that_are_killed_are_replaced(molecules):
+    """Killed from outside, at work or idle: the run ends, with every molecule once."""
+    piece = numbered(molecules.select(np.arange(0, 2000, 4)))
+    settings = Settings(codes={})
+    with Workers(2, 60) as workers:
+        results = []
+        for k, (part, found) in enumerate(
+            workers.map(partial(judge_piece, settings=settings), given_up, piece.parts(20))
+        ):
+            results += found.valid.tolist() if not isinstance(found, tuple) else [None]
+            assert len(part) <= 20
+            if k in (2, 9):
+                workers._workers[0].process.kill()
+    whole = judge_piece(piece, settings).valid.tolist()
+    assert len(results) == len(whole)
+    assert sum(a != b for a, b in zip(results, whole, strict=True)) <= 2
+
+
+def failing(piece: Piece) -> None:
+    raise KeyError("what happened")
+
+
+def test_work_that_raises_ends_the_run(molecules):
+    with Workers(1, 60) as workers, pytest.raises(WorkFailed, match="KeyError: 'what happened'"):
+        list(workers.map(failing, given_up, numbered(molecules).parts(1000)))
 
 
 def test_workers_change_nothing(molecules):
