@@ -42,7 +42,7 @@ def test_every_printed_configuration_is_shipped():
     assert {name for pair in listed for name in pair if name} == set(config_names())
 
 
-PAGES = [README, ROOT / "docs" / "losses.md"]
+PAGES = [README, ROOT / "docs" / "losses.md", ROOT / "docs" / "evaluation.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
