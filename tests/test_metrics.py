@@ -344,6 +344,9 @@ def test_given_bonds_are_what_is_judged():
     assert found.rates["connected"].count == 0
     assert found.rates["molecule_stability"].count == 1  # EDM's, always perceived
     assert found.bonds == "given in the file"
+    acetate = Molecules.from_list([embedded("CC(=O)[O-]")])  # its atoms lie far apart
+    assert rates_of(acetate).rates["good"].count == 0
+    assert rates_of(acetate, options=given).rates["good"].count == 1
 
 
 def test_single_bonds_only_as_edm_does_on_geom():

@@ -13,11 +13,11 @@ from rdkit import Chem, rdBase
 from rdkit.Chem import rdDepictor
 from rdkit.Chem.Draw import rdMolDraw2D
 
-from molgen_energy.chemistry.bonds import perceive, stable_atoms
 from molgen_energy.chemistry.geometry import KINDS, UNITS
 from molgen_energy.chemistry.rdkit import CROWD, build, most_neighbours
-from molgen_energy.data.molecules import Molecule, Molecules, Piece
+from molgen_energy.data.molecules import Molecule, Piece
 from molgen_energy.elements import symbol
+from molgen_energy.metrics.judging import unstable_atoms
 from molgen_energy.metrics.report import Report
 
 # Colours stand for CSS variables of the page, which differ in light and dark.
@@ -206,9 +206,12 @@ def panels_png(shown: list[Panel], names: list[str], data_name: str) -> bytes:
     return buffer.getvalue()
 
 
-def draw_piece(piece: Piece) -> list[str]:
-    """Molecules in two dimensions as SVG; empty where RDKit cannot draw one."""
-    return [_drawing(molecule) for molecule in piece.molecules]
+def draw_piece(piece: Piece, valence: str | None) -> list[str]:
+    """Molecules in two dimensions as SVG; empty where RDKit cannot draw one.
+
+    Unstable atoms are marked (see `unstable_atoms` for `valence`).
+    """
+    return [_drawing(molecule, valence) for molecule in piece.molecules]
 
 
 def not_drawn(piece: Piece, reason: str) -> list[str]:
@@ -216,16 +219,10 @@ def not_drawn(piece: Piece, reason: str) -> list[str]:
     return [""] * len(piece)
 
 
-def unstable_atoms(molecule: Molecule) -> list[int]:
-    """Numbers of the atoms that are unstable by perceived bonds."""
-    alone = Molecules.from_list([molecule])
-    return np.flatnonzero(~stable_atoms(perceive(alone))).tolist()
-
-
-def _drawing(molecule: Molecule) -> str:
+def _drawing(molecule: Molecule, valence: str | None) -> str:
     if most_neighbours(molecule) > CROWD:
         return ""
-    bad = unstable_atoms(molecule)
+    bad = unstable_atoms(molecule, valence)
     built = build(molecule)
     with rdBase.BlockLogs():
         try:

@@ -376,7 +376,7 @@ def _category(found: Judgement, k: int) -> str:
         return "invalid"
     if found.fragments[k] > 1:
         return "in pieces"
-    return "unstable" if found.unstable_atoms[k] else "hydrogens missing"
+    return "unstable" if found.faulty_atoms[k] else "hydrogens missing"
 
 
 def complaints(found: Judgement, k: int) -> tuple[str, ...]:
@@ -385,8 +385,8 @@ def complaints(found: Judgement, k: int) -> tuple[str, ...]:
     said = []
     if not found.valid[k]:
         said.append(f"invalid: {found.reasons[k]}")
-    if found.unstable_atoms[k]:
-        said.append(f"{found.unstable_atoms[k]} of {size} atoms unstable")
+    if found.faulty_atoms[k]:
+        said.append(f"{found.faulty_atoms[k]} of {size} atoms unstable")
     if found.fragments[k] > 1:
         said.append(f"{found.fragments[k]} fragments")
     if found.hydrogens_added[k]:

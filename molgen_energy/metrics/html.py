@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from molgen_energy.metrics.drawings import (
     panel_svg,
     panels,
     panels_png,
-    unstable_atoms,
 )
 from molgen_energy.metrics.evaluation import Evaluation
 from molgen_energy.metrics.findings import Specimen
+from molgen_energy.metrics.judging import unstable_atoms
 from molgen_energy.metrics.report import Report, as_json, figure_text, findings_text
 from molgen_energy.metrics.workers import Workers
 from molgen_energy.output import replacing
@@ -81,6 +82,8 @@ def _page(report: Report, shown: dict[str, Any], workers: Workers) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    settings = report.options.settings
+    valence = settings.valence if settings.bonds == "given" else None
     galleries = []
     specimens: list[dict[str, Any]] = []
     for evaluation in report.samples:
@@ -89,7 +92,7 @@ def _page(report: Report, shown: dict[str, Any], workers: Workers) -> str:
             ("Nothing wrong with them", list(evaluation.findings.shown_good)),
             ("Something wrong with them", evaluation.findings.bad_specimens()),
         ):
-            cards = _cards(chosen, workers, len(specimens))
+            cards = _cards(chosen, workers, len(specimens), valence)
             specimens += [card.pop("model") for card in cards]
             parts.append({"title": title, "cards": cards})
         galleries.append({"name": evaluation.name, "parts": parts})
@@ -156,13 +159,16 @@ def _notes(report: Report) -> list[str]:
     return said
 
 
-def _cards(chosen: list[Specimen], workers: Workers, first: int) -> list[dict[str, Any]]:
+def _cards(
+    chosen: list[Specimen], workers: Workers, first: int, valence: str | None
+) -> list[dict[str, Any]]:
     if not chosen:
         return []
     records = np.array([s.record for s in chosen], np.int64)
     piece = Piece(records, Molecules.from_list([s.molecule for s in chosen]))
+    draw = partial(draw_piece, valence=valence)
     drawn: list[str] = []
-    for _, part in workers.map(draw_piece, not_drawn, piece.parts(1)):
+    for _, part in workers.map(draw, not_drawn, piece.parts(1)):
         drawn += part
     return [
         {
@@ -172,7 +178,7 @@ def _cards(chosen: list[Specimen], workers: Workers, first: int) -> list[dict[st
             "formula": _formula(specimen),
             "reasons": specimen.reasons,
             "drawing": Markup(svg),
-            "model": _model(specimen),
+            "model": _model(specimen, valence),
         }
         for k, (specimen, svg) in enumerate(zip(chosen, drawn, strict=True))
     ]
@@ -194,7 +200,7 @@ def _formula(specimen: Specimen) -> str:
     return "".join(s + (str(symbols.count(s)) if symbols.count(s) > 1 else "") for s in order)
 
 
-def _model(specimen: Specimen) -> dict[str, Any]:
+def _model(specimen: Specimen, valence: str | None) -> dict[str, Any]:
     """What the page turns in three dimensions: positions in Å, symbols, bonds, atoms at fault."""
     molecule = specimen.molecule
     centred = molecule.positions - molecule.positions.mean(axis=0)
@@ -206,7 +212,7 @@ def _model(specimen: Specimen) -> dict[str, Any]:
         "p": np.round(centred, 3).astype(float).round(3).tolist(),
         "e": [symbol(z) for z in molecule.atomic_numbers.tolist()],
         "b": bonds,
-        "w": unstable_atoms(molecule),
+        "w": unstable_atoms(molecule, valence),
     }
 
 

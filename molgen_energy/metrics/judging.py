@@ -18,7 +18,7 @@ from molgen_energy.chemistry.bonds import (
 )
 from molgen_energy.chemistry.geometry import KINDS, measure
 from molgen_energy.chemistry.rdkit import CROWD, Verdict, judge, kekulised
-from molgen_energy.data.molecules import Molecules, Piece
+from molgen_energy.data.molecules import Molecule, Molecules, Piece
 from molgen_energy.elements import symbol
 
 BOND_CHOICES = ("perceived", "single", "given")
@@ -82,6 +82,7 @@ class Judgement:
     geometry: dict[str, Instances]
     crowded: int  # molecules that geometry leaves out
     carried: Carried | None
+    by_given_bonds: bool = False
 
     @property
     def complete(self) -> NDArray[np.bool_]:
@@ -90,9 +91,16 @@ class Judgement:
         return complete
 
     @property
+    def faulty_atoms(self) -> NDArray[np.int64]:
+        """Unstable atoms by the bonds that the verdict rests on."""
+        if self.by_given_bonds and self.carried is not None:
+            return self.carried.unstable_atoms
+        return self.unstable_atoms
+
+    @property
     def good(self) -> NDArray[np.bool_]:
         """Nothing is wrong with it that rules can find."""
-        stable: NDArray[np.bool_] = self.unstable_atoms == 0
+        stable: NDArray[np.bool_] = self.faulty_atoms == 0
         return self.complete & stable & ~self.hydrogens_added
 
 
@@ -146,6 +154,7 @@ def _judgement(piece: Piece, settings: Settings, failed: str | None) -> Judgemen
         geometry=_geometry(Piece(piece.records, judged), crowded, settings),
         crowded=int(crowded.sum()),
         carried=carried,
+        by_given_bonds=settings.bonds == "given",
     )
 
 
@@ -188,6 +197,18 @@ def _carried(
         np.array([v.valid for v in verdicts], bool),
         np.array([v.fragments == 1 for v in verdicts], bool),
     )
+
+
+def unstable_atoms(molecule: Molecule, valence: str | None = None) -> list[int]:
+    """Numbers of a molecule's unstable atoms.
+
+    By perceived bonds, or, with a model of valences for formal charges, by its own.
+    """
+    if valence is None:
+        stable = stable_atoms(perceive(Molecules.from_list([molecule])))
+    else:
+        stable = stable_charged_atoms(Molecules.from_list([kekulised(molecule)]), valence)
+    return [int(k) for k in np.flatnonzero(~stable)]
 
 
 def _per_molecule(atoms: NDArray[np.bool_], molecules: Molecules) -> NDArray[np.int64]:
