@@ -224,7 +224,7 @@ def figure_text(figure: Rate | Measure | None, unit: str = "%") -> str:
 def table(report: Report) -> Table:
     """One column for each file and one for real data."""
     shown = Table(title="value [95 % interval]", title_justify="left")
-    shown.add_column("")
+    shown.add_column("", overflow="fold")
     for evaluation in report.samples:
         shown.add_column(escape(evaluation.name), justify="right")
     shown.add_column(escape(f"data: {report.reference.name}"), justify="right", style="dim")
