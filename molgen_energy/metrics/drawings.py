@@ -194,6 +194,8 @@ def panels_png(shown: list[Panel], names: list[str], data_name: str) -> bytes:
     FigureCanvasAgg(figure)
     for k, panel in enumerate(shown):
         _draw(figure.add_subplot(rows, columns, k + 1), panel, LIGHT)
+    # A dollar would begin a formula, and a legend leaves out what begins with an underscore.
+    data_name, *names = [f"\u200b{name}".replace("$", r"\$") for name in (data_name, *names)]
     handles: list[Any] = [Patch(color=LIGHT[_DATA], label=data_name)]
     handles += [
         Line2D([], [], color=LIGHT[_SERIES[k % SERIES]], label=name) for k, name in enumerate(names)

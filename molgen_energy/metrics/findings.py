@@ -401,4 +401,4 @@ def generalised(reason: str) -> str:
         return f"{match[1]} with valence {match[2]}"
     if reason.startswith("Can't kekulize"):
         return "cannot be Kekulised"
-    return re.sub(r"\s+", " ", re.sub(r"\d+", "N", reason))[:80]
+    return re.sub(r"\s+", " ", re.sub(r"# ?\d+", "# N", reason))[:80]
