@@ -118,6 +118,7 @@ BAD_XYZ = {
     "text": ("1\n\nH 0 zero 0\n", "zero"),
     "short line": ("1\n\nH 0 0\n", "expected element, x, y, z"),
     "no number": ("hello\n\nH 0 0 0\n", "expected a number of atoms"),
+    "count too small": ("2\nwater\nO 0 0 0\nH 0.96 0 0\nH -0.24 0.93 0\n", "more atoms follow"),
     "zero atoms": ("0\n\n", "0 atoms"),
     "negative": ("-2\n\n", "-2 atoms"),
 }

@@ -241,6 +241,11 @@ def _xyz_records(lines: _Lines, reader: MoleculeReader) -> Iterator[tuple[int, M
         start = lines.number
         record = [line]
         parsed = _parse_frame(lines, record)
+        following = lines.next()
+        if following is not None:
+            lines.put_back([following])
+            if isinstance(parsed, Molecule) and not isinstance(_parse_atom(following), str):
+                parsed = f"more atoms follow than the {len(parsed)} that it names"
         if reader.number == 0 and len(record) > 1:
             reader.fields = dict(re.findall(r"(\w+)='([^']*)'", record[1]))
         yield start, parsed
