@@ -106,7 +106,7 @@ def sample_to_file(
             numbers = torch.arange(start, min(start + window, count))
             try:
                 drawn = _draw_window(generator, numbers, batch_size, observer)
-                finite = _finite(drawn)
+                finite = drawn.finite()
                 if isinstance(writer, MoleculeWriter):
                     drawn = _at_origin(drawn, ~finite)  # the text formats say so in a field
                 writer.append(drawn)
@@ -167,12 +167,6 @@ def _concatenate(pieces: list[Molecules]) -> Molecules:
         np.concatenate([p.atomic_numbers for p in pieces]),
         offsets_of(np.concatenate([p.sizes for p in pieces])),
     )
-
-
-def _finite(molecules: Molecules) -> NDArray[np.bool_]:
-    """Which molecules have finite coordinates, (M,)."""
-    finite = np.isfinite(molecules.positions).all(axis=1)
-    return np.logical_and.reduceat(finite, molecules.offsets[:-1])
 
 
 def _at_origin(molecules: Molecules, which: NDArray[np.bool_]) -> Molecules:

@@ -27,15 +27,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from molgen_energy.distributed import is_main, rank, world_size
 from molgen_energy.errors import InputError, TrainingFailed
 
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+# Of several processes that do one job, only the first speaks.
+stdout = Console(highlight=False, quiet=not is_main())
+stderr = Console(stderr=True, highlight=False, quiet=not is_main())
 
 _TRACEBACK = "MOLGEN_ENERGY_TRACEBACK"
 # How PyTorch's allocators put it; "index out of range" must not be taken for it.
 _OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+_PATIENCE = 3.0  # seconds
 
 
 def say(text: str) -> None:
@@ -49,6 +52,11 @@ def warn(text: str) -> None:
 
 
 def _fail(text: str, code: int) -> None:
+    if not is_main():
+        # What is wrong for all is said by the first process, which ends the job meanwhile.
+        time.sleep(_PATIENCE)
+        text = f"process {rank()} of {world_size()}: {text}"
+        stderr.quiet = False
     stderr.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
     sys.exit(code)
 

@@ -14,8 +14,6 @@ from molgen_energy.errors import InputError, unknown_name
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from molgen_energy.metrics.report import Report
-
 
 def command(
     files: list[Path] = typer.Argument(
@@ -148,21 +146,7 @@ def command(
         for evaluation in found.samples:
             for line in findings_text(evaluation):
                 say(f"{evaluation.name}: {line}")
-    _warn(found)
+    for text in found.warnings():
+        warn(text)
     if page is not None:
         say(f"report: {page}")
-
-
-def _warn(report: Report) -> None:
-    for note in report.notes:
-        warn(note)
-    for evaluation in report.columns:
-        for note in evaluation.notes:
-            warn(f"{evaluation.name}: {note}")
-        if evaluation.skipped:
-            warn(f"{evaluation.name}: {evaluation.skipped:,} bad records left out of all figures")
-        if evaluation.findings.counts.timed_out:
-            warn(
-                f"{evaluation.name}: {evaluation.findings.counts.timed_out:,} molecules given up, "
-                "counted as invalid"
-            )

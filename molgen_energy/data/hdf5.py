@@ -301,7 +301,7 @@ class MoleculeFile:
             if not len(chosen):
                 continue
             molecules = self._read(start, stop)
-            usable = _finite(molecules)[chosen - start]
+            usable = molecules.finite()[chosen - start]
             if not skip_bad and not usable.all():
                 raise self._not_finite(int(chosen[~usable][0]))
             self.skipped += int((~usable).sum())
@@ -321,7 +321,7 @@ class MoleculeFile:
             A position is not a finite number; names the molecule.
         """
         molecules = self._read(start, stop)
-        finite = _finite(molecules)
+        finite = molecules.finite()
         if not finite.all():
             raise self._not_finite(start + int(np.flatnonzero(~finite)[0]))
         return molecules
@@ -362,11 +362,3 @@ class MoleculeFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _finite(molecules: Molecules) -> NDArray[np.bool_]:
-    """Which molecules have finite coordinates, (M,)."""
-    finite = np.isfinite(molecules.positions).all(axis=1)
-    if not len(molecules):
-        return np.zeros(0, bool)
-    return np.logical_and.reduceat(finite, molecules.offsets[:-1])

@@ -113,6 +113,13 @@ class Molecules:
         """The number of the molecule of each atom, (ΣN,)."""
         return np.repeat(np.arange(len(self)), self.sizes)
 
+    def finite(self) -> NDArray[np.bool_]:
+        """Which molecules have finite coordinates, (M,)."""
+        if not len(self):
+            return np.zeros(0, bool)
+        finite = np.isfinite(self.positions).all(axis=1)
+        return np.logical_and.reduceat(finite, self.offsets[:-1])
+
     def atoms_of_bonds(self) -> NDArray[np.int64]:
         """Both atoms of each bond by their number among all atoms, (ΣE, 2); none where no bonds."""
         if self.bonds is None:

@@ -53,9 +53,8 @@ BONDS = {
 """What a report calls the choices of bonds."""
 
 _SLOW_PIECE = 10
-_XTB_SHARE = (
-    10  # xTB takes a second for a molecule of QM9: it looks at a tenth of the others' share
-)
+# xTB takes a second for a molecule of QM9: it looks at a tenth of the others' share.
+_XTB_SHARE = 10
 _WORST = 3
 
 
@@ -188,13 +187,7 @@ def evaluate(
     left_out = _LeftOut(name, options)
     net = ChemNet() if "fcd" in options.usable else None
     settings = options.settings
-    results = workers.map(
-        partial(judge_piece, settings=settings),
-        lambda piece, trouble: judge_without_rdkit(piece, settings, f"RDKit: {trouble}"),
-        left_out.without(source.pieces()),
-    )
-    found: Judgement
-    for piece, found in results:
+    for piece, found in judgements(left_out.without(source.pieces()), settings, workers):
         findings.add(found)
         if net is not None:
             net.add(found.whole_names)
@@ -223,8 +216,19 @@ def evaluate(
         )
     evaluation.rates["posebusters"] = None
     _look_closer(evaluation, options, workers)
-    evaluation.worst = _worst(findings) + evaluation.worst
+    evaluation.worst = findings.timed_out[:_WORST] + findings.worst[:_WORST] + evaluation.worst
     return evaluation
+
+
+def judgements(
+    pieces: Iterable[Piece], settings: Settings, workers: Workers
+) -> Iterator[tuple[Piece, Judgement]]:
+    """Pieces and what is found of them; where RDKit hangs, what can be said without it."""
+    return workers.map(
+        partial(judge_piece, settings=settings),
+        lambda piece, trouble: judge_without_rdkit(piece, settings, f"RDKit: {trouble}"),
+        pieces,
+    )
 
 
 def hashes_of_names(
@@ -233,11 +237,7 @@ def hashes_of_names(
     """Sorted hashes of molecules' SMILES as `evaluate` names them, for novelty against them."""
     names = Distinct()
     plain = replace(settings, codes={}, whole_names=False, carried=settings.bonds == "given")
-    for piece, found in workers.map(
-        partial(judge_piece, settings=plain),
-        lambda piece, trouble: judge_without_rdkit(piece, plain, trouble),
-        source.pieces(),
-    ):
+    for piece, found in judgements(source.pieces(), plain, workers):
         names.add(found.names)
         progress(len(piece))
     return names.hashes
@@ -337,10 +337,6 @@ def _add_relaxed(
     if reasons:
         said = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
         evaluation.notes.append(f"{label} strain leaves out: {said}")
-
-
-def _worst(findings: Findings) -> list[Worst]:
-    return [*findings.timed_out[:_WORST], *findings.worst[:_WORST]]
 
 
 def over_regular(samples: Evaluation, reference: Rate | None) -> bool:

@@ -202,7 +202,6 @@ class Counts:
     timed_out: int = 0
     crowded: int = 0
     carried_bonds: int = 0
-    carried_molecules: int = 0
     carried_stable_molecules: int = 0
     carried_stable_atoms: int = 0
     carried_valid: int = 0
@@ -287,7 +286,6 @@ class Findings:
         if found.carried is not None:
             own = found.carried
             counts.carried_bonds += own.bonds
-            counts.carried_molecules += len(piece)
             counts.carried_stable_molecules += int((own.unstable_atoms == 0).sum())
             counts.carried_stable_atoms += len(molecules.atomic_numbers)
             counts.carried_stable_atoms -= int(own.unstable_atoms.sum())

@@ -18,7 +18,6 @@ from molgen_energy import __version__
 from molgen_energy.data.molecules import Molecules, Piece
 from molgen_energy.elements import symbol
 from molgen_energy.metrics.drawings import (
-    LIGHT,
     SERIES,
     draw_piece,
     not_drawn,
@@ -101,7 +100,7 @@ def _page(report: Report, shown: dict[str, Any], workers: Workers) -> str:
         data_name=report.reference.name,
         molecules=[f"{e.molecules:,}" for e in report.columns],
         sections=_sections(report),
-        notes=_notes(report),
+        notes=report.warnings(),
         findings=[
             {"name": e.name, "lines": findings_text(e)} for e in report.samples if findings_text(e)
         ],
@@ -114,7 +113,6 @@ def _page(report: Report, shown: dict[str, Any], workers: Workers) -> str:
         specimens=Markup(json.dumps(specimens, separators=(",", ":")).replace("<", "\\u003c")),
         provenance=[_provenance(e) for e in report.samples],
         about=_about(report),
-        colours=list(LIGHT.values()),
         series=SERIES,
         version=__version__,
     )
@@ -145,18 +143,6 @@ def _cell(text: str) -> tuple[str, str]:
     """The value, and its interval or note."""
     value, _, rest = text.partition(" ")
     return value, rest
-
-
-def _notes(report: Report) -> list[str]:
-    said = list(report.notes)
-    for evaluation in report.columns:
-        said += [f"{evaluation.name}: {note}" for note in evaluation.notes]
-        if evaluation.skipped:
-            said.append(f"{evaluation.name}: {evaluation.skipped:,} bad records left out")
-        given_up = evaluation.findings.counts.timed_out
-        if given_up:
-            said.append(f"{evaluation.name}: {given_up:,} molecules given up, counted as invalid")
-    return said
 
 
 def _cards(

@@ -24,7 +24,7 @@ from molgen_energy.chemistry.geometry import (
 from molgen_energy.chemistry.molfiles import PERCEIVED, MoleculeReader
 from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.data.molecules import Piece
-from molgen_energy.errors import InputError
+from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.metrics.comparison import (
     Comparison,
     Distributions,
@@ -38,6 +38,7 @@ from molgen_energy.metrics.evaluation import (
     evaluate,
     hashes_of,
     hashes_of_names,
+    judgements,
     settings_for,
 )
 from molgen_energy.metrics.fcd import Moments
@@ -179,7 +180,6 @@ class Reference:
     distributions: Distributions
     distances: Comparison
     types: GeometryTypes
-    bundled: bool = False
 
     def save(self, path: Path, source: str) -> None:
         """Write to HDF5, for `load`."""
@@ -254,7 +254,7 @@ class Reference:
         )
         types = json.loads(attributes["types"])
         chosen = GeometryTypes(types["name"], {k: tuple(v) for k, v in types["types"].items()})
-        return cls(row.name, row, distributions, distances, chosen, bundled=True)
+        return cls(row.name, row, distributions, distances, chosen)
 
 
 def _as_list(measure: Measure) -> list[object]:
@@ -341,15 +341,7 @@ def frequent_types(source: MoleculeSource, options: Options, workers: Workers) -
         if sum(map(len, first)) >= COMPARED:
             break
     gathered = Findings(0)
-    from functools import partial
-
-    from molgen_energy.metrics.judging import judge_piece, judge_without_rdkit
-
-    for _, found in workers.map(
-        partial(judge_piece, settings=settings),
-        lambda piece, trouble: judge_without_rdkit(piece, settings, trouble),
-        first,
-    ):
+    for _, found in judgements(first, settings, workers):
         gathered.add_geometry(found)
     chosen = {}
     for kind in KINDS:
@@ -368,8 +360,6 @@ def types_named(name: str | None, reference: Path | None) -> GeometryTypes | Non
     InputError
         There is no such list.
     """
-    from molgen_energy.errors import unknown_name
-
     if name is None:
         return GEOMETRY_TYPES["qm9"] if reference is None or _is_qm9(reference) else None
     if name == "frequent":

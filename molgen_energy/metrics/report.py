@@ -171,6 +171,18 @@ class Report:
             return how_to_get(row.metric)
         return "" if row.metric in self.options.metrics else f"--metrics {row.metric}"
 
+    def warnings(self) -> list[str]:
+        """What should not be overlooked, of the whole and of each column."""
+        said = list(self.notes)
+        for evaluation in self.columns:
+            name, given_up = evaluation.name, evaluation.findings.counts.timed_out
+            said += [f"{name}: {note}" for note in evaluation.notes]
+            if evaluation.skipped:
+                said.append(f"{name}: {evaluation.skipped:,} bad records left out of all figures")
+            if given_up:
+                said.append(f"{name}: {given_up:,} molecules given up, counted as invalid")
+        return said
+
     def judge(self) -> None:
         """Add to each file's notes what its numbers mean together."""
         data = self.reference.row.rates["molecule_stability"]

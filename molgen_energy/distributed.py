@@ -1,0 +1,118 @@
+"""Several processes that do one job, as `torchrun` starts them.
+
+`torchrun --nproc-per-node K -m molgen_energy VERB …` starts K processes and tells each of them by
+environment variables who it is. What a command does is divided by rank; process 0 alone writes and
+speaks. Everything here works in a single process too, where it does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from molgen_energy.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def rank() -> int:
+    """Number of this process in its job, from 0."""
+    return _from_environment("RANK", 0)
+
+
+def world_size() -> int:
+    """Processes of the job."""
+    return _from_environment("WORLD_SIZE", 1)
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and speaks to the user."""
+    return rank() == 0
+
+
+def _from_environment(name: str, default: int) -> int:
+    # Other launchers set some of these variables too, for jobs that are not ours to join.
+    if "MASTER_ADDR" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return default
+    return int(os.environ.get(name, default))
+
+
+@contextmanager
+def joined(device: torch.device | None = None) -> Iterator[None]:
+    """Join the job's other processes for a block; over NCCL on CUDA devices, else over gloo."""
+    if world_size() == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("nccl" if device is not None and device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The device of this process: of several GPUs each process of a machine takes its own.
+
+    Raises
+    ------
+    InputError
+        There are more processes on this machine than GPUs, or one GPU was named for all.
+    """
+    if world_size() == 1 or device.type != "cuda":
+        return device
+    import torch
+
+    if device.index is not None:
+        raise InputError(f"--device {device}: with torchrun name the kind alone, --device cuda")
+    own = _from_environment("LOCAL_RANK", 0)
+    if own >= torch.cuda.device_count():
+        raise InputError(
+            f"torchrun started more processes than this machine's {torch.cuda.device_count()} "
+            "GPUs; lower --nproc-per-node"
+        )
+    torch.cuda.set_device(own)
+    return torch.device("cuda", own)
+
+
+def from_main(value: Any) -> Any:
+    """What process 0 has given, in all processes."""
+    if world_size() == 1:
+        return value
+    import torch.distributed as dist
+
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def to_main(value: Any) -> list[Any] | None:
+    """What each process has given, by rank, in process 0; None in the others."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values, dst=0)
+    return values
+
+
+def summed(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes of tensors of one shape, in all processes."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
