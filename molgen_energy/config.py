@@ -103,6 +103,8 @@ class ModelConfig(_Section):
     name: Annotated[str, _one_of("model", MODELS)] = "gdm"
     layers: PositiveInt = 9
     width: PositiveInt = 256
+    normalization: PositiveFloat = 1.0
+    """Sums over an atom's neighbours are divided by it."""
 
 
 class DiffusionConfig(_Section):

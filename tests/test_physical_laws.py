@@ -24,6 +24,7 @@ from molgen_energy.losses import (
 )
 from molgen_energy.losses.symmetry import automorphisms
 from molgen_energy.models import MODELS
+from molgen_energy.models.geometry import random_rotations
 
 
 def kind_of_edges(name):
@@ -534,40 +535,32 @@ class TestModels:
         assert rough.dtype == torch.float32
         assert (rough - exact).norm() / exact.norm() < 0.02
 
+    @pytest.mark.parametrize("mirror", [1, -1])
+    def test_equivariant_or_not(self, molecules, name, mirror):
+        """In float64 at random weights, large ones too: a motion of the input is one of the output.
+
+        A model that does not claim it must not have it either.
+        """
+        model, noisy, time, mask = self.inputs(molecules, name)
+        model, noisy, time = model.double(), noisy.double(), time.double()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2)
+        rotation = mirror * random_rotations(1, torch.Generator().manual_seed(3), noisy)[0]
+
+        def turned(x):
+            return torch.cat([x[..., :3] @ rotation.T, x[..., 3:]], dim=-1)
+
+        moved = turned(noisy)
+        moved[..., :3] += torch.tensor([1.0, -2.0, 3.0])
+        result, expected = model(moved, time, mask), turned(model(noisy, time, mask))
+        error = float(((result - expected).norm() / expected.norm()).detach())
+        assert error < 1e-11 if model.equivariant else error > 1e-3
+
     def test_single_atom(self, molecules, name):
         model = MODELS[name](features=6, layers=2, width=16)
         mask = torch.ones(1, 1, dtype=torch.bool)
         assert torch.isfinite(model(torch.randn(1, 1, 9), torch.rand(1), mask)).all()
-
-
-def test_gdm_is_the_textbook_formula():
-    """Against the message network written atom by atom, with the first layer not split."""
-    torch.manual_seed(0)
-    model = MODELS["gdm"](features=2, layers=2, width=8).double()
-    noisy, time = torch.randn(1, 4, 5).double(), torch.tensor([0.3]).double()
-    silu = torch.nn.functional.silu
-    h = model.embed(torch.cat([noisy[0], time.expand(4, 1)], dim=1))
-    for layer in model.layers:
-        joint = torch.cat([layer.receiver.weight, layer.sender.weight], dim=1)
-        new = []
-        for i in range(4):
-            total = torch.zeros(8).double()
-            for j in range(4):
-                if j != i:
-                    m = joint @ torch.cat([h[i], h[j]]) + layer.receiver.bias
-                    m = silu(layer.message(silu(m)))
-                    total = total + m * torch.sigmoid(layer.gate(m))
-            update = layer.update_out(silu(layer.update_in(torch.cat([h[i], total]))))
-            new.append(h[i] + update)
-        h = torch.stack(new)
-    expected = model.readout(h)
-    expected[:, :3] -= expected[:, :3].mean(dim=0)
-    mask = torch.ones(1, 4, dtype=torch.bool)
-    torch.testing.assert_close(model(noisy, time, mask)[0], expected)
-
-
-def test_gdm_has_the_papers_size():
-    assert sum(p.numel() for p in MODELS["gdm"](features=6).parameters()) == 3_555_602
 
 
 class Diffusion:

@@ -325,9 +325,9 @@ def test_auto_is_the_same_pull_whatever_the_springs(springs, edges):
         total = loss.total_stiffness(**piece, generator=generator).total
         pull += loss.scale * float((total / atoms).sum())
         pairs += float((atoms - 1).sum())
-    weight = PAPER["energy", springs].position_weight
+    weight = PAPER["gdm"]["energy", springs].position_weight
     assert task.config.loss.position_weight * pull / pairs == pytest.approx(weight, rel=0.02)
-    assert task.config.training.lr == PAPER["energy", springs].lr
+    assert task.config.training.lr == PAPER["gdm"]["energy", springs].lr
 
 
 def test_published_scale():
@@ -470,8 +470,8 @@ def test_damaged_checkpoints(unbroken, tmp_path):
     with pytest.raises(InputError, match=r"lacks ema\.safetensors"):
         load_checkpoint(broken).tensors("ema")
     text = (broken / "state.yaml").read_text()
-    (broken / "state.yaml").write_text(text.replace("format: 1", "format: 9"))
-    with pytest.raises(InputError, match="checkpoint format 9, this version reads 1; upgrade"):
+    (broken / "state.yaml").write_text(text.replace("format: 2", "format: 9"))
+    with pytest.raises(InputError, match="checkpoint format 9, this version reads 2; upgrade"):
         load_checkpoint(broken)
     (broken / "state.yaml").write_text("{")
     with pytest.raises(InputError, match="damaged"):

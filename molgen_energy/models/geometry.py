@@ -14,6 +14,12 @@ def centred(positions: Tensor, mask: Tensor) -> Tensor:
     return torch.where(atoms, inside - inside.sum(dim=1, keepdim=True) / count, 0)
 
 
+def pairs_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, N, N) from (B, N): 1 where two different real atoms meet, else 0."""
+    apart = ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+    return (mask[:, :, None] & mask[:, None, :] & apart).to(dtype)
+
+
 def random_rotations(count: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """Proper rotations (count, 3, 3), uniform (Haar), as unit quaternions drawn from a Gaussian."""
     quaternions = torch.randn(count, 4, generator=generator, device=like.device, dtype=like.dtype)

@@ -6,46 +6,42 @@ width 256 and 9 layers make 3.56 M parameters.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molgen_energy.models.geometry import centred
+from molgen_energy.models.geometry import centred, pairs_of
+from molgen_energy.models.pairs import PairNetwork
 
 
 class MessageLayer(nn.Module):
-    """h_i ← h_i + φ_h(h_i, Σ_{j≠i} g_ij m_ij), m_ij = φ_m(h_i, h_j), g_ij = σ(w·m_ij).
+    """h_i ← h_i + φ_h(h_i, Σ_{j≠i} g_ij m_ij / c), m_ij = φ_m(h_i, h_j, e_ij).
 
-    φ_m and φ_h are two linear layers with SiLU between; φ_m has one behind as well.
+    The gate is g_ij = σ(w·m_ij + o). φ_m and φ_h are two linear layers with SiLU between; φ_m has one behind as well.
+
+    Parameters
+    ----------
+    width
+        Of atoms' states.
+    features
+        Of pairs.
+    normalization
+        c.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, features: int = 0, normalization: float = 1.0) -> None:
         super().__init__()
-        # The first linear layer of φ_m on [h_i, h_j] is W_r h_i + W_s h_j: the same function, done
-        # once for each atom rather than once for each pair.
-        self.receiver = nn.Linear(width, width)
-        self.sender = nn.Linear(width, width, bias=False)
-        self.message = nn.Linear(width, width)
-        self.gate = nn.Linear(width, 1)
+        self.normalization = normalization
+        self.pairs = PairNetwork(width, features)
         self.update_in = nn.Linear(2 * width, width)
         self.update_out = nn.Linear(width, width)
-        with torch.no_grad():  # the scale that one layer of input 2·width would start with
-            for parameter in (self.receiver.weight, self.receiver.bias, self.sender.weight):
-                parameter.mul_(0.5**0.5)
 
-    def forward(self, h: Tensor, pairs: Tensor, low_precision: bool) -> Tensor:
-        """Atom states (B, N, W) to new ones; pairs (B, N, N) is 1 where j sends to i, else 0."""
-        hidden = F.silu(self.receiver(h)[:, :, None] + self.sender(h)[:, None, :])
-        # Only the work on pairs runs in bfloat16; coordinates enter `receiver` and `sender` and are
-        # subtracted in float32.
-        rough = torch.autocast(h.device.type, torch.bfloat16) if low_precision else nullcontext()
-        with rough:
-            message = F.silu(self.message(hidden))
-            gate = torch.sigmoid(self.gate(message)).squeeze(-1) * pairs.to(message.dtype)
-            gathered = torch.matmul(gate[:, :, None, :], message).squeeze(2)
-        update = self.update_in(torch.cat([h, gathered.to(h.dtype)], dim=-1))
+    def forward(
+        self, h: Tensor, pairs: Tensor, features: Tensor | None, low_precision: bool
+    ) -> Tensor:
+        """Atom states (B, N, W) to new ones; see `PairNetwork.gated_sum` for the rest."""
+        gathered = self.pairs.gated_sum(h, pairs, features, low_precision) / self.normalization
+        update = self.update_in(torch.cat([h, gathered], dim=-1))
         change: Tensor = self.update_out(F.silu(update))
         return h + change
 
@@ -59,17 +55,29 @@ class GDM(nn.Module):
         F, channels of an atom besides its position.
     layers, width
         Depth and width of the network.
+    normalization
+        Sums over neighbours are divided by it.
     low_precision
         Run the work on pairs in bfloat16; parameters, states and the result stay float32.
     """
 
+    equivariant = False
+    """Whether a motion of the molecule is one of the result."""
+
     def __init__(
-        self, features: int, layers: int = 9, width: int = 256, low_precision: bool = False
+        self,
+        features: int,
+        layers: int = 9,
+        width: int = 256,
+        normalization: float = 1.0,
+        low_precision: bool = False,
     ) -> None:
         super().__init__()
         self.low_precision = low_precision
         self.embed = nn.Linear(3 + features + 1, width)
-        self.layers = nn.ModuleList(MessageLayer(width) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            MessageLayer(width, normalization=normalization) for _ in range(layers)
+        )
         self.readout = nn.Linear(width, 3 + features)
 
     def forward(self, noisy: Tensor, time: Tensor, mask: Tensor) -> Tensor:
@@ -92,10 +100,9 @@ class GDM(nn.Module):
         atoms = mask[..., None]
         noisy = torch.where(atoms, noisy, 0)
         times = time[:, None, None].expand(*mask.shape, 1)
-        apart = ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-        pairs = (mask[:, :, None] & mask[:, None, :] & apart).to(noisy.dtype)
+        pairs = pairs_of(mask, noisy.dtype)
         h = self.embed(torch.cat([noisy, times], dim=-1))
         for layer in self.layers:
-            h = layer(h, pairs, self.low_precision)
+            h = layer(h, pairs, None, self.low_precision)
         noise = torch.where(atoms, self.readout(h), 0)
         return torch.cat([centred(noise[..., :3], mask), noise[..., 3:]], dim=-1)

@@ -24,7 +24,7 @@ from molgen_energy.config import Config, load_config
 from molgen_energy.errors import InputError
 from molgen_energy.output import flush_to_disk, naming, remove
 
-FORMAT = 1
+FORMAT = 2
 _REMEDY = "train again, or name another checkpoint"
 
 
