@@ -19,8 +19,9 @@ _LEAST = 1e-8  # Å², so that the root has a gradient where atoms coincide
 class EquivariantLayer(nn.Module):
     """A message layer, then x_i ← x_i + Σ_{j≠i} (x_i − x_j)/(d_ij + 1)·R·tanh φ_x,ij / c.
 
-    φ_x,ij = φ_x(h_i, h_j, e_ij), and e_ij are d_ij² = ‖x_i − x_j‖² as they are at this layer and as they were at the input. φ_x is
-    three linear layers with SiLU between; the last starts near zero and has no bias.
+    φ_x,ij = φ_x(h_i, h_j, e_ij), and e_ij are d_ij² = ‖x_i − x_j‖² as they are at this layer and as
+    they were at the input. φ_x is three linear layers with SiLU between; the last starts near zero
+    and has no bias.
     """
 
     def __init__(self, width: int, reach: float, normalization: float) -> None:

@@ -17,7 +17,8 @@ from molgen_energy.models.pairs import PairNetwork
 class MessageLayer(nn.Module):
     """h_i ← h_i + φ_h(h_i, Σ_{j≠i} g_ij m_ij / c), m_ij = φ_m(h_i, h_j, e_ij).
 
-    The gate is g_ij = σ(w·m_ij + o). φ_m and φ_h are two linear layers with SiLU between; φ_m has one behind as well.
+    The gate is g_ij = σ(w·m_ij + o). φ_m and φ_h are two linear layers with SiLU between; φ_m has
+    one behind as well.
 
     Parameters
     ----------

@@ -91,6 +91,7 @@ class PairNetwork(nn.Module):
             features,
             pairs,
             low_precision,
+            torch.is_grad_enabled(),
             self.linear.weight,
             self.linear.bias,
             self.read.weight,
@@ -159,6 +160,7 @@ class _PairFunction(torch.autograd.Function):
         features: Tensor | None,
         pairs: Tensor | None,
         low_precision: bool,
+        recording: bool,  # of gradients; in here it is off, whatever it is outside
         weight: Tensor,
         bias: Tensor,
         read: Tensor,
@@ -170,8 +172,9 @@ class _PairFunction(torch.autograd.Function):
         shape = (batch, atoms, atoms, width)
         on_cpu = receiver.device.type == "cpu"
         size = batch * atoms * atoms * width * torch.finfo(dtype).bits // 8
-        needed = any(ctx.needs_input_grad)
-        keep = needed and size <= (_KEPT_CPU if on_cpu else _KEPT_GPU)
+        keep = (
+            recording and any(ctx.needs_input_grad) and size <= (_KEPT_CPU if on_cpu else _KEPT_GPU)
+        )
         kept = receiver.new_empty(shape, dtype=dtype) if keep else None
         values = receiver.new_empty(batch, atoms, atoms)
         gathered = torch.empty_like(receiver) if pairs is not None else None
@@ -267,7 +270,7 @@ class _PairFunction(torch.autograd.Function):
                 own = features[block].reshape(-1, features.shape[-1])
                 d_feature += flat.t() @ own
         return (
-            d_receiver, d_sender, d_features, None, None,
+            d_receiver, d_sender, d_features, None, None, None,
             d_weight, d_bias, d_read, d_offset, d_feature,
         )  # fmt: skip
 
