@@ -14,6 +14,8 @@ from molgen_energy.diffusion.schedule import PolynomialSchedule
 from molgen_energy.losses import PositionLoss
 from molgen_energy.models.geometry import centred
 
+_DRAWS = 1 << 62  # graphs are taken modulo their number
+
 
 class Terms(NamedTuple):
     """The objective of each sample and its two parts, each (B,)."""
@@ -23,11 +25,38 @@ class Terms(NamedTuple):
     features: Tensor
 
 
-def molecule_noise(mask: Tensor, channels: int, generator: torch.Generator) -> Tensor:
+class Share(NamedTuple):
+    """The samples of a batch that a process has: `first`, `first` + `every`, … of all.
+
+    Random numbers are drawn for the whole batch and the own ones taken, so that several processes
+    together do what one would do.
+    """
+
+    samples: int
+    """Of the whole batch."""
+    atoms: int
+    """N of the whole batch."""
+    first: int = 0
+    every: int = 1
+
+    def integers(self, below: int, generator: torch.Generator, device: torch.device) -> Tensor:
+        """Random numbers of the own samples, (B,) int64."""
+        drawn = torch.randint(below, (self.samples,), generator=generator, device=device)
+        return drawn[self.first :: self.every]
+
+    def normal(self, atoms: int, channels: int, generator: torch.Generator) -> Tensor:
+        """Standard normal numbers of the own samples, (B, atoms, channels)."""
+        shape = (self.samples, self.atoms, channels)
+        drawn = torch.randn(shape, generator=generator, device=generator.device)
+        return drawn[self.first :: self.every, :atoms]
+
+
+def molecule_noise(
+    mask: Tensor, channels: int, generator: torch.Generator, share: Share | None = None
+) -> Tensor:
     """Standard normal noise (B, N, channels), positions (the first 3) with zero mean; 0 outside."""
-    shape = (*mask.shape, channels)
-    noise = torch.randn(shape, generator=generator, device=mask.device)
-    return on_subspace(noise, mask)
+    share = share or Share(*mask.shape)
+    return on_subspace(share.normal(mask.shape[1], channels, generator), mask)
 
 
 def on_subspace(noise: Tensor, mask: Tensor) -> Tensor:
@@ -80,6 +109,7 @@ class Objective(ABC):
         mask: Tensor,
         generator: torch.Generator,
         given: Mapping[str, Any] = MappingProxyType({}),
+        share: Share | None = None,
     ) -> Terms:
         """Draw a time and noise for each sample, and judge the model's prediction.
 
@@ -95,11 +125,15 @@ class Objective(ABC):
             Source of randomness, on the device of the data.
         given
             What else the loss is to be called with, such as bonds.
+        share
+            Which samples of a larger batch these are; None where they are all.
         """
-        guess = self._guess(model, clean, mask, generator)
+        share = share or Share(*mask.shape)
+        guess = self._guess(model, clean, mask, generator, share)
+        draws = share.integers(_DRAWS, generator, clean.device)
         scale, degree = self.position_scale, self.position_loss.degree
         loss = self.position_loss(
-            scale * guess.clean, scale * clean[..., :3], mask, generator=generator, **given
+            scale * guess.clean, scale * clean[..., :3], mask, generator=draws, **given
         )
         weight = self.position_weight * (guess.weight / scale) ** degree
         positions = 0.5 * weight * loss
@@ -111,7 +145,12 @@ class Objective(ABC):
 
     @abstractmethod
     def _guess(
-        self, model: nn.Module, clean: Tensor, mask: Tensor, generator: torch.Generator
+        self,
+        model: nn.Module,
+        clean: Tensor,
+        mask: Tensor,
+        generator: torch.Generator,
+        share: Share,
     ) -> Guess:
         """What the model predicts at random times."""
 
@@ -137,13 +176,18 @@ class DiffusionObjective(Objective):
     """
 
     def _guess(
-        self, model: nn.Module, clean: Tensor, mask: Tensor, generator: torch.Generator
+        self,
+        model: nn.Module,
+        clean: Tensor,
+        mask: Tensor,
+        generator: torch.Generator,
+        share: Share,
     ) -> Guess:
         schedule = self.schedule
         levels = schedule.steps + 1
-        step = torch.randint(levels, (len(clean),), generator=generator, device=clean.device)
+        step = share.integers(levels, generator, clean.device)
         alpha, sigma = schedule.alpha(step), schedule.sigma(step)
-        noise = molecule_noise(mask, clean.shape[-1], generator)
+        noise = molecule_noise(mask, clean.shape[-1], generator, share)
         noisy = alpha[:, None, None] * clean + sigma[:, None, None] * noise
         predicted = model(noisy, schedule.time(step), mask)
         position = clean_prediction(noisy[..., :3], predicted[..., :3], alpha, sigma)
@@ -158,16 +202,21 @@ class FlowMatchingObjective(Objective):
     """
 
     def _guess(
-        self, model: nn.Module, clean: Tensor, mask: Tensor, generator: torch.Generator
+        self,
+        model: nn.Module,
+        clean: Tensor,
+        mask: Tensor,
+        generator: torch.Generator,
+        share: Share,
     ) -> Guess:
         steps = self.schedule.steps
-        step = torch.randint(steps, (len(clean),), generator=generator, device=clean.device)
+        step = share.integers(steps, generator, clean.device)
         time = self.schedule.time(step + 1)
-        noise = molecule_noise(mask, clean.shape[-1], generator)
-        share = time[:, None, None]
-        noisy = (1 - share) * clean + share * noise
+        noise = molecule_noise(mask, clean.shape[-1], generator, share)
+        part = time[:, None, None]
+        noisy = (1 - part) * clean + part * noise
         velocity = model(noisy, time, mask)
-        position = noisy[..., :3] - share * velocity[..., :3]
+        position = noisy[..., :3] - part * velocity[..., :3]
         return Guess(position, 1 / time, velocity[..., 3:], (noise - clean)[..., 3:])
 
 

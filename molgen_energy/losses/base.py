@@ -85,6 +85,9 @@ class Bonds:
         return Neighbours(index.view(samples, self.atoms, width))
 
 
+Randomness = torch.Generator | Tensor | None
+
+
 @dataclass(frozen=True)
 class Samples:
     """Samples in the padded layout, in the precision of the calculation; zero at padding."""
@@ -99,7 +102,16 @@ class Samples:
     """(B, N, F)."""
     bonds: Bonds | None
     neighbours: Neighbours | None
-    generator: torch.Generator | None
+    generator: Randomness
+
+    def choice(self, count: int) -> Tensor:
+        """A random number below `count` for each sample, (B,)."""
+        source, device = self.generator, self.prediction.device
+        if isinstance(source, Tensor):
+            return source.to(device) % count
+        where = device if source is None else source.device
+        size = (len(self.prediction),)
+        return torch.randint(count, size, generator=source, device=where).to(device)
 
     @property
     def counts(self) -> Tensor:
@@ -126,7 +138,7 @@ class Loss(ABC):
         features: Tensor | None = None,
         bonds: Tensor | None = None,
         neighbours: Neighbours | None = None,
-        generator: torch.Generator | None = None,
+        generator: Randomness = None,
         size: int | None = None,
     ) -> Tensor:
         """Loss of each sample, (B,).
@@ -149,7 +161,9 @@ class Loss(ABC):
         neighbours
             Edges or couplings that were found before, for what takes them.
         generator
-            Source of randomness where a graph is drawn; None is PyTorch's own.
+            Source of randomness where a graph is drawn; None is PyTorch's own. Or the random
+            numbers themselves, one of each sample, (B,) int64 and not negative: with them a
+            sample's graph does not depend on what else is in the batch.
 
         Raises
         ------
@@ -187,7 +201,7 @@ def as_samples(
     features: Tensor | None = None,
     bonds: Tensor | None = None,
     neighbours: Neighbours | None = None,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     size: int | None = None,
 ) -> Samples:
     """Samples of either layout; arguments and errors as when a loss is called."""
@@ -227,7 +241,7 @@ def _padded(
     features: Tensor | None,
     bonds: Tensor | None,
     neighbours: Neighbours | None,
-    generator: torch.Generator | None,
+    generator: Randomness,
 ) -> Samples:
     batch, atoms = prediction.shape[:2]
     if mask is not None:
@@ -312,7 +326,7 @@ def _packed(
     features: Tensor | None,
     bonds: Tensor | None,
     neighbours: Neighbours | None,
-    generator: torch.Generator | None,
+    generator: Randomness,
 ) -> Samples:
     """The padded layout of packed samples."""
     total, dtype, atoms = len(prediction), _precision(prediction), packing.atoms

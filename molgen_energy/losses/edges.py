@@ -248,12 +248,11 @@ class SparseEdges(Edges):
     def pairs(self, samples: Samples) -> Pairs:
         """The pairs of a graph drawn for each sample."""
         batch, atoms, dimension = samples.prediction.shape
-        device, generator = samples.prediction.device, samples.generator
-        source = device if generator is None else generator.device
+        device = samples.prediction.device
         if samples.mask is None and atoms > max(self._MOST_PERMUTED, 4 * dimension):
             strides = self.strides(atoms, dimension)
-            drawn = torch.randint(len(strides), (), generator=generator, device=source)
-            return _CircularPairs(samples, None, strides[int(drawn)])
+            drawn = int(samples.choice(len(strides))[0]) if batch else 0
+            return _CircularPairs(samples, None, strides[drawn])
         key = atoms, dimension, device
         circles = self._circles.get(key)
         if circles is None:
@@ -261,8 +260,7 @@ class SparseEdges(Edges):
                 self._circles.clear()
             circles = _circles(self.orders(atoms), dimension)
             circles = self._circles[key] = _Circles(*(x.to(device) for x in circles))
-        choice = torch.randint(len(circles.order), (batch,), generator=generator, device=source)
-        choice = choice.to(device)
+        choice = samples.choice(len(circles.order))
         drawn_circles = _Circles(circles.order[choice], circles.rank[choice])
         if samples.mask is not None:
             drawn_circles = _without_padding(drawn_circles, samples.mask)
