@@ -237,11 +237,26 @@ def test_what_cannot_be_read_is_named(tmp_path, sample_path):
     path = tmp_path / "a.h5"
     path.write_bytes(sample_path.read_bytes())
     with MoleculeFile(path) as file:
-        os.truncate(path, 20_000)  # the sample's chunks are compressed and stand behind that
+        chunk = file._file["positions"].id.get_chunk_info(0)
+        with path.open("r+b") as raw:  # the sample is compressed
+            raw.seek(chunk.byte_offset)
+            raw.write(bytes(100))
         with pytest.raises(InputError, match=r"molecules 1 to 2000 cannot be read .*damaged"):
             file.read(np.arange(2000))
-        with pytest.raises(InputError, match=r"molecules 1 to 2000 cannot be read"):
+        with pytest.raises(InputError, match=r"molecules 1 to 2000 cannot be read .*damaged"):
             file.load()
+
+
+def test_a_file_that_is_cut_off_while_open(tmp_path, molecules):
+    """The HDF5 library would go on with zeros, or fail in one of many ways."""
+    path = tmp_path / "a.h5"
+    with MoleculeWriter(path, source="test") as writer:
+        writer.append(molecules)
+    with MoleculeFile(path) as file:
+        os.truncate(path, path.stat().st_size // 2)
+        for read in (lambda: file.read(np.arange(10, 20)), lambda: file.slice(10, 20)):
+            with pytest.raises(InputError, match=r"molecules 11 to 20 cannot be read: .* cut off"):
+                read()
 
 
 def test_random_split():

@@ -249,6 +249,7 @@ class MoleculeFile:
             raise InputError(f"{path} {why}; make one with `molgen-energy preprocess`") from error
         self.path = path
         try:
+            self._size = self._bytes()
             self._check()
         except BaseException:
             self.close()
@@ -480,15 +481,22 @@ class MoleculeFile:
 
     @contextmanager
     def _readable(self, start: int, stop: int) -> Iterator[None]:
-        """Say which molecules cannot be read, where the HDF5 library only says how."""
+        """Say which molecules cannot be read, where the HDF5 library only says how, or nothing."""
+        where = f"{self.path}: molecules {start + 1} to {stop} cannot be read"
+        fault = None
         try:
             yield
-        except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(
-                f"{self.path}: molecules {start + 1} to {stop} cannot be read ({reason}); the file "
-                "is cut off or damaged, make it again"
-            ) from error
+        except (OSError, RuntimeError, KeyError, ValueError) as error:  # the library's, of any kind
+            fault = error
+        if self._bytes() < self._size:  # the library reads zeros behind the end
+            raise InputError(f"{where}: the file was cut off meanwhile; make it again") from fault
+        if fault is not None:
+            reason = " ".join(str(fault).split())
+            raise InputError(f"{where} ({reason}); the file is damaged, make it again") from fault
+
+    def _bytes(self) -> int:
+        """Present size of the opened file, whatever has its name meanwhile."""
+        return os.fstat(self._file.id.get_vfd_handle()).st_size
 
     def _not_finite(self, number: int) -> InputError:
         return InputError(f"{self.path}: molecule {number + 1} has coordinates that are not finite")
