@@ -102,6 +102,8 @@ class TrainingData(Protocol[Window_co]):
     """Where batches come from."""
 
     batches_per_epoch: int
+    seconds_waited: float
+    """Time that `window` has waited for data, the first window included."""
 
     def epoch(self, epoch: int) -> Sequence[Batch]:
         """The batches of an epoch: every training molecule once, by seed and `epoch` alone."""
@@ -135,6 +137,7 @@ class ResidentData(Generic[Window]):
         self._window, self._sizes = window, sizes
         self._batch_size, self._seed = batch_size, seed
         self.batches_per_epoch = batches_per_epoch(len(sizes), batch_size)
+        self.seconds_waited = 0.0
 
     def epoch(self, epoch: int) -> list[Batch]:
         """The batches of an epoch: every training molecule once, by seed and `epoch` alone."""
@@ -200,7 +203,6 @@ class StreamedData(Generic[Window]):
         self._windows = -(-(len(self._starts) - 1) // max(1, molecules // self._run))
         self.batches_per_epoch = batches_per_epoch(total, batch_size)
         self.seconds_waited = 0.0
-        """Time that `window` has waited for data, the first window included."""
         self._present: tuple[int, Window] | None = None
         self._following: tuple[int, Future[Window]] | None = None
         self._unwanted = threading.Event()

@@ -326,6 +326,11 @@ class MoleculeTask:
         """Steps that show every training molecule once."""
         return self._train.batches_per_epoch
 
+    @property
+    def seconds_waited(self) -> float:
+        """Time that steps have waited for molecules to be read."""
+        return self._train.seconds_waited
+
     def epoch(self, epoch: int) -> Sequence[Batch]:
         """The batches of an epoch; depends on the seed and `epoch` alone."""
         return self._train.epoch(epoch)
