@@ -47,13 +47,16 @@ class Observer:
     def progress(self, step, steps, loss, rate):
         if step % per_window == 1:
             # The first step of a window is the one that waits for it.
-            self.began, self.waited = self.ended, self.waited_before
-        self.ended, self.waited_before = time.perf_counter(), task.seconds_waited
+            self.began = self.now
+        self.now = spent()
         if step % per_window == 0:
-            rows.append([self.ended - self.began, self.waited_before - self.waited])
+            rows.append([now - began for now, began in zip(self.now, self.began)])
+
+def spent():  # of both threads; where others use the machine, wall time says little
+    return time.perf_counter(), task.seconds_waited, time.process_time()
 
 observer = Observer()
-observer.ended, observer.waited_before = time.perf_counter(), 0.0
+observer.now = spent()
 train(task, Path(run), observer)
 batches = task.epoch(0)[: per_window * windows]
 print(json.dumps({
@@ -139,23 +142,27 @@ def trained(path: Path, in_memory: bool, window: int, windows: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def rates(molecules: int, seconds: float, waited: float, busy: float) -> list[str]:
+    return [f"{molecules / seconds:,.0f}", f"{molecules / busy:,.0f}", f"{waited / seconds:.1%}"]
+
+
 def show(results: dict[str, dict], window: int) -> None:
     """Print throughput by window, and memory."""
     shown = Table(title=f"windows of {window:,} molecules, GDM 2×32, batches of 64, one thread")
     shown.add_column("window")
     for name in results:
         shown.add_column(f"{name}, molecules/s", justify="right")
+        shown.add_column("a CPU s", justify="right")
         shown.add_column("waited", justify="right")
     for number, rows in enumerate(zip(*(r["rows"] for r in results.values()), strict=True)):
         cells = []
-        for seconds, waited in rows:
-            cells += [f"{window / seconds:,.0f}", f"{waited / seconds:.1%}"]
+        for row in rows:
+            cells += rates(window, *row)
         shown.add_row(str(number + 1), *cells)
     shown.add_section()
     totals = []
     for result in results.values():
-        seconds, waited = np.sum(result["rows"], axis=0)
-        totals += [f"{window * len(result['rows']) / seconds:,.0f}", f"{waited / seconds:.1%}"]
+        totals += rates(window * len(result["rows"]), *np.sum(result["rows"], axis=0))
     shown.add_row("all", *totals)
     lines = {
         "training molecules": lambda r: f"{r['molecules']:,}",
@@ -168,7 +175,7 @@ def show(results: dict[str, dict], window: int) -> None:
         "padding: pairs": lambda r: f"{r['padding'][1]:.1%}",
     }
     for name, line in lines.items():
-        shown.add_row(name, *(cell for r in results.values() for cell in (line(r), "")))
+        shown.add_row(name, *(cell for r in results.values() for cell in (line(r), "", "")))
     Console(width=100).print(shown)
 
 

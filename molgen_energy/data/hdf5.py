@@ -418,9 +418,8 @@ class MoleculeFile:
                 self._fill(atomic_numbers[at], "atomic_numbers", self.offsets, part)
                 if bonds and self.has_bonds:
                     read_bonds.append(self._bonds(first, last, part - first))
-            finite = np.isfinite(positions[at]).all(axis=1)
-            if not finite.all():
-                atom = offsets[start] + int(finite.argmin())
+            if not np.isfinite(positions[at]).all():
+                atom = offsets[start] + int(np.isfinite(positions[at]).all(axis=1).argmin())
                 raise self._not_finite(int(which[np.searchsorted(offsets, atom, "right") - 1]))
         found = None
         if bonds and self.has_bonds:
