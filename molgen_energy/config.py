@@ -95,6 +95,11 @@ class DataConfig(_Section):
     ] = None
     elements: Annotated[list[str] | Auto, AfterValidator(_symbols)] = "auto"
     """Symbols of the vocabulary; `auto` takes those of the file."""
+    in_memory: bool | Auto = "auto"
+    """Whether all training molecules stay in memory, on the device, or are streamed in windows;
+    `auto` keeps them there unless that takes more than a quarter of the memory available."""
+    window: PositiveInt = 200_000
+    """Training molecules in a window, where they are streamed; two windows are in memory."""
 
 
 class ModelConfig(_Section):

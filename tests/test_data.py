@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -161,6 +163,100 @@ def test_nan_names_the_molecule(tmp_path, sample_path):
     path = edited(tmp_path / "a.h5", sample_path, poison)
     with MoleculeFile(path) as file, pytest.raises(InputError, match="molecule 42 has coordinates"):
         file.load()
+
+
+@pytest.fixture
+def pieced(tmp_path, bonded, monkeypatch):
+    """Sixty molecules with bonds, read by slices of at most 20 atoms."""
+    monkeypatch.setattr(hdf5, "_SLICE", 20)
+    monkeypatch.setattr(hdf5, "_GAP", 4)
+    everything = bonded.select(np.random.default_rng(0).integers(0, 3, 60))
+    with MoleculeWriter(tmp_path / "a.h5", source="test") as writer:
+        writer.append(everything)
+        writer.set_split((np.arange(60) % 4 == 3).astype("u1"))
+    with MoleculeFile(tmp_path / "a.h5") as file:
+        yield file, everything
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_reading_some_is_selecting_them(pieced, rng, share):
+    file, everything = pieced
+    which = np.flatnonzero(rng.random(60) < share)
+    some, with_bonds = everything.select(which), file.read(which, bonds=True)
+    assert_same(replace(with_bonds, formal_charges=some.formal_charges), some)
+    assert file.read(which).bonds is None
+    assert file.sizes(which).tolist() == some.sizes.tolist()
+
+
+def test_a_run_is_one_slice_of_each_data_set(sample_path, monkeypatch):
+    """So are its training molecules, with others between them."""
+    slices = []
+    with MoleculeFile(sample_path) as file:
+        fill = MoleculeFile._fill
+        monkeypatch.setattr(
+            MoleculeFile, "_fill", lambda *given: slices.append(given[2]) or fill(*given)
+        )
+        file.read(np.arange(100, 900))
+        file.read(np.arange(100, 900, 3))
+        assert slices == ["positions", "atomic_numbers"] * 2
+        file.read(np.array([3, 1999]))
+        assert slices[4:] == ["positions", "atomic_numbers"] * 2
+
+
+def test_survey(pieced, monkeypatch):
+    file, everything = pieced
+    survey = file.survey()
+    train = everything.select(file.members("train"))
+    assert survey.training_molecules == 45
+    assert survey.size_histogram == {
+        size: int((train.sizes == size).sum()) for size in np.unique(train.sizes)
+    }
+    for element, atom in survey.first_atoms.items():
+        assert atom == np.flatnonzero(everything.atomic_numbers == element)[0]
+    assert set(survey.first_atoms) == set(everything.atomic_numbers)
+    monkeypatch.setattr(hdf5, "_SLICE", 7)
+    assert file.survey() == survey  # wherever pieces are cut
+
+
+def test_the_fingerprint_is_of_training_molecules(tmp_path, pieced):
+    file, _ = pieced
+    before = file.survey().fingerprint
+
+    def after(number):
+        def edit(h5):
+            h5["positions"][int(h5["offsets"][number]), 1] += 1e-3
+
+        with MoleculeFile(edited(tmp_path / "b.h5", file.path, edit)) as other:
+            return other.survey().fingerprint
+
+    assert after(3) == before  # of validation
+    assert after(4) != before
+
+
+def test_what_cannot_be_read_is_named(tmp_path, sample_path):
+    path = tmp_path / "a.h5"
+    path.write_bytes(sample_path.read_bytes())
+    with MoleculeFile(path) as file:
+        chunk = file._file["positions"].id.get_chunk_info(0)
+        with path.open("r+b") as raw:  # the sample is compressed
+            raw.seek(chunk.byte_offset)
+            raw.write(bytes(100))
+        with pytest.raises(InputError, match=r"molecules 1 to 2000 cannot be read .*damaged"):
+            file.read(np.arange(2000))
+        with pytest.raises(InputError, match=r"molecules 1 to 2000 cannot be read .*damaged"):
+            file.load()
+
+
+def test_a_file_that_is_cut_off_while_open(tmp_path, molecules):
+    """The HDF5 library would go on with zeros, or fail in one of many ways."""
+    path = tmp_path / "a.h5"
+    with MoleculeWriter(path, source="test") as writer:
+        writer.append(molecules)
+    with MoleculeFile(path) as file:
+        os.truncate(path, path.stat().st_size // 2)
+        for read in (lambda: file.read(np.arange(10, 20)), lambda: file.slice(10, 20)):
+            with pytest.raises(InputError, match=r"molecules 11 to 20 cannot be read: .* cut off"):
+                read()
 
 
 def test_random_split():

@@ -9,11 +9,13 @@ after that.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molgen_energy import __version__
-from molgen_energy.data.molecules import Bonds, Molecules, Piece, Property
+from molgen_energy.data.molecules import (
+    Bonds,
+    Molecules,
+    Piece,
+    Property,
+    gather_ragged,
+    offsets_of,
+)
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.output import replacing
 
@@ -31,6 +40,8 @@ SCHEMA = 1
 SPLITS = ("train", "valid", "test")
 _CHUNK_ROWS = 65536
 _MARGIN = 1 << 20  # bytes for the library's own tables
+_SLICE = 1 << 20  # most atoms of one slice: 12 MB of positions
+_GAP = 1 << 11  # atoms that are read over rather than skipped; a call costs about as much
 
 
 def _chunk_rows(values: NDArray[Any]) -> int:
@@ -199,6 +210,23 @@ class MoleculeWriter:
                 self._stack.__exit__(kind, error, traceback)
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over a file finds, in memory that does not grow with it."""
+
+    first_atoms: dict[int, int]
+    """By atomic number: the first atom of the file that has it, counted from 0."""
+    size_histogram: dict[int, int]
+    """Training molecules by number of atoms, ascending."""
+    fingerprint: str
+    """Of sizes, elements and positions of the training molecules, in their order."""
+
+    @property
+    def training_molecules(self) -> int:
+        """How many there are."""
+        return sum(self.size_histogram.values())
+
+
 class MoleculeFile:
     """A schema 1 file, opened read-only and checked.
 
@@ -221,6 +249,7 @@ class MoleculeFile:
             raise InputError(f"{path} {why}; make one with `molgen-energy preprocess`") from error
         self.path = path
         try:
+            self._size = self._bytes()
             self._check()
         except BaseException:
             self.close()
@@ -248,7 +277,7 @@ class MoleculeFile:
             len(self.offsets) == len(self.split) + 1
             and self.offsets[0] == 0
             and self.offsets[-1] == atoms == len(self._file["positions"])
-            and bool(np.all(np.diff(self.offsets) > 0))
+            and bool((self.offsets[1:] > self.offsets[:-1]).all())
         )
         if not consistent:
             raise InputError(f"{self.path}: the lengths of its data sets disagree; make it again")
@@ -309,6 +338,165 @@ class MoleculeFile:
             if len(chosen):
                 yield Piece(chosen + 1, molecules.select(chosen - start))
 
+    def survey(self) -> Survey:
+        """Read the file once and check every molecule.
+
+        Raises
+        ------
+        InputError
+            A position is not a finite number, which names the molecule; or the file breaks off.
+        """
+        first_atoms: dict[int, int] = {}
+        histogram = np.zeros(0, np.int64)
+        # One digest for each field, so that it does not matter where the pieces are cut.
+        digests = [hashlib.sha256() for _ in range(3)]
+        start = 0
+        while start < len(self):
+            end = np.searchsorted(self.offsets, self.offsets[start] + _SLICE, "right") - 1
+            stop = max(start + 1, int(end))
+            piece = self.read(np.arange(start, stop))
+            present = np.flatnonzero(np.bincount(piece.atomic_numbers, minlength=256)).tolist()
+            for element in set(present) - first_atoms.keys():
+                atom = int((piece.atomic_numbers == element).argmax())
+                first_atoms[element] = int(self.offsets[start]) + atom
+            train = piece.select(np.flatnonzero(self.split[start:stop] == SPLITS.index("train")))
+            counts = np.bincount(train.sizes, minlength=len(histogram))
+            counts[: len(histogram)] += histogram
+            histogram = counts
+            for digest, array in zip(
+                digests, (train.sizes, train.atomic_numbers, train.positions), strict=True
+            ):
+                digest.update(np.ascontiguousarray(array).tobytes())
+            start = stop
+        sizes = np.flatnonzero(histogram)
+        whole = hashlib.sha256(b"".join(digest.digest() for digest in digests))
+        return Survey(
+            first_atoms,
+            dict(zip(sizes.tolist(), histogram[sizes].tolist(), strict=True)),
+            whole.hexdigest()[:16],
+        )
+
+    def sizes(self, which: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Atoms of the molecules of these numbers; nothing is read."""
+        return self.offsets[which + 1] - self.offsets[which]
+
+    def read(
+        self,
+        which: NDArray[np.int64],
+        bonds: bool = False,
+        go_on: Callable[[], None] = lambda: None,
+    ) -> Molecules:
+        """Positions, atomic numbers and, where asked for and there, bonds of some molecules.
+
+        Molecules that stand close together are read by one slice of each data set, of at most a
+        million atoms, so that memory is that of the result and a slice.
+
+        Parameters
+        ----------
+        which
+            Numbers of the molecules in the file, ascending.
+        bonds
+            Whether bonds are asked for.
+        go_on
+            Called before each slice; may raise, so that no more is read.
+
+        Raises
+        ------
+        InputError
+            A position is not a finite number, which names the molecule; or the file breaks off.
+        """
+        offsets = offsets_of(self.sizes(which))
+        positions = np.empty((offsets[-1], 3), np.float32)
+        atomic_numbers = np.empty(offsets[-1], np.uint8)
+        read_bonds = []
+        for start, stop in self._slices(which):
+            go_on()
+            part, at = which[start:stop], slice(offsets[start], offsets[stop])
+            first, last = int(part[0]), int(part[-1]) + 1
+            with self._readable(first, last):
+                self._fill(positions[at], "positions", self.offsets, part)
+                self._fill(atomic_numbers[at], "atomic_numbers", self.offsets, part)
+                if bonds and self.has_bonds:
+                    read_bonds.append(self._bonds(first, last, part - first))
+            if not np.isfinite(positions[at]).all():
+                atom = offsets[start] + int(np.isfinite(positions[at]).all(axis=1).argmin())
+                raise self._not_finite(int(which[np.searchsorted(offsets, atom, "right") - 1]))
+        found = None
+        if bonds and self.has_bonds:
+            found = Bonds(
+                np.concatenate([np.zeros((0, 2), np.uint16), *(b.index for b in read_bonds)]),
+                np.concatenate([np.zeros(0, np.uint8), *(b.order for b in read_bonds)]),
+                offsets_of(
+                    np.concatenate(
+                        [np.zeros(0, np.int64), *(np.diff(b.offsets) for b in read_bonds)]
+                    )
+                ),
+            )
+        return Molecules(positions, atomic_numbers, offsets, bonds=found)
+
+    def _slices(self, which: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+        """Where to cut ascending molecule numbers so that each part is worth one slice."""
+        first, last = self.offsets[which], self.offsets[which + 1]
+        far = np.flatnonzero(first[1:] - last[:-1] > _GAP) + 1
+        ends = [*far.tolist(), len(which)]
+        start = 0
+        for end in ends:
+            while start < end:
+                stop = int(np.searchsorted(last[start:end], first[start] + _SLICE, "right"))
+                stop = start + max(1, stop)
+                yield start, stop
+                start = stop
+
+    def _fill(
+        self,
+        target: NDArray[Any],
+        name: str,
+        offsets: NDArray[np.int64],
+        which: NDArray[np.int64],
+    ) -> None:
+        """Write the rows of some molecules (ascending) of a data set into an array."""
+        first, last = which[0], which[-1] + 1
+        rows = slice(offsets[first], offsets[last])
+        if len(target) == rows.stop - rows.start:
+            self._file[name].read_direct(target, rows)
+        else:
+            among = offsets[first : last + 1] - offsets[first]
+            target[...] = self._file[name][rows][gather_ragged(among, which - first)[0]]
+
+    def _bonds(self, start: int, stop: int, which: NDArray[np.int64] | None = None) -> Bonds:
+        """Bonds of molecules `start` to `stop`, or of those of these numbers among them."""
+        file = self._file
+        offsets = file["bonds/offsets"][start : stop + 1].astype(np.int64)
+        rows = slice(offsets[0], offsets[-1])
+        index, order, offsets = (
+            file["bonds/index"][rows],
+            file["bonds/order"][rows],
+            offsets - offsets[0],
+        )
+        if which is None or len(which) == stop - start:
+            return Bonds(index, order, offsets)
+        chosen, among = gather_ragged(offsets, which)
+        return Bonds(index[chosen], order[chosen], among)
+
+    @contextmanager
+    def _readable(self, start: int, stop: int) -> Iterator[None]:
+        """Say which molecules cannot be read, where the HDF5 library only says how, or nothing."""
+        where = f"{self.path}: molecules {start + 1} to {stop} cannot be read"
+        fault = None
+        try:
+            yield
+        except (OSError, RuntimeError, KeyError, ValueError) as error:  # the library's, of any kind
+            fault = error
+        if self._bytes() < self._size:  # the library reads zeros behind the end
+            raise InputError(f"{where}: the file was cut off meanwhile; make it again") from fault
+        if fault is not None:
+            reason = " ".join(str(fault).split())
+            raise InputError(f"{where} ({reason}); the file is damaged, make it again") from fault
+
+    def _bytes(self) -> int:
+        """Present size of the opened file, whatever has its name meanwhile."""
+        return os.fstat(self._file.id.get_vfd_handle()).st_size
+
     def _not_finite(self, number: int) -> InputError:
         return InputError(f"{self.path}: molecule {number + 1} has coordinates that are not finite")
 
@@ -327,18 +515,14 @@ class MoleculeFile:
         return molecules
 
     def _read(self, start: int, stop: int) -> Molecules:
+        with self._readable(start, stop):
+            return self._everything(start, stop)
+
+    def _everything(self, start: int, stop: int) -> Molecules:
         file = self._file
         offsets = self.offsets[start : stop + 1]
         atoms = slice(offsets[0], offsets[-1])
-        bonds = None
-        if "bonds" in file:
-            edge_offsets = file["bonds/offsets"][start : stop + 1]
-            edges = slice(edge_offsets[0], edge_offsets[-1])
-            bonds = Bonds(
-                file["bonds/index"][edges],
-                file["bonds/order"][edges],
-                (edge_offsets - edge_offsets[0]).astype(np.int64),
-            )
+        bonds = self._bonds(start, stop) if self.has_bonds else None
         properties: Mapping[str, Property] = {
             name: Property(data[start:stop].astype(np.float64), str(data.attrs.get("unit", "")))
             for name, data in file.get("properties", {}).items()

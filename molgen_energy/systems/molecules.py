@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from molgen_energy.config import Config
 from molgen_energy.data.batches import (
+    Batch,
+    ResidentData,
     ResidentMolecules,
-    batches_per_epoch,
-    epoch_batches,
+    StreamedData,
+    TrainingData,
 )
-from molgen_energy.data.hdf5 import MoleculeFile
+from molgen_energy.data.hdf5 import MoleculeFile, Survey
 from molgen_energy.data.molecules import Molecules, by_size, offsets_of
 from molgen_energy.diffusion.encoding import MoleculeEncoding, vocabulary
 from molgen_energy.diffusion.noise import SeededNoise
@@ -42,8 +44,11 @@ from molgen_energy.losses.springs import published_scale, spring_family
 from molgen_energy.models import MODELS
 from molgen_energy.models.geometry import random_rotations
 from molgen_energy.resources import bundled_sample
-from molgen_energy.systems.springs import LossInputs
+from molgen_energy.systems.springs import LossInputs, needs_bonds, table_bytes
 from molgen_energy.training.checkpoint import Checkpoint
+from molgen_energy.training.device import available_memory
+
+_SAMPLE = 100_000  # streamed molecules that means are taken over
 
 
 class Defaults(NamedTuple):
@@ -138,7 +143,7 @@ def has_native_bfloat16(device: torch.device) -> bool:
 
 
 class _Split(NamedTuple):
-    """Training or validation molecules and what the loss is called with besides them."""
+    """Molecules on the device and what the loss is called with besides them."""
 
     data: ResidentMolecules
     inputs: LossInputs
@@ -171,31 +176,25 @@ class MoleculeTask:
     ) -> None:
         self.device = device
         path = Path(config.data.path) if config.data.path else bundled_sample()
-        with MoleculeFile(path) as file:
+        with ExitStack() as stack:
+            file = stack.enter_context(MoleculeFile(path))
             self.source = file.source
-            everything = file.load()
-            in_train, in_valid = file.members("train"), file.members("valid")
-        train = everything.select(in_train)
-        elements = _elements(config, everything, path)
-        if len(train) == 0:
-            raise InputError(
-                f"{path} holds no training molecule; make it with a larger train share"
+            survey = file.survey()
+            elements = _elements(config, survey, file)
+            if not survey.training_molecules:
+                raise InputError(
+                    f"{path} holds no training molecule; make it with a larger train share"
+                )
+            self.encoding = _encoding(config, elements)
+            # Every loss needs the same inputs whatever its scale.
+            unscaled = build_loss(config.replaced({"loss.springs.scale": 1.0}), self.encoding)
+            config = config.replaced(
+                {"data.in_memory": _in_memory(config, survey, unscaled, device)}
             )
-        self.encoding = _encoding(config, elements)
-        lookup = self.encoding.type_lookup()
-        # Every loss needs the same inputs whatever its scale.
-        unscaled = build_loss(config.replaced({"loss.springs.scale": 1.0}), self.encoding)
-
-        def split(molecules: Molecules, numbers: NDArray[np.int64]) -> _Split:
-            inputs = LossInputs(unscaled, molecules, device, str(path), numbers, progress)
-            return _Split(ResidentMolecules(molecules, lookup, device), inputs)
-
-        self._train = split(train, in_train)
-        # Files are often sorted by size, so the molecules to validate on are drawn at random.
-        order = np.random.default_rng(config.training.seed).permutation(len(in_valid))
-        in_valid = in_valid[order[: config.training.validation_molecules]]
-        self._valid = split(everything.select(in_valid), in_valid) if len(in_valid) else None
-        self.config = self._settle(config)
+            self._open(config, file, unscaled, progress)
+            self.config = self._settle(config)
+            if not config.data.in_memory:
+                stack.pop_all()  # read until `close`
         self._schedule = PolynomialSchedule(
             self.config.diffusion.steps, self.config.diffusion.precision
         )
@@ -208,19 +207,76 @@ class MoleculeTask:
             self.config.diffusion.position_scale,
         )
         self.model = build_model(self.config, self.encoding).to(device)
-        sizes, counts = np.unique(train.sizes, return_counts=True)
         self.state: dict[str, Any] = {
             "elements": [symbol(z) for z in elements],
-            "size_histogram": dict(zip(sizes.tolist(), counts.tolist(), strict=True)),
+            "size_histogram": survey.size_histogram,
             "data": {
                 "source": self.source,
-                "training_molecules": len(train),
-                "fingerprint": _fingerprint(train),
+                "training_molecules": survey.training_molecules,
+                "fingerprint": survey.fingerprint,
             },
         }
 
+    def _open(
+        self,
+        config: Config,
+        file: MoleculeFile,
+        loss: PositionLoss,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        """Make training data and validation molecules, with what the loss needs."""
+        training, lookup = config.training, self.encoding.type_lookup()
+        bonds = needs_bonds(loss)
+
+        def split(
+            molecules: Molecules,
+            numbers: NDArray[np.int64],
+            ranks: NDArray[np.int64] | None,
+            progress: Callable[[int, int], None],
+        ) -> _Split:
+            inputs = LossInputs(
+                loss, molecules, self.device, str(file.path), numbers, ranks, progress
+            )
+            return _Split(ResidentMolecules(molecules, lookup, self.device), inputs)
+
+        def window(
+            molecules: Molecules,
+            numbers: NDArray[np.int64],
+            ranks: NDArray[np.int64],
+            go_on: Callable[[], None],
+        ) -> _Split:
+            return split(molecules, numbers, ranks, lambda done, total: go_on())
+
+        self._train: TrainingData[_Split]
+        if config.data.in_memory:
+            numbers = file.members("train")
+            whole = split(file.read(numbers, bonds), numbers, None, progress)
+            self._train = ResidentData(whole, whole.data.sizes, training.batch_size, training.seed)
+        else:
+            self._train = StreamedData(
+                file,
+                window,
+                molecules=config.data.window,
+                batch_size=training.batch_size,
+                seed=training.seed,
+                bonds=bonds,
+            )
+        # Files are often sorted by size, so the molecules to validate on are drawn at random.
+        in_valid = file.members("valid")
+        order = np.random.default_rng(training.seed).permutation(len(in_valid))
+        in_valid = in_valid[order[: training.validation_molecules]]
+        self._valid: _Split | None = None
+        if len(in_valid):
+            ascending = np.argsort(in_valid)
+            molecules = file.read(in_valid[ascending], bonds).select(np.argsort(ascending))
+            self._valid = split(molecules, in_valid, None, progress)
+
     def _settle(self, config: Config) -> Config:
-        """Replace every `auto` by what it stands for."""
+        """Replace every `auto` by what it stands for.
+
+        What is a mean over the training molecules is one over a sample of them where they are
+        streamed: runs of the file, chosen by the seed, of 100,000 molecules or less.
+        """
         springs, training = config.loss.springs, config.training
         weight, family, stiffness = config.loss.position_weight, None, 1.0
         changes: dict[str, Any] = {"data.elements": [symbol(z) for z in self.encoding.elements]}
@@ -229,8 +285,9 @@ class MoleculeTask:
         if config.loss.name == "energy":
             family = springs.family
             if isinstance(springs.scale, str) or weight == "auto":  # a resumed run has both
+                sample = self._train.sample(_SAMPLE)
                 complete = _energy(config, 1.0, CompleteEdges())
-                stiffness = mean_stiffness(complete, self._pieces())
+                stiffness = mean_stiffness(complete, self._pieces(sample))
             scale = springs.scale
             if scale == "auto":
                 scale = 1 / stiffness
@@ -242,7 +299,7 @@ class MoleculeTask:
             changes["loss.springs.scale"] = scale
             stiffness *= scale
             if weight == "auto" and config.loss.edges.kind != "complete":
-                stiffness *= self._share_of_springs(config)
+                stiffness *= self._share_of_springs(config, sample)
         if "auto" in (weight, training.lr):
             # The registries and the configuration allow no other names than are here.
             paper = PAPER[config.model.name][config.loss.name, family]
@@ -254,43 +311,58 @@ class MoleculeTask:
             changes["training.low_precision"] = has_native_bfloat16(self.device)
         return config.replaced(changes)
 
-    def _share_of_springs(self, config: Config) -> float:
+    def _share_of_springs(self, config: Config, sample: _Split) -> float:
         """Energy of the configured edges for small random errors, as a share of all pairs'."""
         generator = torch.Generator().manual_seed(config.training.seed)
         totals = []
         for edges in (_edges(config), CompleteEdges()):
             energy, total = _energy(config, 1.0, edges), 0.0
-            for piece in self._pieces():
+            for piece in self._pieces(sample):
                 stiffness = energy.total_stiffness(**piece, generator=generator).total
                 total += float((stiffness / piece["mask"].sum(dim=1)).sum())
             totals.append(total)
         return totals[0] / totals[1] if all(totals) else 1.0
 
-    def _pieces(self) -> Iterator[dict[str, Any]]:
-        """The training data in pieces, as arguments of `total_stiffness`."""
-        for which in by_size(self._train.data.sizes, pairs=1_000_000):
-            positions, types, mask = self._train.data.batch(which)
+    def _pieces(self, split: _Split) -> Iterator[dict[str, Any]]:
+        """Molecules in pieces, as arguments of `total_stiffness`."""
+        for which in by_size(split.data.sizes, pairs=1_000_000):
+            positions, types, mask = split.data.batch(which)
             features = self.encoding.encode(positions, types, mask)[..., 3:]
             yield {
                 "target": positions.double(),
                 "mask": mask,
-                **self._train.inputs.of(which, features.double()),
+                **split.inputs.of(which, features.double()),
             }
 
     @property
     def batches_per_epoch(self) -> int:
         """Steps that show every training molecule once."""
-        return batches_per_epoch(len(self._train.data), self.config.training.batch_size)
+        return self._train.batches_per_epoch
 
-    def epoch(self, epoch: int) -> list[NDArray[np.int64]]:
-        """The batches of an epoch, as molecule numbers; depends on the seed and `epoch` alone."""
-        training = self.config.training
-        return epoch_batches(self._train.data.sizes, training.batch_size, training.seed, epoch)
+    @property
+    def seconds_waited(self) -> float:
+        """Time that steps have waited for molecules to be read."""
+        return self._train.seconds_waited
 
-    def loss(self, model: nn.Module, which: NDArray[np.int64], generator: torch.Generator) -> Terms:
-        """The objective on training molecules, each part (B,)."""
+    def epoch(self, epoch: int) -> Sequence[Batch]:
+        """The batches of an epoch; depends on the seed and `epoch` alone."""
+        return self._train.epoch(epoch)
+
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
+        """The objective on training molecules, each part (B,).
+
+        Raises
+        ------
+        InputError
+            The molecules are read only now, and the file breaks off or is damaged.
+        """
         augment = self.config.training.augment_rotations
-        return self._loss(model, self._train, which, generator, augment)
+        split = self._train.window(batch.window)
+        return self._loss(model, split, batch.which, generator, augment)
+
+    def close(self) -> None:
+        """Stop reading, where training molecules are streamed: they are not to be had any more."""
+        self._train.close()
 
     @torch.no_grad()
     def validation_loss(self, model: nn.Module) -> float | None:
@@ -321,28 +393,35 @@ class MoleculeTask:
         return self._objective(model, clean, mask, generator, given)
 
 
-def _elements(config: Config, molecules: Molecules, path: Path) -> tuple[int, ...]:
+def _in_memory(config: Config, survey: Survey, loss: PositionLoss, device: torch.device) -> bool:
+    """Whether training molecules stay in memory; `auto` wants them to take a quarter at most."""
+    if config.data.in_memory != "auto":
+        return config.data.in_memory
+    available = available_memory(device)
+    if available is None:
+        return True
+    atoms = sum(size * count for size, count in survey.size_histogram.items())
+    molecules, largest = survey.training_molecules, max(survey.size_histogram)
+    # Positions and a type for each atom; sizes, offsets and numbers in the file for each molecule.
+    needed = 13 * atoms + 40 * molecules + table_bytes(loss, molecules, largest)
+    return 4 * needed <= available
+
+
+def _elements(config: Config, survey: Survey, file: MoleculeFile) -> tuple[int, ...]:
     """The vocabulary; every atom of the file must be in it."""
-    present = vocabulary(np.unique(molecules.atomic_numbers).tolist())
+    present = vocabulary(list(survey.first_atoms))
     if config.data.elements == "auto":
         return present
     elements = vocabulary([atomic_number(name) for name in config.data.elements])
-    foreign = np.flatnonzero(~np.isin(molecules.atomic_numbers, elements))
-    if len(foreign):
-        number = int(np.searchsorted(molecules.offsets, foreign[0], side="right"))
+    foreign = [(atom, z) for z, atom in survey.first_atoms.items() if z not in elements]
+    if foreign:
+        atom, z = min(foreign)
+        number = int(np.searchsorted(file.offsets, atom, side="right"))
         raise InputError(
-            f"{path}: molecule {number} holds "
-            f"{symbol(int(molecules.atomic_numbers[foreign[0]]))}, which is outside the vocabulary "
+            f"{file.path}: molecule {number} holds {symbol(z)}, which is outside the vocabulary "
             f"{', '.join(symbol(z) for z in elements)}; add it with --set data.elements=[...]"
         )
     return elements
-
-
-def _fingerprint(molecules: Molecules) -> str:
-    digest = hashlib.sha256()
-    for array in (molecules.offsets, molecules.atomic_numbers, molecules.positions):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
 
 
 class MoleculeGenerator:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 
 from molgen_energy.errors import InputError
@@ -26,3 +29,29 @@ def choose_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0][:120]
         raise InputError(f"--device {name} is not available here ({reason})") from error
     return device
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take: of a GPU's memory and of the machine's, the lesser.
+
+    The machine's is what Linux calls available, or what a control group leaves of its limit where
+    that is less; elsewhere all that is installed. None where the system does not say.
+    """
+    found = []
+    if device.type == "cuda":
+        found.append(torch.cuda.mem_get_info(device)[0])
+    lines = _text("/proc/meminfo").splitlines()
+    found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    limit, used = (_text(f"/sys/fs/cgroup/memory.{what}").strip() for what in ("max", "current"))
+    if limit.isdigit() and used.isdigit():
+        found.append(max(0, int(limit) - int(used)))
+    if not lines and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(found, default=None)
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii")
+    except OSError:
+        return ""

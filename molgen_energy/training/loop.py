@@ -12,8 +12,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,11 +21,11 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from molgen_energy import __version__
 from molgen_energy.config import Config, TrainingConfig
+from molgen_energy.data.batches import Batch
 from molgen_energy.diffusion.process import Terms
 from molgen_energy.errors import InputError, TrainingFailed
 from molgen_energy.output import remove
@@ -53,13 +53,13 @@ class Task(Protocol):
     @property
     def batches_per_epoch(self) -> int: ...
 
-    def epoch(self, epoch: int) -> list[NDArray[np.int64]]: ...
+    def epoch(self, epoch: int) -> Sequence[Batch]: ...
 
-    def loss(
-        self, model: nn.Module, which: NDArray[np.int64], generator: torch.Generator
-    ) -> Terms: ...
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Terms: ...
 
     def validation_loss(self, model: nn.Module) -> float | None: ...
+
+    def close(self) -> None: ...
 
 
 class Observer(Protocol):
@@ -129,7 +129,7 @@ def train(task: Task, run: Path, observer: Observer, resume: bool = False) -> Su
     Parameters
     ----------
     task
-        Physical system with its resolved configuration.
+        Physical system with its resolved configuration; closed at the end, however that comes.
     run
         Folder of the run; when `resume` is false, a new one or an empty one.
     observer
@@ -141,22 +141,23 @@ def train(task: Task, run: Path, observer: Observer, resume: bool = False) -> Su
     Raises
     ------
     InputError
-        The checkpoint does not fit the task.
+        The checkpoint does not fit the task, or data that is read on the way is broken.
     Stopped
         Interrupted by SIGINT or SIGTERM, behind a checkpoint.
     TrainingFailed
         The loss is not finite.
     """
-    trainer = _Trainer(task, run, observer)
-    made = not resume and _make_folder(run)
-    try:
-        trainer.start(resume)
-    except BaseException:
-        if made:
-            remove(run)  # without its first checkpoint it is no run
-        raise
-    with _interruptible() as interrupted:
-        return trainer.run(interrupted)
+    with closing(task):
+        trainer = _Trainer(task, run, observer)
+        made = not resume and _make_folder(run)
+        try:
+            trainer.start(resume)
+        except BaseException:
+            if made:
+                remove(run)  # without its first checkpoint it is no run
+            raise
+        with _interruptible() as interrupted:
+            return trainer.run(interrupted)
 
 
 def _make_folder(run: Path) -> bool:
@@ -253,9 +254,9 @@ class _Trainer:
         row_began, row_samples = began, 0
         self.task.model.train()
         try:
-            for which in self._batches():
-                self._step(which)
-                row_samples += len(which)
+            for batch in self._batches():
+                self._step(batch)
+                row_samples += len(batch)
                 now = time.perf_counter()
                 self.at.seconds = before + now - began
                 self.observer.progress(
@@ -282,19 +283,19 @@ class _Trainer:
         self._log(f"finished at step {self.at.step}, {self.at.seconds:.0f} s of training")
         return Summary(self.folder, self.at.step, self.at.seconds, self.at.last_valid)
 
-    def _batches(self) -> Iterator[NDArray[np.int64]]:
+    def _batches(self) -> Iterator[Batch]:
         """The batches from the present step to the last."""
         while self.at.step < self.steps:
             epoch, done = divmod(self.at.step, self.task.batches_per_epoch)
-            for which in self.task.epoch(epoch)[done:]:
+            for batch in self.task.epoch(epoch)[done:]:
                 if self.at.step == self.steps:
                     return
-                yield which
+                yield batch
 
-    def _step(self, which: NDArray[np.int64]) -> None:
+    def _step(self, batch: Batch) -> None:
         generator = torch.Generator(self.task.device)
         generator.manual_seed(_step_seed(self.training.seed, self.at.step))
-        terms = self.task.loss(self.task.model, which, generator)
+        terms = self.task.loss(self.task.model, batch, generator)
         loss = terms.total.mean()
         values = torch.stack([loss, terms.positions.mean(), terms.features.mean()]).tolist()
         if not math.isfinite(values[0]):
