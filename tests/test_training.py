@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import os
 import signal
 import subprocess
@@ -238,28 +239,106 @@ def test_other_data_is_refused_on_resume(unbroken, tmp_path, sample_path):
         train(MoleculeTask(config, CPU), unbroken, Watcher(), resume=True)
 
 
-def test_nan_loss_stops_with_the_checkpoint_named(tmp_path):
+def test_spoilt_weights_stop_the_run_with_the_checkpoint_named(tmp_path):
+    task = MoleculeTask(tiny(training__steps=40), CPU)
+
+    def poison():
+        with torch.no_grad():
+            task.model.embed.weight.fill_(torch.nan)
+
+    expected = r"loss was not finite for 10 steps in a row at step 15; the last good .*last"
+    with pytest.raises(TrainingFailed, match=expected):
+        train(task, tmp_path / "run", Watcher({5: poison}))
+    assert load_checkpoint(tmp_path / "run").state["progress"]["step"] == 4
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "run", "model").values())
+
+
+def test_spoilt_weights_at_the_end_are_no_result(tmp_path):
     task = MoleculeTask(tiny(), CPU)
 
     def poison():
         with torch.no_grad():
             task.model.embed.weight.fill_(torch.nan)
 
-    with pytest.raises(TrainingFailed, match=r"step 6; the last good checkpoint is .*last"):
-        train(task, tmp_path / "run", Watcher({5: poison}))
-    assert load_checkpoint(tmp_path / "run").state["progress"]["step"] == 4
-    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "run", "model").values())
+    with pytest.raises(TrainingFailed, match="weights are not finite at step 12; the last good"):
+        train(task, tmp_path / "run", Watcher({9: poison}))
+    assert load_checkpoint(tmp_path / "run").state["progress"]["step"] == 8
 
 
-def test_nan_gradient_never_reaches_the_weights(tmp_path):
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
+    """The gradient of steps 4 and 5 is NaN: weights and averages stay, and the run goes on."""
     task = MoleculeTask(tiny(), CPU)
+    bad, seen = {4, 5}, {}
+    watcher = Watcher()
 
-    def poison():
-        task.model.embed.weight.register_hook(lambda gradient: gradient * torch.nan)
+    def spoil(gradient):
+        return gradient * torch.nan if len(watcher.steps) + 1 in bad else gradient
 
-    with pytest.raises(TrainingFailed, match=r"gradient's norm became nan at step 4"):
-        train(task, tmp_path / "run", Watcher({3: poison}))
-    assert all(torch.isfinite(p).all() for p in task.model.parameters())
+    task.model.embed.weight.register_hook(spoil)
+    for step in (3, 5, 6):
+        copy = lambda step=step: seen.update({step: task.model.embed.weight.detach().clone()})  # noqa: E731
+        watcher.at[step] = copy
+    summary = train(task, tmp_path / "run", watcher)
+    assert torch.equal(seen[3], seen[5])
+    assert not torch.equal(seen[5], seen[6])
+    assert summary.skipped == 2
+    rows = read_metrics(tmp_path / "run" / "metrics.csv")
+    assert [row["skipped"] for row in rows] == ["0", "2", "2", "2"]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "step 4 skipped: loss" in log and "norm of the gradient nan" in log
+
+
+def test_skipped_steps_resume_to_the_same_numbers(tmp_path):
+    def broken():
+        task = MoleculeTask(tiny(), CPU)
+        original = task.loss
+
+        def loss(model, batch, generator, rank=0, world=1):
+            terms = original(model, batch, generator, rank, world)
+            return terms._replace(total=terms.total * torch.nan) if next(count) == 7 else terms
+
+        task.loss = loss
+        return task
+
+    count = itertools.count(1)
+    train(broken(), tmp_path / "unbroken", Watcher())
+    count = itertools.count(1)
+    watcher = Watcher({8: lambda: os.kill(os.getpid(), signal.SIGINT)})
+    with pytest.raises(Stopped):
+        train(broken(), tmp_path / "run", watcher)
+    train(MoleculeTask(load_checkpoint(tmp_path / "run").config, CPU), tmp_path / "run",
+          Watcher(), resume=True)  # fmt: skip
+    assert_same_run(tmp_path / "unbroken", tmp_path / "run")
+
+
+def test_a_row_of_skipped_steps_only(tmp_path):
+    task = MoleculeTask(tiny(), CPU)
+    watcher = Watcher()
+    spoil = lambda g: g * torch.nan if 3 <= len(watcher.steps) < 6 else g  # noqa: E731
+    task.model.embed.weight.register_hook(spoil)
+    train(task, tmp_path / "run", watcher)
+    rows = read_metrics(tmp_path / "run" / "metrics.csv")
+    assert [row["loss"] == "" for row in rows] == [False, True, False, False]
+
+
+@pytest.mark.parametrize(("fits", "said"), [(5, "4 fit: --batch-size 4"), (0, "not even one")])
+def test_out_of_memory_says_what_fits(tmp_path, fits, said):
+    task = MoleculeTask(tiny(), CPU)
+    original, tried = task.loss, []
+
+    def loss(model, batch, generator, rank=0, world=1):
+        if len(watcher.steps) == 5 and len(batch) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        if len(watcher.steps) == 5:
+            tried.append(batch)
+        return original(model, batch, generator, rank, world)
+
+    watcher = Watcher()
+    task.loss = loss
+    with pytest.raises(TrainingFailed, match=f"out of memory with batches of 16 at step 5.*{said}"):
+        train(task, tmp_path / "run", watcher)
+    assert [len(batch) for batch in tried] == [4] * (fits > 0)
+    assert load_checkpoint(tmp_path / "run").state["progress"]["step"] == 4
 
 
 def test_without_clipping(tmp_path):
@@ -369,7 +448,7 @@ def test_augmentation_rotates_the_batch():
     for augment in (False, True):
         task = MoleculeTask(tiny(training__augment_rotations=augment), CPU)
 
-        def objective(model, clean, mask, generator, given):
+        def objective(model, clean, mask, generator, given, share):
             seen.append((clean, mask))
 
         task._objective = objective

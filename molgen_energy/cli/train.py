@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from molgen_energy.cli.console import INTERRUPTED, Occasional, progress_bar, say
+from molgen_energy.cli.console import INTERRUPTED, Occasional, progress_bar, say, warn
+from molgen_energy.distributed import world_size
 from molgen_energy.errors import InputError
 from molgen_energy.output import check_folder
 
@@ -60,6 +61,7 @@ def command(
     With nothing else, `--loss energy` trains a small model on the bundled sample of QM9.
     """
     from molgen_energy.config import load_config, parse_assignments
+    from molgen_energy.distributed import from_main, is_main, joined, local_device
     from molgen_energy.systems.molecules import MoleculeTask
     from molgen_energy.training.checkpoint import load_checkpoint
     from molgen_energy.training.device import choose_device
@@ -77,37 +79,43 @@ def command(
     given = {key: value for key, value in (others | length).items() if value is not None}
     if data is not None:
         given["data.path"] = str(data)
-    if resume is not None:
-        _only_length(given, config, assignments, output)
-        run = resume
-        if (run / "state.yaml").is_file():
-            raise InputError(f"--resume {run} is a checkpoint; name its run, {run.parent.parent}")
-        checkpoint = load_checkpoint(run)
-        settled = checkpoint.config.replaced(given)
-    else:
-        changes = parse_assignments(assignments)
-        name = config or "quick"
-        settled = load_config(name).replaced(changes | given)
-        for option, value in (("--springs", springs), ("--edges", edges)):
-            if value is not None and settled.loss.name != "energy":
-                raise InputError(f"{option} goes with --loss energy, not {settled.loss.name}")
-        run = output or _new_run(settled)
-        _check_new(run)
-    with _Preparation() as preparation:
-        task = MoleculeTask(settled, choose_device(device), preparation)
-    steps_in_all = total_steps(task.config.training, task.batches_per_epoch)
-    if resume is not None and checkpoint.state["progress"]["step"] >= steps_in_all:
-        say(f"{run} is complete at step {steps_in_all:,}; --steps N with more makes it go on")
-        return
-    _announce(task, run, steps_in_all)
-    try:
-        with progress_bar("loss", "rate") as bar:
-            handle = bar.add_task("training", total=steps_in_all, loss="", rate="")
-            summary = train(task, run, _BarObserver(bar, handle), resume=resume is not None)
-    except Stopped as stopped:
-        say(f"{stopped}; go on with: molgen-energy train --resume {run}")
-        sys.exit(INTERRUPTED)
+    target = local_device(choose_device(device))
+    with joined(target):
+        if resume is not None:
+            _only_length(given, config, assignments, output)
+            run = resume
+            if (run / "state.yaml").is_file():
+                raise InputError(f"--resume {run} is a checkpoint; name its run, {_run_of(run)}")
+            checkpoint = load_checkpoint(run)
+            settled = checkpoint.config.replaced(given)
+        else:
+            changes = parse_assignments(assignments)
+            settled = load_config(config or "quick").replaced(changes | given)
+            for option, value in (("--springs", springs), ("--edges", edges)):
+                if value is not None and settled.loss.name != "energy":
+                    raise InputError(f"{option} goes with --loss energy, not {settled.loss.name}")
+            run = output or from_main(_new_run(settled))
+            if is_main():
+                _check_new(run)
+        with _Preparation() as preparation:
+            task = MoleculeTask(settled, target, preparation)
+        steps_in_all = total_steps(task.config.training, task.batches_per_epoch)
+        if resume is not None and checkpoint.state["progress"]["step"] >= steps_in_all:
+            say(f"{run} is complete at step {steps_in_all:,}; --steps N with more makes it go on")
+            return
+        _announce(task, run, steps_in_all)
+        try:
+            with progress_bar("loss", "rate") as bar:
+                handle = bar.add_task("training", total=steps_in_all, loss="", rate="")
+                summary = train(task, run, _BarObserver(bar, handle), resume=resume is not None)
+        except Stopped as stopped:
+            say(f"{stopped}; go on with: molgen-energy train --resume {run}")
+            sys.exit(INTERRUPTED)
     _conclude(settled, summary)
+
+
+def _run_of(checkpoint: Path) -> Path:
+    return checkpoint.parent.parent
 
 
 class _Preparation:
@@ -186,7 +194,8 @@ def _announce(task: Any, run: Path, steps: int) -> None:
         f"model   {config.model.name} {config.model.layers}×{config.model.width}, "
         f"{parameters:,} parameters, loss {config.loss.name}{springs}{process}, on {task.device}"
     )
-    say(f"length  {steps:,} steps of {config.training.batch_size} molecules")
+    divided = f", divided among {world_size()} processes" if world_size() > 1 else ""
+    say(f"length  {steps:,} steps of {config.training.batch_size} molecules{divided}")
     say(f"run     {run}")
 
 
@@ -194,6 +203,8 @@ def _conclude(config: Config, summary: Summary) -> None:
     minutes = f"{summary.seconds / 60:.1f} minutes"
     valid = "" if summary.valid_loss is None else f", validation loss {summary.valid_loss:.4f}"
     say(f"trained {summary.steps:,} steps in {minutes}{valid}: {summary.run}")
+    if summary.skipped:
+        warn(f"{summary.skipped:,} steps were skipped, for loss or gradient were not finite")
     if config.data.path is None:
         say(
             "This was the bundled sample of 1,000 training molecules and a small model, a first "

@@ -55,6 +55,11 @@ class Batch:
         """What process `rank` of `world` takes of it; nothing, where there are more processes."""
         return Batch(self.window, self.which[rank::world], self.sizes[rank::world])
 
+    def largest(self, count: int) -> Batch:
+        """So many of its largest molecules."""
+        order = np.argsort(-self.sizes, kind="stable")[:count]
+        return Batch(self.window, self.which[order], self.sizes[order])
+
 
 class MoleculeBatch(NamedTuple):
     """Padded molecules: positions (B, N, 3) Å, types (B, N), mask (B, N) true at real atoms."""

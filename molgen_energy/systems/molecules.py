@@ -24,9 +24,10 @@ from molgen_energy.data.hdf5 import MoleculeFile, Survey
 from molgen_energy.data.molecules import Molecules, by_size, offsets_of
 from molgen_energy.diffusion.encoding import MoleculeEncoding, vocabulary
 from molgen_energy.diffusion.noise import SeededNoise
-from molgen_energy.diffusion.process import PROCESSES, Terms
+from molgen_energy.diffusion.process import PROCESSES, Share, Terms
 from molgen_energy.diffusion.samplers import SAMPLERS
 from molgen_energy.diffusion.schedule import PolynomialSchedule
+from molgen_energy.distributed import from_main, rank, summed, world_size
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
 from molgen_energy.losses import (
@@ -189,7 +190,7 @@ class MoleculeTask:
             # Every loss needs the same inputs whatever its scale.
             unscaled = build_loss(config.replaced({"loss.springs.scale": 1.0}), self.encoding)
             config = config.replaced(
-                {"data.in_memory": _in_memory(config, survey, unscaled, device)}
+                {"data.in_memory": from_main(_in_memory(config, survey, unscaled, device))}
             )
             self._open(config, file, unscaled, progress)
             self.config = self._settle(config)
@@ -348,8 +349,18 @@ class MoleculeTask:
         """The batches of an epoch; depends on the seed and `epoch` alone."""
         return self._train.epoch(epoch)
 
-    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
-        """The objective on training molecules, each part (B,).
+    def loss(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        generator: torch.Generator,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Terms:
+        """The objective of the molecules that process `rank` of `world` takes of a batch, (B,).
+
+        What is random is drawn for the whole batch, so that all processes together do what one
+        would do.
 
         Raises
         ------
@@ -358,7 +369,9 @@ class MoleculeTask:
         """
         augment = self.config.training.augment_rotations
         split = self._train.window(batch.window)
-        return self._loss(model, split, batch.which, generator, augment)
+        share = Share(len(batch), int(batch.sizes.max()), rank, world)
+        own = batch.share(rank, world)
+        return self._loss(model, split, own.which, generator, augment, share)
 
     def close(self) -> None:
         """Stop reading, where training molecules are streamed: they are not to be had any more."""
@@ -366,15 +379,23 @@ class MoleculeTask:
 
     @torch.no_grad()
     def validation_loss(self, model: nn.Module) -> float | None:
-        """Mean objective over validation molecules, at the same noise each time; None without."""
+        """Mean objective over validation molecules, at the same noise each time; None without.
+
+        Several processes share the work.
+        """
         if self._valid is None:
             return None
         training = self.config.training
-        generator = torch.Generator(self.device).manual_seed(training.seed)
-        total = 0.0
-        for which in by_size(self._valid.data.sizes, pairs=training.batch_size * 400):
-            total += float(self._loss(model, self._valid, which, generator, False).total.sum())
-        return total / len(self._valid.data)
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        pieces = list(by_size(self._valid.data.sizes, pairs=training.batch_size * 400))
+        for number in range(rank(), len(pieces), world_size()):
+            which = pieces[number]
+            # Each piece has its own noise, whoever takes it.
+            generator = torch.Generator(self.device).manual_seed(training.seed + number)
+            share = Share(len(which), int(self._valid.data.sizes[which].max()))
+            terms = self._loss(model, self._valid, which, generator, False, share)
+            total += terms.total.double().sum()
+        return float(summed(total)) / len(self._valid.data)
 
     def _loss(
         self,
@@ -383,14 +404,16 @@ class MoleculeTask:
         which: NDArray[np.int64],
         generator: torch.Generator,
         augment: bool,
+        share: Share,
     ) -> Terms:
         positions, types, mask = split.data.batch(which)
         if augment:
-            rotations = random_rotations(len(which), generator, positions)
+            rotations = random_rotations(share.samples, generator, positions)
+            rotations = rotations[share.first :: share.every]
             positions = positions @ rotations.transpose(1, 2)
         clean = self.encoding.encode(positions, types, mask)
         given = split.inputs.of(which, clean[..., 3:])
-        return self._objective(model, clean, mask, generator, given)
+        return self._objective(model, clean, mask, generator, given, share)
 
 
 def _in_memory(config: Config, survey: Survey, loss: PositionLoss, device: torch.device) -> bool:

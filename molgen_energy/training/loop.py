@@ -4,11 +4,15 @@ A run's folder holds `config.yaml` (resolved), `metrics.csv`, `log.txt` and
 `checkpoints/{last,best}`. All randomness of step k is drawn from a generator seeded with (seed, k),
 and the batches of an epoch follow from (seed, epoch), so there is no random state to save, and a
 resumed run takes the steps that an unbroken one would have taken.
+
+Several processes (`molgen_energy.distributed`) each take a share of every batch and the mean of
+their gradients, so that K of them take the steps that one would take. Process 0 alone writes.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import signal
 import threading
 import time
@@ -22,11 +26,13 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from molgen_energy import __version__
 from molgen_energy.config import Config, TrainingConfig
 from molgen_energy.data.batches import Batch
 from molgen_energy.diffusion.process import Terms
+from molgen_energy.distributed import is_main, rank, summed, world_size
 from molgen_energy.errors import InputError, TrainingFailed
 from molgen_energy.output import remove
 from molgen_energy.training.checkpoint import (
@@ -38,6 +44,9 @@ from molgen_energy.training.checkpoint import (
 from molgen_energy.training.clipping import GradientClipper
 from molgen_energy.training.ema import ExponentialMovingAverage
 from molgen_energy.training.metrics import MetricsLog
+
+_MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
+_PEER_LOST = re.compile("closed by peer|reset by peer|Broken pipe|NCCL|gloo", re.IGNORECASE)
 
 
 class Task(Protocol):
@@ -55,7 +64,11 @@ class Task(Protocol):
 
     def epoch(self, epoch: int) -> Sequence[Batch]: ...
 
-    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Terms: ...
+    def loss(
+        self, model: nn.Module, batch: Batch, generator: torch.Generator, rank: int, world: int
+    ) -> Terms:
+        """The objective of the samples that process `rank` of `world` takes of a batch."""
+        ...
 
     def validation_loss(self, model: nn.Module) -> float | None: ...
 
@@ -80,6 +93,8 @@ class Summary:
     steps: int
     seconds: float
     valid_loss: float | None
+    skipped: int
+    """Steps whose loss or gradient was not finite."""
 
 
 @dataclass
@@ -93,6 +108,9 @@ class _Progress:
     # Sums since the last row of metrics.csv, so that a row does not depend on where a run broke.
     sums: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     count: int = 0
+    # Steps that were skipped because their loss or gradient was not finite, in all and of late.
+    skipped: int = 0
+    skipped_in_row: int = 0
 
 
 def total_steps(training: TrainingConfig, batches_per_epoch: int) -> int:
@@ -145,11 +163,12 @@ def train(task: Task, run: Path, observer: Observer, resume: bool = False) -> Su
     Stopped
         Interrupted by SIGINT or SIGTERM, behind a checkpoint.
     TrainingFailed
-        The loss is not finite.
+        Loss or gradient were not finite for ten steps in a row, memory does not suffice, or
+        another process of the job ended.
     """
     with closing(task):
         trainer = _Trainer(task, run, observer)
-        made = not resume and _make_folder(run)
+        made = not resume and is_main() and _make_folder(run)
         try:
             trainer.start(resume)
         except BaseException:
@@ -176,6 +195,9 @@ class _Trainer:
         self.task, self.folder, self.observer = task, run, observer
         self.training = task.config.training
         self.steps = total_steps(self.training, task.batches_per_epoch)
+        self.model: nn.Module = task.model
+        if world_size() > 1:
+            self.model = DistributedDataParallel(task.model)
         self.ema = ExponentialMovingAverage(task.model, self.training.ema_decay)
         self.clipper = GradientClipper()
         self.optimizer = torch.optim.AdamW(
@@ -186,27 +208,39 @@ class _Trainer:
             fused=task.device.type in ("cpu", "cuda"),
         )
         self.at = _Progress()
+        self.metrics: MetricsLog | None = None
 
     # -- the run's folder ----------------------------------------------------------------------
 
     def start(self, resume: bool) -> None:
         if resume:
             self._restore(load_checkpoint(self.folder))
+        if not is_main():
+            return
         (self.folder / "config.yaml").write_text(self.task.config.to_yaml(), encoding="utf-8")
         self.metrics = MetricsLog(self.folder, self.at.step)
         if not resume:
             self._save("last")
         verb = "resume" if resume else "start"
         self._log(
-            f"{verb} at step {self.at.step} of {self.steps} on {self.task.device} "
+            f"{verb} at step {self.at.step} of {self.steps} on {self.task.device}"
+            f"{f', {world_size()} processes' if world_size() > 1 else ''} "
             f"(molgen-energy {__version__}, torch {torch.__version__})"
         )
 
     def _log(self, text: str) -> None:
+        if not is_main():
+            return
         with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
 
     def _save(self, which: str) -> None:
+        """Write a checkpoint, unless the weights are spoilt: the one that is there is better."""
+        if not self._sound():
+            self._log(f"no checkpoint at step {self.at.step}: weights are not finite")
+            return
+        if not is_main():
+            return
         weights: dict[str, Mapping[str, Tensor]] = {
             "model": self.task.model.state_dict(),
             "ema": self.ema.model.state_dict(),
@@ -218,6 +252,9 @@ class _Trainer:
         state = {"epoch": at.step // self.task.batches_per_epoch, "progress": progress}
         path = self.folder / "checkpoints" / which
         save_checkpoint(path, self.task.config, state | self.task.state, weights)
+
+    def _sound(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.task.model.parameters())
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         tensors = {"clipper/norms": self.clipper.state()}
@@ -255,14 +292,14 @@ class _Trainer:
         self.task.model.train()
         try:
             for batch in self._batches():
-                self._step(batch)
+                stop = self._step(batch, interrupted)
                 row_samples += len(batch)
                 now = time.perf_counter()
                 self.at.seconds = before + now - began
                 self.observer.progress(
                     self.at.step,
                     self.steps,
-                    self.at.sums[0] / self.at.count,
+                    self.at.sums[0] / self.at.count if self.at.count else math.nan,
                     row_samples / (now - row_began),
                 )
                 last = self.at.step == self.steps
@@ -272,16 +309,28 @@ class _Trainer:
                 if validate or self.at.step % self.training.log_every == 0:
                     self._write_row(row_samples / (now - row_began))
                     row_began, row_samples = time.perf_counter(), 0
+                if last and not self._sound():
+                    self._fail("the weights are not finite", "train anew with a lower --lr")
                 if last or self.at.step % self.training.checkpoint_every == 0:
                     self._save("last")
-                if interrupted.is_set() and not last:
+                alone = world_size() == 1 and interrupted.is_set()  # no one to agree with
+                if (stop or alone) and not last:
                     self._save("last")
                     self._log(f"interrupted at step {self.at.step}")
                     raise Stopped(f"stopped at step {self.at.step} of {self.steps}")
+        except torch.OutOfMemoryError:
+            self._fail(*self._out_of_memory(batch))
+        except RuntimeError as error:
+            if world_size() == 1 or not _PEER_LOST.search(str(error)):
+                raise
+            remedy = f"go on with: molgen-energy train --resume {self.folder}"
+            self._fail("another process of the job ended", remedy)
         finally:
-            self.metrics.close()
+            if self.metrics is not None:
+                self.metrics.close()
         self._log(f"finished at step {self.at.step}, {self.at.seconds:.0f} s of training")
-        return Summary(self.folder, self.at.step, self.at.seconds, self.at.last_valid)
+        at = self.at
+        return Summary(self.folder, at.step, at.seconds, at.last_valid, at.skipped)
 
     def _batches(self) -> Iterator[Batch]:
         """The batches from the present step to the last."""
@@ -292,35 +341,85 @@ class _Trainer:
                     return
                 yield batch
 
-    def _step(self, batch: Batch) -> None:
-        generator = torch.Generator(self.task.device)
-        generator.manual_seed(_step_seed(self.training.seed, self.at.step))
-        terms = self.task.loss(self.task.model, batch, generator)
-        loss = terms.total.mean()
-        values = torch.stack([loss, terms.positions.mean(), terms.features.mean()]).tolist()
-        if not math.isfinite(values[0]):
-            self._fail(f"the loss became {values[0]}")
-        loss.backward()  # type: ignore[no-untyped-call]
+    def _step(self, batch: Batch, interrupted: threading.Event) -> bool:
+        """One update, or none where it would spoil the weights; returns whether to stop."""
+        sums = self._backward(self.model, batch, self._generator())
+        # One look at the device's results for all decisions, alike in all processes.
+        stop = sums.new_tensor([float(interrupted.is_set())])
+        *values, stopped = (summed(torch.cat([sums, stop]))).tolist()
+        values = [value / len(batch) for value in values]
         parameters = list(self.task.model.parameters())
         norm = self.clipper.clip(parameters) if self.training.clip_gradients else _norm(parameters)
-        if not math.isfinite(norm):
-            self._fail(f"the gradient's norm became {norm}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.training, self.at.step, self.steps)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.at.step += 1
+        if math.isfinite(values[0]) and math.isfinite(norm):
+            self._update(values, norm)
+        else:
+            self._skip(values[0], norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        return bool(stopped > 0)
+
+    def _generator(self) -> torch.Generator:
+        generator = torch.Generator(self.task.device)
+        return generator.manual_seed(_step_seed(self.training.seed, self.at.step))
+
+    def _backward(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Gradients of the mean over the batch; returns the own samples' sums of each term, (3,).
+
+        A process that has no sample of a small batch takes one with weight 0, so that all take part
+        in the mean of gradients.
+        """
+        share = min(rank(), len(batch) - 1)
+        terms = self.task.loss(model, batch, generator, share, world_size())
+        weight = float(rank() < len(batch))
+        # The mean over processes is taken behind.
+        loss = terms.total.sum() * (weight * world_size() / len(batch))
+        loss.backward()  # type: ignore[no-untyped-call]
+        return weight * torch.stack([term.detach().sum() for term in terms])
+
+    def _update(self, values: list[float], norm: float) -> None:
+        rate = learning_rate(self.training, self.at.step - 1, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
         self.ema.update(self.task.model, self.at.step)
         old = self.at.sums
         self.at.sums = (old[0] + values[0], old[1] + values[1], old[2] + values[2], old[3] + norm)
         self.at.count += 1
+        self.at.skipped_in_row = 0
 
-    def _fail(self, what: str) -> NoReturn:
-        text = f"{what} at step {self.at.step + 1}"
+    def _skip(self, loss: float, norm: float) -> None:
+        self.at.skipped += 1
+        self.at.skipped_in_row += 1
+        self._log(f"step {self.at.step} skipped: loss {loss:g}, norm of the gradient {norm:g}")
+        if self.at.skipped_in_row == _MOST_SKIPPED:
+            what = "loss" if not math.isfinite(loss) else "gradient's norm"
+            text = f"the {what} was not finite for {_MOST_SKIPPED} steps in a row"
+            self._fail(text, "train anew with a lower --lr")
+
+    def _out_of_memory(self, batch: Batch) -> tuple[str, str]:
+        """What to say, with the batch size that fits, found by trying."""
+        largest, every = len(batch), world_size()
+        self.optimizer.zero_grad(set_to_none=True)
+        size = largest
+        while size > every:
+            size = max(every, size // 2)
+            if self.task.device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                # Not through the model that waits for other processes.
+                self._backward(self.task.model, batch.largest(size), self._generator())
+            except torch.OutOfMemoryError:
+                continue
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+            return f"out of memory with batches of {largest}", f"{size} fit: --batch-size {size}"
+        return f"out of memory with batches of {largest}", "not even one molecule fits"
+
+    def _fail(self, what: str, remedy: str) -> NoReturn:
+        text = f"{what} at step {self.at.step}"
         self._log(text)
         raise TrainingFailed(
-            f"{text}; the last good checkpoint is {self.folder / 'checkpoints' / 'last'}; "
-            "train anew with a lower --lr"
+            f"{text}; the last good checkpoint is {self.folder / 'checkpoints' / 'last'}; {remedy}"
         )
 
     def _validate(self) -> None:
@@ -334,20 +433,25 @@ class _Trainer:
 
     def _write_row(self, samples_per_second: float) -> None:
         at = self.at
-        loss, positions, features, norm = (value / at.count for value in at.sums)
+        means: Sequence[float | None] = [None] * 4
+        if at.count:
+            means = [value / at.count for value in at.sums]
+        loss, positions, features, norm = means
         validated = at.step % self.training.validate_every == 0 or at.step == self.steps
-        self.metrics.write(
-            step=at.step,
-            epoch=(at.step - 1) // self.task.batches_per_epoch,
-            loss=loss,
-            position_loss=positions,
-            feature_loss=features,
-            valid_loss=at.last_valid if validated else None,
-            gradient_norm=norm,
-            lr=learning_rate(self.training, at.step - 1, self.steps),
-            molecules_per_second=samples_per_second,
-            seconds=at.seconds,
-        )
+        if self.metrics is not None:
+            self.metrics.write(
+                step=at.step,
+                epoch=(at.step - 1) // self.task.batches_per_epoch,
+                loss=loss,
+                position_loss=positions,
+                feature_loss=features,
+                valid_loss=at.last_valid if validated else None,
+                gradient_norm=norm,
+                lr=learning_rate(self.training, at.step - 1, self.steps),
+                molecules_per_second=samples_per_second,
+                seconds=at.seconds,
+                skipped=at.skipped,
+            )
         at.sums, at.count = (0.0, 0.0, 0.0, 0.0), 0
 
 

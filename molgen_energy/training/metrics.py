@@ -20,8 +20,10 @@ COLUMNS = (
     "lr",
     "molecules_per_second",
     "seconds",
+    "skipped",
 )
-"""`seconds` is training time, all parts of a resumed run together."""
+"""`seconds` is training time, all parts of a resumed run together; `skipped` counts the run's steps
+whose loss or gradient was not finite."""
 
 
 class MetricsLog:
@@ -37,7 +39,7 @@ class MetricsLog:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             # A kill can leave half a last line; it lies behind the checkpoint.
-            whole = [row for row in rows if row.get("seconds") and int(row["step"]) <= step]
+            whole = [row for row in rows if row.get("skipped") and int(row["step"]) <= step]
             writer.writerows([row[name] for name in COLUMNS] for row in whole)
         self._board = _tensorboard(run, step)
 
