@@ -6,10 +6,16 @@ import html.parser
 import json
 import os
 import re
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from multiprocessing import Pipe
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -145,6 +151,104 @@ def test_workers_change_nothing(molecules):
             ours, theirs = (e.distributions.values(kind, name) for e in (here, there))
             np.testing.assert_array_equal(ours.value, theirs.value)
             np.testing.assert_array_equal(ours.group, theirs.group)
+
+
+@contextmanager
+def with_another(here: int, there: int, seconds: float) -> Iterator[Workers]:
+    """A pool of so many processes, and of so many of another member of the job."""
+    ours, theirs = Pipe()
+
+    def serve() -> None:
+        with Workers(there, seconds) as workers:
+            workers.serve(theirs)
+        theirs.close()
+
+    thread = Thread(target=serve)
+    thread.start()
+    try:
+        with Workers(here, seconds, [ours]) as workers:
+            yield workers
+    finally:
+        ours.close()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def process_of(piece: Piece) -> int:
+    return os.getpid()
+
+
+@pytest.mark.parametrize(("here", "there"), [(1, 1), (0, 0)])
+def test_processes_of_a_job_share_the_work_in_order(molecules, here, there):
+    piece = numbered(molecules.select(np.arange(120)))
+    settings = Settings(codes={})
+    with with_another(here, there, 60) as workers:
+        for _ in range(2):
+            results = []
+            for part, found in workers.map(
+                partial(judge_piece, settings=settings), None, piece.parts(7)
+            ):
+                assert part.records[0] == len(results) + 1
+                results += found.valid.tolist()
+            did = {pid for _, pid in workers.map(process_of, None, piece.parts(1))}
+            assert len(did) == max(1, here + there)
+    assert results == judge_piece(piece, settings).valid.tolist()
+
+
+def test_a_molecule_that_kills_a_process_of_another_member_is_found(molecules):
+    piece = numbered(molecules.select(np.arange(6, 14)))
+    piece = replace(piece, records=piece.records + 6)
+    with with_another(1, 1, 60) as workers:  # the other is given the first piece
+        results = [result for _, result in workers.map(dying, given_up, piece.parts(2))]
+    assert results[0] == (7, "the process died of it")
+    assert [record for result in results[1:] for record in result] == list(range(8, 15))
+
+
+def test_work_that_raises_in_another_member_ends_the_run(molecules):
+    with (
+        pytest.raises(WorkFailed, match="KeyError: 'what happened'"),
+        with_another(0, 1, 60) as workers,
+    ):
+        list(workers.map(failing, given_up, numbered(molecules).parts(1000)))
+
+
+def test_another_member_that_ends_is_noticed(molecules):
+    ours, theirs = Pipe()
+    theirs.send(1)
+    with Workers(0, 60, [ours]) as workers, pytest.raises(WorkFailed, match="process of the job"):
+        theirs.close()
+        list(workers.map(process_of, given_up, numbered(molecules).parts(500)))
+
+
+def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "molgen_energy", *arguments],
+        cwd=folder, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_torchrun_prints_what_one_process_does(molecules, tmp_path):
+    """The same JSON, once; and of a bad record in the middle one line, without waiting."""
+    with MoleculeTextWriter(tmp_path / "a.xyz", {}) as writer:
+        writer.append(noisy(molecules.select(np.arange(600)), 0.03))
+    options = replace(EVERYTHING_FAST, drawn=25)
+    report = run([tmp_path / "a.xyz"], None, None, None, options, HERE)
+    done = torchrun(tmp_path, "evaluate", "a.xyz", "--json", "--subset", "25", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads(json.dumps(as_json(report)))
+    lines = (tmp_path / "a.xyz").read_text().splitlines()
+    lines[[k for k, line in enumerate(lines) if line.startswith("molecule=")][550] + 1] = "X"
+    (tmp_path / "bad.xyz").write_text("\n".join(lines))
+    start = time.monotonic()
+    done = torchrun(tmp_path, "evaluate", "bad.xyz", "--workers", "1")
+    assert time.monotonic() - start < 60
+    assert done.returncode != 0
+    assert done.stdout == ""
+    said = [line for line in done.stderr.splitlines() if "rror: " in line and "bad.xyz" in line]
+    assert len(said) == 1
+    assert "record 551 (line " in said[0]
+    assert "process 1" not in done.stderr
 
 
 def test_a_sample_of_values_is_bounded_and_fair():

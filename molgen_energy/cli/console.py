@@ -53,6 +53,8 @@ def warn(text: str) -> None:
 
 def _fail(text: str, code: int) -> None:
     if not is_main():
+        if code == INTERRUPTED:  # as all are; also those whose first process has just failed
+            sys.exit(code)
         # What is wrong for all is said by the first process, which ends the job meanwhile.
         time.sleep(_PATIENCE)
         text = f"process {rank()} of {world_size()}: {text}"
