@@ -75,6 +75,8 @@ class MoleculeReader:
         """Of the record that was read last, from 1."""
         self.fields: dict[str, str] = {}
         """What the first record says besides its atoms: the data fields of an SDF."""
+        self.bonds_perceived = False
+        """Whether the record that was read last says that its bonds were found from distances."""
         kind = path.name.lower().removesuffix(".gz").rsplit(".", 1)[-1]
         if kind not in ("sdf", "mol", "xyz"):
             raise InputError(f"{path} is no SDF or XYZ file (.sdf, .xyz, also .gz)")
@@ -176,12 +178,21 @@ def _sdf_records(lines: _Lines, reader: MoleculeReader) -> Iterator[tuple[int, M
             record.append(line)
         if reader.number == 0:
             reader.fields = _data_fields(record)
+        reader.bonds_perceived = _says_perceived(record)
         if any(text.strip() for text in record):
             yield start, _parse_mol_block("".join(record))
         elif line is not None:
             yield start, "an empty record"
         if line is None:
             return
+
+
+def _says_perceived(record: list[str]) -> bool:
+    """Whether the data fields of an SDF record say so; quicker than reading them all."""
+    for k, line in enumerate(record[:-1]):
+        if line.startswith(">") and f"<{PERCEIVED}>" in line:
+            return record[k + 1].startswith("perceived")
+    return False
 
 
 def _data_fields(record: list[str]) -> dict[str, str]:
