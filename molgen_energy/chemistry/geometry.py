@@ -23,6 +23,8 @@ from molgen_energy.errors import InputError
 
 KINDS = ("bond length", "angle", "dihedral")
 UNITS = {"bond length": "Å", "angle": "°", "dihedral": "°"}
+PERIODS = {"dihedral": 360.0}
+"""Of kinds that come round: -179° and 179° are near."""
 
 _ATOMS = {"bond length": 2, "angle": 3, "dihedral": 4}
 _BASE = 128  # above every atomic number and bond order

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from molgen_energy import __version__
-from molgen_energy.chemistry.geometry import KINDS, UNITS
+from molgen_energy.chemistry.geometry import KINDS, PERIODS, UNITS
 from molgen_energy.metrics.comparison import Measure
 from molgen_energy.metrics.evaluation import (
     EXTRAS,
@@ -58,7 +58,8 @@ def _geometry_rows() -> tuple[Row, ...]:
     ]  # fmt: skip
     by_wasserstein = [
         Row(f"wasserstein_{kind.replace(' ', '_')}", f"{kind}s, Wasserstein, {UNITS[kind]}",
-            "first Wasserstein distance, mean over types; it does not saturate",
+            "first Wasserstein distance, mean over types; it does not saturate"
+            + (", around the circle" if kind in PERIODS else ""),
             UNITS[kind], "geometry")
         for kind in KINDS
     ]  # fmt: skip
