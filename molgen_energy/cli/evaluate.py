@@ -165,12 +165,13 @@ def _watching(bar: Progress) -> Callable[[str, int | None], Callable[[int], None
 
 def _show(found: Report, as_json: bool) -> None:
     from molgen_energy.metrics.report import as_json as to_json
-    from molgen_energy.metrics.report import findings_text, table
+    from molgen_energy.metrics.report import findings_text, tables
 
     if as_json:
         typer.echo(json.dumps(to_json(found), indent=2))
     else:
-        stdout.print(table(found))
+        for table in tables(found, stdout):
+            stdout.print(table)
         settings = found.options.settings
         say(
             f"bonds {found.samples[0].bonds}; novelty against {found.novelty_against}; "
