@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html.parser
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +24,7 @@ import pytest
 from conftest import of_smiles
 from rdkit import Chem
 from rdkit.Chem import rdForceFieldHelpers, rdMolAlign
+from rich.console import Console
 
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.geometry import KINDS, QM9_TYPES, code_of
@@ -43,12 +46,13 @@ from molgen_energy.metrics.reference import (
     reference_of,
 )
 from molgen_energy.metrics.relaxation import relax_mmff, rmsd
-from molgen_energy.metrics.report import as_json, figure_text
+from molgen_energy.metrics.report import as_json, figure_text, tables
 from molgen_energy.metrics.run import run
 from molgen_energy.metrics.workers import Workers, WorkFailed
 
 HERE = Workers(0, 0.0)
 EVERYTHING_FAST = Options(drawn=40)
+RATES = Options(frozenset({"rates"}))
 
 
 def numbered(molecules: Molecules) -> Piece:
@@ -410,6 +414,104 @@ def test_bonds_that_a_file_carries_are_judged_beside(tmp_path, molecules):
     found = run([tmp_path / "a.h5"], None, tmp_path / "a.h5", None, given, HERE)
     assert found.samples[0].rates["novelty"].count == 0
     assert any("those of the files are given in the file" in note for note in found.notes)
+
+
+def test_each_record_says_whose_bonds_it_carries(tmp_path, molecules):
+    """Records of both kinds in one file: those with bonds of their own are judged by them."""
+    with MoleculeTextWriter(tmp_path / "a.sdf", {}) as writer:
+        writer.append(molecules.select(np.arange(40)))
+    records = (tmp_path / "a.sdf").read_text().split("$$$$\n")[:-1]
+    own = [record.replace(">  <bonds>\nperceived\n\n", "") for record in records]
+    mixed = [own[k] if k % 4 == 1 else record for k, record in enumerate(records)]
+    (tmp_path / "mixed.sdf").write_text("".join(f"{record}$$$$\n" for record in mixed))
+    (tmp_path / "own.sdf").write_text("".join(f"{record}$$$$\n" for record in own[1::4]))
+    report = run(
+        [tmp_path / "mixed.sdf", tmp_path / "own.sdf"], None, None, None, EVERYTHING_FAST, HERE
+    )
+    found, alone = report.samples
+    assert found.molecules == 40
+    for key in ("molecule_stability", "atom_stability", "validity", "complete"):
+        assert found.rates[f"carried_{key}"] == alone.rates[f"carried_{key}"]
+    assert found.rates["carried_validity"].total == 10
+    assert any("10 of 40 molecules carry bonds of their own" in note for note in found.notes)
+    assert not any("of their own" in note for note in alone.notes)
+    with pytest.raises(InputError, match=r"mixed.sdf: record 1 carries no bonds of its own"):
+        given = replace(EVERYTHING_FAST, settings=Settings(bonds="given"))
+        run([tmp_path / "mixed.sdf"], None, None, None, given, HERE)
+
+
+def test_names_of_files_that_are_no_utf8(molecules, tmp_path, capsys):
+    path = tmp_path / os.fsdecode(b"caf\xe9.xyz")
+    with MoleculeTextWriter(tmp_path / "a.xyz", {}) as writer:
+        writer.append(molecules.select(np.arange(30)))
+    try:
+        (tmp_path / "a.xyz").rename(path)
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    report = run([path], path, path, None, RATES, HERE)
+    write_report(report, tmp_path / "out", [path], HERE)
+    assert "caf\ufffd.xyz" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    json.dumps(as_json(report), ensure_ascii=False).encode()
+    for table in tables(report, Console(width=200)):
+        Console().print(table)
+    assert "caf\ufffd.xyz" in capsys.readouterr().out
+
+
+def test_coordinates_that_are_out_of_this_world(tmp_path):
+    """Nothing is said of them by NumPy: they are far, or where float32 ends, not finite."""
+    water = "3\n\nO 0 0 0\nH 0.96 0 0\nH -0.24 0.93 0\n"
+    (tmp_path / "far.xyz").write_text(
+        water + water.replace("0.93", "-2e38").replace("0.96", "2e38")
+    )
+    (tmp_path / "beyond.xyz").write_text(water.replace("0.93", "1e39"))
+    far = of_smiles("CCO")
+    far = perceive(Molecules.from_list([far] * 30))
+    far = replace(far, positions=far.positions * np.float32(5e37))
+    with MoleculeWriter(tmp_path / "far.h5", source="far") as writer:
+        writer.append(far)
+    given = replace(EVERYTHING_FAST, settings=Settings(bonds="given"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        warnings.simplefilter("error", UserWarning)
+        paths = [tmp_path / "far.xyz"]
+        write_report(run(paths, None, None, None, RATES, HERE), tmp_path / "a", paths, HERE)
+        paths = [tmp_path / "far.h5"]
+        report = run(paths, paths[0], paths[0], "qm9", given, HERE)
+        write_report(report, tmp_path / "b", paths, HERE)
+        with pytest.raises(InputError, match="atom 3 are not finite"):
+            run([tmp_path / "beyond.xyz"], None, None, None, EVERYTHING_FAST, HERE)
+
+
+def test_files_that_hold_nothing_are_told_from_those_that_are_none(tmp_path):
+    with MoleculeWriter(tmp_path / "none.h5", source="nothing"):
+        pass
+    for arguments in ([tmp_path / "none.h5"], None), ([], tmp_path / "none.h5"):
+        with pytest.raises(InputError, match=r"none.h5 holds no molecule$"):
+            run(*arguments, None, None, EVERYTHING_FAST, HERE)
+    with pytest.raises(InputError, match="null is a device or a pipe; name a file"):
+        MoleculeSource(Path("/dev/null"))
+    with pytest.raises(InputError, match="is a folder"):
+        MoleculeSource(tmp_path)
+
+
+def test_a_table_of_many_files_keeps_its_words(samples, sample_path):
+    report = run([samples], None, None, None, EVERYTHING_FAST, HERE)
+    report.samples = [replace(report.samples[0], name=f"{k}.sdf") for k in range(6)]
+    labels = [row.label for section in report.sections() for row in section.rows]
+    for width, count in ((400, 1), (140, 2), (80, 6)):
+        console = Console(width=width, file=io.StringIO(), legacy_windows=False)
+        shown = tables(report, console)
+        assert len(shown) == count
+        for table in shown:
+            console.print(table)
+        text = console.file.getvalue()
+        assert max(map(len, text.splitlines())) <= width
+        assert "…" not in text
+        for name in (
+            *(f"{k}.sdf" for k in range(6)),
+            *(w for label in labels for w in label.split()),
+        ):
+            assert name in text
 
 
 def test_mmff_strain_against_rdkit(molecules):

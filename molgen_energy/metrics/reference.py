@@ -47,7 +47,7 @@ from molgen_energy.metrics.findings import GROUPS, Findings, Values
 from molgen_energy.metrics.judging import Settings
 from molgen_energy.metrics.rates import Rate
 from molgen_energy.metrics.workers import Workers
-from molgen_energy.output import replacing
+from molgen_energy.output import check_file, replacing
 from molgen_energy.resources import asset, bundled_sample
 
 PIECE = 500
@@ -76,7 +76,7 @@ class MoleculeSource:
     Raises
     ------
     InputError
-        There is no such file.
+        There is no such file, or an HDF5 file holds no molecule.
     """
 
     def __init__(
@@ -86,8 +86,7 @@ class MoleculeSource:
         skip_bad: bool = False,
         most: int | None = None,
     ) -> None:
-        if not path.is_file():
-            raise InputError(f"{path} {'is a folder' if path.exists() else 'does not exist'}")
+        check_file(path)
         self.path, self.split, self.skip_bad, self.most = path, split, skip_bad, most
         self.skipped = 0
         self.note = ""
@@ -102,7 +101,7 @@ class MoleculeSource:
         """How many molecules there are, where that is cheap to know."""
         if not self.is_hdf5:
             return None
-        with MoleculeFile(self.path) as file:
+        with _opened(self.path) as file:
             count = len(file.members(self._existing_split(file)))
         return count if self.most is None else min(count, self.most)
 
@@ -110,13 +109,13 @@ class MoleculeSource:
         """Whether there are molecules of a split."""
         if not self.is_hdf5:
             return False
-        with MoleculeFile(self.path) as file:
+        with _opened(self.path) as file:
             return len(file.members(split)) > 0
 
     def carries_bonds(self) -> bool:
         """Whether some of the first molecules have bonds that were not found from distances."""
         if self.is_hdf5:
-            with MoleculeFile(self.path) as file:
+            with _opened(self.path) as file:
                 return file.has_bonds
         first = next(self.pieces())
         bonds = first.molecules.bonds
@@ -150,7 +149,7 @@ class MoleculeSource:
         self.note = _skipped_note(reader)
 
     def _of_hdf5(self) -> Iterator[Piece]:
-        with MoleculeFile(self.path) as file:
+        with _opened(self.path) as file:
             split = self._existing_split(file)
             if split != self.split:
                 self.note = f"it has no {self.split} split; all its molecules are taken"
@@ -166,6 +165,7 @@ class MoleculeSource:
                 if len(chosen):
                     yield piece if len(chosen) == len(piece) else piece.select(chosen)
             self.skipped = file.skipped
+
 
 def _opened(path: Path) -> MoleculeFile:
     """An HDF5 file of molecules; one that was written without any may lack its arrays."""
@@ -183,7 +183,6 @@ def _opened(path: Path) -> MoleculeFile:
 
 def _without_bonds(molecule: Molecule) -> Molecule:
     return replace(molecule, bond_index=None, bond_order=None)
-
 
 
 def _skipped_note(reader: MoleculeReader) -> str:
@@ -398,7 +397,7 @@ def types_named(name: str | None, reference: Path | None) -> GeometryTypes | Non
 def _is_qm9(path: Path) -> bool:
     if path.suffix.lower() not in (".h5", ".hdf5"):
         return False
-    with MoleculeFile(path) as file:
+    with _opened(path) as file:
         return "QM9" in file.source
 
 
