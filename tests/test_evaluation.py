@@ -32,7 +32,7 @@ from molgen_energy.chemistry.molfiles import MoleculeTextWriter
 from molgen_energy.chemistry.rdkit import build
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecule, Molecules, Piece
-from molgen_energy.errors import InputError
+from molgen_energy.errors import InputError, ProcessEnded
 from molgen_energy.metrics.comparison import Distributions, Measure, compare
 from molgen_energy.metrics.distances import mmd
 from molgen_energy.metrics.evaluation import Options, evaluate, settings_for
@@ -219,7 +219,7 @@ def test_work_that_raises_in_another_member_ends_the_run(molecules):
 def test_another_member_that_ends_is_noticed(molecules):
     ours, theirs = Pipe()
     theirs.send(1)
-    with Workers(0, 60, [ours]) as workers, pytest.raises(WorkFailed, match="process of the job"):
+    with Workers(0, 60, [ours]) as workers, pytest.raises(ProcessEnded, match="has ended"):
         theirs.close()
         list(workers.map(process_of, given_up, numbered(molecules).parts(500)))
 

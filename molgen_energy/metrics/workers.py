@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 
 from molgen_energy.data.molecules import Piece
 from molgen_energy.distributed import local_world_size
+from molgen_energy.errors import ProcessEnded
 
 R = TypeVar("R")
 
@@ -165,7 +166,7 @@ class Workers:
             self._others = [_Other(line) for line in self._lines]
         except (EOFError, OSError) as error:
             self.__exit__(None, None, None)
-            raise WorkFailed(_ENDED) from error
+            raise ProcessEnded(_ENDED) from error
         return self
 
     def __exit__(
@@ -201,8 +202,9 @@ class Workers:
         Raises
         ------
         WorkFailed
-            The work raised an exception, processes do not start, or another process of the job
-            has ended.
+            The work raised an exception, or processes do not start.
+        ProcessEnded
+            Another process of the job is gone.
         """
         if not self._workers and not self._others:
             for piece in pieces:
@@ -294,7 +296,7 @@ class Workers:
                 try:
                     other.give(task)
                 except OSError as error:
-                    raise WorkFailed(_ENDED) from error
+                    raise ProcessEnded(_ENDED) from error
             elif free:
                 worker = self._workers[free.pop()]
                 task.given, worker.task = True, task
@@ -335,7 +337,7 @@ class Workers:
                 while other.connection.poll():
                     other.hear()
         except (EOFError, OSError) as error:
-            raise WorkFailed(_ENDED) from error
+            raise ProcessEnded(_ENDED) from error
 
     def _hear(self, worker: _Worker) -> None:
         """Take one message: that it is ready, that it begins, or a result."""
