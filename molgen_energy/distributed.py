@@ -8,8 +8,10 @@ speaks. Everything here works in a single process too, where it does nothing.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Client, Connection, Listener
 from typing import TYPE_CHECKING, Any
 
 from molgen_energy.errors import InputError
@@ -26,6 +28,11 @@ def rank() -> int:
 def world_size() -> int:
     """Processes of the job."""
     return _from_environment("WORLD_SIZE", 1)
+
+
+def local_world_size() -> int:
+    """Processes of the job on this machine."""
+    return _from_environment("LOCAL_WORLD_SIZE", 1)
 
 
 def is_main() -> bool:
@@ -53,6 +60,39 @@ def joined(device: torch.device | None = None) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def lines() -> Iterator[list[Connection]]:
+    """Lines between process 0 and each other one, beside the collectives.
+
+    Process 0 gets one to each other process, by rank; the others get the one to process 0; a
+    single process gets none. They carry what can be pickled, wait for any time, can be interrupted
+    while they wait, and end with an `EOFError` when the other process does.
+    """
+    with ExitStack() as stack:
+        found: list[Connection] = []
+        if world_size() > 1:
+            with joined():  # to agree on where to meet, and on a key that keeps others out
+                found = _meet()
+        for line in found:
+            stack.callback(line.close)
+        yield found
+
+
+def _meet() -> list[Connection]:
+    alone = local_world_size() == world_size()  # on this machine
+    if is_main():
+        key = secrets.token_bytes(32)
+        host = "localhost" if alone else ""
+        with Listener((host, 0), backlog=world_size(), authkey=key) as listener:
+            from_main((listener.address[1], key))
+            arrived = [listener.accept() for _ in range(world_size() - 1)]
+        return [line for _, line in sorted((line.recv(), line) for line in arrived)]
+    port, key = from_main(None)
+    line = Client(("localhost" if alone else os.environ["MASTER_ADDR"], port), authkey=key)
+    line.send(rank())
+    return [line]
 
 
 def local_device(device: torch.device) -> torch.device:

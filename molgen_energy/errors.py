@@ -17,6 +17,10 @@ class TrainingFailed(RuntimeError):
     """Training cannot go on; the message names the last good checkpoint. Exit code 1."""
 
 
+class ProcessEnded(RuntimeError):
+    """Another process of the job is gone, and work with it. Exit code 1."""
+
+
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
     """Message for a name that is not among the valid ones, with the nearest of them first."""
     names = list(valid)

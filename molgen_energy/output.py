@@ -20,6 +20,22 @@ def check_writable(path: Path) -> None:
     check_folder(path.parent)
 
 
+def check_file(path: Path) -> None:
+    """Raise `InputError` unless a path is that of a file, which can be read more than once."""
+    if path.is_file():
+        return
+    if path.is_dir():
+        raise InputError(f"{path} is a folder")
+    if path.exists():
+        raise InputError(f"{path} is a device or a pipe; name a file")
+    raise InputError(f"{path} does not exist")
+
+
+def printable(path: Path) -> str:
+    """A path as text that can be written anywhere, also where its bytes are no UTF-8."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
 def check_folder(folder: Path) -> None:
     """Raise `InputError` unless files can be made in a folder."""
     if not folder.is_dir():

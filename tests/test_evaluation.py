@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import html.parser
+import io
 import json
 import os
 import re
+import subprocess
+import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from multiprocessing import Pipe
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 from conftest import of_smiles
 from rdkit import Chem
 from rdkit.Chem import rdForceFieldHelpers, rdMolAlign
+from rich.console import Console
 
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.geometry import KINDS, QM9_TYPES, code_of
@@ -23,7 +32,7 @@ from molgen_energy.chemistry.molfiles import MoleculeTextWriter
 from molgen_energy.chemistry.rdkit import build
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecule, Molecules, Piece
-from molgen_energy.errors import InputError
+from molgen_energy.errors import InputError, ProcessEnded
 from molgen_energy.metrics.comparison import Distributions, Measure, compare
 from molgen_energy.metrics.distances import mmd
 from molgen_energy.metrics.evaluation import Options, evaluate, settings_for
@@ -37,12 +46,13 @@ from molgen_energy.metrics.reference import (
     reference_of,
 )
 from molgen_energy.metrics.relaxation import relax_mmff, rmsd
-from molgen_energy.metrics.report import as_json, figure_text
+from molgen_energy.metrics.report import as_json, figure_text, tables
 from molgen_energy.metrics.run import run
 from molgen_energy.metrics.workers import Workers, WorkFailed
 
 HERE = Workers(0, 0.0)
 EVERYTHING_FAST = Options(drawn=40)
+RATES = Options(frozenset({"rates"}))
 
 
 def numbered(molecules: Molecules) -> Piece:
@@ -145,6 +155,104 @@ def test_workers_change_nothing(molecules):
             ours, theirs = (e.distributions.values(kind, name) for e in (here, there))
             np.testing.assert_array_equal(ours.value, theirs.value)
             np.testing.assert_array_equal(ours.group, theirs.group)
+
+
+@contextmanager
+def with_another(here: int, there: int, seconds: float) -> Iterator[Workers]:
+    """A pool of so many processes, and of so many of another member of the job."""
+    ours, theirs = Pipe()
+
+    def serve() -> None:
+        with Workers(there, seconds) as workers:
+            workers.serve(theirs)
+        theirs.close()
+
+    thread = Thread(target=serve)
+    thread.start()
+    try:
+        with Workers(here, seconds, [ours]) as workers:
+            yield workers
+    finally:
+        ours.close()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def process_of(piece: Piece) -> int:
+    return os.getpid()
+
+
+@pytest.mark.parametrize(("here", "there"), [(1, 1), (0, 0)])
+def test_processes_of_a_job_share_the_work_in_order(molecules, here, there):
+    piece = numbered(molecules.select(np.arange(120)))
+    settings = Settings(codes={})
+    with with_another(here, there, 60) as workers:
+        for _ in range(2):
+            results = []
+            for part, found in workers.map(
+                partial(judge_piece, settings=settings), None, piece.parts(7)
+            ):
+                assert part.records[0] == len(results) + 1
+                results += found.valid.tolist()
+            did = {pid for _, pid in workers.map(process_of, None, piece.parts(1))}
+            assert len(did) == max(1, here + there)
+    assert results == judge_piece(piece, settings).valid.tolist()
+
+
+def test_a_molecule_that_kills_a_process_of_another_member_is_found(molecules):
+    piece = numbered(molecules.select(np.arange(6, 14)))
+    piece = replace(piece, records=piece.records + 6)
+    with with_another(1, 1, 60) as workers:  # the other is given the first piece
+        results = [result for _, result in workers.map(dying, given_up, piece.parts(2))]
+    assert results[0] == (7, "the process died of it")
+    assert [record for result in results[1:] for record in result] == list(range(8, 15))
+
+
+def test_work_that_raises_in_another_member_ends_the_run(molecules):
+    with (
+        pytest.raises(WorkFailed, match="KeyError: 'what happened'"),
+        with_another(0, 1, 60) as workers,
+    ):
+        list(workers.map(failing, given_up, numbered(molecules).parts(1000)))
+
+
+def test_another_member_that_ends_is_noticed(molecules):
+    ours, theirs = Pipe()
+    theirs.send(1)
+    with Workers(0, 60, [ours]) as workers, pytest.raises(ProcessEnded, match="has ended"):
+        theirs.close()
+        list(workers.map(process_of, given_up, numbered(molecules).parts(500)))
+
+
+def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "molgen_energy", *arguments],
+        cwd=folder, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_torchrun_prints_what_one_process_does(molecules, tmp_path):
+    """The same JSON, once; and of a bad record in the middle one line, without waiting."""
+    with MoleculeTextWriter(tmp_path / "a.xyz", {}) as writer:
+        writer.append(noisy(molecules.select(np.arange(600)), 0.03))
+    options = replace(EVERYTHING_FAST, drawn=25)
+    report = run([tmp_path / "a.xyz"], None, None, None, options, HERE)
+    done = torchrun(tmp_path, "evaluate", "a.xyz", "--json", "--subset", "25", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads(json.dumps(as_json(report)))
+    lines = (tmp_path / "a.xyz").read_text().splitlines()
+    lines[[k for k, line in enumerate(lines) if line.startswith("molecule=")][550] + 1] = "X"
+    (tmp_path / "bad.xyz").write_text("\n".join(lines))
+    start = time.monotonic()
+    done = torchrun(tmp_path, "evaluate", "bad.xyz", "--workers", "1")
+    assert time.monotonic() - start < 60
+    assert done.returncode != 0
+    assert done.stdout == ""
+    said = [line for line in done.stderr.splitlines() if "rror: " in line and "bad.xyz" in line]
+    assert len(said) == 1
+    assert "record 551 (line " in said[0]
+    assert "process 1" not in done.stderr
 
 
 def test_a_sample_of_values_is_bounded_and_fair():
@@ -306,6 +414,104 @@ def test_bonds_that_a_file_carries_are_judged_beside(tmp_path, molecules):
     found = run([tmp_path / "a.h5"], None, tmp_path / "a.h5", None, given, HERE)
     assert found.samples[0].rates["novelty"].count == 0
     assert any("those of the files are given in the file" in note for note in found.notes)
+
+
+def test_each_record_says_whose_bonds_it_carries(tmp_path, molecules):
+    """Records of both kinds in one file: those with bonds of their own are judged by them."""
+    with MoleculeTextWriter(tmp_path / "a.sdf", {}) as writer:
+        writer.append(molecules.select(np.arange(40)))
+    records = (tmp_path / "a.sdf").read_text().split("$$$$\n")[:-1]
+    own = [record.replace(">  <bonds>\nperceived\n\n", "") for record in records]
+    mixed = [own[k] if k % 4 == 1 else record for k, record in enumerate(records)]
+    (tmp_path / "mixed.sdf").write_text("".join(f"{record}$$$$\n" for record in mixed))
+    (tmp_path / "own.sdf").write_text("".join(f"{record}$$$$\n" for record in own[1::4]))
+    report = run(
+        [tmp_path / "mixed.sdf", tmp_path / "own.sdf"], None, None, None, EVERYTHING_FAST, HERE
+    )
+    found, alone = report.samples
+    assert found.molecules == 40
+    for key in ("molecule_stability", "atom_stability", "validity", "complete"):
+        assert found.rates[f"carried_{key}"] == alone.rates[f"carried_{key}"]
+    assert found.rates["carried_validity"].total == 10
+    assert any("10 of 40 molecules carry bonds of their own" in note for note in found.notes)
+    assert not any("of their own" in note for note in alone.notes)
+    with pytest.raises(InputError, match=r"mixed.sdf: record 1 carries no bonds of its own"):
+        given = replace(EVERYTHING_FAST, settings=Settings(bonds="given"))
+        run([tmp_path / "mixed.sdf"], None, None, None, given, HERE)
+
+
+def test_names_of_files_that_are_no_utf8(molecules, tmp_path, capsys):
+    path = tmp_path / os.fsdecode(b"caf\xe9.xyz")
+    with MoleculeTextWriter(tmp_path / "a.xyz", {}) as writer:
+        writer.append(molecules.select(np.arange(30)))
+    try:
+        (tmp_path / "a.xyz").rename(path)
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    report = run([path], path, path, None, RATES, HERE)
+    write_report(report, tmp_path / "out", [path], HERE)
+    assert "caf\ufffd.xyz" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    json.dumps(as_json(report), ensure_ascii=False).encode()
+    for table in tables(report, Console(width=200)):
+        Console().print(table)
+    assert "caf\ufffd.xyz" in capsys.readouterr().out
+
+
+def test_coordinates_that_are_out_of_this_world(tmp_path):
+    """Nothing is said of them by NumPy: they are far, or where float32 ends, not finite."""
+    water = "3\n\nO 0 0 0\nH 0.96 0 0\nH -0.24 0.93 0\n"
+    (tmp_path / "far.xyz").write_text(
+        water + water.replace("0.93", "-2e38").replace("0.96", "2e38")
+    )
+    (tmp_path / "beyond.xyz").write_text(water.replace("0.93", "1e39"))
+    far = of_smiles("CCO")
+    far = perceive(Molecules.from_list([far] * 30))
+    far = replace(far, positions=far.positions * np.float32(5e37))
+    with MoleculeWriter(tmp_path / "far.h5", source="far") as writer:
+        writer.append(far)
+    given = replace(EVERYTHING_FAST, settings=Settings(bonds="given"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        warnings.simplefilter("error", UserWarning)
+        paths = [tmp_path / "far.xyz"]
+        write_report(run(paths, None, None, None, RATES, HERE), tmp_path / "a", paths, HERE)
+        paths = [tmp_path / "far.h5"]
+        report = run(paths, paths[0], paths[0], "qm9", given, HERE)
+        write_report(report, tmp_path / "b", paths, HERE)
+        with pytest.raises(InputError, match="atom 3 are not finite"):
+            run([tmp_path / "beyond.xyz"], None, None, None, EVERYTHING_FAST, HERE)
+
+
+def test_files_that_hold_nothing_are_told_from_those_that_are_none(tmp_path):
+    with MoleculeWriter(tmp_path / "none.h5", source="nothing"):
+        pass
+    for arguments in ([tmp_path / "none.h5"], None), ([], tmp_path / "none.h5"):
+        with pytest.raises(InputError, match=r"none.h5 holds no molecule$"):
+            run(*arguments, None, None, EVERYTHING_FAST, HERE)
+    with pytest.raises(InputError, match="null is a device or a pipe; name a file"):
+        MoleculeSource(Path("/dev/null"))
+    with pytest.raises(InputError, match="is a folder"):
+        MoleculeSource(tmp_path)
+
+
+def test_a_table_of_many_files_keeps_its_words(samples, sample_path):
+    report = run([samples], None, None, None, EVERYTHING_FAST, HERE)
+    report.samples = [replace(report.samples[0], name=f"{k}.sdf") for k in range(6)]
+    labels = [row.label for section in report.sections() for row in section.rows]
+    for width, count in ((400, 1), (140, 2), (80, 6)):
+        console = Console(width=width, file=io.StringIO(), legacy_windows=False)
+        shown = tables(report, console)
+        assert len(shown) == count
+        for table in shown:
+            console.print(table)
+        text = console.file.getvalue()
+        assert max(map(len, text.splitlines())) <= width
+        assert "…" not in text
+        for name in (
+            *(f"{k}.sdf" for k in range(6)),
+            *(w for label in labels for w in label.split()),
+        ):
+            assert name in text
 
 
 def test_mmff_strain_against_rdkit(molecules):

@@ -187,6 +187,34 @@ def test_mmd_without_groups(rng):
     assert without == pytest.approx(stats.wasserstein_distance(source[group != 2], target))
 
 
+def test_wasserstein_around_a_circle(rng):
+    """The least of the distances on a line, over all places to cut the circle."""
+    zero = np.zeros(1, "u1")
+    assert wasserstein_without(np.array([179.0]), zero, np.array([-179.0]), [], 360) == [2]
+    assert wasserstein_without(np.array([10.0]), zero, np.array([-80.0]), [], 360) == [90]
+    for _ in range(5):
+        source = rng.vonmises(3, 2, 40) * 180 / np.pi
+        target = rng.vonmises(-2.5, 1, 55) * 180 / np.pi
+        group = rng.integers(0, 3, 40).astype("u1")
+        cuts = np.concatenate([source, target])
+
+        def cut_open(ours, theirs, cuts=cuts):
+            return min(
+                stats.wasserstein_distance((ours - cut) % 360, (theirs - cut) % 360) for cut in cuts
+            )
+
+        whole, without = wasserstein_without(source, group, target, [1], 360)
+        assert whole == pytest.approx(cut_open(source, target))
+        assert without == pytest.approx(cut_open(source[group != 1], target))
+        turned = (wrapped(source + 100), group, wrapped(target + 100))
+        assert wasserstein_without(*turned, [], 360)[0] == pytest.approx(whole)
+        assert whole <= wasserstein(source, target) + 1e-12
+
+
+def wrapped(degrees):
+    return (degrees + 180) % 360 - 180
+
+
 def test_mmd_of_equal_values():
     assert mmd(np.ones(3), np.ones(4)) == 0
     values = np.random.default_rng(0).normal(size=1000)

@@ -31,7 +31,7 @@ from molgen_energy.metrics.evaluation import (
     parse_metrics,
 )
 from molgen_energy.metrics.judging import Settings, judge_piece
-from molgen_energy.metrics.rates import Rate, median_interval
+from molgen_energy.metrics.rates import Clusters, Rate, median_interval
 from molgen_energy.metrics.reference import MoleculeSource, qm9_training_names
 from molgen_energy.metrics.workers import Workers
 
@@ -304,7 +304,7 @@ def test_rates_do_not_depend_on_pieces_or_padding(molecules):
     whole = rates_of(molecules, known=known)
     parts = rates_of(*(molecules.select(np.arange(k, 2000, 7)) for k in range(7)), known=known)
     assert whole.rates == parts.rates
-    atoms = whole.findings.counts.atoms
+    atoms = whole.findings.counts.unstable_atoms.total
     assert atoms == len(molecules.atomic_numbers) < 2000 * molecules.sizes.max()
 
 
@@ -362,6 +362,67 @@ def test_single_bonds_only_as_edm_does_on_geom():
 def test_wilson_interval_against_scipy(count, total):
     expected = stats.binomtest(count, total).proportion_ci(0.95, method="wilson")
     assert Rate(count, total).interval == pytest.approx((expected.low, expected.high))
+
+
+def bootstrap(marked, total, rng) -> tuple[float, float]:
+    """95 % interval of the share of unmarked atoms, from drawing molecules again."""
+    drawn = rng.integers(0, len(total), (4000, len(total)))
+    shares = 1 - marked[drawn].sum(axis=1) / total[drawn].sum(axis=1)
+    return tuple(np.quantile(shares, [0.025, 0.975]))
+
+
+@pytest.mark.parametrize(("noise", "wider"), [(0.0, 1.5), (0.05, 1.2), (0.1, 1.0)])
+def test_atom_stability_is_as_sure_as_molecules_are_many(molecules, rng, noise, wider):
+    """Its interval is that of drawing molecules again; that of independent atoms is narrower."""
+    shift = noise * rng.standard_normal(molecules.positions.shape)
+    noisy = replace(molecules, positions=(molecules.positions + shift).astype("f4"))
+    marked = np.add.reduceat(~stable_atoms(perceive(noisy)), noisy.offsets[:-1], dtype=np.int64)
+    sums = Clusters()
+    for part in np.array_split(np.arange(2000), 7):
+        sums.add(marked[part], noisy.sizes[part])
+    rate = sums.unmarked()
+    assert (rate.count, rate.total) == (int((noisy.sizes - marked).sum()), len(noisy.owners))
+    assert rate == rates_of(noisy).rates["atom_stability"]
+    low, high = bootstrap(marked, noisy.sizes, rng)
+    ours = rate.interval
+    assert ours == pytest.approx((low, high), abs=0.15 * (high - low))
+    naive = Rate(rate.count, rate.total).interval
+    assert ours[1] - ours[0] > wider * (naive[1] - naive[0])
+
+
+def test_the_interval_of_atom_stability_covers(rng):
+    """The truth is in it in 95 of 100 files, where that of independent atoms often lacks it."""
+    inside = np.zeros(2)
+    for _ in range(400):
+        sizes = rng.integers(10, 25, 200)
+        marked = rng.binomial(sizes, rng.beta(0.6, 5.4, 200))
+        sums = Clusters()
+        sums.add(marked, sizes)
+        for k, rate in enumerate(
+            (sums.unmarked(), Rate(int(sizes.sum() - marked.sum()), int(sizes.sum())))
+        ):
+            low, high = rate.interval
+            inside[k] += low <= 0.9 <= high
+    assert 0.92 <= inside[0] / 400 <= 0.98
+    assert inside[1] / 400 < 0.8
+
+
+def test_atom_stability_at_its_ends():
+    sizes = np.array([10, 20, 30])
+    for marked in (0 * sizes, sizes):
+        sums = Clusters()
+        sums.add(marked, sizes)
+        rate = sums.unmarked()
+        assert rate.effect == pytest.approx(1400 / 60)  # as if atoms of a molecule were all alike
+        low, high = rate.interval
+        assert (high == 1 and low < 0.5) if rate.count else (low == 0 and high > 0.5)
+    assert Clusters().unmarked().interval is None
+    one = Clusters()
+    one.add(np.array([3]), np.array([12]))
+    assert one.unmarked().effect == 12
+    even = Clusters()
+    even.add(np.array([1, 1, 1]), np.array([4, 4, 4]))
+    assert even.unmarked().effect == 1
 
 
 def test_interval_of_the_median(rng):

@@ -143,6 +143,7 @@ def _orders(
     return orders
 
 
+@np.errstate(over="ignore")  # what is beyond float32's squares is infinitely far
 def perceive(molecules: Molecules) -> Molecules:
     """The molecules with bonds perceived from distances, in place of any bonds and charges.
 

@@ -23,6 +23,8 @@ from molgen_energy.errors import InputError
 
 KINDS = ("bond length", "angle", "dihedral")
 UNITS = {"bond length": "Å", "angle": "°", "dihedral": "°"}
+PERIODS = {"dihedral": 360.0}
+"""Of kinds that come round: -179° and 179° are near."""
 
 _ATOMS = {"bond length": 2, "angle": 3, "dihedral": 4}
 _BASE = 128  # above every atomic number and bond order
@@ -96,7 +98,8 @@ def measure(
 
     Returns
     -------
-    What was measured, for each kind. Angles that coincident atoms leave undefined are left out.
+    What was measured, for each kind. Angles that coincident atoms leave undefined are left out, and
+    lengths beyond float32.
     """
     graph = _Graph(molecules)
     positions = molecules.positions.astype(np.float64)
@@ -114,9 +117,11 @@ def measure(
             values = _dihedrals(positions[atoms])
         molecule = owners[atoms[:, 0]]
         code = _codes(molecules.atomic_numbers[atoms], orders)
-        defined = np.isfinite(values)
+        with np.errstate(over="ignore"):
+            kept = values.astype(np.float32)
+        defined = np.isfinite(kept)
         in_turn = np.flatnonzero(defined)[np.argsort(molecule[defined], kind="stable")]
-        found[kind] = Measured(code[in_turn], values[in_turn].astype(np.float32), molecule[in_turn])
+        found[kind] = Measured(code[in_turn], kept[in_turn], molecule[in_turn])
     return found
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from rdkit import Chem, rdBase
 
 from molgen_energy.chemistry.bonds import perceive
@@ -24,7 +25,7 @@ from molgen_energy.chemistry.rdkit import CROWD, ORDERS, build, judge, most_neig
 from molgen_energy.data.molecules import Molecule, Molecules, Piece
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
-from molgen_energy.output import replacing
+from molgen_energy.output import check_file, replacing
 
 PERCEIVED = "bonds"
 """Field of an SDF that says `perceived` where its bonds were found from distances."""
@@ -63,8 +64,7 @@ class MoleculeReader:
     ) -> None:
         if path.is_dir():
             raise InputError(f"{path} is a folder; name an SDF or XYZ file")
-        if not path.is_file():
-            raise InputError(f"{path} does not exist")
+        check_file(path)
         self.path = path
         self.skip_bad = skip_bad
         self._allowed = None if elements is None else {atomic_number(name) for name in elements}
@@ -75,6 +75,8 @@ class MoleculeReader:
         """Of the record that was read last, from 1."""
         self.fields: dict[str, str] = {}
         """What the first record says besides its atoms: the data fields of an SDF."""
+        self.bonds_perceived = False
+        """Whether the record that was read last says that its bonds were found from distances."""
         kind = path.name.lower().removesuffix(".gz").rsplit(".", 1)[-1]
         if kind not in ("sdf", "mol", "xyz"):
             raise InputError(f"{path} is no SDF or XYZ file (.sdf, .xyz, also .gz)")
@@ -176,12 +178,21 @@ def _sdf_records(lines: _Lines, reader: MoleculeReader) -> Iterator[tuple[int, M
             record.append(line)
         if reader.number == 0:
             reader.fields = _data_fields(record)
+        reader.bonds_perceived = _says_perceived(record)
         if any(text.strip() for text in record):
             yield start, _parse_mol_block("".join(record))
         elif line is not None:
             yield start, "an empty record"
         if line is None:
             return
+
+
+def _says_perceived(record: list[str]) -> bool:
+    """Whether the data fields of an SDF record say so; quicker than reading them all."""
+    for k, line in enumerate(record[:-1]):
+        if line.startswith(">") and f"<{PERCEIVED}>" in line:
+            return record[k + 1].startswith("perceived")
+    return False
 
 
 def _data_fields(record: list[str]) -> dict[str, str]:
@@ -218,12 +229,18 @@ def _parse_mol_block(block: str) -> Molecule | str:
         if kind not in ORDERS:
             return f"the bond of atoms {i + 1} and {j + 1} has no order 1, 2, 3 or aromatic"
     return Molecule(
-        parsed.GetConformer().GetPositions().astype(np.float32),
+        _positions(parsed.GetConformer().GetPositions()),
         np.array(numbers, np.uint8),
         np.array([atom.GetFormalCharge() for atom in parsed.GetAtoms()], np.int8),
         np.array([(i, j) for i, j, _ in bonds], np.uint16).reshape(-1, 2),
         np.array([ORDERS[kind] for _, _, kind in bonds], np.uint8),
     )
+
+
+def _positions(values: ArrayLike) -> NDArray[np.float32]:
+    """Coordinates (N, 3) as they are kept; infinite, without a warning, where they do not fit."""
+    with np.errstate(over="ignore"):
+        return np.array(values, np.float32)
 
 
 def _xyz_records(lines: _Lines, reader: MoleculeReader) -> Iterator[tuple[int, Molecule | str]]:
@@ -275,7 +292,7 @@ def _parse_frame(lines: _Lines, record: list[str]) -> Molecule | str:
             return f"atom {k} of {size}: {atom}"
         numbers.append(atom[0])
         positions.append(atom[1:])
-    return Molecule(np.array(positions, np.float32), np.array(numbers, np.uint8))
+    return Molecule(_positions(positions), np.array(numbers, np.uint8))
 
 
 def _parse_atom(line: str) -> tuple[int, float, float, float] | str:

@@ -28,7 +28,7 @@ from rich.progress import (
 )
 
 from molgen_energy.distributed import is_main, rank, world_size
-from molgen_energy.errors import InputError, TrainingFailed
+from molgen_energy.errors import InputError, ProcessEnded, TrainingFailed
 
 # Of several processes that do one job, only the first speaks.
 stdout = Console(highlight=False, quiet=not is_main())
@@ -53,6 +53,8 @@ def warn(text: str) -> None:
 
 def _fail(text: str, code: int) -> None:
     if not is_main():
+        if code == INTERRUPTED:  # as all are; also those whose first process has just failed
+            sys.exit(code)
         # What is wrong for all is said by the first process, which ends the job meanwhile.
         time.sleep(_PATIENCE)
         text = f"process {rank()} of {world_size()}: {text}"
@@ -82,7 +84,7 @@ def exit_on_error() -> Iterator[None]:
         where = f": {error.filename}" if error.filename else ""
         remedy = "; free some and run again" if error.errno == errno.ENOSPC else ""
         _fail(f"{error.strerror or error}{where}{remedy}", BAD_INPUT)
-    except TrainingFailed as error:
+    except (ProcessEnded, TrainingFailed) as error:
         _fail(str(error), FAILED)
     except Exception as error:
         _show_traceback()

@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING
 import typer
 
 from molgen_energy.cli.console import Occasional, progress_bar, say, stdout, warn
+from molgen_energy.distributed import is_main, lines
 from molgen_energy.errors import InputError, unknown_name
+from molgen_energy.output import check_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from rich.progress import Progress
+
+    from molgen_energy.metrics.evaluation import Options
+    from molgen_energy.metrics.report import Report
 
 
 def command(
@@ -68,7 +75,11 @@ def command(
         help="Molecules, at random, that strain and PoseBusters look at; xTB takes a tenth.",
     ),
     workers: int | None = typer.Option(
-        None, "--workers", min=0, help="Processes; default: one for each processor."
+        None,
+        "--workers",
+        min=0,
+        help="Processes; default: one for each processor. Under torchrun, of each of its "
+        "processes.",
     ),
     timeout: float = typer.Option(
         20.0, "--timeout", min=1.0, help="Seconds after which one molecule is given up."
@@ -83,14 +94,40 @@ def command(
     judged too. Of an HDF5 file the reference is its test split, and `--train` takes its training
     split.
     """
+    from molgen_energy.metrics.workers import Workers, default_workers
+
+    count = default_workers() if workers is None else workers
+    with lines() as others:
+        if not is_main():
+            with Workers(count, timeout) as pool:
+                pool.serve(others[0])
+            return
+        options = _options(metrics, bonds, valence, angles, subset, skip_bad)
+        if report is not None:
+            if report.exists() and not report.is_dir():
+                raise InputError(f"{report} is a file; name a folder for the report")
+            check_folder(report if report.exists() else report.absolute().parent)
+        page = None
+        with progress_bar(transient=True) as bar, Workers(count, timeout, others) as pool:
+            from molgen_energy.metrics.run import run
+
+            found = run(files, reference, train, types, options, pool, _watching(bar))
+            if report is not None:
+                from molgen_energy.metrics.html import write_report
+
+                page = write_report(found, report, files, pool)
+    _show(found, as_json)
+    if page is not None:
+        say(f"report: {page}")
+
+
+def _options(
+    metrics: str, bonds: str, valence: str, angles: str, subset: int, skip_bad: bool
+) -> Options:
     from molgen_energy.chemistry.bonds import VALENCE_MODELS
     from molgen_energy.chemistry.geometry import COUNTINGS
     from molgen_energy.metrics.evaluation import Options, parse_metrics
     from molgen_energy.metrics.judging import BOND_CHOICES, Settings
-    from molgen_energy.metrics.report import as_json as to_json
-    from molgen_energy.metrics.report import findings_text, table
-    from molgen_energy.metrics.workers import Workers, default_workers
-    from molgen_energy.output import check_folder
 
     for option, name, valid in (
         ("--bonds", bonds, BOND_CHOICES),
@@ -99,44 +136,42 @@ def command(
     ):
         if name not in valid:
             raise InputError(unknown_name(f"choice of {option}", name, valid))
-    if report is not None:
-        if report.exists() and not report.is_dir():
-            raise InputError(f"{report} is a file; name a folder for the report")
-        check_folder(report if report.exists() else report.absolute().parent)
-    options = Options(
+    return Options(
         parse_metrics(metrics),
         Settings(bonds=bonds, valence=valence, counting=angles),
         subset,
         skip_bad,
     )
-    count = default_workers() if workers is None else workers
-    page = None
-    with progress_bar(transient=True) as bar, Workers(count, timeout) as pool:
-        log = Occasional()
 
-        def watched(what: str, total: int | None) -> Callable[[int], None]:
-            handle = bar.add_task(what, total=total)
-            done = 0
 
-            def advance(molecules: int) -> None:
-                nonlocal done
-                done += molecules
-                bar.advance(handle, molecules)
-                log.say(f"{what}: {done:,} molecules")
+def _watching(bar: Progress) -> Callable[[str, int | None], Callable[[int], None]]:
+    """What begins to show progress of something, of so many molecules."""
+    log = Occasional()
 
-            return advance
+    def watched(what: str, total: int | None) -> Callable[[int], None]:
+        handle = bar.add_task(what, total=total)
+        done = 0
 
-        from molgen_energy.metrics.run import run
+        def advance(molecules: int) -> None:
+            nonlocal done
+            done += molecules
+            bar.advance(handle, molecules)
+            log.say(f"{what}: {done:,} molecules")
 
-        found = run(files, reference, train, types, options, pool, watched)
-        if report is not None:
-            from molgen_energy.metrics.html import write_report
+        return advance
 
-            page = write_report(found, report, files, pool)
+    return watched
+
+
+def _show(found: Report, as_json: bool) -> None:
+    from molgen_energy.metrics.report import as_json as to_json
+    from molgen_energy.metrics.report import findings_text, tables
+
     if as_json:
         typer.echo(json.dumps(to_json(found), indent=2))
     else:
-        stdout.print(table(found))
+        for table in tables(found, stdout):
+            stdout.print(table)
         settings = found.options.settings
         say(
             f"bonds {found.samples[0].bonds}; novelty against {found.novelty_against}; "
@@ -148,5 +183,3 @@ def command(
                 say(f"{evaluation.name}: {line}")
     for text in found.warnings():
         warn(text)
-    if page is not None:
-        say(f"report: {page}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.chemistry.geometry import GeometryTypes, code_of
+from molgen_energy.chemistry.geometry import PERIODS, GeometryTypes, code_of
 from molgen_energy.metrics.distances import (
     jackknife,
     mmd_without,
@@ -111,7 +112,8 @@ def compare(
         found.missing[kind] = missing
         found.by_type[kind] = {}
         tables = {}
-        for label, distance in (("mmd", mmd_without), ("wasserstein", wasserstein_without)):
+        transport = partial(wasserstein_without, period=PERIODS.get(kind))
+        for label, distance in (("mmd", mmd_without), ("wasserstein", transport)):
             # Each type's distance without each group, then their means: a group may hold all
             # instances of a type.
             rows = {

@@ -76,7 +76,7 @@ def _geometry_panel(report: Report, kind: str, name: str) -> Panel | None:
     else:
         low = min(float(np.quantile(v, 0.002)) for v in present)
         high = max(float(np.quantile(v, 0.998)) for v in present)
-        room = 0.05 * (high - low) or 0.01
+        room = 0.05 * (high - low) or 0.01 * max(1.0, abs(high))
         low, high = low - room, high + room
     edges = np.linspace(low, high, _BINS + 1, dtype=np.float64)
     return Panel(

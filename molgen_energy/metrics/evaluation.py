@@ -214,6 +214,11 @@ def evaluate(
             f"geometry leaves out {counts.crowded:,} molecules with an atom of more than {CROWD} "
             "bonds"
         )
+    if 0 < counts.carrying < counts.molecules and counts.carried_bonds:
+        evaluation.notes.append(
+            f"{counts.carrying:,} of {counts.molecules:,} molecules carry bonds of their own; the "
+            "rates by the bonds in the file are of these"
+        )
     evaluation.rates["posebusters"] = None
     _look_closer(evaluation, options, workers)
     evaluation.worst = findings.timed_out[:_WORST] + findings.worst[:_WORST] + evaluation.worst
@@ -258,7 +263,10 @@ class _LeftOut:
     def without(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         for piece in pieces:
             if self._given and piece.molecules.bonds is None:
-                raise InputError(f"{self._name}: record {piece.records[0]} carries no bonds")
+                raise InputError(
+                    f"{self._name}: record {piece.records[0]} carries no bonds of its own; leave "
+                    "out --bonds given"
+                )
             numbers = piece.molecules.atomic_numbers
             foreign = np.flatnonzero(~has_valence(numbers))
             if not len(foreign):

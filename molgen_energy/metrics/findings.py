@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from molgen_energy.data.molecules import Molecule, Piece
 from molgen_energy.metrics.judging import Judgement, name_hash
-from molgen_energy.metrics.rates import Rate
+from molgen_energy.metrics.rates import Clusters, Rate
 
 MOST_VALUES = 20_000
 """Lengths, angles or dihedrals of one type that are compared at most (JODO)."""
@@ -189,9 +189,8 @@ class Counts:
     """Molecules and atoms, counted."""
 
     molecules: int = 0
-    atoms: int = 0
     stable_molecules: int = 0
-    stable_atoms: int = 0
+    unstable_atoms: Clusters = field(default_factory=Clusters)
     valid: int = 0
     connected: int = 0
     complete: int = 0
@@ -202,8 +201,9 @@ class Counts:
     timed_out: int = 0
     crowded: int = 0
     carried_bonds: int = 0
+    carrying: int = 0
     carried_stable_molecules: int = 0
-    carried_stable_atoms: int = 0
+    carried_unstable_atoms: Clusters = field(default_factory=Clusters)
     carried_valid: int = 0
     carried_complete: int = 0
 
@@ -215,12 +215,12 @@ class Counts:
         def novel(total: int) -> Rate | None:
             return None if self.novel is None else Rate(self.novel, total)
 
-        def own(count: int, total: int) -> Rate | None:
-            return Rate(count, total) if carried else None
+        def own(count: int) -> Rate | None:
+            return Rate(count, self.carrying) if carried else None
 
         return {
             "molecule_stability": Rate(self.stable_molecules, everyone),
-            "atom_stability": Rate(self.stable_atoms, self.atoms),
+            "atom_stability": self.unstable_atoms.unmarked(),
             "validity": Rate(self.valid, everyone),
             "uniqueness": Rate(self.distinct, self.valid),
             "novelty": novel(self.distinct),
@@ -230,10 +230,10 @@ class Counts:
             "valid_unique_novel": novel(everyone),
             "hydrogens_assumed": Rate(self.hydrogens_added, everyone),
             "good": Rate(self.good, everyone),
-            "carried_molecule_stability": own(self.carried_stable_molecules, everyone),
-            "carried_atom_stability": own(self.carried_stable_atoms, self.atoms),
-            "carried_validity": own(self.carried_valid, everyone),
-            "carried_complete": own(self.carried_complete, everyone),
+            "carried_molecule_stability": own(self.carried_stable_molecules),
+            "carried_atom_stability": self.carried_unstable_atoms.unmarked() if carried else None,
+            "carried_validity": own(self.carried_valid),
+            "carried_complete": own(self.carried_complete),
         }
 
 
@@ -273,9 +273,8 @@ class Findings:
         molecules = piece.molecules
         stable = found.unstable_atoms == 0
         counts.molecules += len(piece)
-        counts.atoms += len(molecules.atomic_numbers)
         counts.stable_molecules += int(stable.sum())
-        counts.stable_atoms += len(molecules.atomic_numbers) - int(found.unstable_atoms.sum())
+        counts.unstable_atoms.add(found.unstable_atoms, molecules.sizes)
         counts.valid += int(found.valid.sum())
         counts.connected += int((found.fragments == 1).sum())
         counts.complete += int(found.complete.sum())
@@ -286,9 +285,9 @@ class Findings:
         if found.carried is not None:
             own = found.carried
             counts.carried_bonds += own.bonds
+            counts.carrying += len(piece)
             counts.carried_stable_molecules += int((own.unstable_atoms == 0).sum())
-            counts.carried_stable_atoms += len(molecules.atomic_numbers)
-            counts.carried_stable_atoms -= int(own.unstable_atoms.sum())
+            counts.carried_unstable_atoms.add(own.unstable_atoms, molecules.sizes)
             counts.carried_valid += int(own.valid.sum())
             counts.carried_complete += int((own.valid & own.connected).sum())
         self.names.add(found.names)
@@ -307,7 +306,7 @@ class Findings:
             if reason:
                 general = generalised(reason)
                 self.reasons[general] += 1
-                self.examples.setdefault(general, record)
+                self.examples[general] = min(record, self.examples.get(general, record))
         for k in np.flatnonzero(found.timed_out).tolist():
             if len(self.timed_out) < _WORST:
                 self.timed_out.append(Worst(int(found.piece.records[k]), 0.0, found.reasons[k]))

@@ -30,7 +30,7 @@ from molgen_energy.metrics.findings import Specimen
 from molgen_energy.metrics.judging import unstable_atoms
 from molgen_energy.metrics.report import Report, as_json, figure_text, findings_text
 from molgen_energy.metrics.workers import Workers
-from molgen_energy.output import replacing
+from molgen_energy.output import printable, replacing
 
 PAGE = "report.html"
 
@@ -51,7 +51,7 @@ def write_report(report: Report, folder: Path, files: list[Path], workers: Worke
     shown = panels(report)
     for evaluation, path in zip(report.samples, files, strict=True):
         evaluation.provenance = {
-            "file": path.name,
+            "file": printable(Path(path.name)),
             "SHA-256": _sha256(path),
         } | evaluation.provenance
     names = [evaluation.name for evaluation in report.samples]
@@ -189,13 +189,14 @@ def _formula(specimen: Specimen) -> str:
 def _model(specimen: Specimen, valence: str | None) -> dict[str, Any]:
     """What the page turns in three dimensions: positions in Å, symbols, bonds, atoms at fault."""
     molecule = specimen.molecule
-    centred = molecule.positions - molecule.positions.mean(axis=0)
+    positions = molecule.positions.astype(np.float64)
+    centred = positions - positions.mean(axis=0)
     bonds: list[list[int]] = []
     if molecule.bond_index is not None and molecule.bond_order is not None:
         orders = molecule.bond_order.tolist()
         bonds = [[i, j, k] for (i, j), k in zip(molecule.bond_index.tolist(), orders, strict=True)]
     return {
-        "p": np.round(centred, 3).astype(float).round(3).tolist(),
+        "p": np.round(centred, 3).tolist(),
         "e": [symbol(z) for z in molecule.atomic_numbers.tolist()],
         "b": bonds,
         "w": unstable_atoms(molecule, valence),

@@ -6,6 +6,7 @@ import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import h5py
@@ -21,9 +22,9 @@ from molgen_energy.chemistry.geometry import (
     code_of,
     name_of,
 )
-from molgen_energy.chemistry.molfiles import PERCEIVED, MoleculeReader
-from molgen_energy.data.hdf5 import MoleculeFile
-from molgen_energy.data.molecules import Piece
+from molgen_energy.chemistry.molfiles import MoleculeReader
+from molgen_energy.data.hdf5 import SCHEMA, MoleculeFile
+from molgen_energy.data.molecules import Molecule, Molecules, Piece
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.metrics.comparison import (
     Comparison,
@@ -46,7 +47,7 @@ from molgen_energy.metrics.findings import GROUPS, Findings, Values
 from molgen_energy.metrics.judging import Settings
 from molgen_energy.metrics.rates import Rate
 from molgen_energy.metrics.workers import Workers
-from molgen_energy.output import replacing
+from molgen_energy.output import check_file, replacing
 from molgen_energy.resources import asset, bundled_sample
 
 PIECE = 500
@@ -75,7 +76,7 @@ class MoleculeSource:
     Raises
     ------
     InputError
-        There is no such file.
+        There is no such file, or an HDF5 file holds no molecule.
     """
 
     def __init__(
@@ -85,14 +86,11 @@ class MoleculeSource:
         skip_bad: bool = False,
         most: int | None = None,
     ) -> None:
-        if not path.is_file():
-            raise InputError(f"{path} {'is a folder' if path.exists() else 'does not exist'}")
+        check_file(path)
         self.path, self.split, self.skip_bad, self.most = path, split, skip_bad, most
         self.skipped = 0
         self.note = ""
         self.provenance: dict[str, str] = {}
-        self.bonds_perceived = False
-        """Whether the file says that its bonds were perceived; known while it is read."""
 
     @property
     def is_hdf5(self) -> bool:
@@ -103,7 +101,7 @@ class MoleculeSource:
         """How many molecules there are, where that is cheap to know."""
         if not self.is_hdf5:
             return None
-        with MoleculeFile(self.path) as file:
+        with _opened(self.path) as file:
             count = len(file.members(self._existing_split(file)))
         return count if self.most is None else min(count, self.most)
 
@@ -111,13 +109,13 @@ class MoleculeSource:
         """Whether there are molecules of a split."""
         if not self.is_hdf5:
             return False
-        with MoleculeFile(self.path) as file:
+        with _opened(self.path) as file:
             return len(file.members(split)) > 0
 
     def carries_bonds(self) -> bool:
-        """Whether the first molecules have bonds that were not perceived from distances."""
+        """Whether some of the first molecules have bonds that were not found from distances."""
         if self.is_hdf5:
-            with MoleculeFile(self.path) as file:
+            with _opened(self.path) as file:
                 return file.has_bonds
         first = next(self.pieces())
         bonds = first.molecules.bonds
@@ -127,22 +125,31 @@ class MoleculeSource:
         return self.split if len(file.members(self.split)) else None
 
     def pieces(self) -> Iterator[Piece]:
-        """The molecules, some hundreds at a time."""
+        """The molecules, some hundreds at a time.
+
+        Bonds that a record says were found from distances are left out. Molecules with bonds of
+        their own and those without come in different pieces.
+        """
         if self.is_hdf5:
             yield from self._of_hdf5()
             return
         reader = MoleculeReader(self.path, self.skip_bad)
-        for piece in reader.chunks(PIECE):
+        read = (
+            (reader.number, _without_bonds(molecule) if reader.bonds_perceived else molecule)
+            for molecule in reader
+        )
+        while part := list(islice(read, PIECE)):
             self.provenance = reader.fields
-            self.bonds_perceived = reader.fields.get(PERCEIVED, "").startswith("perceived")
-            if self.bonds_perceived:
-                piece = replace(piece, molecules=replace(piece.molecules, bonds=None))
-            yield piece
+            for bonded in (True, False):
+                alike = [(k, m) for k, m in part if (m.bond_index is not None) == bonded]
+                if alike:
+                    records, molecules = zip(*alike, strict=True)
+                    yield Piece(np.array(records, np.int64), Molecules.from_list(molecules))
         self.skipped = reader.skipped_count
         self.note = _skipped_note(reader)
 
     def _of_hdf5(self) -> Iterator[Piece]:
-        with MoleculeFile(self.path) as file:
+        with _opened(self.path) as file:
             split = self._existing_split(file)
             if split != self.split:
                 self.note = f"it has no {self.split} split; all its molecules are taken"
@@ -158,6 +165,24 @@ class MoleculeSource:
                 if len(chosen):
                     yield piece if len(chosen) == len(piece) else piece.select(chosen)
             self.skipped = file.skipped
+
+
+def _opened(path: Path) -> MoleculeFile:
+    """An HDF5 file of molecules; one that was written without any may lack its arrays."""
+    try:
+        with h5py.File(path, "r") as file:
+            empty = (
+                file.attrs.get("schema") == SCHEMA and "split" in file and not len(file["split"])
+            )
+    except OSError:
+        empty = False  # what is wrong with it is said below
+    if empty:
+        raise InputError(f"{path} holds no molecule")
+    return MoleculeFile(path)
+
+
+def _without_bonds(molecule: Molecule) -> Molecule:
+    return replace(molecule, bond_index=None, bond_order=None)
 
 
 def _skipped_note(reader: MoleculeReader) -> str:
@@ -192,7 +217,7 @@ class Reference:
                 molecules=self.row.molecules,
                 bonds=self.row.bonds,
                 types=json.dumps({"name": self.types.name, "types": self.types.types}),
-                rates=json.dumps({k: None if r is None else [r.count, r.total]
+                rates=json.dumps({k: None if r is None else [r.count, r.total, r.effect]
                                   for k, r in self.row.rates.items()}),
                 measures=json.dumps({k: _as_list(m) for k, m in self.row.measures.items()}),
                 distances=json.dumps({k: _as_list(m) for k, m in self.distances.measures.items()}),
@@ -372,7 +397,7 @@ def types_named(name: str | None, reference: Path | None) -> GeometryTypes | Non
 def _is_qm9(path: Path) -> bool:
     if path.suffix.lower() not in (".h5", ".hdf5"):
         return False
-    with MoleculeFile(path) as file:
+    with _opened(path) as file:
         return "QM9" in file.source
 
 

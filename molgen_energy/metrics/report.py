@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 from rdkit import rdBase
+from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from molgen_energy import __version__
-from molgen_energy.chemistry.geometry import KINDS, UNITS
+from molgen_energy.chemistry.geometry import KINDS, PERIODS, UNITS
 from molgen_energy.metrics.comparison import Measure
 from molgen_energy.metrics.evaluation import (
     EXTRAS,
@@ -25,6 +27,7 @@ from molgen_energy.metrics.evaluation import (
 from molgen_energy.metrics.rates import Rate
 from molgen_energy.metrics.reference import Reference
 
+_ENDLESS = 100_000  # columns of a terminal, more than any table has
 _FAR = 5  # times the distance that real data have, where the data are met in stability
 # Distances of few molecules are large by themselves (MMD is biased): of subsets of real data, some
 # of 1,000 molecules are that far, none of 3,000.
@@ -58,7 +61,8 @@ def _geometry_rows() -> tuple[Row, ...]:
     ]  # fmt: skip
     by_wasserstein = [
         Row(f"wasserstein_{kind.replace(' ', '_')}", f"{kind}s, Wasserstein, {UNITS[kind]}",
-            "first Wasserstein distance, mean over types; it does not saturate",
+            "first Wasserstein distance, mean over types; it does not saturate"
+            + (", around the circle" if kind in PERIODS else ""),
             UNITS[kind], "geometry")
         for kind in KINDS
     ]  # fmt: skip
@@ -236,22 +240,43 @@ def figure_text(figure: Rate | Measure | None, unit: str = "%") -> str:
     return shown[0] if len(shown) < 3 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
-def table(report: Report) -> Table:
-    """One column for each file and one for real data."""
+def tables(report: Report, console: Console) -> list[Table]:
+    """A table with one column for each file and one for real data, or several.
+
+    Where the files do not fit beside each other on the console, each table holds as many as fit
+    with their labels, one at least, and the data.
+    """
+    wide = console.options.update(max_width=_ENDLESS)
+    found: list[Table] = []
+    rest = report.samples
+    while rest:
+        count = len(rest)
+        while count > 1:
+            needed = Measurement.get(console, wide, _table(report, rest[:count])).maximum
+            if needed <= console.width:
+                break
+            count -= 1
+        found.append(_table(report, rest[:count]))
+        rest = rest[count:]
+    return found
+
+
+def _table(report: Report, samples: list[Evaluation]) -> Table:
+    columns = [*samples, report.reference.row]
     shown = Table(title="value [95 % interval]", title_justify="left")
     shown.add_column("", overflow="fold")
-    for evaluation in report.samples:
-        shown.add_column(escape(evaluation.name), justify="right")
+    for evaluation in samples:
+        shown.add_column(escape(evaluation.name), justify="right", overflow="fold")
     shown.add_column(escape(f"data: {report.reference.name}"), justify="right", style="dim")
-    shown.add_row("molecules", *(f"{e.molecules:,}" for e in report.columns), end_section=True)
+    shown.add_row("molecules", *(f"{e.molecules:,}" for e in columns), end_section=True)
     for section in report.sections():
-        shown.add_row(f"[bold]{section.title}[/]", *([""] * len(report.columns)))
+        shown.add_row(f"[bold]{section.title}[/]", *([""] * len(columns)))
         for row in section.rows:
             hint = report.hint(row)
             label = f"  {row.label}" + (f"\n    [dim]{escape(hint)}[/]" if hint else "")
             shown.add_row(
                 label,
-                *(figure_text(report.figure(e, row.key), row.unit) for e in report.columns),
+                *(figure_text(report.figure(e, row.key), row.unit) for e in columns),
                 end_section=row is section.rows[-1],
             )
     return shown

@@ -30,6 +30,7 @@ from molgen_energy.metrics.reference import (
 )
 from molgen_energy.metrics.report import Report
 from molgen_energy.metrics.workers import Workers
+from molgen_energy.output import printable
 
 Watched = Callable[[str, int | None], Progress]
 """Begins to show progress of something, of so many molecules; returns what to call then."""
@@ -87,7 +88,8 @@ def run(
         judged = options
         if options.settings.bonds == "given" and not source.carries_bonds():
             judged = replace(options, settings=replace(options.settings, bonds="perceived"))
-        data = reference_of(reference, str(reference), judged, chosen, known, workers, progress)
+        name = printable(reference)
+        data = reference_of(reference, name, judged, chosen, known, workers, progress)
     options = replace(options, settings=settings_for(data.types, options))
     samples = []
     for name, source in zip(_names(files), sources, strict=True):
@@ -120,7 +122,7 @@ def _check_bundled(data: Reference, chosen: GeometryTypes | None, options: Optio
 def _names(files: list[Path]) -> list[str]:
     """File names alone where they tell the files apart."""
     plain = len({path.name for path in files}) == len(files)
-    return [path.name if plain else str(path) for path in files]
+    return [printable(Path(path.name) if plain else path) for path in files]
 
 
 def _known(
@@ -128,18 +130,19 @@ def _known(
 ) -> tuple[NDArray[np.uint64] | None, str]:
     """Hashes of the training molecules' names, and what they are."""
     if train is not None:
+        name = printable(train)
         source = MoleculeSource(train, "train")
         if options.settings.bonds == "given" and not source.carries_bonds():
-            notes.append(f"novelty is n/a: {train} carries no bonds, and the files' own are judged")
+            notes.append(f"novelty is n/a: {name} carries no bonds, and the files' own are judged")
             return None, "nothing"
         size = source.size()
         progress = watched(f"naming {train.name}", size)
         known, source = training_names(train, options.settings, workers, options.skip_bad, progress)
         if source.note:
-            notes.append(f"{train}: {source.note}")
+            notes.append(f"{name}: {source.note}")
         if source.skipped:
-            notes.append(f"{train}: {source.skipped:,} bad records left out")
-        return known, str(train)
+            notes.append(f"{name}: {source.skipped:,} bad records left out")
+        return known, name
     if options.settings.bonds != "perceived":
         notes.append(
             "novelty is n/a: the bundled names of QM9 rest on perceived bonds and their orders; "

@@ -2,6 +2,10 @@
 
 RDKit and PoseBusters can hang on a molecule that no chemist would draw, inside C++ where Python
 cannot interrupt them. So the work is done in processes that can be killed.
+
+Of several processes that `torchrun` has started, the first runs the command as it would alone, and
+hands pieces also to the others (`Workers.serve`), each of which has processes of its own. So there
+is one that reads, counts and meets errors, and nothing in which the processes could disagree.
 """
 
 from __future__ import annotations
@@ -15,25 +19,34 @@ import pickle
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from queue import SimpleQueue
+from threading import Thread
 from types import TracebackType
 from typing import Any, TypeVar
 
 from molgen_energy.data.molecules import Piece
+from molgen_energy.distributed import local_world_size
+from molgen_energy.errors import ProcessEnded
 
 R = TypeVar("R")
 
 _AHEAD = 3  # pieces for each worker that wait or are at work, so that memory stays bounded
 _ATTEMPTS = 3  # to start a process
+_SENT = 2  # tasks for each process of another member of the job, at work or waiting there
+_ENDED = "another process of the job has ended"
+_BROKEN = 0  # in place of a task's number: no work can be done any more
 
 
 def default_workers() -> int:
-    """The processors that this process may use."""
+    """The processors that this process may use; its share, where `torchrun` started several."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        processors = len(os.sched_getaffinity(0))
+    else:
+        processors = os.cpu_count() or 1
+    return max(1, processors // local_world_size())
 
 
 def _serve(connection: Connection) -> None:
@@ -64,6 +77,7 @@ def _serve(connection: Connection) -> None:
 class _Task:
     """A piece on its way; `finished` when it has a result, or what happened in `trouble`."""
 
+    work: Callable[[Piece], Any]
     piece: Piece
     given: bool = False
     finished: bool = False
@@ -92,6 +106,35 @@ class _Worker:
         self.connection.close()
 
 
+class _Other:
+    """Another process of the job, as the first one sees it: it takes several tasks at a time."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.processes: int = connection.recv()
+        self._tasks: dict[int, _Task] = {}
+        self._given = 0
+
+    @property
+    def waiting(self) -> int:
+        """Tasks that it has and has not answered."""
+        return len(self._tasks)
+
+    def give(self, task: _Task) -> None:
+        """Send a task; waits until the process has taken it in."""
+        self._given += 1
+        self._tasks[self._given] = task
+        self.connection.send((self._given, task.work, task.piece))
+
+    def hear(self) -> None:
+        """Take what it says."""
+        number, result, trouble = self.connection.recv()
+        if number == _BROKEN:
+            raise WorkFailed(result)
+        task = self._tasks.pop(number)
+        task.result, task.trouble, task.finished = result, trouble, True
+
+
 class WorkFailed(RuntimeError):
     """The work raised an exception, or no process can be started."""
 
@@ -105,16 +148,25 @@ class Workers:
         Processes; 0 does the work in this one, where nothing can be interrupted.
     seconds
         A molecule that takes longer is given up.
+    lines
+        To other processes of the job, which take part of the work by `serve`.
     """
 
-    def __init__(self, count: int, seconds: float) -> None:
+    def __init__(self, count: int, seconds: float, lines: Sequence[Connection] = ()) -> None:
         self._seconds = seconds
         self._count = count
+        self._lines = lines
         self._workers: list[_Worker] = []
+        self._others: list[_Other] = []
         self._failed_starts = 0
 
     def __enter__(self) -> Workers:
         self._workers = [_Worker() for _ in range(self._count)]
+        try:
+            self._others = [_Other(line) for line in self._lines]
+        except (EOFError, OSError) as error:
+            self.__exit__(None, None, None)
+            raise ProcessEnded(_ENDED) from error
         return self
 
     def __exit__(
@@ -125,7 +177,7 @@ class Workers:
     ) -> None:
         for worker in self._workers:
             worker.stop()
-        self._workers = []
+        self._workers, self._others = [], []
 
     def map(
         self,
@@ -151,25 +203,31 @@ class Workers:
         ------
         WorkFailed
             The work raised an exception, or processes do not start.
+        ProcessEnded
+            Another process of the job is gone.
         """
-        if not self._workers:
+        if not self._workers and not self._others:
             for piece in pieces:
                 yield piece, work(piece)
             return
         line: deque[_Task] = deque()
         source = iter(pieces)
+        most = _AHEAD * (max(1, self._count) + sum(other.processes for other in self._others))
         try:
             while True:
-                while len(line) < _AHEAD * self._count:
+                while len(line) < most:
                     following = next(source, None)
                     if following is None:
                         break
-                    line.append(_Task(following))
+                    line.append(_Task(work, following))
                 if not line:
                     return
+                # Nobody should be idle while the caller looks at a result.
+                self._collect(self._connections(), patient=False)
+                self._give(line)
                 if not line[0].finished:
-                    self._give(work, line)
-                    self._collect()
+                    patient = self._count > 0 or not self._do_one(line)
+                    self._collect(self._connections(), patient)
                     continue
                 task = line.popleft()
                 if not task.trouble:
@@ -179,30 +237,92 @@ class Workers:
                 else:
                     # Two rounds of cutting find the one molecule among hundreds.
                     size = math.isqrt(len(task.piece) - 1) + 1 if len(task.piece) > 3 else 1
-                    line.extendleft(_Task(part) for part in reversed(list(task.piece.parts(size))))
+                    parts = reversed(list(task.piece.parts(size)))
+                    line.extendleft(_Task(work, part) for part in parts)
         finally:
             for k, worker in enumerate(self._workers):
                 if worker.task is not None:  # what nobody waits for any more
                     self._replace(k)
 
-    def _give(self, work: Callable[[Piece], R], line: deque[_Task]) -> None:
-        """Hand tasks that wait to processes that are free."""
+    def serve(self, line: Connection) -> None:
+        """Do what the first process of the job hands out by `map`, until it closes the line.
+
+        What fails here is told to it, and ends this: it is the one to speak to the user.
+        """
+        answers: SimpleQueue[tuple[int, Any, str] | None] = SimpleQueue()
+
+        def post() -> None:
+            with contextlib.suppress(OSError):  # nobody listens any more
+                while (answer := answers.get()) is not None:
+                    line.send(answer)
+
+        # While the other end is busy sending, it does not listen: this one must do both.
+        thread = Thread(target=post, daemon=True)
+        thread.start()
+        tasks: dict[int, _Task] = {}
+        with contextlib.suppress(EOFError, OSError):
+            line.send(max(1, self._count))
+            while True:
+                try:
+                    self._give(tasks.values())
+                    patient = self._count > 0 or not self._do_one(tasks.values())
+                    self._collect([line], patient)
+                except WorkFailed as failure:
+                    answers.put((_BROKEN, str(failure), ""))
+                    answers.put(None)
+                    thread.join()
+                    return
+                while line.poll():
+                    number, work, piece = line.recv()
+                    tasks[number] = _Task(work, piece)
+                for number in [number for number, task in tasks.items() if task.finished]:
+                    task = tasks.pop(number)
+                    answers.put((number, task.result, task.trouble))
+
+    def _connections(self) -> list[Connection]:
+        return [other.connection for other in self._others]
+
+    def _give(self, line: Iterable[_Task]) -> None:
+        """Hand tasks that wait to processes that are free, and some ahead to other machines'."""
         free = [k for k, worker in enumerate(self._workers) if worker.ready and not worker.task]
         for task in line:
-            if not free:
-                return
             if task.given:
                 continue
-            worker = self._workers[free.pop()]
-            task.given, worker.task = True, task
-            with contextlib.suppress(OSError):  # it is dead; `_collect` will find it so
-                worker.connection.send((work, task.piece))
+            # First one for each process; then another that waits there, not to lose time by
+            # sending.
+            other = min(self._others, key=lambda o: o.waiting / o.processes, default=None)
+            if other is not None and other.waiting < other.processes * (1 if free else _SENT):
+                task.given = True
+                try:
+                    other.give(task)
+                except OSError as error:
+                    raise ProcessEnded(_ENDED) from error
+            elif free:
+                worker = self._workers[free.pop()]
+                task.given, worker.task = True, task
+                with contextlib.suppress(OSError):  # it is dead; `_collect` will find it so
+                    worker.connection.send((task.work, task.piece))
+            else:
+                return
 
-    def _collect(self) -> None:
-        """Wait until a process says something, dies, or takes too long."""
-        first = min(worker.deadline for worker in self._workers)
+    def _do_one(self, line: Iterable[_Task]) -> bool:
+        """Do a task that waits in this process, which has no others; whether there was one."""
+        task = next((task for task in line if not task.given), None)
+        if task is None:
+            return False
+        task.given = True
+        try:
+            task.result, task.finished = task.work(task.piece), True
+        except Exception as error:
+            raise WorkFailed(f"{type(error).__name__}: {error}") from error
+        return True
+
+    def _collect(self, also: list[Connection], patient: bool) -> None:
+        """Wait until a process says something, dies, or takes too long; or only look."""
+        first = min((worker.deadline for worker in self._workers), default=math.inf)
         patience = None if math.isinf(first) else max(0.0, first - time.monotonic())
-        wait([worker.connection for worker in self._workers], patience)
+        connections = [worker.connection for worker in self._workers]
+        wait([*connections, *also], patience if patient else 0.0)
         for k, worker in enumerate(self._workers):
             try:
                 while worker.connection.poll():
@@ -212,6 +332,12 @@ class Workers:
                 continue
             if worker.task is not None and time.monotonic() > worker.deadline:
                 self._lost(k, f"not finished within {self._seconds:g} s")
+        try:
+            for other in self._others:
+                while other.connection.poll():
+                    other.hear()
+        except (EOFError, OSError) as error:
+            raise ProcessEnded(_ENDED) from error
 
     def _hear(self, worker: _Worker) -> None:
         """Take one message: that it is ready, that it begins, or a result."""
