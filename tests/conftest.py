@@ -53,6 +53,28 @@ def cli(tmp_path: Path):
     return run
 
 
+def torchrun(folder: Path, *arguments: object, processes: int = 2) -> subprocess.Popen[str]:
+    """Start `molgen-energy` in several processes, in a folder."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), "-m", "molgen_energy", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(
+        command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}, **pipes
+    )
+
+
+def torchrun_to_end(
+    folder: Path, *arguments: object, processes: int = 2
+) -> subprocess.CompletedProcess[str]:
+    """The same, until it ends."""
+    process = torchrun(folder, *arguments, processes=processes)
+    try:
+        stdout, stderr = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

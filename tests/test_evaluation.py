@@ -7,8 +7,6 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -21,7 +19,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
-from conftest import of_smiles
+from conftest import of_smiles, torchrun_to_end
 from rdkit import Chem
 from rdkit.Chem import rdForceFieldHelpers, rdMolAlign
 from rich.console import Console
@@ -224,28 +222,22 @@ def test_another_member_that_ends_is_noticed(molecules):
         list(workers.map(process_of, given_up, numbered(molecules).parts(500)))
 
 
-def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "molgen_energy", *arguments],
-        cwd=folder, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-
-
 def test_torchrun_prints_what_one_process_does(molecules, tmp_path):
     """The same JSON, once; and of a bad record in the middle one line, without waiting."""
     with MoleculeTextWriter(tmp_path / "a.xyz", {}) as writer:
         writer.append(noisy(molecules.select(np.arange(600)), 0.03))
     options = replace(EVERYTHING_FAST, drawn=25)
     report = run([tmp_path / "a.xyz"], None, None, None, options, HERE)
-    done = torchrun(tmp_path, "evaluate", "a.xyz", "--json", "--subset", "25", "--workers", "1")
+    done = torchrun_to_end(
+        tmp_path, "evaluate", "a.xyz", "--json", "--subset", "25", "--workers", "1"
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads(json.dumps(as_json(report)))
     lines = (tmp_path / "a.xyz").read_text().splitlines()
     lines[[k for k, line in enumerate(lines) if line.startswith("molecule=")][550] + 1] = "X"
     (tmp_path / "bad.xyz").write_text("\n".join(lines))
     start = time.monotonic()
-    done = torchrun(tmp_path, "evaluate", "bad.xyz", "--workers", "1")
+    done = torchrun_to_end(tmp_path, "evaluate", "bad.xyz", "--workers", "1")
     assert time.monotonic() - start < 60
     assert done.returncode != 0
     assert done.stdout == ""
