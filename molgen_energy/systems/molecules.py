@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from molgen_energy.config import Config
 from molgen_energy.data.batches import (
     Batch,
+    MoleculeBatch,
     ResidentData,
     ResidentMolecules,
     StreamedData,
@@ -372,6 +373,10 @@ class MoleculeTask:
         share = Share(len(batch), int(batch.sizes.max()), rank, world)
         own = batch.share(rank, world)
         return self._loss(model, split, own.which, generator, augment, share)
+
+    def molecules(self, batch: Batch) -> MoleculeBatch:
+        """The molecules of a batch, padded."""
+        return self._train.window(batch.window).data.batch(batch.which)
 
     def close(self) -> None:
         """Stop reading, where training molecules are streamed: they are not to be had any more."""
