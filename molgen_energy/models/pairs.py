@@ -266,9 +266,11 @@ class _PairFunction(torch.autograd.Function):
             if features is not None:
                 assert d_features is not None and d_feature is not None and feature is not None
                 flat = d_hidden.view(-1, width).to(feature.dtype)
-                d_features[block] = (flat @ feature).view(d_features[block].shape)
                 own = features[block].reshape(-1, features.shape[-1])
-                d_feature += flat.t() @ own
+                # For a few columns these are several times faster than products of matrices.
+                d_feature += (own.t().contiguous() @ flat).t()
+                columns = [torch.mv(flat, column) for column in feature.t().contiguous()]
+                d_features[block] = torch.stack(columns, dim=-1).view(d_features[block].shape)
         return (
             d_receiver, d_sender, d_features, None, None, None,
             d_weight, d_bias, d_read, d_offset, d_feature,
