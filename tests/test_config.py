@@ -60,6 +60,8 @@ def test_assignments():
         ("training.lr=fast", r"training\.lr: "),
         ("training.lr=-1", r"training\.lr: .*greater than 0"),
         ("training.lr=.nan", r"training\.lr: "),
+        ("data.window=0", r"data\.window: .*greater than 0"),
+        ("data.in_memory=sometimes", r"data\.in_memory: "),
         ("data.elements=[Xx]", r"data\.elements: .*no chemical element"),
         ("system=planets", r"unknown system 'planets'"),
     ],

@@ -96,6 +96,7 @@ def test_run_directory(unbroken):
     assert config.loss.position_weight == pytest.approx(0.26)
     assert config.data.elements == ["H", "C", "N", "O", "F"]
     assert isinstance(config.loss.springs.scale, float)
+    assert config.data.in_memory is True
     rows = read_metrics(unbroken / "metrics.csv")
     assert [int(row["step"]) for row in rows] == [3, 6, 9, 12]
     assert [bool(row["valid_loss"]) for row in rows] == [False, True, False, True]

@@ -274,7 +274,6 @@ class StreamedData(Generic[Window]):
             The file breaks off, or holds what cannot be trained on.
         """
         if self._present is None or self._present[0] != number:
-            self._present = None  # so that there are never three
             began = time.perf_counter()
             if self._following is None or self._following[0] != number:
                 self._read_ahead(number)
@@ -289,6 +288,9 @@ class StreamedData(Generic[Window]):
             self._unwanted.set()  # another window is being read than the one that is wanted
             self._following[1].exception()
             self._unwanted.clear()
+        self._following = (
+            None  # what was read for nothing goes first, so that there are never three
+        )
         self._following = number, self._thread.submit(self._read, *self._content(number))
 
     def _read(self, numbers: NDArray[np.int64], ranks: NDArray[np.int64]) -> Window:

@@ -234,11 +234,10 @@ class MoleculeTask:
             molecules: Molecules,
             numbers: NDArray[np.int64],
             ranks: NDArray[np.int64] | None,
-            progress: Callable[[int, int], None],
+            **told: Any,
         ) -> _Split:
-            inputs = LossInputs(
-                loss, molecules, self.device, str(file.path), numbers, ranks, progress
-            )
+            name = str(file.path)
+            inputs = LossInputs(loss, molecules, self.device, name, numbers, ranks, **told)
             return _Split(ResidentMolecules(molecules, lookup, self.device), inputs)
 
         def window(
@@ -247,12 +246,12 @@ class MoleculeTask:
             ranks: NDArray[np.int64],
             go_on: Callable[[], None],
         ) -> _Split:
-            return split(molecules, numbers, ranks, lambda done, total: go_on())
+            return split(molecules, numbers, ranks, go_on=go_on)
 
         self._train: TrainingData[_Split]
         if config.data.in_memory:
             numbers = file.members("train")
-            whole = split(file.read(numbers, bonds), numbers, None, progress)
+            whole = split(file.read(numbers, bonds), numbers, None, progress=progress)
             self._train = ResidentData(whole, whole.data.sizes, training.batch_size, training.seed)
         else:
             self._train = StreamedData(
@@ -271,7 +270,7 @@ class MoleculeTask:
         if len(in_valid):
             ascending = np.argsort(in_valid)
             molecules = file.read(in_valid[ascending], bonds).select(np.argsort(ascending))
-            self._valid = split(molecules, in_valid, None, progress)
+            self._valid = split(molecules, in_valid, None, progress=progress)
 
     def _settle(self, config: Config) -> Config:
         """Replace every `auto` by what it stands for.

@@ -25,6 +25,10 @@ from molgen_energy.losses.base import Bonds as BondedPairs
 Progress = Callable[[int, int], None]
 
 _PAIRS_AT_ONCE = 300_000
+_MOLECULES_AT_ONCE = 5_000
+
+# Molecules by number, and for each of their atoms the neighbours and their weights, (b, n, k).
+Piece = tuple[NDArray[np.int64], NDArray[np.integer[Any]], NDArray[np.float32] | None]
 
 
 class LossInputs:
@@ -44,7 +48,9 @@ class LossInputs:
         Numbers of the molecules among all of their kind (M,), by which symmetrized edges choose
         their graphs; None is 0, 1, 2 and so on.
     progress
-        Told how many of how many molecules are done, where that takes long; may raise.
+        Told how many of how many molecules are done, where symmetries are searched for.
+    go_on
+        Called now and then; may raise, so that no more is done.
 
     Raises
     ------
@@ -61,6 +67,7 @@ class LossInputs:
         numbers: NDArray[np.int64] | None = None,
         ranks: NDArray[np.int64] | None = None,
         progress: Progress = lambda done, total: None,
+        go_on: Callable[[], None] = lambda: None,
     ) -> None:
         self._features = False
         self._bonds: Tensor | None = None
@@ -69,7 +76,7 @@ class LossInputs:
             return
         self._features = loss.distance == "features"
         if needs_bonds(loss):
-            self._bonds = torch.from_numpy(_bond_table(molecules)).to(device)
+            self._bonds = torch.from_numpy(_bond_table(molecules, go_on)).to(device)
         if isinstance(loss.edges, SymmetrizedEdges):
             order = np.arange(len(molecules))
             index, weight = _symmetrized_table(
@@ -79,6 +86,7 @@ class LossInputs:
                 order if numbers is None else numbers,
                 order if ranks is None else ranks,
                 progress,
+                go_on,
             )
             self._neighbours = Neighbours(
                 torch.from_numpy(index).to(device), torch.from_numpy(weight).to(device)
@@ -116,18 +124,32 @@ def needs_bonds(loss: PositionLoss) -> bool:
 def table_bytes(loss: PositionLoss, molecules: int, largest: int) -> int:
     """Memory that `LossInputs` may take while it is made, for molecules of at most so many atoms.
 
-    Measured on QM9: tables take 100 bytes for each of an atom's places at most.
+    Symmetries may join an atom to all others, a number of 1 byte and a weight of 4 each; few atoms
+    have more than 8 bonds. Tables are there twice while pieces are put together.
     """
-    tabulated = isinstance(loss, PairwiseEnergy) and isinstance(loss.edges, SymmetrizedEdges)
-    return 100 * molecules * largest if tabulated or needs_bonds(loss) else 0
+    row = 8 if needs_bonds(loss) else 0
+    if isinstance(loss, PairwiseEnergy) and isinstance(loss.edges, SymmetrizedEdges):
+        row += 5 * largest
+    return 2 * row * molecules * largest
 
 
 def _index_type(molecules: Molecules) -> type[np.integer[Any]]:
     return np.uint8 if molecules.sizes.max(initial=0) < 256 else np.int16
 
 
-def _bond_table(molecules: Molecules) -> NDArray[np.integer[Any]]:
+def _bond_table(molecules: Molecules, go_on: Callable[[], None]) -> NDArray[np.integer[Any]]:
     """Atoms bonded to each atom, (M, N, K), its own number where there are fewer than K."""
+    pieces: list[Piece] = []
+    for start in range(0, len(molecules), _MOLECULES_AT_ONCE):
+        go_on()
+        which = np.arange(start, min(start + _MOLECULES_AT_ONCE, len(molecules)))
+        index = _bonded(molecules.select(which))
+        pieces.append((which, index.astype(_index_type(molecules)), None))
+    return _together(molecules, pieces)
+
+
+def _bonded(molecules: Molecules) -> NDArray[np.int64]:
+    """As `_bond_table`, of molecules that are few."""
     atoms = int(molecules.sizes.max(initial=0))
     bonds = molecules.bonds or perceive(molecules).bonds
     assert bonds is not None
@@ -138,7 +160,8 @@ def _bond_table(molecules: Molecules) -> NDArray[np.integer[Any]]:
     )
     pairs = np.unique((triples[:, 0] * atoms + triples[:, 1]) * atoms + triples[:, 2])
     table = BondedPairs(atoms, None, torch.from_numpy(pairs)).neighbours(len(molecules))
-    return table.index.numpy().astype(_index_type(molecules))
+    found: NDArray[np.int64] = table.index.numpy()
+    return found
 
 
 def _symmetrized_table(
@@ -148,10 +171,13 @@ def _symmetrized_table(
     numbers_in_data: NDArray[np.int64],
     ranks: NDArray[np.int64],
     progress: Progress,
+    go_on: Callable[[], None],
 ) -> tuple[NDArray[np.integer[Any]], NDArray[np.float32]]:
     """Neighbours and weights of each atom, (M, N, K)."""
-    pieces, done = [], 0
+    pieces: list[Piece] = []
+    done = 0
     for which in by_size(molecules.sizes, _PAIRS_AT_ONCE):
+        go_on()
         positions, numbers = molecules.select(which).padded()
         mask = torch.from_numpy(numbers > 0)
         try:
@@ -164,18 +190,26 @@ def _symmetrized_table(
                 "lower that"
             ) from None
         assert table.weight is not None
-        pieces.append((which, table.index.numpy(), table.weight.numpy()))
+        index = table.index.numpy().astype(_index_type(molecules))
+        pieces.append((which, index, table.weight.numpy()))
         done += len(which)
         progress(done, len(molecules))
+    indices = _together(molecules, pieces)
+    weights = np.zeros(indices.shape, np.float32)
+    for which, index, weight in pieces:
+        weights[which, : index.shape[1], : index.shape[2]] = weight
+    return indices, weights
+
+
+def _together(molecules: Molecules, pieces: list[Piece]) -> NDArray[np.integer[Any]]:
+    """One table of neighbours, (M, N, K); an atom with fewer than K stands there itself."""
     atoms = int(molecules.sizes.max(initial=0))
     width = max((index.shape[2] for _, index, _ in pieces), default=0)
     own = np.arange(atoms, dtype=_index_type(molecules))[None, :, None]
     indices = np.broadcast_to(own, (len(molecules), atoms, width)).copy()
-    weights = np.zeros((len(molecules), atoms, width), np.float32)
-    for which, index, weight in pieces:
+    for which, index, _ in pieces:
         indices[which, : index.shape[1], : index.shape[2]] = index
-        weights[which, : index.shape[1], : index.shape[2]] = weight
-    return indices, weights
+    return indices
 
 
 def _first_too_close(
