@@ -28,7 +28,7 @@ from molgen_energy.diffusion.noise import SeededNoise
 from molgen_energy.diffusion.process import PROCESSES, Share, Terms
 from molgen_energy.diffusion.samplers import SAMPLERS
 from molgen_energy.diffusion.schedule import PolynomialSchedule
-from molgen_energy.distributed import from_main, rank, summed, world_size
+from molgen_energy.distributed import from_main, local_world_size, rank, summed, world_size
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
 from molgen_energy.losses import (
@@ -431,7 +431,7 @@ def _in_memory(config: Config, survey: Survey, loss: PositionLoss, device: torch
     molecules, largest = survey.training_molecules, max(survey.size_histogram)
     # Positions and a type for each atom; sizes, offsets and numbers in the file for each molecule.
     needed = 13 * atoms + 40 * molecules + table_bytes(loss, molecules, largest)
-    return 4 * needed <= available
+    return 4 * needed * local_world_size() <= available
 
 
 def _elements(config: Config, survey: Survey, file: MoleculeFile) -> tuple[int, ...]:
