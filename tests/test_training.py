@@ -289,6 +289,23 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
     assert "step 4 skipped: loss" in log and "norm of the gradient nan" in log
 
 
+def test_low_precision_learns_alike(tmp_path):
+    """Loss curves with bfloat16 overlap with those without, closer than those of two seeds."""
+
+    def curve(name, **changes):
+        config = tiny(training__steps=120, training__log_every=10, **changes)
+        train(MoleculeTask(config, CPU), tmp_path / name, Watcher())
+        return np.array([float(r["loss"]) for r in read_metrics(tmp_path / name / "metrics.csv")])
+
+    exact = curve("exact")
+    rough = curve("rough", training__low_precision=True)
+    other = curve("other", training__seed=1)
+    difference, usual = np.abs(np.log(rough / exact)), np.abs(np.log(other / exact))
+    assert difference.max() < 0.02
+    assert difference.mean() < usual.mean() / 5
+    assert exact[-1] < 0.8 * exact[0]
+
+
 def test_skipped_steps_resume_to_the_same_numbers(tmp_path):
     def broken():
         task = MoleculeTask(tiny(), CPU)
