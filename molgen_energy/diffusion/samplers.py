@@ -151,7 +151,8 @@ class Sampler(ABC):
         advance: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Draw samples (B, N, channels) in the diffusion's scale; parameters as of `Batch`."""
-        return self._draw(Batch(model, noise, mask, channels, self.schedule.steps, advance))
+        batch = Batch(model, noise, mask, channels, self.schedule.steps, advance)
+        return torch.where(mask[..., None], self._draw(batch), 0)
 
     @abstractmethod
     def _draw(self, batch: Batch) -> Tensor:
