@@ -195,8 +195,10 @@ class _Work:
         So what is finished at any moment has about the sizes of the whole, and processes that draw
         every K-th have about the same to do.
         """
-        for window, batches in enumerate(self.windows()):
-            for place in np.random.default_rng(window).permutation(len(batches)):
+        for batches in self.windows():
+            # Multiples of the golden ratio, modulo 1, are spread evenly however few are taken.
+            spread = (0.5 + np.arange(len(batches)) * (5**0.5 - 1) / 2) % 1
+            for place in np.argsort(np.argsort(spread)):
                 yield batches[place]
 
     def finished(self) -> int:
