@@ -132,6 +132,9 @@ class Bar:
     def found(self, molecules: int) -> None:
         self._done += molecules
 
+    def interrupted(self, molecules: int) -> None:
+        say(f"interrupted: {molecules:,} molecules of this row are finished")
+
     def advance(self, molecules: int, share: float) -> None:
         self._done += molecules * share
         self._bar.update(self._handle, completed=round(self._done))
@@ -153,7 +156,6 @@ def row_of(
             resume = parts_folder(path).exists()
             outcome = sample_to_file(generator, count, path, observer, resume=resume)
         if outcome.interrupted:
-            say(f"interrupted: {outcome.written:,} of {count:,} molecules by {name} are finished")
             sys.exit("go on with the same command")
         if outcome.drawn:
             speed = f"{outcome.drawn / (time.perf_counter() - began):.4g}"

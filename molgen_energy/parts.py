@@ -171,6 +171,10 @@ class Parts:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder."""
         if self._lock is not None:
             self._lock.close()
 
@@ -240,11 +244,11 @@ def check_same(begun: Job, now: Job, output: Path) -> None:
             f"({begun.origin}); name those with --checkpoint, or remove {folder} and sample again"
         )
     there, here = _plain(begun), _plain(now)
-    for name in there.keys() - {"checkpoint", "origin"}:
-        if there[name] != here[name]:
+    for name in there:
+        if name not in ("checkpoint", "origin") and there[name] != here[name]:
             raise InputError(
                 f"{folder} was begun with {name.replace('_', ' ')} {there[name]}, which cannot "
-                f"change to {here[name]}; leave it out, or remove that folder and sample again"
+                f"change to {here[name]}; go on as it was, or remove that folder and sample again"
             )
 
 

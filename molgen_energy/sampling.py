@@ -62,6 +62,10 @@ class Observer(Protocol):
         """The network was called for so many molecules, a share of all its calls for them."""
         ...
 
+    def interrupted(self, molecules: int) -> None:
+        """So many are finished and kept; now they are written where they can be used."""
+        ...
+
 
 def sample_to_file(
     generator: MoleculeGenerator,
@@ -135,7 +139,7 @@ def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> Jo
         seed=generator.seed,
         sampler=generator.sampler_name,
         steps=generator.sampler.steps,
-        eta=generator.eta,
+        eta=generator.sampler.eta,
         n_atoms=generator.n_atoms,
         low_precision=generator.low_precision,
         batch_size=batch_size,
@@ -165,7 +169,11 @@ def _begun(output: Path, job: Job, resume: bool) -> Parts:
     begun = parts.job
     size = begun.batch_size if job.batch_size is None else job.batch_size
     job = replace(job, batch_size=size, window=begun.window, pairs=begun.pairs)
-    check_same(begun, job, output)
+    try:
+        check_same(begun, job, output)
+    except InputError:
+        parts.close()
+        raise
     return parts
 
 
@@ -230,11 +238,12 @@ class _Work:
         Batches stay, to go on with.
         """
         target = self._output.with_name(f"{self._output.stem}.partial{self._output.suffix}")
-        path, not_finite = None, 0
+        finished, path, not_finite = self.finished(), None, 0
         with contextlib.suppress(KeyboardInterrupt, OSError):
+            self._observer.interrupted(finished)
             _, not_finite = self._write(target, complete=False)
             path = target
-        return Outcome(path, self.finished(), 0, not_finite, True)
+        return Outcome(path, finished, 0, not_finite, True)
 
     def _draw(self, batch: Batch) -> Molecules:
         # The first process shows the progress of all, at its own pace.

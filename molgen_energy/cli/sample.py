@@ -15,7 +15,7 @@ from molgen_energy.distributed import from_main, is_main, joined, local_device, 
 from molgen_energy.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
 _COUNT, _SEED, _OUTPUT = 100, 0, Path("samples.sdf")
 _SETTINGS = (
@@ -117,7 +117,7 @@ def command(
         began = time.perf_counter()
         try:
             with progress_bar("rate") as bar:
-                observer = _BarObserver(bar, bar.add_task("sampling", total=max(total, 0), rate=""))
+                observer = _BarObserver(bar, total, go_on)
                 outcome = sample_to_file(
                     generator, total, path, observer, asked["batch_size"], again
                 )
@@ -128,18 +128,13 @@ def command(
     if not is_main():
         return
     seconds = time.perf_counter() - began
-    where = "" if outcome.path is None else f" {outcome.path}"
-    if outcome.interrupted:
-        written = f", also in{where}" if where else ""
+    if not outcome.interrupted:
         say(
-            f"interrupted: {outcome.written:,} of {total:,} molecules are finished{written}; "
-            f"{go_on}"
-        )
-    else:
-        say(
-            f"{outcome.written:,} molecules written to{where} in {seconds:.0f} s "
+            f"{outcome.written:,} molecules written to {outcome.path} in {seconds:.0f} s "
             f"({outcome.drawn / seconds:.2f} molecules/s)"
         )
+    elif outcome.path is not None:
+        say(f"what is finished can be used already: {outcome.path}")
     if outcome.not_finite:
         warn(f"{outcome.not_finite} molecules diverged; they stand in the file without coordinates")
     if outcome.interrupted:
@@ -183,13 +178,17 @@ def _asked(
 
 
 class _BarObserver:
-    def __init__(self, bar: Progress, handle: TaskID) -> None:
-        self._bar, self._handle, self._log = bar, handle, Occasional()
+    def __init__(self, bar: Progress, total: int, go_on: str) -> None:
+        self._bar, self._handle = bar, bar.add_task("sampling", total=max(total, 0), rate="")
+        self._total, self._go_on, self._log = total, go_on, Occasional()
         self._began, self._before, self._done = time.perf_counter(), 0, 0.0
 
     def found(self, molecules: int) -> None:
         self._before = molecules
-        say(f"{molecules:,} molecules are finished already")
+        say(f"{molecules:,} of {self._total:,} molecules are finished already")
+
+    def interrupted(self, molecules: int) -> None:
+        say(f"interrupted: {molecules:,} of {self._total:,} molecules are finished; {self._go_on}")
 
     def advance(self, molecules: int, share: float) -> None:
         self._done += molecules * share

@@ -113,6 +113,8 @@ class Sampler(ABC):
 
     processes: ClassVar[tuple[str, ...]]
     """Those whose networks it can draw with."""
+    eta: float | None = None
+    """η, of a sampler that has one."""
 
     def __init__(
         self,
@@ -215,6 +217,7 @@ class DDIMSampler(Sampler):
     """
 
     processes = ("diffusion",)
+    eta: float
 
     def __init__(
         self,

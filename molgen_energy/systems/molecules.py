@@ -401,7 +401,6 @@ class MoleculeGenerator:
         process = config.diffusion.process
         self.sampler_name = DEFAULT_SAMPLERS[process] if sampler is None else sampler
         self.sampler = build_sampler(schedule, process, self.sampler_name, steps, eta)
-        self.eta = eta
 
     @property
     def origin(self) -> str:
