@@ -3,6 +3,7 @@
 Beside `samples.sdf` the folder `samples.sdf.parts` holds `manifest.yaml`, which says what is drawn,
 and a file for each finished batch: 32 bytes, the SHA-256 of the manifest and of what follows, and a
 safetensors file of `numbers` (M,), `sizes` (M,), `positions` (ΣN, 3) and `atomic_numbers` (ΣN,).
+Of several processes each leaves an empty file when its share is done.
 The folder, the manifest in it and each batch appear under their names when they are complete.
 """
 
@@ -27,6 +28,7 @@ from molgen_energy.output import check_writable, naming, remove, replacing
 
 FORMAT = 1
 _MANIFEST = "manifest.yaml"
+_DONE = ".done"
 _DIGEST = 32  # bytes
 
 
@@ -106,6 +108,8 @@ class Parts:
         self._lock: IO[bytes] | None = None
         if lead:
             self._take(path)
+            for stale in self.folder.glob(f"*{_DONE}"):
+                stale.unlink()
 
     def _take(self, path: Path) -> None:
         self._lock = path.open("rb")
@@ -212,6 +216,14 @@ class Parts:
 
     def _digest(self, payload: bytes) -> bytes:
         return hashlib.sha256(self._salt + payload).digest()
+
+    def say_done(self, process: int) -> None:
+        """Note that a process has drawn its share and needs the folder no more."""
+        (self.folder / f"{process}{_DONE}").touch()
+
+    def is_done(self, process: int) -> bool:
+        """Whether a process has said so since the folder was taken for writing the file."""
+        return (self.folder / f"{process}{_DONE}").exists()
 
     def remove(self) -> None:
         """Remove the folder and what it holds."""

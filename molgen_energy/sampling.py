@@ -223,10 +223,11 @@ class _Work:
                 self._draw(batch)
         drawn = self._job.count - before
         if not is_main():
+            self._parts.say_done(rank())
             return Outcome(None, 0, drawn, 0, False)
-        # Without a limit, as a barrier has: a process that fails ends the job for all.
-        for batch in self.in_turn():
-            while not self._parts.has(batch):
+        # Without the limit in time of a barrier: a process that fails ends the job for all.
+        for other in range(1, world_size()):
+            while not self._parts.is_done(other):
                 time.sleep(_LOOK)
         written, not_finite = self._write(self._output, complete=True)
         self._parts.remove()
@@ -266,7 +267,7 @@ class _Work:
                 pieces, numbers = [], []
                 for batch in batches:
                     piece = self._parts.read(batch)
-                    if piece is None and complete:  # damaged since it was drawn
+                    if piece is None and complete:  # damaged or lost since it was drawn
                         piece = self._draw(batch)
                     if piece is not None:
                         pieces.append(piece)

@@ -305,6 +305,16 @@ def test_nothing_to_resume(checkpoint, tmp_path):
             draw(checkpoint, path, resume=True)
 
 
+def test_what_other_processes_said_before_counts_no_more(checkpoint, tmp_path):
+    broken_off(checkpoint, tmp_path / "a.sdf")
+    with Parts.open(tmp_path / "a.sdf", lead=False) as parts:
+        parts.say_done(1)
+    with Parts.open(tmp_path / "a.sdf", lead=False) as parts:
+        assert parts.is_done(1)
+    with Parts.open(tmp_path / "a.sdf", lead=True) as parts:
+        assert not parts.is_done(1)
+
+
 def test_one_process_at_a_time(checkpoint, tmp_path):
     pytest.importorskip("fcntl")
     broken_off(checkpoint, tmp_path / "a.sdf")
