@@ -462,15 +462,15 @@ def stop_half_way(process, parts: Path, number):
     return stderr
 
 
-MANY = {"count": 320, "batch_size": 8, "seed": 2}
+MANY = {"count": 200, "batch_size": 8, "seed": 2}
 
 
 @pytest.fixture(scope="module")
 def many(checkpoint, tmp_path_factory):
-    """Arguments of a job of forty batches, and the content of its file from an unbroken run."""
+    """Arguments of a job of 25 batches, and the content of its file from an unbroken run."""
     path = tmp_path_factory.mktemp("whole") / "whole.sdf"
     draw(checkpoint, path, **MANY)
-    options = ("-n", 320, "--checkpoint", checkpoint.path, "--batch-size", 8, "--seed", 2)
+    options = ("-n", 200, "--checkpoint", checkpoint.path, "--batch-size", 8, "--seed", 2)
     return options, path.read_bytes()
 
 
@@ -483,8 +483,8 @@ def test_killed_and_finished_by_two_processes(many, tmp_path):
     done = start(tmp_path, "--resume", "samples.sdf", processes=2)
     stderr = done.communicate(timeout=120)[1]
     assert done.returncode == 0, stderr
-    assert "of 320 molecules are finished already" in stderr
-    assert stderr.count("320 molecules written to samples.sdf") == 1
+    assert "of 200 molecules are finished already" in stderr
+    assert stderr.count("200 molecules written to samples.sdf") == 1
     assert (tmp_path / "samples.sdf").read_bytes() == whole
     assert [p.name for p in tmp_path.iterdir()] == ["samples.sdf"]
 
@@ -495,14 +495,14 @@ def test_two_processes_interrupted_and_finished_by_one(checkpoint, many, tmp_pat
     stderr = stop_half_way(process, tmp_path / "samples.sdf.parts", signal.SIGINT)
     assert process.returncode != 0
     said = re.findall(
-        r"interrupted: (\d+) of 320 molecules are finished; go on with: molgen-energy sample "
+        r"interrupted: (\d+) of 200 molecules are finished; go on with: molgen-energy sample "
         r"--resume samples\.sdf\nwhat is finished can be used already: samples\.partial\.sdf\n",
         stderr,
     )
     assert len(said) == 1
     assert int(said[0]) >= 16
     outcome = draw(checkpoint, tmp_path / "samples.sdf", resume=True, **MANY)
-    assert 0 < outcome.drawn <= 320 - int(said[0])
+    assert 0 < outcome.drawn <= 200 - int(said[0])
     assert (tmp_path / "samples.sdf").read_bytes() == whole
 
 
