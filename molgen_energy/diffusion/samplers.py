@@ -320,8 +320,8 @@ class HeunSampler(Sampler):
 class EulerSampler(Sampler):
     """dx/dt = û(x, t) from noise at t = 1 to data at t = 0, by Euler's method.
 
-    Equation 1 of Lipman et al., ICLR 2023, with time from data to noise. For networks that were trained by flow matching. Of
-    first order in 1/S. Only the start is random.
+    Equation 1 of Lipman et al., ICLR 2023, with time from data to noise. For networks that were
+    trained by flow matching. Of first order in 1/S. Only the start is random.
     """
 
     processes = ("flow_matching",)
