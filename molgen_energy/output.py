@@ -48,26 +48,25 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"cannot write into {folder}: {error.strerror}") from error
 
 
-@dataclass
+@dataclass(frozen=True)
 class Replacement:
-    """A file in the making: written at `temporary`, renamed to `target`, which may be changed."""
+    """A file in the making."""
 
     temporary: Path
-    target: Path
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Replacement]:
-    """Give a temporary path beside `path`; rename it to the target if the block succeeds.
+    """Give a temporary path beside `path`; rename it to `path` if the block succeeds.
 
     When the block raises, the temporary file is removed and `path` is as before.
     """
     check_writable(path)
-    replacement = Replacement(path.with_name(f".{path.name}.{os.getpid()}.tmp"), path)
+    replacement = Replacement(path.with_name(f".{path.name}.{os.getpid()}.tmp"))
     try:
         yield replacement
         flush_to_disk(replacement.temporary)
-        replacement.temporary.replace(replacement.target)
+        replacement.temporary.replace(path)
     except OSError as error:
         raise naming(error, path) from None
     finally:

@@ -1,7 +1,15 @@
-"""Sample molecules into a file, in memory that does not grow with their number."""
+"""Sample molecules into a file, in memory that does not grow with their number.
+
+Molecules are drawn in batches, each of which is kept on disk as it is finished (`parts`), by one
+process or several. When all are there they are written into the file in order of their numbers. So
+sampling can be broken off at any moment, and goes on to the same file.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -11,46 +19,52 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from molgen_energy import __version__
-from molgen_energy.chemistry.molfiles import MoleculeTextWriter
-from molgen_energy.data.hdf5 import MoleculeWriter
+from molgen_energy.chemistry.molfiles import MoleculeTextWriter, count_records
+from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules, by_size, offsets_of
+from molgen_energy.distributed import barrier, is_main, rank, world_size
 from molgen_energy.errors import InputError
+from molgen_energy.output import check_writable
+from molgen_energy.parts import Batch, Job, Parts, check_same
 from molgen_energy.systems.molecules import MoleculeGenerator
 
 SUFFIXES = (".sdf", ".xyz", ".h5")
 
-# Molecules are drawn in windows, within which they are sorted by size: batches of about one size
-# waste little on padding, and a window is small enough to wait for.
-_WINDOW_CPU, _WINDOW_GPU = 256, 4096
+# Batches are made up by size within a window of molecules: of about one size they waste little on
+# padding, and memory is that of a window. On a CPU a batch is small, so the window may be.
+_WINDOW_CPU, _WINDOW_GPU = 1024, 4096
 # Pairs of atoms in a batch. On a CPU more than its cache holds is slower, not faster.
 _PAIRS_CPU, _PAIRS_GPU = 20_000, 1_000_000
-
-
-class Writer(Protocol):
-    """A file that takes molecules piece by piece."""
-
-    count: int
-
-    def append(self, molecules: Molecules) -> None: ...
+_LOOK = 0.2  # seconds between looks at what other processes have finished
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was written where, and how many molecules diverged."""
+    """What was written where, how many molecules were drawn for it now, and how many diverged."""
 
-    path: Path
+    path: Path | None
     written: int
+    drawn: int
     not_finite: int
     interrupted: bool
 
 
 class Observer(Protocol):
-    """Who is told how sampling goes: each call of the network, weighted by its molecules."""
+    """Who is told how sampling goes."""
 
-    def advance(self, molecules: int, share: float) -> None: ...
+    def found(self, molecules: int) -> None:
+        """So many were finished before."""
+        ...
+
+    def advance(self, molecules: int, share: float) -> None:
+        """The network was called for so many molecules, a share of all its calls for them."""
+        ...
+
+    def interrupted(self, molecules: int) -> None:
+        """So many are finished and kept; now they are written where they can be used."""
+        ...
 
 
 def sample_to_file(
@@ -59,17 +73,21 @@ def sample_to_file(
     output: Path,
     observer: Observer,
     batch_size: int | None = None,
-    provenance: str = "",
-    config: str = "",
+    resume: bool = False,
 ) -> Outcome:
     """Draw molecules 0 … count−1 of the generator's seed and write them in this order.
 
-    Interrupted by SIGINT, it keeps what is finished under a name with `.partial` in it.
+    Of several processes (`molgen_energy.distributed`) each draws its share of the batches, and the
+    first one writes the file; the others return when their share is done.
+
+    Broken off in any way, it leaves finished batches beside the output. On SIGINT they are also
+    written under a name with `.partial` in it, and the outcome says so; where nothing is finished,
+    nothing is left.
 
     Parameters
     ----------
     generator
-        Model, seed and sizes.
+        Model, seed, sizes and sampler.
     count
         How many, at least 1.
     output
@@ -77,88 +95,250 @@ def sample_to_file(
     observer
         Told of progress.
     batch_size
-        Molecules at once; None takes what suits their size and the device.
-    provenance
-        What the molecules were sampled from, written into the file with the seed, the steps and
-        the version.
-    config
-        The run's configuration as YAML, written once into SDF and HDF5.
+        Molecules at once; None takes what suits their size and the device, or, when resuming,
+        what was begun with.
+    resume
+        Go on with what was broken off; the file is that of an unbroken run, bit for bit on a CPU
+        with the same number of threads.
 
     Raises
     ------
     InputError
-        The count is below 1, or the output cannot be written.
+        A number is below 1, the output cannot be written, something was broken off there and is
+        not to be resumed, or was begun otherwise.
+    OSError
+        The disk takes no more; what is finished stays.
     """
     if count < 1:
         raise InputError(f"-n {count}: ask for at least one molecule")
     if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: a batch holds at least one molecule")
-    not_finite, interrupted = 0, False
-    origin = {
-        "created_by": f"molgen-energy {__version__}",
-        "checkpoint": provenance,
-        "seed": str(generator.seed),
-        "steps": str(generator.steps),
-    }
-    with _writer(output, origin, config) as writer:
-        window = _WINDOW_CPU if generator.device.type == "cpu" else _WINDOW_GPU
-        for start in range(0, count, window):
-            numbers = torch.arange(start, min(start + window, count))
-            try:
-                drawn = _draw_window(generator, numbers, batch_size, observer)
-                finite = drawn.finite()
-                if isinstance(writer, MoleculeWriter):
-                    drawn = _at_origin(drawn, ~finite)  # the text formats say so in a field
-                writer.append(drawn)
-                not_finite += int((~finite).sum())
-            except KeyboardInterrupt:
-                if writer.count == 0:
-                    raise
-                interrupted = True
-                writer.output.target = output.with_suffix(f".partial{output.suffix}")
-                break
-        target, written = writer.output.target, writer.count
-    return Outcome(target, written, not_finite, interrupted)
+    if output.suffix.lower() not in SUFFIXES:
+        raise InputError(f"{output}: the name must end in {', '.join(SUFFIXES)}")
+    job = _job(generator, count, batch_size)
+    with _begun(output, job, resume) as parts:
+        work = _Work(generator, parts, output, observer)
+        try:
+            return work.draw_and_write()
+        except KeyboardInterrupt:
+            if not is_main() or not work.finished():
+                raise
+            return work.write_finished()
+        finally:
+            if is_main() and parts.folder.exists() and not work.finished():
+                parts.remove()
+
+
+def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> Job:
+    on_cpu = generator.device.type == "cpu"
+    path = generator.checkpoint.path.resolve()
+    # While a trainer replaces a checkpoint the old one has this name for a moment.
+    path = path.with_name(path.name.removesuffix(".old"))
+    return Job(
+        count=count,
+        seed=generator.seed,
+        sampler=generator.sampler_name,
+        steps=generator.sampler.steps,
+        eta=generator.sampler.eta,
+        n_atoms=generator.n_atoms,
+        low_precision=generator.low_precision,
+        batch_size=batch_size,
+        pairs=_PAIRS_CPU if on_cpu else _PAIRS_GPU,
+        window=_WINDOW_CPU if on_cpu else _WINDOW_GPU,
+        weights=generator.fingerprint(),
+        checkpoint=str(path),
+        origin=generator.origin,
+        version=__version__,
+    )
+
+
+def _begun(output: Path, job: Job, resume: bool) -> Parts:
+    """The folder of finished batches, made by the first process."""
+    parts = None
+    if is_main():
+        parts = Parts.open(output, lead=True) if resume else Parts.create(output, job)
+    barrier()
+    if parts is None:
+        try:
+            parts = Parts.open(output, lead=False)
+        except InputError as error:
+            raise InputError(
+                f"{error} (all processes must see the folder that the file is written into)"
+            ) from error
+    # How batches are made up is as it was begun, on whatever device.
+    begun = parts.job
+    size = begun.batch_size if job.batch_size is None else job.batch_size
+    job = replace(job, batch_size=size, window=begun.window, pairs=begun.pairs)
+    try:
+        check_same(begun, job, output)
+    except InputError:
+        parts.close()
+        raise
+    return parts
+
+
+class _Work:
+    """A job on its way into a file."""
+
+    def __init__(
+        self, generator: MoleculeGenerator, parts: Parts, output: Path, observer: Observer
+    ) -> None:
+        self._generator, self._parts, self._observer = generator, parts, observer
+        self._output, self._job = output, parts.job
+
+    def windows(self) -> Iterator[list[Batch]]:
+        """The batches of each window, by ascending size; the same in every process."""
+        job = self._job
+        for window, start in enumerate(range(0, job.count, job.window)):
+            numbers = torch.arange(start, min(start + job.window, job.count))
+            sizes = self._generator.sizes(numbers).numpy()
+            yield [
+                Batch(window, place, numbers.numpy()[which])
+                for place, which in enumerate(_by_size(sizes, job))
+            ]
+
+    def in_turn(self) -> Iterator[Batch]:
+        """All batches, those of a window mixed.
+
+        So what is finished at any moment has about the sizes of the whole, and processes that draw
+        every K-th have about the same to do.
+        """
+        for batches in self.windows():
+            # Multiples of the golden ratio, modulo 1, are spread evenly however few are taken.
+            spread = (0.5 + np.arange(len(batches)) * (5**0.5 - 1) / 2) % 1
+            for place in np.argsort(np.argsort(spread)):
+                yield batches[place]
+
+    def finished(self) -> int:
+        """Molecules in finished batches."""
+        return sum(len(batch.numbers) for batch in self.in_turn() if self._parts.has(batch))
+
+    def draw_and_write(self) -> Outcome:
+        """Draw what is missing; in the first process, wait for the others and write the file."""
+        before = self.finished()
+        if before:
+            self._observer.found(before)
+        for place, batch in enumerate(self.in_turn()):
+            if place % world_size() == rank() and self._parts.read(batch) is None:
+                self._draw(batch)
+        drawn = self._job.count - before
+        if not is_main():
+            self._parts.say_done(rank())
+            return Outcome(None, 0, drawn, 0, False)
+        # Without the limit in time of a barrier: a process that fails ends the job for all.
+        for other in range(1, world_size()):
+            while not self._parts.is_done(other):
+                time.sleep(_LOOK)
+        written, not_finite = self._write(self._output, complete=True)
+        self._parts.remove()
+        return Outcome(self._output, written, drawn, not_finite, False)
+
+    def write_finished(self) -> Outcome:
+        """Write what is finished into a file of its own; a second SIGINT, or a full disk, skip it.
+
+        Batches stay, to go on with.
+        """
+        target = self._output.with_name(f"{self._output.stem}.partial{self._output.suffix}")
+        finished, path, not_finite = self.finished(), None, 0
+        with contextlib.suppress(KeyboardInterrupt, OSError):
+            self._observer.interrupted(finished)
+            _, not_finite = self._write(target, complete=False)
+            path = target
+        return Outcome(path, finished, 0, not_finite, True)
+
+    def _draw(self, batch: Batch) -> Molecules:
+        # The first process shows the progress of all, at its own pace.
+        size, share = len(batch.numbers) * world_size(), 1 / self._generator.sampler.evaluations
+
+        def advance() -> None:
+            self._observer.advance(size, share)
+
+        molecules = self._generator.draw(torch.from_numpy(batch.numbers), advance)
+        self._parts.write(batch, molecules)
+        return molecules
+
+    def _write(self, target: Path, complete: bool) -> tuple[int, int]:
+        """Write all molecules, or the finished ones, in order; how many, and how many diverged."""
+        # Written in the folder of the parts, so that a kill leaves nothing elsewhere.
+        check_writable(target)
+        merged, not_finite, in_order = self._parts.folder / target.name, 0, True
+        with _writer(merged, self._job, self._generator.checkpoint.config.to_yaml()) as writer:
+            for batches in self.windows():
+                pieces, numbers = [], []
+                for batch in batches:
+                    piece = self._parts.read(batch)
+                    if piece is None and complete:  # damaged or lost since it was drawn
+                        piece = self._draw(batch)
+                    if piece is not None:
+                        pieces.append(piece)
+                        numbers.append(batch.numbers)
+                if pieces:
+                    every = np.concatenate(numbers)
+                    expected = np.arange(writer.count, writer.count + len(every))
+                    in_order &= np.array_equal(np.sort(every), expected)
+                    not_finite += _append(writer, pieces, every)
+            written = writer.count
+        readable = _count(merged)
+        if readable != written or (complete and (written != self._job.count or not in_order)):
+            raise OSError(
+                errno.EIO,
+                f"of {self._job.count:,} molecules {written:,} were written and {readable:,} can "
+                "be read back; what is finished stays, sample again with --resume",
+                str(target),
+            )
+        merged.replace(target)
+        return written, not_finite
+
+
+def _by_size(sizes: NDArray[np.int64], job: Job) -> Iterator[NDArray[np.int64]]:
+    if job.batch_size is None:
+        yield from by_size(sizes, job.pairs)
+        return
+    order = np.argsort(sizes, kind="stable")
+    for start in range(0, len(order), job.batch_size):
+        yield order[start : start + job.batch_size]
 
 
 def _writer(
-    output: Path, origin: dict[str, str], config: str
+    path: Path, job: Job, config: str
 ) -> AbstractContextManager[MoleculeTextWriter | MoleculeWriter]:
-    suffix = output.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise InputError(f"{output}: the name must end in {', '.join(SUFFIXES)}")
-    if suffix == ".h5":
-        source = f"sampled from {origin['checkpoint']}, seed {origin['seed']}"
-        return MoleculeWriter(output, source=source, provenance=origin | {"config": config})
-    return MoleculeTextWriter(output, origin, {"config": config})
+    origin = {
+        "created_by": f"molgen-energy {job.version}",
+        "checkpoint": job.origin,
+        "seed": str(job.seed),
+        "sampler": job.sampler,
+        "steps": str(job.steps),
+    }
+    if job.eta is not None:
+        origin["eta"] = f"{job.eta:g}"
+    if path.suffix.lower() == ".h5":
+        source = f"sampled from {job.origin}, seed {job.seed}"
+        return MoleculeWriter(path, source=source, provenance=origin | {"config": config})
+    return MoleculeTextWriter(path, origin, {"config": config})
 
 
-def _draw_window(
-    generator: MoleculeGenerator, numbers: Tensor, batch_size: int | None, observer: Observer
-) -> Molecules:
-    """Molecules of the given numbers, drawn by ascending size, returned in the given order."""
-    sizes = generator.sizes(numbers).numpy()
-    pieces, drawn = [], []
-    for which in _batches(sizes, batch_size, generator.device.type == "cpu"):
-        share = 1 / generator.steps
+def _append(
+    writer: MoleculeTextWriter | MoleculeWriter,
+    pieces: list[Molecules],
+    numbers: NDArray[np.int64],
+) -> int:
+    """Write molecules of a window in order of their numbers; how many of them diverged."""
+    order = np.argsort(numbers)
+    drawn = _concatenate(pieces).select(order)
+    finite = drawn.finite()
+    if isinstance(writer, MoleculeWriter):
+        writer.append(_at_origin(drawn, ~finite))  # the text formats say so in a field
+    else:
+        writer.append(drawn, numbers[order])
+    return int((~finite).sum())
 
-        def advance(size: int = len(which), share: float = share) -> None:
-            observer.advance(size, share)
 
-        pieces.append(generator.draw(numbers[torch.from_numpy(which)], advance))
-        drawn.append(which)
-    return _concatenate(pieces).select(np.argsort(np.concatenate(drawn)))
-
-
-def _batches(
-    sizes: NDArray[np.int64], batch_size: int | None, on_cpu: bool
-) -> Iterator[NDArray[np.int64]]:
-    if batch_size is None:
-        yield from by_size(sizes, _PAIRS_CPU if on_cpu else _PAIRS_GPU)
-        return
-    order = np.argsort(sizes, kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+def _count(path: Path) -> int:
+    """Molecules of a file that was written, counted by reading it."""
+    if path.suffix.lower() == ".h5":
+        with MoleculeFile(path) as file:
+            return len(file)
+    return count_records(path)
 
 
 def _concatenate(pieces: list[Molecules]) -> Molecules:

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,9 @@ import time
 import h5py
 import numpy as np
 import pytest
+
+from molgen_energy import sampling
+from molgen_energy.cli import app
 
 TINY = (
     "--set", "model.layers=2", "--set", "model.width=16", "--set", "diffusion.steps=10",
@@ -91,13 +95,13 @@ def test_stopped_and_resumed_from_the_shell(cli, tmp_path, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_sampling_leaves_no_half_file(cli, tmp_path, number):
+def test_sampling_that_is_stopped_at_once_leaves_nothing(cli, tmp_path, number):
     cli("train", "--steps", "1", *TINY, "--set", "diffusion.steps=500")
     process = subprocess.Popen(
-        [sys.executable, "-m", "molgen_energy", "sample", "-n", "500"],
+        [sys.executable, "-m", "molgen_energy", "sample", "-n", "500", "--batch-size", "500"],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while not list(tmp_path.glob(".samples.sdf.*")):
+    while not (tmp_path / "samples.sdf.parts").exists():
         assert process.poll() is None
         time.sleep(0.02)
     time.sleep(0.5)
@@ -106,6 +110,115 @@ def test_stopped_sampling_leaves_no_half_file(cli, tmp_path, number):
     assert process.returncode == 130
     assert stderr.splitlines()[-1] == "error: interrupted"
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """The folder that a run of ten steps, nearly untrained, lies in."""
+    folder = tmp_path_factory.mktemp("folder")
+    subprocess.run(
+        [sys.executable, "-m", "molgen_energy", "train", "--steps", "1", "-o", "runs/run", *TINY],
+        cwd=folder, check=True, capture_output=True,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def here(tiny_run, tmp_path, monkeypatch, capfd):
+    """Run a command in this process, beside the run: exit code and standard error."""
+    shutil.copytree(tiny_run / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    terminate = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments):
+        capfd.readouterr()
+        try:
+            app([*map(str, arguments)])
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            signal.signal(signal.SIGTERM, terminate)
+        return code, capfd.readouterr().err
+
+    return run
+
+
+def test_samplers_of_sample(here, tmp_path):
+    code, stderr = here("sample", "-n", 3, "--sampler", "dpm++", "--steps", 4)
+    assert code == 0
+    assert "step 1: dpm++, 4 steps, 5 network evaluations each" in stderr
+    text = (tmp_path / "samples.sdf").read_text()
+    assert text.count(">  <sampler>\ndpm++\n\n>  <steps>\n4\n") == 3
+    assert "<eta>" not in text
+    for name, more in (("heun", ()), ("ddim", ("--eta", 0.5)), ("ancestral", ("--steps", 3))):
+        path = tmp_path / f"{name}.h5"
+        assert here("sample", "-n", 2, "--sampler", name, *more, "-o", path)[0] == 0
+        with h5py.File(path) as file:
+            origin = json.loads(file.attrs["provenance"])
+        assert origin["sampler"] == name
+        assert origin["steps"] == ("3" if more[:1] == ("--steps",) else "10")
+        assert origin.get("eta") == ("0.5" if name == "ddim" else None)
+    stderr = here("sample", "-n", 1, "-o", "a.xyz")[1]
+    assert "step 1: ancestral, 10 steps, 11 network evaluations each" in stderr
+    assert "sampler='ancestral' steps='10'" in (tmp_path / "a.xyz").read_text()
+
+
+BAD_SAMPLE = {
+    "unknown sampler": (("--sampler", "ancestor"), "unknown sampler 'ancestor'; did you mean"),
+    "of another process": (("--sampler", "euler"), "--sampler euler is for networks of flow"),
+    "too many steps": (("--steps", "11"), "--steps 11: the network was trained with 10 steps"),
+    "no steps": (("--steps", "0"), "--steps 0: the network was trained with 10 steps"),
+    "eta of another": (("--eta", "1"), "--eta goes with --sampler ddim, not ancestral"),
+    "eta too large": (("--sampler", "ddim", "--eta", "2"), "--eta 2: expected a number from 0"),
+    "none": (("-n", "0"), "-n 0: ask for at least one molecule"),
+    "begun before": ((), "or remove that folder"),
+    "another seed": (("--resume", "samples.sdf", "--seed", "1"), "--seed cannot change: samples."),
+    "another count": (("--resume", "samples.sdf", "-n", "9"), "-n cannot change: samples.sdf.par"),
+    "other steps": (("--resume", "samples.sdf", "--steps", "9"), "was begun with 10; --resume"),
+    "other sizes": (("--resume", "samples.sdf", "--n-atoms", "9"), "with the default; --resume"),
+    "rougher": (("--resume", "samples.sdf", "--low-precision"), "--low-precision cannot change"),
+    "another output": (("--resume", "samples.sdf", "-o", "b.sdf"), "leave out -o b.sdf"),
+    "nothing begun": (("--resume", "b.sdf"), "b.sdf.parts does not exist, there is nothing to go"),
+    "weights changed": (("--resume", "samples.sdf"), "holds other weights (run, step 1)"),
+    "checkpoint gone": (("--resume", "samples.sdf"), "does not exist; name its new place with --"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD_SAMPLE)
+def test_bad_requests_of_sample_are_one_line_and_exit_code_2(here, tmp_path, monkeypatch, what):
+    arguments, message = BAD_SAMPLE[what]
+    if what == "begun before" or "--resume" in arguments:
+        parts = tmp_path / "samples.sdf.parts"
+        with monkeypatch.context() as broken:
+            broken.setattr(sampling._Work, "_write", failing)
+            code, stderr = here("sample", "-n", 2)
+        assert code == 2
+        assert f"what is finished stays in {parts.name}; go on with: molgen" in stderr
+        assert len(list(parts.glob("*.part"))) == 1
+    last = tmp_path / "runs" / "run" / "checkpoints" / "last"
+    if what == "weights changed":
+        spoiled = bytearray((last / "ema.safetensors").read_bytes())
+        spoiled[-1] ^= 1
+        (last / "ema.safetensors").write_bytes(spoiled)
+    if what == "checkpoint gone":
+        last.rename(tmp_path / "moved")
+    before = sorted(tmp_path.rglob("*"))
+    code, stderr = here("sample", *arguments)
+    stderr = "".join(line for line in stderr.splitlines(True) if not line.startswith("sampling"))
+    assert code == 2
+    assert message in stderr
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    if what == "checkpoint gone":
+        assert here("sample", "--resume", "samples.sdf", "--checkpoint", "moved")[0] == 0
+        assert (tmp_path / "samples.sdf").read_text().count("$$$$") == 2
+
+
+def failing(*_, **__):
+    raise OSError(28, "No space left on device", "samples.sdf")
 
 
 def test_preprocess_own_molecules(cli, tmp_path, molecules):
@@ -309,6 +422,10 @@ def test_a_disk_that_takes_no_more(tmp_path, sample_path, verb):
     assert "Traceback" not in done.stderr
     name = {"preprocess": "good.h5", "train": "last"}.get(verb, verb.replace("sample", "a"))
     assert re.search(rf"^error: File too large: .*{name}$", done.stderr.splitlines()[-1])
+    if verb.startswith("sample"):  # what is finished stays, and is enough
+        assert f"go on with: molgen-energy sample --resume {name}" in done.stderr
+        assert run("sample", "--resume", name).returncode == 0
+        (tmp_path / name).unlink()
     assert sorted(tmp_path.rglob("*")) == before
 
 

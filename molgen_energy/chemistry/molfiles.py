@@ -316,6 +316,20 @@ def _seek_frame(lines: _Lines) -> None:
             return
 
 
+def count_records(path: Path) -> int:
+    """Whole records of an SDF (`$$$$`) or frames of an XYZ, counted without looking into them."""
+    with path.open(encoding="utf-8") as lines:
+        if path.suffix.lower() == ".sdf":
+            return sum(line.startswith("$$$$") for line in lines)
+        frames = 0
+        for line in lines:
+            rest = int(line) + 1  # a comment, then the atoms
+            if sum(1 for _ in islice(lines, rest)) < rest:
+                break
+            frames += 1
+        return frames
+
+
 class MoleculeTextWriter:
     """Write SDF or XYZ piece by piece; the file appears under its name when the block succeeds.
 
@@ -349,10 +363,14 @@ class MoleculeTextWriter:
         self._file = self._stack.enter_context(self.output.temporary.open("w", encoding="utf-8"))
         return self
 
-    def append(self, molecules: Molecules) -> None:
-        """Write molecules behind those that are there, in their order."""
-        for molecule in perceive(molecules):
-            fields = {"molecule": str(self.count)} | self._fields
+    def append(self, molecules: Molecules, numbers: NDArray[np.int64] | None = None) -> None:
+        """Write molecules behind those that are there, in their order.
+
+        `numbers` (M,) are what they are called by; by default that counts the file's records.
+        """
+        for k, molecule in enumerate(perceive(molecules)):
+            number = self.count if numbers is None else int(numbers[k])
+            fields = {"molecule": str(number)} | self._fields
             if self.count == 0 and self._record is _sdf_record:
                 fields |= self._once
             self._file.write(self._record(molecule, fields))

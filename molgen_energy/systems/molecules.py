@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +27,7 @@ from molgen_energy.data.molecules import Molecules, by_size, offsets_of
 from molgen_energy.diffusion.encoding import MoleculeEncoding, vocabulary
 from molgen_energy.diffusion.noise import SeededNoise
 from molgen_energy.diffusion.process import PROCESSES, Share, Terms
-from molgen_energy.diffusion.samplers import SAMPLERS
+from molgen_energy.diffusion.samplers import DEFAULT_SAMPLERS, build_sampler
 from molgen_energy.diffusion.schedule import PolynomialSchedule
 from molgen_energy.distributed import from_main, local_world_size, rank, summed, world_size
 from molgen_energy.elements import atomic_number, symbol
@@ -469,11 +470,18 @@ class MoleculeGenerator:
         None draws from the training molecules' histogram.
     low_precision
         Run the work on pairs in bfloat16.
+    sampler
+        One of `SAMPLERS` that serves the process; None takes the process's own.
+    steps
+        Of the sampler, at most those of the training; None takes all.
+    eta
+        Noise of the sampler `ddim`, 0 to 1; None elsewhere.
 
     Raises
     ------
     InputError
-        The checkpoint is damaged or of another model, or a size is below 1.
+        The checkpoint is damaged or of another model, a size is below 1, or the sampler does not
+        serve.
     """
 
     def __init__(
@@ -483,6 +491,9 @@ class MoleculeGenerator:
         seed: int = 0,
         sizes: tuple[int, int] | None = None,
         low_precision: bool = False,
+        sampler: str | None = None,
+        steps: int | None = None,
+        eta: float | None = None,
     ) -> None:
         config, state = checkpoint.config, checkpoint.state
         missing = [key for key in ("elements", "size_histogram") if key not in state]
@@ -496,8 +507,8 @@ class MoleculeGenerator:
         self.model = build_model(config, self.encoding)
         checkpoint.load_weights(self.model, "ema")
         self.model.to(device).eval()
-        self.device = device
-        self.seed = seed
+        self.checkpoint, self.device, self.seed = checkpoint, device, seed
+        self.n_atoms, self.low_precision = sizes, low_precision
         histogram = (
             state["size_histogram"]
             if sizes is None
@@ -507,12 +518,26 @@ class MoleculeGenerator:
         counts = torch.tensor(list(histogram.values()), dtype=torch.float64)
         self._cumulated = counts.cumsum(0) / counts.sum()
         schedule = PolynomialSchedule(config.diffusion.steps, config.diffusion.precision)
-        self._sampler = SAMPLERS[config.diffusion.process](schedule)
+        process = config.diffusion.process
+        self.sampler_name = DEFAULT_SAMPLERS[process] if sampler is None else sampler
+        self.sampler = build_sampler(schedule, process, self.sampler_name, steps, eta)
 
     @property
-    def steps(self) -> int:
-        """Network evaluations for each molecule."""
-        return self._sampler.evaluations
+    def origin(self) -> str:
+        """The run and the step that the weights are of; `runs/x/checkpoints/last` is of run x."""
+        path = self.checkpoint.path.resolve()
+        run = path.parents[1].name if path.parent.name == "checkpoints" else path.name
+        return f"{run}, step {self.checkpoint.state['progress']['step']}"
+
+    def fingerprint(self) -> str:
+        """Of everything in the checkpoint that the molecules depend on, 32 hexadecimal digits."""
+        state = self.checkpoint.state
+        digest = hashlib.sha256(self.checkpoint.config.to_yaml().encode())
+        digest.update(repr((state["elements"], list(state["size_histogram"].items()))).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:32]
 
     def sizes(self, numbers: Tensor) -> Tensor:
         """Atoms of the molecules with the given numbers, (B,)."""
@@ -531,7 +556,7 @@ class MoleculeGenerator:
         largest = int(sizes.max())
         mask = torch.arange(largest, device=self.device)[None] < sizes[:, None]
         noise = SeededNoise(self.seed, numbers.to(self.device))
-        clean = self._sampler.sample(self.model, noise, mask, 3 + self.encoding.features, advance)
+        clean = self.sampler.sample(self.model, noise, mask, 3 + self.encoding.features, advance)
         positions, atomic_numbers = self.encoding.decode(clean, mask)
         return Molecules(
             positions[mask].cpu().numpy().astype(np.float32),

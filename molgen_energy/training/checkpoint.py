@@ -8,8 +8,8 @@ a new one takes the place of an old one, the old one is kept as `<name>.old`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from molgen_energy.output import flush_to_disk, naming, remove
 
 FORMAT = 2
 _REMEDY = "train again, or name another checkpoint"
+_ATTEMPTS = 5  # to read a checkpoint that a trainer replaces meanwhile
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Checkpoint:
     path: Path
     config: Config
     state: dict[str, Any]
+    read: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """Weights that were read together with the texts, by name."""
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Tensors of `model`, `ema` or `optimizer`, on the CPU.
@@ -44,6 +47,8 @@ class Checkpoint:
         InputError
             The file is missing or cut off.
         """
+        if name in self.read:
+            return dict(self.read[name])
         path = self.path / f"{name}.safetensors"
         if not path.is_file():
             raise InputError(f"{self.path} lacks {path.name}; {_REMEDY}")
@@ -159,15 +164,44 @@ def newest_run(root: Path) -> Path:
     return max(states, key=lambda file: file.stat().st_mtime_ns).parents[2]
 
 
-def load_checkpoint(path: Path, which: str = "last") -> Checkpoint:
-    """Read a checkpoint's texts, from its own folder or a run's.
+def load_checkpoint(path: Path, which: str = "last", weights: Sequence[str] = ()) -> Checkpoint:
+    """Read a checkpoint's texts, and the weights that are named, from its own folder or a run's.
+
+    What is read together is of one checkpoint, even while a trainer puts others in its place.
 
     Raises
     ------
     InputError
         There is none, or it is cut off or of another format.
     """
-    folder = find_checkpoint(path, which)
+    for attempt in range(_ATTEMPTS):
+        identity = None
+        try:
+            folder = find_checkpoint(path, which)
+            identity = _identity(folder)
+            loaded = _read(folder)
+            loaded = replace(loaded, read={name: loaded.tensors(name) for name in weights})
+        except (InputError, OSError):
+            replaced = identity is None or _identity(folder) != identity
+            if attempt + 1 == _ATTEMPTS or not replaced:
+                raise
+            continue
+        if _identity(folder) == identity:
+            return loaded
+    raise InputError(f"{path} is replaced faster than it can be read; copy it and name the copy")
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another that took its name; None where there is none."""
+    try:
+        found = folder.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _read(folder: Path) -> Checkpoint:
+    """The texts of a checkpoint's folder."""
     try:
         state = yaml.safe_load((folder / "state.yaml").read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

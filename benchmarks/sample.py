@@ -1,0 +1,229 @@
+"""Quality of samples against the steps that they take, for each sampler.
+
+python benchmarks/sample.py --checkpoint runs/mine -n 1000 --output quality.csv
+python benchmarks/sample.py --checkpoint runs/mine --samplers dpm++,heun --steps 20,50
+
+All rows have the same seed, so they start from the same noise. Rows are written as they come, and
+those that are there already are not made again: broken off at any moment, the same command goes on.
+Samples are kept beside the table, to be looked at with `molgen-energy evaluate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from molgen_energy.cli.console import exit_on_error, progress_bar, say
+from molgen_energy.diffusion.samplers import samplers_for
+from molgen_energy.errors import InputError, unknown_name
+from molgen_energy.metrics.evaluation import Options, lacking
+from molgen_energy.metrics.run import run
+from molgen_energy.metrics.workers import Workers, default_workers
+from molgen_energy.output import replacing
+from molgen_energy.parts import parts_folder
+from molgen_energy.sampling import sample_to_file
+from molgen_energy.systems.molecules import MoleculeGenerator
+from molgen_energy.training.checkpoint import load_checkpoint
+from molgen_energy.training.device import choose_device
+
+STEPS = (10, 20, 50, 100, 250, 1000)
+RATES = ("molecule_stability", "atom_stability", "validity")
+MEASURED = (*RATES, "fcd")
+KEY = ("weights", "molecules", "seed", "device", "low_precision", "sampler", "steps")
+COLUMNS = (
+    *KEY,
+    "evaluations",
+    *(f"{name}{end}" for name in MEASURED for end in ("", "_low", "_high")),
+    "not_finite",
+    "molecules_per_second",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a run or a checkpoint")
+    parser.add_argument("-n", "--molecules", type=int, default=1000)
+    parser.add_argument("--samplers", default=None, help="names with commas; default: all")
+    parser.add_argument("--steps", default=None, help="numbers with commas; default: 10 to all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--low-precision", action="store_true")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="for judging")
+    parser.add_argument("--output", type=Path, default=Path("quality.csv"))
+    with exit_on_error():
+        compare(parser.parse_args())
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    device = choose_device(arguments.device)
+    # Read once: a run that is still trained would have other weights for other rows.
+    loaded = load_checkpoint(arguments.checkpoint, weights=["ema"])
+    process, trained = loaded.config.diffusion.process, loaded.config.diffusion.steps
+    samplers = chosen_samplers(arguments.samplers, process)
+    generators = [
+        MoleculeGenerator(
+            loaded, device, arguments.seed, None, arguments.low_precision, sampler, steps
+        )
+        for sampler in samplers
+        for steps in chosen_steps(arguments.steps, trained)
+    ]
+    generators.sort(key=lambda generator: generator.sampler.evaluations)
+    rows = read_rows(arguments.output)
+    folder = arguments.output.with_suffix(".samples")
+    for generator in generators:
+        key = key_of(generator, arguments.molecules)
+        if not any(same(row, key) for row in rows):
+            folder.mkdir(exist_ok=True)
+            rows.append(key | row_of(generator, key, folder, arguments.workers))
+            write_rows(arguments.output, rows)
+    keys = [key_of(generator, arguments.molecules) for generator in generators]
+    show([row for key in keys for row in rows if same(row, key)], generators[0].origin)
+
+
+def chosen_samplers(text: str | None, process: str) -> list[str]:
+    served = samplers_for(process)
+    names = served if text is None else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in served:
+            raise InputError(unknown_name("sampler", name, served))
+    return names
+
+
+def chosen_steps(text: str | None, trained: int) -> list[int]:
+    if text is None:
+        return sorted({*(steps for steps in STEPS if steps <= trained), trained})
+    try:
+        return sorted({int(number) for number in text.split(",")})
+    except ValueError:
+        raise InputError(f"--steps {text}: expected numbers such as 10,20,50") from None
+
+
+def key_of(generator: MoleculeGenerator, molecules: int) -> dict[str, Any]:
+    return {
+        "weights": generator.fingerprint(),
+        "molecules": molecules,
+        "seed": generator.seed,
+        "device": generator.device.type,
+        "low_precision": generator.low_precision,
+        "sampler": generator.sampler_name,
+        "steps": generator.sampler.steps,
+    }
+
+
+def same(row: dict[str, Any], key: dict[str, Any]) -> bool:
+    return all(str(row[name]) == str(key[name]) for name in KEY)
+
+
+class Bar:
+    """Shows how sampling goes."""
+
+    def __init__(self, bar: Any, handle: Any) -> None:
+        self._bar, self._handle, self._done = bar, handle, 0.0
+
+    def found(self, molecules: int) -> None:
+        self._done += molecules
+
+    def interrupted(self, molecules: int) -> None:
+        say(f"interrupted: {molecules:,} molecules of this row are finished")
+
+    def advance(self, molecules: int, share: float) -> None:
+        self._done += molecules * share
+        self._bar.update(self._handle, completed=round(self._done))
+
+
+def row_of(
+    generator: MoleculeGenerator, key: dict[str, Any], folder: Path, workers: int
+) -> dict[str, Any]:
+    """Draw and judge."""
+    count, name = key["molecules"], f"{generator.sampler_name}, {generator.sampler.steps} steps"
+    settings = [str(key[k]) for k in ("device", "low_precision", "seed", "molecules")]
+    file = "-".join([generator.sampler_name, str(key["steps"]), *settings, key["weights"][:8]])
+    path = folder / f"{file}.h5"
+    speed, not_finite = "", ""
+    if not path.exists():
+        began = time.perf_counter()
+        with progress_bar(transient=True) as bar:
+            observer = Bar(bar, bar.add_task(name, total=count))
+            resume = parts_folder(path).exists()
+            outcome = sample_to_file(generator, count, path, observer, resume=resume)
+        if outcome.interrupted:
+            sys.exit("go on with the same command")
+        if outcome.drawn:
+            speed = f"{outcome.drawn / (time.perf_counter() - began):.4g}"
+        not_finite = str(outcome.not_finite)
+    metrics = frozenset({"rates"} if lacking("fcd") else {"rates", "fcd"})
+    with Workers(workers, 20.0) as pool:  # not while the time of sampling is taken
+        (judged,) = run([path], None, None, None, Options(metrics), pool).samples
+    row: dict[str, Any] = {
+        "evaluations": generator.sampler.evaluations,
+        "not_finite": not_finite,
+        "molecules_per_second": speed,
+    }
+    for measure in MEASURED:
+        found = judged.rates[measure] if measure in RATES else judged.comparison.measures.get("fcd")
+        value = None if found is None else found.value
+        interval = None if found is None else found.interval
+        row[measure] = "" if value is None else f"{value:.6g}"
+        for end, bound in zip(("_low", "_high"), interval or (None, None), strict=True):
+            row[f"{measure}{end}"] = "" if bound is None else f"{bound:.6g}"
+    say(f"{name}: {100 * float(row['molecule_stability']):.1f} % stable, {speed} molecules/s")
+    return row
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise InputError(f"{path} is no table of this program; name another --output")
+        return [row for row in reader if None not in row.values()]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    with (
+        replacing(path) as output,
+        output.temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def show(rows: list[dict[str, Any]], origin: str) -> None:
+    shown = Table(title=f"{rows[0]['molecules']} molecules from {origin} on {rows[0]['device']}")
+    titles = ("calls", "molecule stability, %", "atom stability, %", "validity, %", "FCD", "1/s")
+    for title in ("sampler", "steps", *titles):
+        shown.add_column(title, justify="left" if title == "sampler" else "right")
+    last = None
+    for row in sorted(rows, key=lambda row: (row["sampler"], int(row["steps"]))):
+        if last not in (None, row["sampler"]):
+            shown.add_section()
+        last = row["sampler"]
+        cells = [with_interval(row, name, 100, "{:.1f}") for name in RATES]
+        cells.append(with_interval(row, "fcd", 1, "{:.3g}"))
+        speed = row["molecules_per_second"]
+        shown.add_row(last, str(row["steps"]), str(row["evaluations"]), *cells, speed)
+    Console(width=150).print(shown)
+
+
+def with_interval(row: dict[str, Any], name: str, scale: float, form: str) -> str:
+    value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    if not value:
+        return "n/a"
+    text = form.format(scale * float(value))
+    bounds = ", ".join(form.format(scale * float(bound)) for bound in (low, high) if bound)
+    return f"{text} [{bounds}]" if bounds else text
+
+
+if __name__ == "__main__":
+    main()
