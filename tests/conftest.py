@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from molgen_energy.data.molecules import Molecule, Molecules, offsets_of
 from molgen_energy.resources import asset
 
 torch.set_num_threads(1)  # tests run in parallel processes
+# A shell's background job ignores Ctrl-C, and so would the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
