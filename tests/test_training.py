@@ -293,7 +293,7 @@ def test_low_precision_learns_alike(tmp_path):
     """Loss curves with bfloat16 overlap with those without, closer than those of two seeds."""
 
     def curve(name, **changes):
-        config = tiny(training__steps=120, training__log_every=10, **changes)
+        config = tiny(training__steps=60, training__log_every=6, **changes)
         train(MoleculeTask(config, CPU), tmp_path / name, Watcher())
         return np.array([float(r["loss"]) for r in read_metrics(tmp_path / name / "metrics.csv")])
 
