@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from molgen_energy.errors import InputError
 
@@ -48,6 +50,11 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"cannot write into {folder}: {error.strerror}") from error
 
 
+def through_links(path: Path) -> Path:
+    """The file that is written under a name: what a link leads to, and the link stays."""
+    return path.resolve() if path.is_symlink() else path
+
+
 @dataclass(frozen=True)
 class Replacement:
     """A file in the making."""
@@ -62,6 +69,7 @@ def replacing(path: Path) -> Iterator[Replacement]:
     When the block raises, the temporary file is removed and `path` is as before.
     """
     check_writable(path)
+    path = through_links(path)
     replacement = Replacement(path.with_name(f".{path.name}.{os.getpid()}.tmp"))
     try:
         yield replacement
@@ -71,6 +79,30 @@ def replacing(path: Path) -> Iterator[Replacement]:
         raise naming(error, path) from None
     finally:
         remove(replacement.temporary)
+
+
+def hold(path: Path, what: str) -> IO[bytes]:
+    """Open a file and keep other processes from holding it, until it is closed.
+
+    Raises
+    ------
+    InputError
+        Another process has it; the message begins with `what`.
+    """
+    file = path.open("rb")
+    with contextlib.suppress(ImportError):  # where there is no such lock it is only a courtesy
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise InputError(
+                f"{what} is at work in another process; wait for it, or stop it first"
+            ) from None
+        except OSError:  # some network file systems have none
+            pass
+    return file
 
 
 def naming(error: OSError, path: Path) -> OSError:

@@ -9,7 +9,6 @@ The folder, the manifest in it and each batch appear under their names when they
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from dataclasses import asdict, dataclass, fields
@@ -24,7 +23,7 @@ from safetensors.numpy import load, save
 
 from molgen_energy.data.molecules import Molecules, offsets_of
 from molgen_energy.errors import InputError
-from molgen_energy.output import check_writable, naming, remove, replacing
+from molgen_energy.output import check_writable, hold, naming, remove, replacing
 
 FORMAT = 1
 _MANIFEST = "manifest.yaml"
@@ -107,24 +106,9 @@ class Parts:
         self._salt = hashlib.sha256(text).digest()
         self._lock: IO[bytes] | None = None
         if lead:
-            self._take(path)
+            self._lock = hold(path, str(self.folder))
             for stale in self.folder.glob(f"*{_DONE}"):
                 stale.unlink()
-
-    def _take(self, path: Path) -> None:
-        self._lock = path.open("rb")
-        with contextlib.suppress(ImportError):  # where there is no such lock it is only a courtesy
-            import fcntl
-
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._lock.close()
-                raise InputError(
-                    f"{self.folder} is at work in another process; wait for it, or stop it first"
-                ) from None
-            except OSError:  # some network file systems have none
-                pass
 
     @classmethod
     def create(cls, output: Path, job: Job) -> Parts:

@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from molgen_energy import __version__
 from molgen_energy.chemistry.molfiles import MoleculeTextWriter, count_records
@@ -113,8 +114,7 @@ def sample_to_file(
         raise InputError(f"-n {count}: ask for at least one molecule")
     if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: a batch holds at least one molecule")
-    if output.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{output}: the name must end in {', '.join(SUFFIXES)}")
+    check_name(output)
     job = _job(generator, count, batch_size)
     with _begun(output, job, resume) as parts:
         work = _Work(generator, parts, output, observer)
@@ -127,6 +127,12 @@ def sample_to_file(
         finally:
             if is_main() and parts.folder.exists() and not work.finished():
                 parts.remove()
+
+
+def check_name(output: Path) -> None:
+    """Raise `InputError` unless the name is that of a kind of file that can be written."""
+    if output.suffix.lower() not in SUFFIXES:
+        raise InputError(f"{output}: the name must end in {', '.join(SUFFIXES)}")
 
 
 def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> Job:
@@ -144,7 +150,7 @@ def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> Jo
         low_precision=generator.low_precision,
         batch_size=batch_size,
         pairs=_PAIRS_CPU if on_cpu else _PAIRS_GPU,
-        window=_WINDOW_CPU if on_cpu else _WINDOW_GPU,
+        window=max(_WINDOW_CPU if on_cpu else _WINDOW_GPU, batch_size or 0),
         weights=generator.fingerprint(),
         checkpoint=str(path),
         origin=generator.origin,
@@ -231,14 +237,20 @@ class _Work:
                 time.sleep(_LOOK)
         written, not_finite = self._write(self._output, complete=True)
         self._parts.remove()
+        if before:
+            self._partial().unlink(missing_ok=True)
         return Outcome(self._output, written, drawn, not_finite, False)
+
+    def _partial(self) -> Path:
+        """Where what is finished is written when it is broken off."""
+        return self._output.with_name(f"{self._output.stem}.partial{self._output.suffix}")
 
     def write_finished(self) -> Outcome:
         """Write what is finished into a file of its own; a second SIGINT, or a full disk, skip it.
 
         Batches stay, to go on with.
         """
-        target = self._output.with_name(f"{self._output.stem}.partial{self._output.suffix}")
+        target = self._partial()
         finished, path, not_finite = self.finished(), None, 0
         with contextlib.suppress(KeyboardInterrupt, OSError):
             self._observer.interrupted(finished)
@@ -247,15 +259,26 @@ class _Work:
         return Outcome(path, finished, 0, not_finite, True)
 
     def _draw(self, batch: Batch) -> Molecules:
+        molecules = self._in_memory(torch.from_numpy(batch.numbers))
+        self._parts.write(batch, molecules)
+        return molecules
+
+    def _in_memory(self, numbers: Tensor) -> Molecules:
+        """Draw, in halves where memory does not suffice: molecules do not depend on the batch."""
         # The first process shows the progress of all, at its own pace.
-        size, share = len(batch.numbers) * world_size(), 1 / self._generator.sampler.evaluations
+        size, share = len(numbers) * world_size(), 1 / self._generator.sampler.evaluations
 
         def advance() -> None:
             self._observer.advance(size, share)
 
-        molecules = self._generator.draw(torch.from_numpy(batch.numbers), advance)
-        self._parts.write(batch, molecules)
-        return molecules
+        try:
+            return self._generator.draw(numbers, advance)
+        except torch.OutOfMemoryError:
+            if len(numbers) == 1:
+                raise
+        # Only here, behind the exception, is what the attempt held free.
+        half = len(numbers) // 2
+        return _concatenate([self._in_memory(numbers[:half]), self._in_memory(numbers[half:])])
 
     def _write(self, target: Path, complete: bool) -> tuple[int, int]:
         """Write all molecules, or the finished ones, in order; how many, and how many diverged."""

@@ -160,7 +160,10 @@ def test_samplers_of_sample(here, tmp_path):
         assert origin["sampler"] == name
         assert origin["steps"] == ("3" if more[:1] == ("--steps",) else "10")
         assert origin.get("eta") == ("0.5" if name == "ddim" else None)
+    (tmp_path / "a.xyz").symlink_to("target.xyz")
     stderr = here("sample", "-n", 1, "-o", "a.xyz")[1]
+    assert (tmp_path / "a.xyz").is_symlink()
+    assert (tmp_path / "target.xyz").is_file()
     assert "step 1: ancestral, 10 steps, 11 network evaluations each" in stderr
     assert "sampler='ancestral' steps='10'" in (tmp_path / "a.xyz").read_text()
 
@@ -172,6 +175,8 @@ BAD_SAMPLE = {
     "no steps": (("--steps", "0"), "--steps 0: the network was trained with 10 steps"),
     "eta of another": (("--eta", "1"), "--eta goes with --sampler ddim, not ancestral"),
     "eta too large": (("--sampler", "ddim", "--eta", "2"), "--eta 2: expected a number from 0"),
+    "no name": (("-o", ".sdf"), ".sdf: the name must end in .sdf, .xyz, .h5"),
+    "no device": (("--device", "meta"), "--device meta is not available here"),
     "none": (("-n", "0"), "-n 0: ask for at least one molecule"),
     "begun before": ((), "or remove that folder"),
     "another seed": (("--resume", "samples.sdf", "--seed", "1"), "--seed cannot change: samples."),

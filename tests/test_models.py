@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from conftest import padded_batch
@@ -135,6 +137,22 @@ def test_no_graph_is_no_memory():
         network.gated_sum(h, on)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest < 64 * 40 * 40 * 64 * 4 / 10
+
+
+def test_what_is_kept_goes_with_the_backward_pass():
+    """Also where the loss is still at hand, so that layers give memory back one by one."""
+    network = PairNetwork(8)
+    h = torch.randn(3, 7, 8, requires_grad=True)
+
+    def alive():
+        tensors = (o for o in gc.get_objects() if type(o) is torch.Tensor)
+        return sum(tensor.shape == (3, 7, 7, 8) for tensor in tensors)
+
+    loss = network.gated_sum(h, torch.ones(3, 7, 7)).sum()
+    loss.backward()
+    assert alive() == 0
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("cut", [(1 << 18, 1 << 28), (12 * 29 * 8, 0)])

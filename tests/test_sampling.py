@@ -176,7 +176,6 @@ def test_interrupted_and_resumed_equals_unbroken(checkpoint, tmp_path, monkeypat
         for text in part.split("$$$$\n")[1:]:
             assert of_whole[text.partition("\n")[0]] == text
     assert not path.exists()
-    outcome.path.unlink()
     monkeypatch.setattr(sampling, "_WINDOW_CPU", 7)  # as it was begun, not as it would be now
     outcome = draw(checkpoint, path, resume=True, **options)
     assert (outcome.written, outcome.drawn) == (30, 30 - at // 5 * 5)
@@ -402,6 +401,37 @@ def test_memory_does_not_grow_with_the_number(checkpoint, tmp_path, monkeypatch)
         tracemalloc.stop()
         assert len(read(tmp_path / f"{count}.h5")) == count
     assert peaks[1] < 1.5 * peaks[0] + 500_000
+
+
+def test_a_batch_that_does_not_fit_is_drawn_in_halves(checkpoint, tmp_path, monkeypatch):
+    draw(checkpoint, tmp_path / "whole.h5", batch_size=12, **FEW)
+    original, drawn = MoleculeGenerator.draw, []
+
+    def draws(self, numbers, advance):
+        drawn.append(len(numbers))
+        if len(numbers) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, numbers, advance)
+
+    monkeypatch.setattr(MoleculeGenerator, "draw", draws)
+    draw(checkpoint, tmp_path / "halves.h5", batch_size=12, **FEW)
+    assert drawn[:5] == [12, 6, 3, 3, 6]
+    whole, halves = (read(tmp_path / f"{name}.h5") for name in ("whole", "halves"))
+    assert np.array_equal(whole.atomic_numbers, halves.atomic_numbers)
+    np.testing.assert_allclose(whole.positions, halves.positions, atol=1e-3)
+
+
+def test_a_batch_may_be_larger_than_a_window(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "_WINDOW_CPU", 8)
+    original, drawn = MoleculeGenerator.draw, []
+
+    def draws(self, numbers, advance):
+        drawn.append(len(numbers))
+        return original(self, numbers, advance)
+
+    monkeypatch.setattr(MoleculeGenerator, "draw", draws)
+    draw(checkpoint, tmp_path / "a.xyz", batch_size=20, **FEW)
+    assert drawn == [20, 10]
 
 
 def test_a_checkpoint_that_a_trainer_replaces_is_read_whole(tmp_path):

@@ -30,6 +30,7 @@ from molgen_energy.data.molecules import Molecules
 from molgen_energy.errors import InputError
 from molgen_energy.systems import molecules as system
 from molgen_energy.systems.molecules import MoleculeTask
+from molgen_energy.training import device as devices
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.device import available_memory
 from molgen_energy.training.loop import Stopped, train
@@ -328,8 +329,9 @@ def test_streamed_interrupted_and_resumed_equals_unbroken(unbroken, tmp_path, at
 
 
 def test_a_run_stays_resident_or_streamed(tmp_path, monkeypatch):
-    """`auto` is settled once, by a quarter of what is available."""
+    """`auto` is settled once, by a quarter of what is available, where the data is not small."""
     needed = 13 * 1000 * 18
+    monkeypatch.setattr(system, "_SMALL", 0)
 
     def settled(available, **changes):
         monkeypatch.setattr(system, "available_memory", lambda device: available)
@@ -460,3 +462,20 @@ def test_ctrl_c_twice_ends_waiting(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(task, tmp_path / "run", Watcher())
     thread.join()
+
+
+def test_pages_of_files_are_no_memory_in_use(monkeypatch):
+    """In a container that has read large files nearly all of its limit counts as used."""
+    files = {
+        "/proc/meminfo": "MemTotal: 64000000 kB\nMemAvailable: 60000000 kB\n",
+        "/sys/fs/cgroup/memory.max": "8000000000\n",
+        "/sys/fs/cgroup/memory.current": "7900000000\n",
+        "/sys/fs/cgroup/memory.stat": "anon 1000000000\ninactive_file 6500000000\n",
+    }
+    monkeypatch.setattr(devices, "_text", lambda path: files.get(path, ""))
+    assert devices.available_memory(CPU) == 6_600_000_000
+
+
+def test_small_data_stay_in_memory_whatever_else_runs(monkeypatch):
+    monkeypatch.setattr(system, "available_memory", lambda device: 1)
+    assert MoleculeTask(tiny(), CPU).config.data.in_memory is True

@@ -6,10 +6,12 @@ import contextlib
 import csv
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from molgen_energy.diffusion.process import PROCESSES
 from molgen_energy.errors import InputError, TrainingFailed
 from molgen_energy.losses import EDGES, LOSSES, SPRINGS
 from molgen_energy.models.geometry import centred
+from molgen_energy.output import hold
 from molgen_energy.systems.molecules import PAPER, MoleculeTask
 from molgen_energy.training import checkpoint as checkpoints
 from molgen_energy.training.checkpoint import load_checkpoint, newest_run, save_checkpoint
@@ -306,6 +309,35 @@ def test_low_precision_learns_alike(tmp_path):
     assert exact[-1] < 0.8 * exact[0]
 
 
+def test_no_checkpoint_while_steps_are_not_finite(tmp_path):
+    """Weights may be finite and spoilt: the checkpoint from before leads to the same steps."""
+    task = MoleculeTask(tiny(training__checkpoint_every=1), CPU)
+    seen = {}
+
+    def saved():
+        return load_checkpoint(tmp_path / "run").state["progress"]["step"]
+
+    watcher = Watcher(
+        {step: lambda step=step: seen.update({step: saved()}) for step in range(1, 13)}
+    )
+    spoil = lambda g: g * torch.nan if 5 <= len(watcher.steps) < 8 else g  # noqa: E731
+    task.model.embed.weight.register_hook(spoil)
+    train(task, tmp_path / "run", watcher)
+    # What stands at step k, before the checkpoint of that step is written.
+    assert [seen[step] for step in range(1, 13)] == [0, 1, 2, 3, 4, 5, 5, 5, 5, 9, 10, 11]
+
+
+def test_two_trainers_of_one_run_are_kept_apart(unbroken, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run)
+    config = load_checkpoint(run).config.replaced({"training.steps": 14})
+    before = (run / "metrics.csv").read_bytes()
+    with hold(run / "log.txt", "run"), pytest.raises(InputError, match="in another process"):
+        train(MoleculeTask(config, CPU), run, Watcher(), resume=True)
+    assert (run / "metrics.csv").read_bytes() == before
+    assert train(MoleculeTask(config, CPU), run, Watcher(), resume=True).steps == 14
+
+
 def test_skipped_steps_resume_to_the_same_numbers(tmp_path):
     def broken():
         task = MoleculeTask(tiny(), CPU)
@@ -339,13 +371,19 @@ def test_a_row_of_skipped_steps_only(tmp_path):
     assert [row["loss"] == "" for row in rows] == [False, True, False, False]
 
 
-@pytest.mark.parametrize(("fits", "said"), [(5, "4 fit: --batch-size 4"), (0, "not even one")])
+@pytest.mark.parametrize(
+    ("fits", "said"), [(5, "4 fit: train anew with --batch-size 4"), (0, "not even one")]
+)
 def test_out_of_memory_says_what_fits(tmp_path, fits, said):
     task = MoleculeTask(tiny(), CPU)
-    original, tried = task.loss, []
+    original, tried, failed = task.loss, [], []
 
     def loss(model, batch, generator, rank=0, world=1):
+        if len(watcher.steps) == 5:
+            assert not [held for held in failed if held() is not None], "memory is not free"
         if len(watcher.steps) == 5 and len(batch) > fits:
+            large = torch.zeros(100)  # of the pass that fails, in its frame
+            failed.append(weakref.ref(large))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         if len(watcher.steps) == 5:
             tried.append(batch)
@@ -356,6 +394,7 @@ def test_out_of_memory_says_what_fits(tmp_path, fits, said):
     with pytest.raises(TrainingFailed, match=f"out of memory with batches of 16 at step 5.*{said}"):
         train(task, tmp_path / "run", watcher)
     assert [len(batch) for batch in tried] == [4] * (fits > 0)
+    assert all((batch.sizes >= 20).all() for batch in tried)  # the largest that meet
     assert load_checkpoint(tmp_path / "run").state["progress"]["step"] == 4
 
 

@@ -89,7 +89,7 @@ def exit_on_error() -> Iterator[None]:
     except Exception as error:
         _show_traceback()
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
-            _fail("out of memory; lower --batch-size or --workers", FAILED)
+            _fail("out of memory; take smaller batches or fewer processes", FAILED)
         text = f"{type(error).__name__}: {error}"
         _fail(f"{text} (set {_TRACEBACK}=1 to see where; please report it)", FAILED)
 

@@ -38,7 +38,11 @@ def command(
         help="Atoms of each molecule; default: as often as in the training data.",
     ),
     seed: int | None = typer.Option(
-        None, "--seed", min=0, help=f"Another seed, other molecules; default: {_SEED}."
+        None,
+        "--seed",
+        min=0,
+        max=2**64 - 1,
+        help=f"Another seed, other molecules; default: {_SEED}.",
     ),
     sampler: str | None = typer.Option(
         None,
@@ -121,7 +125,7 @@ def command(
                 outcome = sample_to_file(
                     generator, total, path, observer, asked["batch_size"], again
                 )
-        except OSError:
+        except (OSError, RuntimeError, MemoryError):
             if parts_folder(path).exists():
                 say(f"what is finished stays in {parts_folder(path)}; {go_on}")
             raise
@@ -139,19 +143,21 @@ def command(
         warn(f"{outcome.not_finite} molecules diverged; they stand in the file without coordinates")
     if outcome.interrupted:
         sys.exit(INTERRUPTED)
-    say(f"next: molgen-energy evaluate {outcome.path}")
+    say(f"next: molgen-energy evaluate {shlex.quote(str(outcome.path))}")
 
 
 def _asked(
     given: dict[str, Any], checkpoint: Path | None, output: Path | None, resume: Path | None
 ) -> tuple[Path, dict[str, Any], bool]:
     """The file, all that settles its molecules, and whether they were begun before."""
-    from molgen_energy.output import check_writable
+    from molgen_energy.output import check_writable, through_links
     from molgen_energy.parts import parts_folder, read_job
+    from molgen_energy.sampling import check_name
     from molgen_energy.training.checkpoint import newest_run
 
     if resume is None:
-        path = _OUTPUT if output is None else output
+        path = through_links(_OUTPUT if output is None else output)
+        check_name(path)
         check_writable(path)
         defaults = {"count": _COUNT, "seed": _SEED, "low_precision": False}
         asked = dict.fromkeys(_SETTINGS) | defaults | given
@@ -159,6 +165,7 @@ def _asked(
         return path, asked | {"checkpoint": str(found)}, False
     if output is not None and output != resume:
         raise InputError(f"--resume {resume} names the file itself; leave out -o {output}")
+    resume = through_links(resume)
     job = read_job(resume)
     for name, value in given.items():
         there = getattr(job, name)

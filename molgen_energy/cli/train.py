@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -109,7 +110,7 @@ def command(
                 handle = bar.add_task("training", total=steps_in_all, loss="", rate="")
                 summary = train(task, run, _BarObserver(bar, handle), resume=resume is not None)
         except Stopped as stopped:
-            say(f"{stopped}; go on with: molgen-energy train --resume {run}")
+            say(f"{stopped}; go on with: molgen-energy train --resume {shlex.quote(str(run))}")
             sys.exit(INTERRUPTED)
     _conclude(settled, summary)
 
@@ -212,4 +213,5 @@ def _conclude(config: Config, summary: Summary) -> None:
             "  molgen-energy preprocess qm9 -o qm9.h5\n"
             "  molgen-energy train --config qm9_gdm_aug --data qm9.h5"
         )
-    say(f"next    molgen-energy sample -n 100 --checkpoint {summary.run}")
+    run = shlex.quote(str(summary.run))
+    say(f"next    molgen-energy sample -n 100 --checkpoint {run}")

@@ -201,17 +201,19 @@ class _PairFunction(torch.autograd.Function):
         if gathered is None and offset is not None:
             values.add_(offset)
         ctx.dtype = dtype
-        ctx.gates = values if gathered is not None else None
-        ctx.kept = kept
+        gates = values if gathered is not None else None
+        # All through autograd, which frees it as soon as this layer's backward pass is done.
         ctx.save_for_backward(
-            receiver, sender, features, pairs, weight, bias, read, offset, feature
+            receiver, sender, features, pairs, weight, bias, read, offset, feature, kept, gates
         )
         return values if gathered is None else gathered
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        receiver, sender, features, pairs, weight, bias, read, offset, feature = ctx.saved_tensors
+        (
+            receiver, sender, features, pairs, weight, bias, read, offset, feature, kept, gates,
+        ) = ctx.saved_tensors  # fmt: skip
         dtype: torch.dtype = ctx.dtype
         batch, atoms, width = receiver.shape
         network = _Forward(sender, features, weight, bias, feature, dtype)
@@ -225,18 +227,18 @@ class _PairFunction(torch.autograd.Function):
         buffers = _Buffers(3, receiver, dtype)
         for block in _blocks(batch, atoms, width, receiver.device):
             first, second, third = buffers.of(block)
-            if ctx.kept is None:
+            if kept is None:
                 network.hidden(block, receiver, first)
                 F.silu(first, inplace=True)
                 linear = third
                 network.linear(first, linear)
             else:
-                linear = ctx.kept[block]
+                linear = kept[block]
             message = first
             torch.ops.aten.silu.out(linear, out=message)
             # Gradient of the values, then that of the messages, in `second`.
-            if ctx.gates is not None:
-                gate, allowed = ctx.gates[block], pairs[block]
+            if gates is not None:
+                gate, allowed = gates[block], pairs[block]
                 from_sum = outer[block].to(dtype)[:, :, None]
                 torch.mul(message, from_sum, out=second)
                 d_value = second.sum(dim=-1, dtype=gate.dtype) * allowed * gate * (1 - gate)

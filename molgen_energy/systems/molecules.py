@@ -52,6 +52,7 @@ from molgen_energy.training.checkpoint import Checkpoint
 from molgen_energy.training.device import available_memory
 
 _SAMPLE = 100_000  # streamed molecules that means are taken over
+_SMALL = 256_000_000  # bytes of training molecules that always fit
 
 
 class Defaults(NamedTuple):
@@ -195,7 +196,8 @@ class MoleculeTask:
                 {"data.in_memory": from_main(_in_memory(config, survey, unscaled, device))}
             )
             self._open(config, file, unscaled, progress)
-            self.config = self._settle(config)
+            # Processes on unlike machines must not settle it differently.
+            self.config = from_main(self._settle(config))
             if not config.data.in_memory:
                 stack.pop_all()  # read until `close`
         self._schedule = PolynomialSchedule(
@@ -422,7 +424,10 @@ class MoleculeTask:
 
 
 def _in_memory(config: Config, survey: Survey, loss: PositionLoss, device: torch.device) -> bool:
-    """Whether training molecules stay in memory; `auto` wants them to take a quarter at most."""
+    """Whether training molecules stay in memory; `auto` wants them to take a quarter at most.
+
+    What is small stays there in any case, so that a run does not depend on what else is running.
+    """
     if config.data.in_memory != "auto":
         return config.data.in_memory
     available = available_memory(device)
@@ -432,7 +437,7 @@ def _in_memory(config: Config, survey: Survey, loss: PositionLoss, device: torch
     molecules, largest = survey.training_molecules, max(survey.size_histogram)
     # Positions and a type for each atom; sizes, offsets and numbers in the file for each molecule.
     needed = 13 * atoms + 40 * molecules + table_bytes(loss, molecules, largest)
-    return 4 * needed * local_world_size() <= available
+    return needed <= _SMALL or 4 * needed * local_world_size() <= available
 
 
 def _elements(config: Config, survey: Survey, file: MoleculeFile) -> tuple[int, ...]:

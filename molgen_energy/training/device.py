@@ -24,7 +24,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        float(torch.zeros(1, device=device))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:120]
         raise InputError(f"--device {name} is not available here ({reason})") from error
@@ -44,7 +44,10 @@ def available_memory(device: torch.device) -> int | None:
     found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     limit, used = (_text(f"/sys/fs/cgroup/memory.{what}").strip() for what in ("max", "current"))
     if limit.isdigit() and used.isdigit():
-        found.append(max(0, int(limit) - int(used)))
+        # Pages of files count as used, but go when memory is wanted.
+        parts = dict(line.split() for line in _text("/sys/fs/cgroup/memory.stat").splitlines())
+        cache = int(parts.get("inactive_file", 0)) + int(parts.get("slab_reclaimable", 0))
+        found.append(max(0, int(limit) - int(used) + cache))
     if not lines and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(found, default=None)

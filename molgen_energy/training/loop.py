@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import signal
 import threading
 import time
@@ -21,7 +22,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import IO, Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from molgen_energy.data.batches import Batch
 from molgen_energy.diffusion.process import Terms
 from molgen_energy.distributed import is_main, rank, summed, world_size
 from molgen_energy.errors import InputError, TrainingFailed
-from molgen_energy.output import remove
+from molgen_energy.output import hold, remove
 from molgen_energy.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -46,7 +47,7 @@ from molgen_energy.training.ema import ExponentialMovingAverage
 from molgen_energy.training.metrics import MetricsLog
 
 _MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
-_PEER_LOST = re.compile("closed by peer|reset by peer|Broken pipe|NCCL|gloo", re.IGNORECASE)
+_PEER_LOST = re.compile("(closed|reset) by peer|broken pipe|remote process", re.IGNORECASE)
 
 
 class Task(Protocol):
@@ -209,6 +210,7 @@ class _Trainer:
         )
         self.at = _Progress()
         self.metrics: MetricsLog | None = None
+        self.lock: IO[bytes] | None = None
 
     # -- the run's folder ----------------------------------------------------------------------
 
@@ -217,6 +219,9 @@ class _Trainer:
             self._restore(load_checkpoint(self.folder))
         if not is_main():
             return
+        log = self.folder / "log.txt"
+        log.touch()
+        self.lock = hold(log, str(self.folder))
         (self.folder / "config.yaml").write_text(self.task.config.to_yaml(), encoding="utf-8")
         self.metrics = MetricsLog(self.folder, self.at.step)
         if not resume:
@@ -235,9 +240,12 @@ class _Trainer:
             file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
 
     def _save(self, which: str) -> None:
-        """Write a checkpoint, unless the weights are spoilt: the one that is there is better."""
-        if not self._sound():
-            self._log(f"no checkpoint at step {self.at.step}: weights are not finite")
+        """Write a checkpoint, unless something is wrong: the one that is there is better then.
+
+        It leads to the same steps again.
+        """
+        if not self._sound() or (self.at.skipped_in_row and self.at.step < self.steps):
+            self._log(f"no checkpoint at step {self.at.step}: steps are not finite")
             return
         if not is_main():
             return
@@ -254,7 +262,9 @@ class _Trainer:
         save_checkpoint(path, self.task.config, state | self.task.state, weights)
 
     def _sound(self) -> bool:
-        return all(bool(torch.isfinite(p).all()) for p in self.task.model.parameters())
+        """Whether all weights are finite."""
+        models = (self.task.model, self.ema.model)
+        return all(bool(torch.isfinite(p).all()) for model in models for p in model.parameters())
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         tensors = {"clipper/norms": self.clipper.state()}
@@ -289,6 +299,7 @@ class _Trainer:
         began = time.perf_counter()
         before = self.at.seconds
         row_began, row_samples = began, 0
+        too_large: Batch | None = None
         self.task.model.train()
         try:
             for batch in self._batches():
@@ -319,15 +330,19 @@ class _Trainer:
                     self._log(f"interrupted at step {self.at.step}")
                     raise Stopped(f"stopped at step {self.at.step} of {self.steps}")
         except torch.OutOfMemoryError:
-            self._fail(*self._out_of_memory(batch))
+            too_large = batch  # looked into below: only there is free what the step held
         except RuntimeError as error:
             if world_size() == 1 or not _PEER_LOST.search(str(error)):
                 raise
-            remedy = f"go on with: molgen-energy train --resume {self.folder}"
-            self._fail("another process of the job ended", remedy)
+            what = "another process of the job ended, for the reason that it gives"
+            self._fail(what, f"then: molgen-energy train --resume {shlex.quote(str(self.folder))}")
         finally:
             if self.metrics is not None:
                 self.metrics.close()
+            if self.lock is not None:
+                self.lock.close()
+        if too_large is not None:
+            self._fail(*self._out_of_memory(too_large))
         self._log(f"finished at step {self.at.step}, {self.at.seconds:.0f} s of training")
         at = self.at
         return Summary(self.folder, at.step, at.seconds, at.last_valid, at.skipped)
@@ -397,9 +412,12 @@ class _Trainer:
             self._fail(text, "train anew with a lower --lr")
 
     def _out_of_memory(self, batch: Batch) -> tuple[str, str]:
-        """What to say, with the batch size that fits, found by trying."""
+        """What to say, with the batch size that fits the largest molecules, found by trying."""
         largest, every = len(batch), world_size()
         self.optimizer.zero_grad(set_to_none=True)
+        epoch = self.task.epoch(self.at.step // self.task.batches_per_epoch)
+        alike = (other for other in epoch if other.window == batch.window)
+        batch = max(alike, key=lambda other: float(other.sizes.sum()))
         size = largest
         while size > every:
             size = max(every, size // 2)
@@ -412,7 +430,8 @@ class _Trainer:
                 continue
             finally:
                 self.optimizer.zero_grad(set_to_none=True)
-            return f"out of memory with batches of {largest}", f"{size} fit: --batch-size {size}"
+            remedy = f"{size} fit: train anew with --batch-size {size}"
+            return f"out of memory with batches of {largest}", remedy
         return f"out of memory with batches of {largest}", "not even one molecule fits"
 
     def _fail(self, what: str, remedy: str) -> NoReturn:
