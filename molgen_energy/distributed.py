@@ -130,17 +130,6 @@ def from_main(value: Any) -> Any:
     return values[0]
 
 
-def to_main(value: Any) -> list[Any] | None:
-    """What each process has given, by rank, in process 0; None in the others."""
-    if world_size() == 1:
-        return [value]
-    import torch.distributed as dist
-
-    values = [None] * world_size() if is_main() else None
-    dist.gather_object(value, values, dst=0)
-    return values
-
-
 def summed(values: torch.Tensor) -> torch.Tensor:
     """The sum over all processes of tensors of one shape, in all processes."""
     if world_size() > 1:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from molgen_energy.cli.console import INTERRUPTED, Occasional, progress_bar, say, warn
-from molgen_energy.distributed import world_size
+from molgen_energy.distributed import from_main, is_main, joined, local_device, world_size
 from molgen_energy.errors import InputError
 from molgen_energy.output import check_folder
 
@@ -62,7 +62,6 @@ def command(
     With nothing else, `--loss energy` trains a small model on the bundled sample of QM9.
     """
     from molgen_energy.config import load_config, parse_assignments
-    from molgen_energy.distributed import from_main, is_main, joined, local_device
     from molgen_energy.systems.molecules import MoleculeTask
     from molgen_energy.training.checkpoint import load_checkpoint
     from molgen_energy.training.device import choose_device
@@ -86,7 +85,9 @@ def command(
             _only_length(given, config, assignments, output)
             run = resume
             if (run / "state.yaml").is_file():
-                raise InputError(f"--resume {run} is a checkpoint; name its run, {_run_of(run)}")
+                raise InputError(
+                    f"--resume {run} is a checkpoint; name its run, {run.parent.parent}"
+                )
             checkpoint = load_checkpoint(run)
             settled = checkpoint.config.replaced(given)
         else:
@@ -113,10 +114,6 @@ def command(
             say(f"{stopped}; go on with: molgen-energy train --resume {shlex.quote(str(run))}")
             sys.exit(INTERRUPTED)
     _conclude(settled, summary)
-
-
-def _run_of(checkpoint: Path) -> Path:
-    return checkpoint.parent.parent
 
 
 class _Preparation:

@@ -361,7 +361,7 @@ class _Trainer:
         sums = self._backward(self.model, batch, self._generator())
         # One look at the device's results for all decisions, alike in all processes.
         stop = sums.new_tensor([float(interrupted.is_set())])
-        *values, stopped = (summed(torch.cat([sums, stop]))).tolist()
+        *values, stopped = summed(torch.cat([sums, stop])).tolist()
         values = [value / len(batch) for value in values]
         parameters = list(self.task.model.parameters())
         norm = self.clipper.clip(parameters) if self.training.clip_gradients else _norm(parameters)
