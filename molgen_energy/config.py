@@ -170,7 +170,7 @@ class TrainingConfig(_Section):
     clip_gradients: bool = True
     augment_rotations: bool = False
     low_precision: bool | Auto = "auto"
-    """bfloat16 on pairs; `auto` uses it where the processor has instructions for it."""
+    """bfloat16 on pairs; `auto` uses it where the processor has units for it (AMX, a GPU)."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     log_every: PositiveInt = 50
     validate_every: PositiveInt = 1000
