@@ -86,7 +86,7 @@ def compare(arguments: argparse.Namespace) -> None:
             rows.append(key | row_of(generator, key, folder, arguments.workers))
             write_rows(arguments.output, rows)
     keys = [key_of(generator, arguments.molecules) for generator in generators]
-    show([row for key in keys for row in rows if same(row, key)], generators[0].origin)
+    show([row for key in keys for row in rows if same(row, key)], generators[0].checkpoint.origin)
 
 
 def chosen_samplers(text: str | None, process: str) -> list[str]:

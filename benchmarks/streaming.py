@@ -62,7 +62,7 @@ batches = task.epoch(0)[: per_window * windows]
 print(json.dumps({
     "rows": rows, "imported": imported, "prepared": prepared, "peak": peak(), "start": started,
     "padding": padding(batches), "windows": len({batch.window for batch in batches}),
-    "molecules": task.state["data"]["training_molecules"],
+    "molecules": task.state["data"]["training_samples"],
 }))
 """
 

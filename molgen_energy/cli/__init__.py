@@ -15,7 +15,8 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (preprocess, train, sample, evaluate):
+app.add_typer(preprocess.application(), name="preprocess")
+for verb in (train, sample, evaluate):
     app.command(name=verb.__name__.rsplit(".", 1)[1])(exit_on_error()(verb.command))
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from molgen_energy.config import Config
 from molgen_energy.data.batches import (
     Batch,
     MoleculeBatch,
@@ -47,6 +47,8 @@ from molgen_energy.losses.springs import published_scale, spring_family
 from molgen_energy.models import MODELS
 from molgen_energy.models.geometry import random_rotations
 from molgen_energy.resources import bundled_sample
+from molgen_energy.systems.base import Observer, Outcome, System, springs_in_words
+from molgen_energy.systems.molecule_config import MoleculeConfig
 from molgen_energy.systems.springs import LossInputs, needs_bonds, table_bytes
 from molgen_energy.training.checkpoint import Checkpoint
 from molgen_energy.training.device import available_memory
@@ -91,7 +93,7 @@ PAPER = {
 }
 
 
-def build_model(config: Config, encoding: MoleculeEncoding) -> nn.Module:
+def build_model(config: MoleculeConfig, encoding: MoleculeEncoding) -> nn.Module:
     """The configured network, its weights drawn with the run's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
@@ -104,7 +106,7 @@ def build_model(config: Config, encoding: MoleculeEncoding) -> nn.Module:
         )
 
 
-def build_loss(config: Config, encoding: MoleculeEncoding) -> PositionLoss:
+def build_loss(config: MoleculeConfig, encoding: MoleculeEncoding) -> PositionLoss:
     """The configured loss on positions; needs a config without `auto`."""
     section = config.loss
     if section.name == "energy":
@@ -114,12 +116,12 @@ def build_loss(config: Config, encoding: MoleculeEncoding) -> PositionLoss:
     return POINTWISE_LOSSES[section.name](channels=3 + encoding.features)
 
 
-def _energy(config: Config, scale: float, edges: Edges) -> PairwiseEnergy:
+def _energy(config: MoleculeConfig, scale: float, edges: Edges) -> PairwiseEnergy:
     springs = config.loss.springs
     return PairwiseEnergy(springs.family, scale, edges, springs.distance)
 
 
-def _edges(config: Config) -> Edges:
+def _edges(config: MoleculeConfig) -> Edges:
     section, seed = config.loss.edges, config.training.seed
     if section.kind == "sparse":
         return SparseEdges(section.pool, seed)
@@ -128,7 +130,7 @@ def _edges(config: Config) -> Edges:
     return EDGES[section.kind]()
 
 
-def _encoding(config: Config, elements: Sequence[int]) -> MoleculeEncoding:
+def _encoding(config: MoleculeConfig, elements: Sequence[int]) -> MoleculeEncoding:
     diffusion = config.diffusion
     return MoleculeEncoding(
         tuple(elements), diffusion.position_scale, diffusion.type_scale, diffusion.charge_scale
@@ -173,9 +175,11 @@ class MoleculeTask:
         the configured vocabulary.
     """
 
+    parts: tuple[str, ...] = ("position_loss", "feature_loss")
+
     def __init__(
         self,
-        config: Config,
+        config: MoleculeConfig,
         device: torch.device,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
@@ -218,14 +222,14 @@ class MoleculeTask:
             "size_histogram": survey.size_histogram,
             "data": {
                 "source": self.source,
-                "training_molecules": survey.training_molecules,
+                "training_samples": survey.training_molecules,
                 "fingerprint": survey.fingerprint,
             },
         }
 
     def _open(
         self,
-        config: Config,
+        config: MoleculeConfig,
         file: MoleculeFile,
         loss: PositionLoss,
         progress: Callable[[int, int], None],
@@ -276,7 +280,7 @@ class MoleculeTask:
             molecules = file.read(in_valid[ascending], bonds).select(np.argsort(ascending))
             self._valid = split(molecules, in_valid, None, progress=progress)
 
-    def _settle(self, config: Config) -> Config:
+    def _settle(self, config: MoleculeConfig) -> MoleculeConfig:
         """Replace every `auto` by what it stands for.
 
         What is a mean over the training molecules is one over a sample of them where they are
@@ -316,7 +320,7 @@ class MoleculeTask:
             changes["training.low_precision"] = has_native_bfloat16(self.device)
         return config.replaced(changes)
 
-    def _share_of_springs(self, config: Config, sample: _Split) -> float:
+    def _share_of_springs(self, config: MoleculeConfig, sample: _Split) -> float:
         """Energy of the configured edges for small random errors, as a share of all pairs'."""
         generator = torch.Generator().manual_seed(config.training.seed)
         totals = []
@@ -424,7 +428,9 @@ class MoleculeTask:
         return self._objective(model, clean, mask, generator, given, share)
 
 
-def _in_memory(config: Config, survey: Survey, loss: PositionLoss, device: torch.device) -> bool:
+def _in_memory(
+    config: MoleculeConfig, survey: Survey, loss: PositionLoss, device: torch.device
+) -> bool:
     """Whether training molecules stay in memory; `auto` wants them to take a quarter at most.
 
     What is small stays there in any case, so that a run does not depend on what else is running.
@@ -441,7 +447,7 @@ def _in_memory(config: Config, survey: Survey, loss: PositionLoss, device: torch
     return needed <= _SMALL or 4 * needed * local_world_size() <= available
 
 
-def _elements(config: Config, survey: Survey, file: MoleculeFile) -> tuple[int, ...]:
+def _elements(config: MoleculeConfig, survey: Survey, file: MoleculeFile) -> tuple[int, ...]:
     """The vocabulary; every atom of the file must be in it."""
     present = vocabulary(list(survey.first_atoms))
     if config.data.elements == "auto":
@@ -503,7 +509,7 @@ class MoleculeGenerator:
     ) -> None:
         config, state = checkpoint.config, checkpoint.state
         missing = [key for key in ("elements", "size_histogram") if key not in state]
-        if config.system != "molecules" or missing:
+        if not isinstance(config, MoleculeConfig) or missing:
             raise InputError(f"{checkpoint.path} is no checkpoint of a run on molecules")
         if sizes is not None and not 1 <= sizes[0] <= sizes[1]:
             raise InputError(f"sizes {sizes[0]}-{sizes[1]}: expected 1 or more atoms, ascending")
@@ -527,13 +533,6 @@ class MoleculeGenerator:
         process = config.diffusion.process
         self.sampler_name = DEFAULT_SAMPLERS[process] if sampler is None else sampler
         self.sampler = build_sampler(schedule, process, self.sampler_name, steps, eta)
-
-    @property
-    def origin(self) -> str:
-        """The run and the step that the weights are of; `runs/x/checkpoints/last` is of run x."""
-        path = self.checkpoint.path.resolve()
-        run = path.parents[1].name if path.parent.name == "checkpoints" else path.name
-        return f"{run}, step {self.checkpoint.state['progress']['step']}"
 
     def fingerprint(self) -> str:
         """Of everything in the checkpoint that the molecules depend on, 32 hexadecimal digits."""
@@ -569,3 +568,72 @@ class MoleculeGenerator:
             atomic_numbers[mask].cpu().numpy(),
             offsets_of(sizes.cpu().numpy()),
         )
+
+
+class _MoleculeSampling:
+    """`MoleculeGenerator` for `sample`."""
+
+    def __init__(self, generator: MoleculeGenerator, count: int, batch_size: int | None) -> None:
+        self._generator, self.count, self._batch_size = generator, count, batch_size
+        self.origin = generator.checkpoint.origin
+        sampler = generator.sampler
+        self.method = (
+            f"{generator.sampler_name}, {sampler.steps:,} steps, "
+            f"{sampler.evaluations:,} network evaluations each"
+        )
+
+    def write(self, output: Path, observer: Observer, resume: bool = False) -> Outcome:
+        """Draw the molecules and write them, or go on with it."""
+        from molgen_energy.sampling import sample_to_file  # which knows the generator
+
+        return sample_to_file(
+            self._generator, self.count, output, observer, self._batch_size, resume
+        )
+
+
+class MoleculeSystem(System):
+    """Molecules, drawn by a diffusion model or a flow."""
+
+    name = "molecules"
+    samples = "molecules"
+    config = MoleculeConfig
+    sampling = MappingProxyType(
+        {
+            "count": 100,
+            "n_atoms": None,
+            "seed": 0,
+            "sampler": None,
+            "steps": None,
+            "eta": None,
+            "batch_size": None,
+            "low_precision": False,
+        }
+    )
+    output = "samples.sdf"
+
+    def task(
+        self, config: Any, device: torch.device, progress: Callable[[int, int], None]
+    ) -> MoleculeTask:
+        """What the training loop needs."""
+        return MoleculeTask(config, device, progress)
+
+    def generator(
+        self, checkpoint: Checkpoint, device: torch.device, asked: Mapping[str, Any]
+    ) -> _MoleculeSampling:
+        """What draws molecules with a checkpoint."""
+        generator = MoleculeGenerator(
+            checkpoint,
+            device,
+            asked["seed"],
+            asked["n_atoms"],
+            asked["low_precision"],
+            asked["sampler"],
+            asked["steps"],
+            asked["eta"],
+        )
+        return _MoleculeSampling(generator, asked["count"], asked["batch_size"])
+
+    def details(self, config: Any) -> str:
+        """Springs, and the process where it is not diffusion."""
+        process = "" if config.diffusion.process == "diffusion" else ", by flow matching"
+        return f"{springs_in_words(config.loss)}{process}"

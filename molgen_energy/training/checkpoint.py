@@ -57,6 +57,13 @@ class Checkpoint:
         except safetensors.SafetensorError as error:
             raise InputError(f"{path} is cut off or damaged ({error}); {_REMEDY}") from error
 
+    @property
+    def origin(self) -> str:
+        """The run and the step that the weights are of; `runs/x/checkpoints/last` is of run x."""
+        path = self.path.resolve()
+        run = path.parents[1].name if path.parent.name == "checkpoints" else path.name
+        return f"{run}, step {self.state['progress']['step']}"
+
     def load_weights(self, model: nn.Module, name: str) -> None:
         """Put the weights `model` or `ema` into a model of the same architecture.
 
