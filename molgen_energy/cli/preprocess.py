@@ -50,6 +50,8 @@ def _making(source: type[Source]) -> Callable[..., None]:
     """A command whose options are the fields of a source."""
 
     def make(output: Path, **options: Any) -> None:
+        from molgen_energy.parts import parts_folder
+
         began, log = time.monotonic(), Occasional()
         with progress_bar(transient=True) as bar:
             task = bar.add_task(f"making {source.samples}", total=None)
@@ -58,7 +60,12 @@ def _making(source: type[Source]) -> Callable[..., None]:
                 bar.update(task, completed=done, total=total)
                 log.say(f"{done:,} of {total:,} {source.samples}")
 
-            said = source(**options).write(output, progress)
+            try:
+                said = source(**options).write(output, progress)
+            except (KeyboardInterrupt, OSError):
+                if (folder := parts_folder(output)).exists():
+                    say(f"what is finished stays in {folder}; the same command goes on with it")
+                raise
         say(f"{source.samples} written to {output} in {time.monotonic() - began:.0f} s: {said}")
 
     types = typing.get_type_hints(source)

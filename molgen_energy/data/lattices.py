@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from molgen_energy.errors import InputError
 
+BOUNDARIES = ("open", "periodic")
 Spins = NDArray[np.int8]
 Reals = NDArray[np.float64]
 

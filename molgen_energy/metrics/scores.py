@@ -14,37 +14,12 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
 from molgen_energy import __version__
-from molgen_energy.metrics.rates import Rate
+from molgen_energy.metrics.rates import Mean, Rate
 from molgen_energy.output import printable, replacing
-
-_Z = 1.959963984540054  # two-sided 95 % of the normal distribution
-
-
-@dataclass(frozen=True)
-class Mean:
-    """The mean of samples that are independent, with its standard error."""
-
-    value: float
-    error: float
-    count: int
-
-    @classmethod
-    def of(cls, values: NDArray[np.floating[Any]]) -> Mean:
-        """Of numbers (M,), at least one."""
-        deviation = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
-        return cls(float(values.mean()), deviation / len(values) ** 0.5, len(values))
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """95 % interval; None of a single number."""
-        if not np.isfinite(self.error):
-            return None
-        return self.value - _Z * self.error, self.value + _Z * self.error
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molgen_energy.data.arrays import ArrayFile
-from molgen_energy.metrics.scores import Derived, Mean, Row, Scores, file_name
+from molgen_energy.metrics.rates import Mean
+from molgen_energy.metrics.scores import Derived, Row, Scores, file_name
 
 _DRAWN = 12
 

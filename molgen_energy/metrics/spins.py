@@ -5,27 +5,22 @@ Everything is the same for a configuration and its flip. Energies are in units o
 
 from __future__ import annotations
 
-import math
+import io
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from molgen_energy.data.lattices import Lattices, Reals, Spins
+from molgen_energy.data.spins import read_spins
 from molgen_energy.errors import InputError
-from molgen_energy.metrics.rates import Clusters, Rate
+from molgen_energy.metrics.rates import Clusters, Mean, Rate
+from molgen_energy.metrics.scores import Row, Scores, file_name
 
 _SAME = 1e-6  # of energies, for each bond and in units of the largest |J|
 _STILL = 1e-12  # of a local field, in units of the largest |J|
 _AT_ONCE = 2**18  # sites that a descent works on, so that they stay in the processor's cache
-
-
-class Mean(NamedTuple):
-    """A mean and its standard error; NaN of nothing, and the error of one as well."""
-
-    value: float
-    error: float
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class Outcome:
     @property
     def mean(self) -> Mean:
         """Mean excess, the error from lattice to lattice."""
-        return _mean(self.excess.mean(axis=1) if self.excess.size else np.zeros(0))
+        return Mean.of(self.excess.mean(axis=1) if self.excess.size else np.zeros(0))
 
     @property
     def rate(self) -> Rate:
@@ -71,7 +66,7 @@ class SpinScores:
     @property
     def mean_overlap(self) -> Mean:
         """Mean over lattices."""
-        return _mean(self.overlap)
+        return Mean.of(self.overlap)
 
 
 def judge(
@@ -193,9 +188,83 @@ def _neighbours(lattices: Lattices) -> tuple[NDArray[np.int64], Reals]:
     return table, couplings
 
 
-def _mean(values: Reals) -> Mean:
-    count = len(values)
-    if not count:
-        return Mean(math.nan, math.nan)
-    error = float(values.std(ddof=1)) / math.sqrt(count) if count > 1 else math.nan
-    return Mean(float(values.mean()), error)
+_COLUMNS = ("prediction", "descent from prediction", "descent from random")
+_STARTS = 4
+_DRAWN = 6
+
+
+def judge_spins(path: Path) -> Scores:
+    """Judge a file of predicted spins that carries the ground states.
+
+    Raises
+    ------
+    InputError
+        The file is missing, broken, of another system, or lacks predictions or ground states.
+    """
+    file, lattices = read = read_spins(path, "`molgen-energy sample` from a run on spins")
+    predictions = read.prediction
+    if predictions is None:
+        raise InputError(
+            f"{path} holds no predictions; make them with `molgen-energy sample --data {path}`"
+        )
+    if lattices.spins is None:
+        raise InputError(
+            f"{path} holds no ground states to compare with; find them with `molgen-energy "
+            "preprocess spins --couplings FILE.npz` and predict for that file"
+        )
+    found = judge(lattices, predictions, starts=_STARTS, origin=str(path))
+    outcomes = found.prediction, found.from_prediction, found.from_random
+    ground = Mean.of(lattices.energies())
+    rows = [
+        Row("excess", "energy above the ground state",
+            "mean over lattices, in units of the couplings", [o.mean for o in outcomes]),
+        Row("exact", "ground states", "lattices whose ground state is met",
+            [o.rate for o in outcomes]),
+        Row("overlap", "overlap |q|", "|Σ y ŷ|/L² with the ground state, which may be one of many",
+            [found.mean_overlap, None, None]),
+        Row("ground", "energy of the ground state", "mean over lattices", [ground, None, None]),
+    ]  # fmt: skip
+    notes = []
+    better = found.from_random.mean.value <= found.prediction.mean.value
+    if better:
+        notes.append(
+            "descent from random spins, which needs no network, comes closer to the ground state "
+            "than the prediction"
+        )
+    return Scores(
+        file_name(path),
+        "spins",
+        "lattices",
+        len(lattices),
+        _COLUMNS,
+        rows,
+        notes,
+        file.provenance,
+        {"domains": lambda: draw(lattices.select(slice(_DRAWN)), predictions[:_DRAWN])},
+    )
+
+
+def draw(lattices: Lattices, predictions: Spins) -> bytes:
+    """Ground states, predictions and where they agree, for a few lattices; a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    assert lattices.spins is not None
+    agreement = lattices.spins * predictions
+    # Of the two flips the one that agrees more.
+    sign = np.where(agreement.sum(axis=(1, 2)) < 0, -1, 1)[:, None, None]
+    shown = [
+        ("ground state", lattices.spins, "gray"),
+        ("prediction", predictions * sign, "gray"),
+        ("agreement", agreement * sign, "RdYlGn"),
+    ]
+    figure = Figure(figsize=(1.6 * len(lattices) + 0.4, 5.2), layout="constrained")
+    axes = figure.subplots(3, len(lattices), squeeze=False)
+    for row, (title, values, colours) in zip(axes, shown, strict=True):
+        row[0].set_ylabel(title)
+        for place, value in zip(row, values, strict=True):
+            place.imshow(value, cmap=colours, vmin=-1, vmax=1, interpolation="nearest")
+            place.set(xticks=[], yticks=[])
+    content = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(content)  # type: ignore[no-untyped-call]
+    return content.getvalue()

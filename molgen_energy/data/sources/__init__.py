@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from molgen_energy.data.sources.base import Source
 from molgen_energy.data.sources.shapes import Polygons
+from molgen_energy.data.sources.spins import SpinGlasses
 
-SOURCES: dict[str, type[Source]] = {source.name: source for source in (Polygons,)}
+SOURCES: dict[str, type[Source]] = {source.name: source for source in (Polygons, SpinGlasses)}
 """What is made; QM9 and files of molecules are read."""
 
 __all__ = ["SOURCES", "Source"]

@@ -1,18 +1,24 @@
-"""Random spin glasses with their ground states: drawn by number, solved in several processes."""
+"""Spin glasses with their ground states: drawn by number, solved in several processes."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
-from molgen_energy.data.lattices import Lattices, Spins, check_size
+from molgen_energy.data.lattices import BOUNDARIES, Lattices, Spins, check_size
+from molgen_energy.data.sources.base import Progress, Source, option
 from molgen_energy.data.sources.ground_states import check_installed, ground_states
+from molgen_energy.data.splits import check_fractions, parse_fractions, random_split
 from molgen_energy.errors import InputError, ProcessEnded, unknown_name
 from molgen_energy.metrics.workers import default_workers
 
@@ -67,7 +73,7 @@ def solved_pieces(
     source: Lattices | Callable[[range], Lattices],
     pieces: Mapping[int, range],
     workers: int | None = None,
-) -> Iterator[tuple[int, Lattices]]:
+) -> Generator[tuple[int, Lattices], None, None]:
     """Ground states of pieces, as they are finished and in no order.
 
     Parameters
@@ -206,3 +212,134 @@ def _serve(connection: Connection) -> None:
             connection.send(answer)
         except OSError:
             return
+
+
+@dataclass(frozen=True)
+class SpinGlasses(Source):
+    """Spin glasses on square lattices, with their exact ground states.
+
+    Solved pieces wait in FILE.parts; the same command goes on with what was broken off.
+    """
+
+    name = "spins"
+    samples = "lattices"
+    output = "spins.h5"
+
+    size: int = option(16, "Sites along a side.")
+    count: int = option(20_000, "How many lattices; of a file of couplings all.")
+    boundary: str = option("open", "open, or periodic for an even size.")
+    couplings: str = option(
+        "uniform",
+        "uniform in [-1, 1], binary (-1 or 1), or an .npz of your own with `right` and `down`, "
+        "(M, L, L) each: from site (r, c) to (r, c+1) and to (r+1, c).",
+    )
+    split: str = option("0.475,0.025,0.5", "Shares for training, validation, test.")
+    seed: int = option(0, "Of couplings and split.")
+    workers: int = option(-1, "Processes; -1 is one for each processor.")
+
+    def lattices(self) -> Lattices | Callable[[range], Lattices]:
+        """The lattices without ground states, or what draws those of some numbers.
+
+        Raises
+        ------
+        InputError
+            An option does not serve.
+        """
+        if self.boundary not in BOUNDARIES:
+            raise InputError(unknown_name("boundary", self.boundary, BOUNDARIES))
+        periodic = self.boundary == "periodic"
+        if self.seed < 0:
+            raise InputError(f"--seed {self.seed}: expected 0 or more")
+        check_fractions(parse_fractions(self.split))
+        if self.couplings not in KINDS:
+            path = Path(self.couplings)
+            if path.suffix.lower() != ".npz":
+                raise InputError(unknown_name("--couplings", self.couplings, (*KINDS, "FILE.npz")))
+            from molgen_energy.data.spins import read_couplings
+
+            return read_couplings(path, periodic)
+        check_size(self.size, periodic, f"--size {self.size}")
+        if self.count < 1:
+            raise InputError(f"--count {self.count}: ask for at least one lattice")
+        size, kind, seed = self.size, self.couplings, self.seed
+        return lambda numbers: draw_couplings(numbers, size, periodic, kind, seed)
+
+    def write(self, output: Path, progress: Progress) -> str:
+        """Solve the lattices and write them, from the pieces that are solved already."""
+        from molgen_energy.data.arrays import write_arrays
+        from molgen_energy.data.hdf5 import check_hdf5_name
+        from molgen_energy.parts import Pieces, parts_folder
+
+        check_hdf5_name(output)
+        source = self.lattices()
+        count = len(source) if isinstance(source, Lattices) else self.count
+        size = source.size if isinstance(source, Lattices) else self.size
+        asked: dict[str, Any] = {
+            "couplings": _name(source) if isinstance(source, Lattices) else self.couplings,
+            "size": size,
+            "count": count,
+            "boundary": self.boundary,
+            "seed": self.seed,
+        }
+        check_installed(self.boundary == "periodic")
+        if not parts_folder(output).exists():
+            Pieces.begin(output, asked)
+        wanted = pieces_of(count)
+        with contextlib.closing(Pieces(output, "run the command again", lead=True)) as pieces:
+            for key, value in asked.items():
+                if pieces.manifest.get(key) != value:
+                    raise InputError(
+                        f"{pieces.folder} was begun with {key} {pieces.manifest.get(key)}, not "
+                        f"{value}; go on as it was, or remove that folder"
+                    )
+            solved = {k: found for k in wanted if (found := pieces.load(_file(k))) is not None}
+            done = sum(len(found["spins"]) for found in solved.values())
+            progress(done, count)
+            missing = {k: numbers for k, numbers in wanted.items() if k not in solved}
+            workers = None if self.workers < 0 else self.workers
+            try:
+                with contextlib.closing(solved_pieces(source, missing, workers)) as finished:
+                    for k, lattices in finished:
+                        solved[k] = _columns(lattices)
+                        pieces.keep(_file(k), solved[k])
+                        done += len(lattices)
+                        progress(done, count)
+            finally:
+                if not solved:
+                    pieces.remove()
+            columns = {
+                name: np.concatenate([solved[k][name] for k in wanted])
+                for name in ("right", "down", "spins", "energy")
+            }
+            labels = random_split(count, parse_fractions(self.split), self.seed)
+            write_arrays(
+                output,
+                "spins",
+                f"{count:,} {asked['couplings']} spin glasses of {size}×{size}, "
+                f"{self.boundary} boundary, seed {self.seed}",
+                columns | {"split": labels},
+                asked,
+            )
+            pieces.remove()
+        per_site = float(columns["energy"].mean()) / size**2
+        return f"ground states of mean energy {per_site:.4f} a site"
+
+
+def _file(piece: int) -> str:
+    return f"{piece:06d}.part"
+
+
+def _name(lattices: Lattices) -> str:
+    """What tells given couplings from others."""
+    digest = hashlib.sha256(lattices.couplings().tobytes()).hexdigest()[:16]
+    return f"given ({digest})"
+
+
+def _columns(lattices: Lattices) -> dict[str, NDArray[Any]]:
+    assert lattices.spins is not None
+    return {
+        "right": np.ascontiguousarray(lattices.right),
+        "down": np.ascontiguousarray(lattices.down),
+        "spins": np.ascontiguousarray(lattices.spins),
+        "energy": lattices.energies(),
+    }

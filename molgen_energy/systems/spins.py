@@ -1,0 +1,254 @@
+"""Spin glasses: from couplings to a ground state (section 5 of Kaba et al., NeurIPS 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+
+from molgen_energy.config import (
+    Config,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    TrainingConfig,
+    loss_on,
+    one_of,
+)
+from molgen_energy.data.arrays import write_arrays
+from molgen_energy.data.hdf5 import check_hdf5_name
+from molgen_energy.data.lattices import Lattices, fixed
+from molgen_energy.data.spins import SpinFile, read_couplings, read_spins
+from molgen_energy.data.splits import SPLITS
+from molgen_energy.errors import InputError
+from molgen_energy.losses import (
+    LOSSES,
+    SPIN_LOSSES,
+    CrossEntropy,
+    LocalField,
+    Margin,
+    SpinLoss,
+    TrueEnergy,
+    lattice_couplings,
+)
+from molgen_energy.models import SPIN_MODELS
+from molgen_energy.systems.base import Observer, Outcome, System
+from molgen_energy.systems.supervised import (
+    Examples,
+    Predictor,
+    SupervisedTask,
+    data_path,
+    seeded,
+)
+from molgen_energy.training.checkpoint import Checkpoint
+
+
+class SpinModelConfig(Section):
+    """Network from couplings to a logit for each site."""
+
+    name: Annotated[str, one_of("model", SPIN_MODELS)] = "resnet"
+    layers: PositiveInt = 6
+    width: PositiveInt = 256
+    kernel: Annotated[int, Field(gt=0, le=15, multiple_of=1)] = 3
+    """Odd side of a convolution's window."""
+
+
+class SpinLossConfig(Section):
+    """Loss between logits and a ground state, or of logits alone."""
+
+    name: Annotated[str, loss_on("spins", SPIN_LOSSES, {"positions": LOSSES})] = "local_field"
+    offset: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """h⁰ of `local_field`."""
+    temperature: PositiveFloat = 0.1
+    """T of `local_field` and `true_energy`."""
+    margin: PositiveFloat = 1.0
+    """μ of `margin`."""
+    gauge: Literal["fixed", "either"] = "fixed"
+    """A ground state and its flip are alike: the data's has spin +1 at the first site; `either`
+    takes the nearer of the two."""
+
+
+class SpinConfig(Config):
+    """A run on spin glasses."""
+
+    system: str = "spins"
+    model: SpinModelConfig = SpinModelConfig()
+    loss: SpinLossConfig = SpinLossConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+_LR = 1e-3  # Kaba et al., section 5: Adam 1e-3, for every loss
+
+
+class SpinSystem(System):
+    """Spin glasses on a square lattice, whose ground states are predicted from their couplings."""
+
+    name = "spins"
+    samples = "lattices"
+    config = SpinConfig
+    sampling = MappingProxyType({"count": None, "data": None, "batch_size": None})
+    output = "spins_predicted.h5"
+
+    def task(
+        self, config: Any, device: torch.device, progress: Callable[[int, int], None]
+    ) -> SupervisedTask:
+        """What the training loop needs."""
+        given = read_spins(data_path(config, self.name))
+        if given.lattices.spins is None:
+            raise InputError(f"{given.file.path} holds no ground states; make it with `preprocess`")
+        if config.training.lr == "auto":
+            config = config.replaced({"training.lr": _LR})
+        loss, periodic = build_loss(config), given.lattices.periodic
+
+        def examples(columns: dict[str, NDArray[Any]]) -> Examples:
+            lattices = Lattices(columns["right"], columns["down"], periodic)
+            spins = torch.from_numpy(fixed(columns["spins"])).flatten(1)
+            return Examples(as_channels(lattices), spins[..., None].float())
+
+        def judge(prediction: Tensor, batch: Examples, draws: Tensor) -> Tensor:
+            right, down = batch.inputs.unbind(dim=1)
+            return loss(
+                prediction.flatten(1)[..., None],
+                batch.targets,
+                neighbours=lattice_couplings(right, down, periodic),
+            )
+
+        model = build_model(config, periodic)
+        boundary = given.file.attributes["boundary"]
+        return SupervisedTask(
+            config, device, given.file, examples, model, judge, {"boundary": boundary}
+        )
+
+    def generator(
+        self, checkpoint: Checkpoint, device: torch.device, asked: Mapping[str, Any]
+    ) -> _SpinSampling:
+        """What predicts ground states for given couplings."""
+        return _SpinSampling(checkpoint, device, **asked)
+
+
+def build_model(config: SpinConfig, periodic: bool) -> nn.Module:
+    """The configured network, its weights drawn with the run's seed."""
+    section = config.model
+    if section.kernel % 2 == 0:
+        raise InputError(f"model.kernel: {section.kernel} is even; take an odd one such as 3")
+    return seeded(
+        config.training.seed,
+        lambda: SPIN_MODELS[section.name](
+            2, section.layers, section.width, section.kernel, periodic
+        ),
+    )
+
+
+def build_loss(config: SpinConfig) -> SpinLoss:
+    """The configured loss on logits."""
+    section = config.loss
+    either = section.gauge == "either"
+    losses: dict[str, Callable[[], SpinLoss]] = {
+        "cross_entropy": lambda: CrossEntropy(either),
+        "margin": lambda: Margin(section.margin, either),
+        "local_field": lambda: LocalField(section.offset, section.temperature, either),
+        "true_energy": lambda: TrueEnergy(section.temperature),
+    }
+    return losses[section.name]()
+
+
+def as_channels(lattices: Lattices) -> Tensor:
+    """Couplings as the network takes them, (M, 2, L, L): `right` and `down`."""
+    return torch.from_numpy(lattices.couplings().astype(np.float32))
+
+
+class _SpinSampling:
+    """Predicted ground states of lattices."""
+
+    method = "one network evaluation each"
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        count: int | None,
+        data: Path | None,
+        batch_size: int | None,
+    ) -> None:
+        config, state = checkpoint.config, checkpoint.state
+        if not isinstance(config, SpinConfig) or "boundary" not in state:
+            raise InputError(f"{checkpoint.path} is no checkpoint of a run on spins")
+        self._config, self.origin = config, checkpoint.origin
+        self._boundary = str(state["boundary"])
+        periodic = self._boundary == "periodic"
+        self._lattices, self._source, self._energy = self._given(data, periodic)
+        if count is not None:
+            if not 1 <= count <= len(self._lattices):
+                raise InputError(
+                    f"-n {count}: there are couplings of {len(self._lattices):,} lattices; ask for "
+                    "so many at most, or leave it out"
+                )
+            self._lattices = self._lattices.select(slice(count))
+        self.count = len(self._lattices)
+        self._predict = Predictor(checkpoint, build_model(config, periodic), device, batch_size)
+
+    def _given(
+        self, data: Path | None, periodic: bool
+    ) -> tuple[Lattices, str, NDArray[np.float64] | None]:
+        """Lattices, where they come from, and the energies of their ground states."""
+        if data is not None and data.suffix.lower() not in (".h5", ".hdf5"):
+            return read_couplings(data, periodic), data.name, None
+        path = Path(str(self._config.data.path)) if data is None else data
+        if data is None and not path.is_file():
+            raise InputError(
+                f"{path}, which the run was trained on, is gone; name couplings: --data FILE"
+            )
+        given = read_spins(path)
+        if given.lattices.periodic != periodic:
+            raise InputError(
+                f"{path} holds lattices with {given.file.attributes['boundary']} boundaries, the "
+                f"run was trained on {self._boundary} ones; name others with --data"
+            )
+        return self._tested(given)
+
+    @staticmethod
+    def _tested(given: SpinFile) -> tuple[Lattices, str, NDArray[np.float64] | None]:
+        """The test split of a file, or all of it where it has none."""
+        which = given.file.members("test")
+        name = f"{given.file.path.name}, test split"
+        if not len(which):
+            which, name = np.arange(len(given.file)), given.file.path.name
+        energy = given.file.columns.get("energy")
+        return given.lattices.select(which), name, None if energy is None else energy[which]
+
+    def write(self, output: Path, observer: Observer, resume: bool = False) -> Outcome:
+        """Predict configurations and write them, with the ground states where these are known."""
+        check_hdf5_name(output)
+        logits = self._predict(as_channels(self._lattices), observer.advance).numpy()
+        columns: dict[str, NDArray[Any]] = {
+            "right": self._lattices.right,
+            "down": self._lattices.down,
+            "prediction": fixed(np.where(logits < 0, -1, 1).astype(np.int8)),
+            "split": np.full(self.count, SPLITS.index("test"), np.uint8),
+        }
+        if self._lattices.spins is not None:
+            columns["spins"] = self._lattices.spins
+        if self._energy is not None:
+            columns["energy"] = self._energy[: self.count]
+        provenance = {
+            "checkpoint": self.origin,
+            "couplings": self._source,
+            "config": self._config.to_yaml(),
+        }
+        write_arrays(
+            output,
+            "spins",
+            f"predicted by {self.origin} for {self._source}",
+            columns,
+            {"boundary": self._boundary, "size": self._lattices.size},
+            provenance,
+        )
+        diverged = ~np.isfinite(logits).all(axis=(1, 2))
+        return Outcome(output, self.count, self.count, int(diverged.sum()))
