@@ -144,7 +144,7 @@ def _asked(
     given: dict[str, Any], checkpoint: Path | None, output: Path | None, resume: Path | None
 ) -> tuple[Path, Path, dict[str, Any]]:
     """The checkpoint, the file to write, and a value for each option of the system."""
-    from molgen_energy.output import check_writable, through_links
+    from molgen_energy.output import through_links
     from molgen_energy.parts import parts_folder, read_job
     from molgen_energy.systems import SYSTEMS
     from molgen_energy.training.checkpoint import load_checkpoint, newest_run
@@ -160,7 +160,7 @@ def _asked(
                     f"there serve {serve}"
                 )
         path = through_links(Path(system.output) if output is None else output)
-        check_writable(path)
+        system.check_output(path)
         return found, path, dict(system.sampling) | given
     if output is not None and output != resume:
         raise InputError(f"--resume {resume} names the file itself; leave out -o {output}")

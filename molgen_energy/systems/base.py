@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 
 from molgen_energy.config import Config
+from molgen_energy.data.hdf5 import check_hdf5_name
 from molgen_energy.training.checkpoint import Checkpoint
 
 if TYPE_CHECKING:  # who samples needs no trainer
@@ -109,6 +110,10 @@ class System(ABC):
         InputError
             The checkpoint is damaged or an option does not serve.
         """
+
+    def check_output(self, path: Path) -> None:
+        """Raise `InputError` unless samples can be written to a path; HDF5 it is here."""
+        check_hdf5_name(path)
 
     def describe(self, config: Any, parameters: int) -> str:
         """Network and loss of a run, in a line for the user."""

@@ -46,6 +46,7 @@ from molgen_energy.losses import (
 from molgen_energy.losses.springs import published_scale, spring_family
 from molgen_energy.models import MODELS
 from molgen_energy.models.geometry import random_rotations
+from molgen_energy.output import check_writable
 from molgen_energy.resources import bundled_sample
 from molgen_energy.systems.base import Observer, Outcome, System, springs_in_words
 from molgen_energy.systems.molecule_config import MoleculeConfig
@@ -610,6 +611,13 @@ class MoleculeSystem(System):
         }
     )
     output = "samples.sdf"
+
+    def check_output(self, path: Path) -> None:
+        """Raise `InputError` unless molecules can be written to a path."""
+        from molgen_energy.sampling import check_name
+
+        check_name(path)
+        check_writable(path)
 
     def task(
         self, config: Any, device: torch.device, progress: Callable[[int, int], None]

@@ -28,7 +28,6 @@ from molgen_energy.config import (
     one_of,
 )
 from molgen_energy.data.arrays import ArrayFile, write_arrays
-from molgen_energy.data.hdf5 import check_hdf5_name
 from molgen_energy.data.sources.shapes import RADII
 from molgen_energy.data.splits import SPLITS
 from molgen_energy.errors import InputError
@@ -207,7 +206,6 @@ class _ShapeSampling:
 
     def write(self, output: Path, observer: Observer, resume: bool = False) -> Outcome:
         """Predict the polygons and write them."""
-        check_hdf5_name(output)
         smallest, largest = self._state["radii"]
         rng = np.random.default_rng(self._seed)
         radius = rng.uniform(smallest, largest, self.count).astype(np.float32)

@@ -23,7 +23,6 @@ from molgen_energy.config import (
     one_of,
 )
 from molgen_energy.data.arrays import write_arrays
-from molgen_energy.data.hdf5 import check_hdf5_name
 from molgen_energy.data.lattices import Lattices, fixed
 from molgen_energy.data.spins import SpinFile, read_couplings, read_spins
 from molgen_energy.data.splits import SPLITS
@@ -225,7 +224,6 @@ class _SpinSampling:
 
     def write(self, output: Path, observer: Observer, resume: bool = False) -> Outcome:
         """Predict configurations and write them, with the ground states where these are known."""
-        check_hdf5_name(output)
         logits = self._predict(as_channels(self._lattices), observer.advance).numpy()
         columns: dict[str, NDArray[Any]] = {
             "right": self._lattices.right,
