@@ -184,7 +184,7 @@ def _neighbours(lattices: Lattices) -> tuple[NDArray[np.int64], Reals]:
         index += [np.roll(site, -1, axis), np.roll(site, 1, axis)]
         values += [both[:, kind], np.roll(both[:, kind], 1, axis + 1)]
     table = np.stack([x.reshape(-1) for x in index], axis=-1)
-    couplings = np.stack([x.reshape(len(lattices), -1) for x in values], axis=-1)
+    couplings = np.stack([x.reshape(len(lattices), size * size) for x in values], axis=-1)
     return table, couplings
 
 

@@ -259,9 +259,8 @@ def _spacing(couplings: Reals, bonds: _Bonds) -> float:
     """Energies are whole multiples of it apart: 2 units, or 4 where no flip costs 2 modulo 4."""
     unit = _unit(couplings)
     odd = np.fmod(np.abs(couplings) / unit, 2)
-    return (
-        2 * unit if (np.bincount(bonds.ends.reshape(-1), np.tile(odd, 2)) % 2).any() else 4 * unit
-    )
+    at_sites = np.bincount(bonds.ends.reshape(-1), np.tile(odd, 2)) % 2
+    return (2 if at_sites.any() else 4) * unit
 
 
 # Matching
