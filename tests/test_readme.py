@@ -97,7 +97,7 @@ def test_printed_losses_run():
 
 
 def test_the_check_runs_the_printed_test_command():
-    extras = "dev,qm9,fcd,posebusters,xtb"
+    extras = "dev,qm9,spins,fcd,posebusters,xtb"
     test_command = f"pip install -c constraints.txt -e '.[{extras}]' && python -m pytest"
     assert test_command in README.read_text(encoding="utf-8")
     assert test_command in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -25,7 +26,8 @@ from typer.testing import CliRunner
 
 from molgen_energy import cli as cli_package
 from molgen_energy import metrics
-from molgen_energy.config import Config, Section, TrainingConfig, load_config
+from molgen_energy.cli import sample
+from molgen_energy.config import Config, Section, TrainingConfig, config_names, load_config
 from molgen_energy.data import sources
 from molgen_energy.data.arrays import ArrayFile, write_arrays
 from molgen_energy.data.lattices import Lattices
@@ -82,6 +84,18 @@ def inside(tmp_path, monkeypatch, capfd):
         return SimpleNamespace(stdout=stdout, stderr=stderr)
 
     return run
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_system_is_whole(name):
+    """Defaults for every key, a shipped configuration, options that `sample` has."""
+    system = SYSTEMS[name]
+    assert system.name == name
+    assert system.config.model_validate({"name": "x"}).system == name
+    assert any(load_config(shipped).system == name for shipped in config_names())
+    options = inspect.signature(sample.command).parameters
+    assert set(system.sampling) <= set(options)
+    assert (name in metrics.JUDGES) == (name in sources.SOURCES) == (name != "molecules")
 
 
 # -- polygons ----------------------------------------------------------------------------------
