@@ -190,9 +190,9 @@ class Lattices:
         return spins.astype(np.float64), several
 
 
-def fixed(spins: Spins) -> Spins:
-    """Configurations (..., L, L), flipped where site (0, 0) is −1: the other one of the pair."""
-    return spins * spins[..., :1, :1]
+def fixed(spins: Spins, site: int = 0) -> Spins:
+    """Configurations (..., L, L), flipped where site (s, s) is −1: the other one of the pair."""
+    return spins * spins[..., site : site + 1, site : site + 1]
 
 
 def check_size(size: int, periodic: bool, origin: str = "lattices") -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from molgen_energy.config import (
@@ -49,13 +49,19 @@ from molgen_energy.systems.supervised import (
 from molgen_energy.training.checkpoint import Checkpoint
 
 
+def _odd(number: int) -> int:
+    if number % 2 == 0:
+        raise ValueError(f"expected an odd number such as 3, not {number}")
+    return number
+
+
 class SpinModelConfig(Section):
     """Network from couplings to a logit for each site."""
 
     name: Annotated[str, one_of("model", SPIN_MODELS)] = "resnet"
     layers: PositiveInt = 6
     width: PositiveInt = 256
-    kernel: Annotated[int, Field(gt=0, le=15, multiple_of=1)] = 3
+    kernel: Annotated[int, Field(gt=0, le=15), AfterValidator(_odd)] = 3
     """Odd side of a convolution's window."""
 
 
@@ -70,8 +76,8 @@ class SpinLossConfig(Section):
     margin: PositiveFloat = 1.0
     """μ of `margin`."""
     gauge: Literal["fixed", "either"] = "fixed"
-    """A ground state and its flip are alike: the data's has spin +1 at the first site; `either`
-    takes the nearer of the two."""
+    """A ground state and its flip are alike: `fixed` takes the one with spin +1 in the middle, which
+    the network is told; `either` the nearer of the two."""
 
 
 class SpinConfig(Config):
@@ -83,6 +89,7 @@ class SpinConfig(Config):
     training: TrainingConfig = TrainingConfig()
 
 
+_CHANNELS = 3
 _LR = 1e-3  # Kaba et al., section 5: Adam 1e-3, for every loss
 
 
@@ -108,11 +115,11 @@ class SpinSystem(System):
 
         def examples(columns: dict[str, NDArray[Any]]) -> Examples:
             lattices = Lattices(columns["right"], columns["down"], periodic)
-            spins = torch.from_numpy(fixed(columns["spins"])).flatten(1)
+            spins = torch.from_numpy(fixed(columns["spins"], lattices.size // 2)).flatten(1)
             return Examples(as_channels(lattices), spins[..., None].float())
 
         def judge(prediction: Tensor, batch: Examples, draws: Tensor) -> Tensor:
-            right, down = batch.inputs.unbind(dim=1)
+            right, down, _ = batch.inputs.unbind(dim=1)
             return loss(
                 prediction.flatten(1)[..., None],
                 batch.targets,
@@ -135,12 +142,10 @@ class SpinSystem(System):
 def build_model(config: SpinConfig, periodic: bool) -> nn.Module:
     """The configured network, its weights drawn with the run's seed."""
     section = config.model
-    if section.kernel % 2 == 0:
-        raise InputError(f"model.kernel: {section.kernel} is even; take an odd one such as 3")
     return seeded(
         config.training.seed,
         lambda: SPIN_MODELS[section.name](
-            2, section.layers, section.width, section.kernel, periodic
+            _CHANNELS, section.layers, section.width, section.kernel, periodic
         ),
     )
 
@@ -159,8 +164,15 @@ def build_loss(config: SpinConfig) -> SpinLoss:
 
 
 def as_channels(lattices: Lattices) -> Tensor:
-    """Couplings as the network takes them, (M, 2, L, L): `right` and `down`."""
-    return torch.from_numpy(lattices.couplings().astype(np.float32))
+    """What the network is given, (M, 3, L, L): `right`, `down`, and a 1 at the reference site.
+
+    The reference is the site in the middle, whose spin is +1 in the targets: without it there would
+    be two answers, and the others are nowhere nearer to it.
+    """
+    reference = np.zeros((len(lattices), 1, lattices.size, lattices.size), np.float32)
+    reference[:, :, lattices.size // 2, lattices.size // 2] = 1
+    couplings = lattices.couplings().astype(np.float32)
+    return torch.from_numpy(np.concatenate([couplings, reference], axis=1))
 
 
 class _SpinSampling:
