@@ -287,11 +287,16 @@ def by_matching(lattice: Lattices) -> Solution:
     weights = np.rint(strengths / step)
     lost = float(np.abs(strengths - weights * step).sum())
     frustrated = (couplings < 0)[bonds.squares].sum(axis=1) % 2
+    around = _plaquettes(size)
     # Of two bonds between a corner and the outside the lighter one is enough.
-    graph = pymatching.Matching.from_check_matrix(
-        _plaquettes(size), weights=weights, merge_strategy="smallest-weight"
-    )
-    unsatisfied = graph.decode(frustrated.astype(np.uint8)).astype(bool)
+    border = np.flatnonzero(np.diff(around.indptr) == 1)
+    inner = around.indices[around.indptr[border]]
+    border = border[np.lexsort((weights[border], inner))]
+    lighter = border[np.unique(np.sort(inner), return_index=True)[1]]
+    edges = np.union1d(np.flatnonzero(np.diff(around.indptr) == 2), lighter)
+    graph = pymatching.Matching.from_check_matrix(around[:, edges], weights=weights[edges])
+    unsatisfied = np.zeros(len(weights), bool)
+    unsatisfied[edges] = graph.decode(frustrated.astype(np.uint8))
     agree = np.zeros(2 * size * size, np.int8)
     agree[bonds.places] = np.where((couplings < 0) == unsatisfied, 1, -1)
     right, down = agree.reshape(2, size, size)
