@@ -76,8 +76,8 @@ class SpinLossConfig(Section):
     margin: PositiveFloat = 1.0
     """μ of `margin`."""
     gauge: Literal["fixed", "either"] = "fixed"
-    """A ground state and its flip are alike: `fixed` takes the one with spin +1 in the middle, which
-    the network is told; `either` the nearer of the two."""
+    """A ground state and its flip are alike: `fixed` takes the one with spin +1 in the middle, of
+    which the network is told; `either` the nearer of the two."""
 
 
 class SpinConfig(Config):
