@@ -256,7 +256,7 @@ def draw(lattices: Lattices, predictions: Spins) -> bytes:
     shown = [
         ("ground state", lattices.spins, "gray"),
         ("prediction", predictions * sign, "gray"),
-        ("agreement", agreement * sign, "RdYlGn"),
+        ("agreement", agreement * sign, "PuOr"),
     ]
     figure = Figure(figsize=(1.6 * len(lattices) + 0.4, 5.2), layout="constrained")
     axes = figure.subplots(3, len(lattices), squeeze=False)
