@@ -29,6 +29,7 @@ from molgen_energy.metrics.workers import Workers, default_workers
 from molgen_energy.output import replacing
 from molgen_energy.parts import parts_folder
 from molgen_energy.sampling import sample_to_file
+from molgen_energy.systems.molecule_config import MoleculeConfig
 from molgen_energy.systems.molecules import MoleculeGenerator
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.device import choose_device
@@ -67,7 +68,8 @@ def compare(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     # Read once: a run that is still trained would have other weights for other rows.
     loaded = load_checkpoint(arguments.checkpoint, weights=["ema"])
-    process, trained = loaded.config.diffusion.process, loaded.config.diffusion.steps
+    diffusion = loaded.config_as(MoleculeConfig).diffusion
+    process, trained = diffusion.process, diffusion.steps
     samplers = chosen_samplers(arguments.samplers, process)
     generators = [
         MoleculeGenerator(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import (
@@ -153,11 +153,26 @@ class Config(Section):
     @field_validator("system")
     @classmethod
     def _own_system(cls, name: str) -> str:
-        own = str(cls.model_fields["system"].default)
+        own = cls.of_system()
         if name != own:
-            _schema(name)
             raise ValueError(f"the other keys are those of {own}; take a --config of {name}")
         return name
+
+    @classmethod
+    def of_system(cls) -> str:
+        """The system that this is the configuration of."""
+        return str(cls.model_fields["system"].default)
+
+    @classmethod
+    def of(cls: type[Self], given: Given) -> Self:
+        """Check what a file holds.
+
+        Raises
+        ------
+        InputError
+            A key or a value is not valid.
+        """
+        return _validated(cls, given.values, given.where)
 
     def to_yaml(self) -> str:
         """All values, defaults too."""
@@ -208,13 +223,25 @@ def config_names() -> list[str]:
     return sorted(path.stem for path in resource_directory("configs").glob("*.yaml"))
 
 
-def load_config(name: str | Path) -> Config:
+class Given(NamedTuple):
+    """What a file of configuration holds, not yet checked."""
+
+    where: str
+    values: Mapping[str, Any]
+
+    @property
+    def system(self) -> str:
+        """Which system it is of."""
+        return str(self.values["system"])
+
+
+def read_config(name: str | Path) -> Given:
     """A shipped configuration by name, or a YAML file by path.
 
     Raises
     ------
     InputError
-        There is no such configuration, it is no YAML, or a key or value is not valid.
+        There is no such configuration, or it is no YAML.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
@@ -231,21 +258,7 @@ def load_config(name: str | Path) -> Config:
         raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} does not hold keys and values")
-    values = {"name": path.stem, "system": "molecules"} | values
-    try:
-        schema = _schema(str(values["system"]))
-    except ValueError as error:
-        raise InputError(f"{path}: system: {error}") from None
-    return _validated(schema, values, str(path))
-
-
-def _schema(system: str) -> type[Config]:
-    """The configuration of a physical system."""
-    from molgen_energy.systems import SYSTEMS  # their modules import this one
-
-    if system not in SYSTEMS:
-        raise ValueError(unknown_name("system", system, SYSTEMS))
-    return SYSTEMS[system].config
+    return Given(str(path), {"name": path.stem, "system": "molecules"} | values)
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:

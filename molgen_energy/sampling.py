@@ -258,7 +258,7 @@ class _Work:
         # Written in the folder of the parts, so that a kill leaves nothing elsewhere.
         check_writable(target)
         merged, not_finite, in_order = self._parts.folder / target.name, 0, True
-        with _writer(merged, self._job, self._generator.checkpoint.config.to_yaml()) as writer:
+        with _writer(merged, self._job, self._generator.config.to_yaml()) as writer:
             for batches in self.windows():
                 pieces, numbers = [], []
                 for batch in batches:

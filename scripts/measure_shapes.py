@@ -28,12 +28,11 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from molgen_energy.config import load_config
 from molgen_energy.data.arrays import ArrayFile
 from molgen_energy.data.sources.shapes import Polygons
 from molgen_energy.metrics.shapes import draw_polygon, quality
 from molgen_energy.output import replacing
-from molgen_energy.systems import SYSTEMS
+from molgen_energy.systems import SYSTEMS, load_config
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.loop import train
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from molgen_energy.config import config_names, load_config, parse_assignments
+from molgen_energy.config import config_names, parse_assignments
 from molgen_energy.errors import InputError
+from molgen_energy.systems import load_config
 from molgen_energy.training.loop import total_steps
 
 
@@ -63,7 +64,7 @@ def test_assignments():
         ("data.window=0", r"data\.window: .*greater than 0"),
         ("data.in_memory=sometimes", r"data\.in_memory: "),
         ("data.elements=[Xx]", r"data\.elements: .*no chemical element"),
-        ("system=planets", r"unknown system 'planets'"),
+        ("system=planets", r"other keys are those of molecules"),
         ("system=spins", r"system: the other keys are those of molecules.*--config of spins"),
     ],
 )

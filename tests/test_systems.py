@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from molgen_energy import cli as cli_package
 from molgen_energy import metrics
 from molgen_energy.cli import sample
-from molgen_energy.config import Config, Section, TrainingConfig, config_names, load_config
+from molgen_energy.config import Config, Section, TrainingConfig, config_names
 from molgen_energy.data import sources
 from molgen_energy.data.arrays import ArrayFile, write_arrays
 from molgen_energy.data.lattices import Lattices
@@ -40,7 +40,7 @@ from molgen_energy.losses import SPIN_LOSSES
 from molgen_energy.metrics.rates import Mean
 from molgen_energy.metrics.scores import Row, Scores
 from molgen_energy.metrics.shapes import judge_shapes, quality, regularity
-from molgen_energy.systems import SYSTEMS
+from molgen_energy.systems import SYSTEMS, load_config
 from molgen_energy.systems.base import Outcome, System
 from molgen_energy.systems.shapes import ShapeSystem
 from molgen_energy.systems.spins import SpinSystem
@@ -535,7 +535,7 @@ class ChainGenerator:
 
     def __init__(self, checkpoint, device):
         self.beads = checkpoint.state["beads"]
-        model = chain_model(checkpoint.config, self.beads)
+        model = chain_model(checkpoint.config_as(ChainConfig), self.beads)
         self.predict = Predictor(checkpoint, model, device)
 
     def write(self, output: Path, observer: Any, resume: bool = False) -> Outcome:

@@ -17,13 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import config_of
 
-from molgen_energy.config import Config, load_config
+from molgen_energy.config import Config
 from molgen_energy.diffusion.process import PROCESSES
 from molgen_energy.errors import InputError, TrainingFailed
 from molgen_energy.losses import EDGES, LOSSES, SPRINGS
 from molgen_energy.models.geometry import centred
 from molgen_energy.output import hold
+from molgen_energy.systems import load_config
 from molgen_energy.systems.molecules import PAPER, MoleculeTask
 from molgen_energy.training import checkpoint as checkpoints
 from molgen_energy.training.checkpoint import load_checkpoint, newest_run, save_checkpoint
@@ -126,7 +128,7 @@ def test_interrupted_and_resumed_equals_unbroken(unbroken, tmp_path, at):
         train(MoleculeTask(tiny(), CPU), run, watcher)
     assert watcher.steps[-1] == at
     resumed = Watcher()
-    train(MoleculeTask(load_checkpoint(run).config, CPU), run, resumed, resume=True)
+    train(MoleculeTask(config_of(run), CPU), run, resumed, resume=True)
     assert resumed.steps == list(range(at + 1, 13))
     assert_same_run(unbroken, run)
 
@@ -142,7 +144,12 @@ def test_died_between_checkpoints_and_resumed_equals_unbroken(unbroken, tmp_path
         train(MoleculeTask(tiny(), CPU), run, Watcher({10: crash}))
     with (run / "metrics.csv").open("a") as file:
         file.write("12,0,0.1")  # half a row, as a kill leaves it
-    train(MoleculeTask(load_checkpoint(run).config, CPU), run, Watcher(), resume=True)
+    train(
+        MoleculeTask(config_of(run), CPU),
+        run,
+        Watcher(),
+        resume=True,
+    )
     assert_same_run(unbroken, run)
 
 
@@ -171,7 +178,7 @@ def test_killed_at_any_moment_it_resumes(tmp_path, delay):
     process.wait()
     assert state.exists() or (run / "checkpoints" / "last.old" / "state.yaml").exists()
     at = load_checkpoint(run).state["progress"]["step"]
-    config = load_checkpoint(run).config.replaced({"training.steps": at + 2})
+    config = config_of(run).replaced({"training.steps": at + 2})
     summary = train(MoleculeTask(config, CPU), run, Watcher(), resume=True)
     assert summary.steps == at + 2
     assert not list((run / "checkpoints").glob("*.tmp"))
@@ -228,7 +235,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
 def test_more_steps_go_on(unbroken, tmp_path):
     run = tmp_path / "run"
     train(MoleculeTask(tiny(training__decay="none"), CPU), run, Watcher())
-    longer = load_checkpoint(run).config.replaced({"training.steps": 15})
+    longer = config_of(run).replaced({"training.steps": 15})
     assert train(MoleculeTask(longer, CPU), run, Watcher(), resume=True).steps == 15
 
 
@@ -238,7 +245,7 @@ def test_other_data_is_refused_on_resume(unbroken, tmp_path, sample_path):
     (tmp_path / "other.h5").write_bytes(sample_path.read_bytes())
     with h5py.File(tmp_path / "other.h5", "r+") as file:
         file["split"][:] = 0
-    config = load_checkpoint(unbroken).config.replaced({"data.path": str(tmp_path / "other.h5")})
+    config = config_of(unbroken).replaced({"data.path": str(tmp_path / "other.h5")})
     with pytest.raises(InputError, match="trained on other data"):
         train(MoleculeTask(config, CPU), unbroken, Watcher(), resume=True)
 
@@ -330,7 +337,7 @@ def test_no_checkpoint_while_steps_are_not_finite(tmp_path):
 def test_two_trainers_of_one_run_are_kept_apart(unbroken, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(unbroken, run)
-    config = load_checkpoint(run).config.replaced({"training.steps": 14})
+    config = config_of(run).replaced({"training.steps": 14})
     before = (run / "metrics.csv").read_bytes()
     with hold(run / "log.txt", "run"), pytest.raises(InputError, match="in another process"):
         train(MoleculeTask(config, CPU), run, Watcher(), resume=True)
@@ -356,7 +363,7 @@ def test_skipped_steps_resume_to_the_same_numbers(tmp_path):
     watcher = Watcher({8: lambda: os.kill(os.getpid(), signal.SIGINT)})
     with pytest.raises(Stopped):
         train(broken(), tmp_path / "run", watcher)
-    train(MoleculeTask(load_checkpoint(tmp_path / "run").config, CPU), tmp_path / "run",
+    train(MoleculeTask(config_of(tmp_path / "run"), CPU), tmp_path / "run",
           Watcher(), resume=True)  # fmt: skip
     assert_same_run(tmp_path / "unbroken", tmp_path / "run")
 
@@ -489,7 +496,7 @@ def test_every_loss_resumes_to_the_same_numbers(tmp_path, changes):
     watcher = Watcher({2: lambda: os.kill(os.getpid(), signal.SIGINT)})
     with pytest.raises(Stopped):
         train(MoleculeTask(config, CPU), tmp_path / "run", watcher)
-    settled = load_checkpoint(tmp_path / "run").config
+    settled = config_of(tmp_path / "run")
     train(MoleculeTask(settled, CPU), tmp_path / "run", Watcher(), resume=True)
     assert_same_run(tmp_path / "unbroken", tmp_path / "run")
 

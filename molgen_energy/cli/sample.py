@@ -85,7 +85,7 @@ def command(
     `torchrun --nproc-per-node K -m molgen_energy sample` shares the work.
     """
     from molgen_energy.parts import parts_folder
-    from molgen_energy.systems import SYSTEMS
+    from molgen_energy.systems import system_named
     from molgen_energy.training.checkpoint import load_checkpoint
     from molgen_energy.training.device import choose_device
 
@@ -108,7 +108,7 @@ def command(
             _asked(given, checkpoint, output, resume) if is_main() else None
         )
         loaded = load_checkpoint(found, weights=["ema"])
-        system = SYSTEMS[loaded.config.system]
+        system = system_named(loaded.system, str(loaded.path))
         generator = system.generator(loaded, chosen, asked)
         total, samples = generator.count, system.samples
         shared = "" if world_size() == 1 else f", by {world_size()} processes"
@@ -146,12 +146,13 @@ def _asked(
     """The checkpoint, the file to write, and a value for each option of the system."""
     from molgen_energy.output import through_links
     from molgen_energy.parts import parts_folder, read_job
-    from molgen_energy.systems import SYSTEMS
+    from molgen_energy.systems import SYSTEMS, system_named
     from molgen_energy.training.checkpoint import load_checkpoint, newest_run
 
     if resume is None:
         found = newest_run(Path("runs")) if checkpoint is None else checkpoint
-        system = SYSTEMS[load_checkpoint(found).config.system]
+        begun = load_checkpoint(found)
+        system = system_named(begun.system, str(begun.path))
         for name in given:
             if name not in system.sampling:
                 serve = ", ".join(map(_option, system.sampling))

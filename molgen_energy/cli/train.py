@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from molgen_energy.config import Config
     from molgen_energy.systems import System
-    from molgen_energy.training.loop import Summary, Task
+    from molgen_energy.training.loop import Summary
+    from molgen_energy.training.task import Task
 
 
 def command(
@@ -67,8 +68,8 @@ def command(
 
     With nothing else, `--loss energy` trains a small model on the bundled sample of QM9.
     """
-    from molgen_energy.config import load_config, parse_assignments
-    from molgen_energy.systems import SYSTEMS
+    from molgen_energy.config import parse_assignments
+    from molgen_energy.systems import SYSTEMS, load_config, system_named
     from molgen_energy.training.checkpoint import load_checkpoint
     from molgen_energy.training.device import choose_device
     from molgen_energy.training.loop import Stopped, total_steps, train
@@ -95,7 +96,8 @@ def command(
                     f"--resume {run} is a checkpoint; name its run, {run.parent.parent}"
                 )
             checkpoint = load_checkpoint(run)
-            settled = checkpoint.config.replaced(given)
+            schema = system_named(checkpoint.system, str(run)).config
+            settled = checkpoint.config_as(schema).replaced(given)
         else:
             changes = parse_assignments(assignments)
             settled = load_config(config or "quick").replaced(changes | given)

@@ -11,16 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from molgen_energy.config import Config
 from molgen_energy.data.hdf5 import check_hdf5_name
 from molgen_energy.training.checkpoint import Checkpoint
-
-if TYPE_CHECKING:  # who samples needs no trainer
-    from molgen_energy.training.loop import Task
+from molgen_energy.training.task import Task
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,9 +45,7 @@ from molgen_energy.losses import (
 from molgen_energy.losses.springs import published_scale, spring_family
 from molgen_energy.models import MODELS
 from molgen_energy.models.geometry import random_rotations
-from molgen_energy.output import check_writable
 from molgen_energy.resources import bundled_sample
-from molgen_energy.systems.base import Observer, Outcome, System, springs_in_words
 from molgen_energy.systems.molecule_config import MoleculeConfig
 from molgen_energy.systems.springs import LossInputs, needs_bonds, table_bytes
 from molgen_energy.training.checkpoint import Checkpoint
@@ -508,15 +505,14 @@ class MoleculeGenerator:
         steps: int | None = None,
         eta: float | None = None,
     ) -> None:
-        config, state = checkpoint.config, checkpoint.state
-        missing = [key for key in ("elements", "size_histogram") if key not in state]
-        if not isinstance(config, MoleculeConfig) or missing:
+        self.config, state = checkpoint.config_as(MoleculeConfig), checkpoint.state
+        if not {"elements", "size_histogram"} <= state.keys():
             raise InputError(f"{checkpoint.path} is no checkpoint of a run on molecules")
         if sizes is not None and not 1 <= sizes[0] <= sizes[1]:
             raise InputError(f"sizes {sizes[0]}-{sizes[1]}: expected 1 or more atoms, ascending")
         elements = [atomic_number(name) for name in state["elements"]]
-        self.encoding = _encoding(config, elements)
-        config = config.replaced({"training.low_precision": low_precision})
+        self.encoding = _encoding(self.config, elements)
+        config = self.config.replaced({"training.low_precision": low_precision})
         self.model = build_model(config, self.encoding)
         checkpoint.load_weights(self.model, "ema")
         self.model.to(device).eval()
@@ -538,7 +534,7 @@ class MoleculeGenerator:
     def fingerprint(self) -> str:
         """Of everything in the checkpoint that the molecules depend on, 32 hexadecimal digits."""
         state = self.checkpoint.state
-        digest = hashlib.sha256(self.checkpoint.config.to_yaml().encode())
+        digest = hashlib.sha256(self.config.to_yaml().encode())
         digest.update(repr((state["elements"], list(state["size_histogram"].items()))).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
@@ -569,79 +565,3 @@ class MoleculeGenerator:
             atomic_numbers[mask].cpu().numpy(),
             offsets_of(sizes.cpu().numpy()),
         )
-
-
-class _MoleculeSampling:
-    """`MoleculeGenerator` for `sample`."""
-
-    def __init__(self, generator: MoleculeGenerator, count: int, batch_size: int | None) -> None:
-        self._generator, self.count, self._batch_size = generator, count, batch_size
-        self.origin = generator.checkpoint.origin
-        sampler = generator.sampler
-        self.method = (
-            f"{generator.sampler_name}, {sampler.steps:,} steps, "
-            f"{sampler.evaluations:,} network evaluations each"
-        )
-
-    def write(self, output: Path, observer: Observer, resume: bool = False) -> Outcome:
-        """Draw the molecules and write them, or go on with it."""
-        from molgen_energy.sampling import sample_to_file  # which knows the generator
-
-        return sample_to_file(
-            self._generator, self.count, output, observer, self._batch_size, resume
-        )
-
-
-class MoleculeSystem(System):
-    """Molecules, drawn by a diffusion model or a flow."""
-
-    name = "molecules"
-    samples = "molecules"
-    config = MoleculeConfig
-    sampling = MappingProxyType(
-        {
-            "count": 100,
-            "n_atoms": None,
-            "seed": 0,
-            "sampler": None,
-            "steps": None,
-            "eta": None,
-            "batch_size": None,
-            "low_precision": False,
-        }
-    )
-    output = "samples.sdf"
-
-    def check_output(self, path: Path) -> None:
-        """Raise `InputError` unless molecules can be written to a path."""
-        from molgen_energy.sampling import check_name
-
-        check_name(path)
-        check_writable(path)
-
-    def task(
-        self, config: Any, device: torch.device, progress: Callable[[int, int], None]
-    ) -> MoleculeTask:
-        """What the training loop needs."""
-        return MoleculeTask(config, device, progress)
-
-    def generator(
-        self, checkpoint: Checkpoint, device: torch.device, asked: Mapping[str, Any]
-    ) -> _MoleculeSampling:
-        """What draws molecules with a checkpoint."""
-        generator = MoleculeGenerator(
-            checkpoint,
-            device,
-            asked["seed"],
-            asked["n_atoms"],
-            asked["low_precision"],
-            asked["sampler"],
-            asked["steps"],
-            asked["eta"],
-        )
-        return _MoleculeSampling(generator, asked["count"], asked["batch_size"])
-
-    def details(self, config: Any) -> str:
-        """Springs, and the process where it is not diffusion."""
-        process = "" if config.diffusion.process == "diffusion" else ", by flow matching"
-        return f"{springs_in_words(config.loss)}{process}"

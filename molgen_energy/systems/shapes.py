@@ -194,8 +194,8 @@ class _ShapeSampling:
         seed: int,
         batch_size: int | None,
     ) -> None:
-        config, state = checkpoint.config, checkpoint.state
-        if not isinstance(config, ShapeConfig) or not {"vertices", "radii"} <= state.keys():
+        config, state = checkpoint.config_as(ShapeConfig), checkpoint.state
+        if not {"vertices", "radii"} <= state.keys():
             raise InputError(f"{checkpoint.path} is no checkpoint of a run on shapes")
         if count < 1:
             raise InputError(f"-n {count}: ask for at least one polygon")

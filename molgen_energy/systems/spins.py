@@ -188,8 +188,8 @@ class _SpinSampling:
         data: Path | None,
         batch_size: int | None,
     ) -> None:
-        config, state = checkpoint.config, checkpoint.state
-        if not isinstance(config, SpinConfig) or "boundary" not in state:
+        config, state = checkpoint.config_as(SpinConfig), checkpoint.state
+        if "boundary" not in state:
             raise InputError(f"{checkpoint.path} is no checkpoint of a run on spins")
         self._config, self.origin = config, checkpoint.origin
         self._boundary = str(state["boundary"])

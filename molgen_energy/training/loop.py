@@ -17,7 +17,7 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from molgen_energy import __version__
-from molgen_energy.config import Config, TrainingConfig
+from molgen_energy.config import TrainingConfig
 from molgen_energy.data.batches import Batch
 from molgen_energy.distributed import is_main, rank, summed, world_size
 from molgen_energy.errors import InputError, TrainingFailed
@@ -44,44 +44,10 @@ from molgen_energy.training.checkpoint import (
 from molgen_energy.training.clipping import GradientClipper
 from molgen_energy.training.ema import ExponentialMovingAverage
 from molgen_energy.training.metrics import MetricsLog
+from molgen_energy.training.task import Task
 
 _MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
 _PEER_LOST = re.compile("(closed|reset) by peer|broken pipe|remote process", re.IGNORECASE)
-
-
-class Task(Protocol):
-    """What the loop needs of a physical system."""
-
-    @property
-    def config(self) -> Config:
-        """Without `auto`."""
-        ...
-
-    device: torch.device
-    model: nn.Module
-    state: dict[str, Any]
-    """What a checkpoint carries so that it can be sampled from. Under `data`: `source` in words,
-    the number of `training_samples`, and the `fingerprint` of what is trained on."""
-    parts: tuple[str, ...]
-    """Columns of `metrics.csv` for the parts of the objective."""
-
-    @property
-    def batches_per_epoch(self) -> int: ...
-
-    def epoch(self, epoch: int) -> Sequence[Batch]: ...
-
-    def loss(
-        self, model: nn.Module, batch: Batch, generator: torch.Generator, rank: int, world: int
-    ) -> tuple[Tensor, ...]:
-        """The objective of the samples that process `rank` of `world` takes of a batch, (B,).
-
-        Behind it the parts that it is the sum of, if `parts` names any.
-        """
-        ...
-
-    def validation_loss(self, model: nn.Module) -> float | None: ...
-
-    def close(self) -> None: ...
 
 
 class Observer(Protocol):
