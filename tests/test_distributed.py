@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import torchrun, torchrun_to_end
+from conftest import config_of, torchrun, torchrun_to_end
 from test_training import CPU, Watcher
 
 from molgen_energy.systems import load_config
