@@ -421,6 +421,11 @@ def test_files_of_another_system(inside, tmp_path, glasses, sample_path):
         (("train", "--config", "spins_margin", "--data", "no.h5"), "no.h5 does not exist; make"),
         (("train", "--config", "spins_margin", "--set", "diffusion.steps=5"), "unknown config key"),
         (("train", "--config", "spins_margin", "--set", "system=shapes"), "take a --config of sh"),
+        (
+            ("train", "--config", "shapes_energy", "--set", "loss.springs.distance=features"),
+            "polygons have no features",
+        ),
+        (("train", "--config", "shapes_energy", "--set", "training.lr=auto"), "give a number"),
         (("evaluate", spins, shapes), "judge them apart"),
         (("evaluate", shapes, "--metrics", "all"), "--metrics is for molecules"),
         (("preprocess", "--seed", "1", "spins"), "write `preprocess spins` first"),

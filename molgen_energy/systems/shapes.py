@@ -163,10 +163,10 @@ def build_loss(config: ShapeConfig) -> PositionLoss:
 def _settled(config: ShapeConfig, positions: Tensor) -> ShapeConfig:
     """Without `auto`: springs of mean 1 over pairs of the data."""
     springs = config.loss.springs
-    if config.loss.name != "energy" or not isinstance(springs.scale, str):
-        return config
     if springs.distance == "features":
         raise InputError("loss.springs.distance: polygons have no features; take positions")
+    if config.loss.name != "energy" or not isinstance(springs.scale, str):
+        return config
     if springs.scale == "auto":
         energy = PairwiseEnergy(springs.family)
         target = positions.double()
