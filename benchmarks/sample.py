@@ -22,10 +22,11 @@ from rich.table import Table
 
 from molgen_energy.cli.console import exit_on_error, progress_bar, say
 from molgen_energy.diffusion.samplers import samplers_for
+from molgen_energy.distributed import default_workers
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.metrics.evaluation import Options, lacking
 from molgen_energy.metrics.run import run
-from molgen_energy.metrics.workers import Workers, default_workers
+from molgen_energy.metrics.workers import Workers
 from molgen_energy.output import replacing
 from molgen_energy.parts import parts_folder
 from molgen_energy.sampling import sample_to_file

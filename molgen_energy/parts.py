@@ -91,20 +91,20 @@ class Pieces:
     ----------
     output
         The file.
-    again
-        How the file is begun anew, for messages.
+    command
+        Which command makes it.
     lead
         Whether to keep other processes from writing the file.
 
     Raises
     ------
     InputError
-        There is no such folder, it is damaged, or another process has it.
+        There is no such folder, it is damaged, of another command, or another process has it.
     """
 
-    def __init__(self, output: Path, again: str, lead: bool) -> None:
+    def __init__(self, output: Path, command: str, lead: bool) -> None:
         self.folder = parts_folder(output)
-        path = self.folder / _MANIFEST
+        path, again = self.folder / _MANIFEST, f"{command} again"
         try:
             text = path.read_bytes()
             self.manifest: dict[str, Any] = yaml.safe_load(text)
@@ -117,19 +117,27 @@ class Pieces:
             raise InputError(f"{path} is damaged; remove {self.folder} and {again}") from error
         if not known:
             raise InputError(f"{path} is of another version; remove {self.folder} or change back")
+        begun = self.manifest.pop("command", "sample")
+        if begun != command:
+            raise InputError(
+                f"{self.folder} holds what `molgen-energy {begun}` has finished of {output}; go on "
+                "with that command, or remove the folder"
+            )
         self._salt = hashlib.sha256(text).digest()
         self._lock: IO[bytes] | None = None
         if lead:
             self._lock = hold(path, str(self.folder))
 
     @staticmethod
-    def begin(output: Path, manifest: Mapping[str, Any]) -> None:
+    def begin(output: Path, command: str, manifest: Mapping[str, Any]) -> None:
         """Make the folder; the manifest says, in what YAML can hold, what the file will be."""
         folder = parts_folder(output)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         try:
             temporary.mkdir()
-            text = yaml.safe_dump({"format": FORMAT} | dict(manifest), sort_keys=False)
+            text = yaml.safe_dump(
+                {"format": FORMAT, "command": command} | dict(manifest), sort_keys=False
+            )
             (temporary / _MANIFEST).write_text(text, encoding="utf-8")
             temporary.rename(folder)
         except OSError as error:
@@ -181,7 +189,7 @@ class Parts(Pieces):
     """The folder of finished batches of a file of molecules; made by `create` or `open`."""
 
     def __init__(self, output: Path, lead: bool) -> None:
-        super().__init__(output, "sample again", lead)
+        super().__init__(output, "sample", lead)
         path = self.folder / _MANIFEST
         try:
             values = self.manifest
@@ -213,7 +221,7 @@ class Parts(Pieces):
                 f"{folder} holds molecules of a run that was broken off; go on with "
                 f"`molgen-energy sample --resume {output}`, or remove that folder"
             )
-        cls.begin(output, _plain(job))
+        cls.begin(output, "sample", _plain(job))
         return cls(output, lead=True)
 
     @classmethod
@@ -287,12 +295,24 @@ def check_same(begun: Job, now: Job, output: Path) -> None:
             f"{now.checkpoint} holds other weights ({now.origin}) than {folder} was begun with "
             f"({begun.origin}); name those with --checkpoint, or remove {folder} and sample again"
         )
-    there, here = _plain(begun), _plain(now)
-    for name in there:
-        if name not in ("checkpoint", "origin") and there[name] != here[name]:
+    elsewhere = {"checkpoint", "origin"}
+    there, here = (
+        {name: value for name, value in _plain(job).items() if name not in elsewhere}
+        for job in (begun, now)
+    )
+    check_unchanged(there, here, folder, "sample")
+
+
+def check_unchanged(
+    there: Mapping[str, Any], here: Mapping[str, Any], folder: Path, command: str
+) -> None:
+    """Refuse to go on with what was begun otherwise; names the first thing that differs."""
+    for name in here:
+        if there.get(name) != here[name]:
             raise InputError(
-                f"{folder} was begun with {name.replace('_', ' ')} {there[name]}, which cannot "
-                f"change to {here[name]}; go on as it was, or remove that folder and sample again"
+                f"{folder} was begun with {name.replace('_', ' ')} {there.get(name)}, which cannot "
+                f"change to {here[name]}; go on as it was, or remove that folder and {command} "
+                "again"
             )
 
 

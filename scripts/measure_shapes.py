@@ -28,7 +28,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from molgen_energy.data.arrays import ArrayFile
+from molgen_energy.data.shapes import read_polygons
 from molgen_energy.data.sources.shapes import Polygons
 from molgen_energy.metrics.shapes import draw_polygon, quality
 from molgen_energy.output import replacing
@@ -115,7 +115,7 @@ def measured(
             asked = {"count": JUDGED, "seed": seed, "batch_size": None}
             out = Path(folder) / f"{seed}.h5"
             system.generator(checkpoint, device, asked).write(out, Silent())
-            file = ArrayFile(out, "shapes", ("radius", "positions"))
+            file = read_polygons(out, "this")
             scores.append(quality(file.columns["positions"]))
             shown = file.columns["positions"][:12] / file.columns["radius"][:12, None, None]
         assert shown is not None

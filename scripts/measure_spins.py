@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from molgen_energy.data.sources.spins import SpinGlasses
-from molgen_energy.errors import InputError
 from molgen_energy.metrics.rates import Mean
 from molgen_energy.metrics.spins import judge_spins
 from molgen_energy.output import remove, replacing
@@ -124,13 +123,8 @@ def measured(
     )
     run = work / f"{boundary}-{loss}-{gauge}-{seed}"
     system = SYSTEMS["spins"]
-    resume = run.exists()
-    try:
-        task = system.task(config, device, ignored)
-        summary = train(task, run, Silent(), resume)
-    except InputError:
-        remove(run)  # killed before its first checkpoint
-        return measured(boundary, loss, gauge, seed, scale, work, device)
+    task = system.task(config, device, ignored)
+    summary = train(task, run, Silent(), resume=(run / "checkpoints").exists())
     asked = {"count": None, "data": None, "batch_size": 256}
     predicted = work / f"{run.name}.h5"
     checkpoint = load_checkpoint(run, weights=["ema"])

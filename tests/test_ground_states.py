@@ -202,12 +202,12 @@ def changed(value, where=(1, 2, 2)):
         ((GOOD[:, :3], GOOD[:, :3], True), "^mine: .*not those of square lattices"),
         ((GOOD[0], GOOD[0], True), "^mine: .*not those of square lattices"),
         ((GOOD[:, :1, :1], GOOD[:, :1, :1], False), "^mine: a size of 1 .*take at least 2"),
-        ((changed(np.nan), GOOD, True), "^mine: record 1 has couplings that are not finite.*leave"),
-        ((GOOD, changed(np.inf), False), "^mine: record 1 .*not finite"),
-        ((changed(1e39), GOOD, False), "^mine: record 1 .*not finite numbers of float32"),
-        ((changed(0, 2), changed(0, 2), True), "^mine: record 2 .*all zero, .*leave it out"),
+        ((changed(np.nan), GOOD, True), "^mine: record 2 has couplings that are not finite.*leave"),
+        ((GOOD, changed(np.inf), False), "^mine: record 2 .*not finite"),
+        ((changed(1e39), GOOD, False), "^mine: record 2 .*not finite numbers of float32"),
+        ((changed(0, 2), changed(0, 2), True), "^mine: record 3 .*all zero, .*leave it out"),
         ((GOOD, GOOD, True, GOOD[:2]), "^mine: spins of shape .*do not fit"),
-        ((GOOD, GOOD, True, changed(0)), "^mine: record 1 has spins other than 1 and -1"),
+        ((GOOD, GOOD, True, changed(0)), "^mine: record 2 has spins other than 1 and -1"),
     ],
 )
 def test_unusable_lattices(arguments, message):
@@ -309,7 +309,8 @@ def test_torus_at_full_size():
         for k in range(len(lattices)):
             solution = by_program(lattices.select([k]))
             assert solution.bound <= solution.energy < solution.bound + apart
-        certify(lattices, ground_states(lattices), lattices.energies(ground_states(lattices)))
+        energies = lattices.energies(ground_states(lattices))
+        certify(lattices, ground_states(lattices), energies, energies)
 
 
 @pytest.mark.parametrize("seed", [7, 16, 54, 127])
@@ -405,12 +406,14 @@ def test_wrong_configurations_are_noticed(monkeypatch):
     lattices = draw_couplings(range(3), 8, False, "uniform", 0)
     spins = ground_states(lattices)
     energies = lattices.energies(spins)
-    certify(lattices, spins, energies)
+    certify(lattices, spins, energies, energies)
     with pytest.raises(RuntimeError, match=r"^lattice 1 of 3: the solver's energy"):
-        certify(lattices, spins, energies + np.array([0, 1e-3, 0]))
+        certify(lattices, spins, energies + np.array([0, 1e-9, 0]), energies)
+    with pytest.raises(RuntimeError, match=r"^lattice 2 of 3: .*does not rule out a lower energy"):
+        certify(lattices, spins, energies, energies - np.array([0, 0, 2.0**-21]))
     spins[2, 3, 3] *= -1
     with pytest.raises(RuntimeError, match=r"^lattice 2 of 3: .*not even locally stable"):
-        certify(lattices, spins, lattices.energies(spins))
+        certify(lattices, spins, lattices.energies(spins), lattices.energies(spins))
 
     def failing(lattice):
         raise RuntimeError("no way")
@@ -423,7 +426,7 @@ def test_wrong_configurations_are_noticed(monkeypatch):
     with pytest.raises(ValueError, match="open boundaries alone"):
         by_matching(draw_couplings([0], 4, True, "uniform", 0))
     zero = np.zeros((1, 4, 4), np.float32)
-    with pytest.raises(InputError, match="record 0 has couplings that are all zero"):
+    with pytest.raises(InputError, match="record 1 has couplings that are all zero"):
         ground_states(Lattices(zero, zero, True))
 
 
@@ -533,7 +536,7 @@ def test_dead_process():
 def test_errors_of_processes():
     lattices = draw_couplings(range(4), 4, False, "uniform", 0)
     lattices.right[3] = lattices.down[3] = 0
-    with pytest.raises(InputError, match="record 1 has couplings that are all zero"):
+    with pytest.raises(InputError, match="record 2 has couplings that are all zero"):
         list(solved_pieces(lattices, pieces_of(4, 2), workers=1))
 
 
@@ -701,7 +704,7 @@ def test_judge_of_wrong_files(solved, rng):
     """Spins that something is lower than are no ground states."""
     wrong = solved.spins.copy()
     wrong[4, 2, 2] *= -1
-    match = r"^file\.h5: the spins of record 4 are not a ground state.*lower by .*solve"
+    match = r"^file\.h5: the spins of record 5 are not a ground state.*lower by .*solve"
     with pytest.raises(InputError, match=match):
         judge(solved.with_spins(wrong), solved.spins, origin="file.h5")
     with pytest.raises(InputError, match=match):  # descent finds it, where the prediction does not

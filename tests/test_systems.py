@@ -19,6 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import torchrun_to_end
 from torch import nn
@@ -29,17 +30,19 @@ from molgen_energy import metrics
 from molgen_energy.cli import sample
 from molgen_energy.config import Config, Section, TrainingConfig, config_names
 from molgen_energy.data import sources
-from molgen_energy.data.arrays import ArrayFile, write_arrays
+from molgen_energy.data.arrays import ArrayFile, Column, write_arrays
 from molgen_energy.data.lattices import Lattices
+from molgen_energy.data.shapes import read_polygons
 from molgen_energy.data.sources.base import Source, option
 from molgen_energy.data.sources.shapes import Polygons, polygons
 from molgen_energy.data.sources.spins import draw_couplings
-from molgen_energy.data.spins import read_spins
+from molgen_energy.data.spins import read_couplings, read_spins
 from molgen_energy.errors import InputError
 from molgen_energy.losses import SPIN_LOSSES
 from molgen_energy.metrics.rates import Mean
-from molgen_energy.metrics.scores import Row, Scores
+from molgen_energy.metrics.scores import Row, Scores, as_json
 from molgen_energy.metrics.shapes import judge_shapes, quality, regularity
+from molgen_energy.parts import Pieces
 from molgen_energy.systems import SYSTEMS, load_config
 from molgen_energy.systems.base import Outcome, System
 from molgen_energy.systems.shapes import ShapeSystem
@@ -292,10 +295,15 @@ def test_spins_by_command(inside, tmp_path, glasses):
     inside("sample", "--checkpoint", "run", "--data", "mine.npz", "-o", "mine.h5")
     mine = read_spins(tmp_path / "mine.h5")
     np.testing.assert_array_equal(mine.prediction, predicted.prediction[:5])
+    np.testing.assert_array_equal(mine.file.columns["record"], [1, 2, 3, 4, 5])
+    numbers = predicted.file.columns["record"] - 1
+    np.testing.assert_array_equal(given.lattices.right[numbers], test.right)
     assert "no ground states" in inside("evaluate", "mine.h5", code=2).stderr
     assert "no predictions" in inside("evaluate", "spins.h5", code=2).stderr
     inside("preprocess", "spins", "--couplings", "mine.npz", "-o", "solved.h5", "--workers", "0")
     solved = read_spins(tmp_path / "solved.h5")
+    inside("sample", "--checkpoint", "run", "--data", "solved.h5", "-o", "whole.h5")
+    assert "5 lattices" in inside("evaluate", "whole.h5").stdout
     np.testing.assert_allclose(solved.file.columns["energy"], test.energies()[:5])
 
 
@@ -319,7 +327,7 @@ def test_every_loss_on_spins_trains(tmp_path, glasses, name):
 
 def test_a_flip_of_the_data_changes_nothing(tmp_path, glasses):
     """The gauge is fixed where data is read, whatever the file holds."""
-    given = ArrayFile(glasses / "spins.h5", "spins", ("right", "down", "spins"))
+    given = read_spins(glasses / "spins.h5").file
     columns = dict(given.columns)
     columns["spins"] = columns["spins"] * np.where(np.arange(80) % 2, -1, 1)[:, None, None]
     columns["spins"] = columns["spins"].astype(np.int8)
@@ -356,7 +364,7 @@ def test_solving_is_resumed(inside, tmp_path, number):
         assert process.returncode == 130
         assert "the same command goes on with it" in stderr
     said = inside(*command[:4], "--count", "401", "--seed", "3", code=2).stderr
-    assert re.search(r"was begun with count 400, not 401", said)
+    assert re.search(r"was begun with count 400, which cannot change to 401", said)
     kept[0].write_bytes(kept[0].read_bytes()[:-1] + b"?")  # damaged: solved again
     inside(*command, "--workers", "0")
     assert not folder.exists()
@@ -379,11 +387,15 @@ def test_solving_is_resumed(inside, tmp_path, number):
         (("--boundary", "free"), r"unknown boundary 'free'.*open, periodic"),
         (("--couplings", "gauss"), r"'gauss'.*uniform, binary, FILE\.npz"),
         (("--couplings", "none.npz"), r"none\.npz does not exist"),
-        (("--couplings", "zero.npz"), r"zero\.npz: record 1 .*all zero.*ground state"),
+        (("--couplings", "zero.npz"), r"zero\.npz: record 2 .*all zero.*ground state"),
         (("--couplings", "half.npz"), r"half\.npz lacks the array 'down'"),
         (("--couplings", "text.npz"), r"text\.npz is no \.npz"),
         (("--couplings", "flat.npz"), r"flat\.npz: .*\(M, L, L\)"),
         (("--seed", "-1"), r"--seed -1"),
+        (("--seed", str(2**64)), r"--seed 18446744073709551616: expected"),
+        (("--workers", "-7"), r"--workers -7"),
+        (("--couplings", "open.npz"), r"record 1 has couplings beyond the open boundary"),
+        (("--couplings", "open.npz", "--size", "4"), r"--size and --count are those of open\.npz"),
         (("--split", "2,0,0"), r"must be three shares"),
         (("-o", "spins.txt"), r"must end in \.h5"),
         (("-o", "nowhere/spins.h5"), r"does not exist"),
@@ -396,6 +408,7 @@ def test_bad_options_of_spins(inside, tmp_path, arguments, message):
     )
     np.savez(tmp_path / "half.npz", right=couplings)
     np.savez(tmp_path / "flat.npz", right=couplings[0], down=couplings[0])
+    np.savez(tmp_path / "open.npz", right=couplings, down=couplings)
     (tmp_path / "text.npz").write_text("1 2 3")
     before = set(tmp_path.iterdir())
     stderr = inside("preprocess", "spins", *arguments, code=2).stderr
@@ -425,7 +438,10 @@ def test_files_of_another_system(inside, tmp_path, glasses, sample_path):
             ("train", "--config", "shapes_energy", "--set", "loss.springs.distance=features"),
             "polygons have no features",
         ),
-        (("train", "--config", "shapes_energy", "--set", "training.lr=auto"), "give a number"),
+        (
+            ("train", "--config", "spins_margin", "--springs", "constant"),
+            "--springs goes with --lo",
+        ),
         (("evaluate", spins, shapes), "judge them apart"),
         (("evaluate", shapes, "--metrics", "all"), "--metrics is for molecules"),
         (("preprocess", "--seed", "1", "spins"), "write `preprocess spins` first"),
@@ -441,6 +457,7 @@ def test_options_of_another_system(inside, tmp_path, glasses):
     inside("train", "--config", "spins_margin", "--data", glasses / "spins.h5", "--steps", "1",
         "-o", "lattices", *SMALL)  # fmt: skip
     np.savez(tmp_path / "zero.npz", right=np.zeros((1, 4, 4)), down=np.zeros((1, 4, 4)))
+    (tmp_path / "some.h5").write_bytes((glasses / "spins.h5").read_bytes())
     inside("preprocess", "spins", "--size", "4", "--count", "5", "--boundary", "periodic",
         "-o", "torus.h5", "--workers", "0")  # fmt: skip
     for arguments, message in (
@@ -449,7 +466,13 @@ def test_options_of_another_system(inside, tmp_path, glasses):
         (("polygons", "-n", "0"), "-n 0"),
         (("polygons", "-o", "a.sdf"), "must end in .h5"),
         (("lattices", "--seed", "1"), "--seed has no meaning for lattices"),
-        (("lattices", "-n", "1000"), "couplings of 40 lattices"),
+        (("lattices", "-n", "1000"), "-n 1000: expected 1 to 40"),
+        (("lattices", "-n", "0"), "-n 0: expected 1 to 40"),
+        (("lattices", "-o", glasses / "spins.h5"), "is a file that samples are made from"),
+        (
+            ("lattices", "--data", "some.h5", "-o", "some.h5"),
+            "is a file that samples are made from",
+        ),
         (("lattices", "--data", "shapes.h5"), "holds shapes, not spins"),
         (("lattices", "--data", "torus.h5"), "periodic boundaries, the run was trained on open"),
         (("lattices", "--data", "zero.npz"), "all zero"),
@@ -469,8 +492,99 @@ def test_predictions_better_than_the_ground_state_are_refused(tmp_path, glasses)
         "spins": np.ones_like(given.lattices.spins), "prediction": given.lattices.spins,
     }  # fmt: skip
     write_arrays(tmp_path / "b.h5", "spins", "wrong", columns, {"boundary": "open"})
-    with pytest.raises(InputError, match=r"record 0 are not a ground state"):
+    with pytest.raises(InputError, match=r"record 1 are not a ground state"):
         metrics.JUDGES["spins"](tmp_path / "b.h5")
+
+
+def test_spoilt_files_of_spins(tmp_path, glasses):
+    for name, index, value, message in (
+        ("energy", 7, 0.0, "record 8: its energy is not that of its spins"),
+        ("right", (3, 0, 0), np.nan, "record 4: right holds what is not a finite"),
+        ("spins", (5, 0, 0), 0, "record 6 has spins other than 1 and -1"),
+    ):
+        (tmp_path / "a.h5").write_bytes((glasses / "spins.h5").read_bytes())
+        with h5py.File(tmp_path / "a.h5", "a") as file:
+            file[name][index] = value
+        with pytest.raises(InputError, match=message):
+            read_spins(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file.attrs["boundary"] = [1, 2]
+    with pytest.raises(InputError, match="its boundary is"):
+        read_spins(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file.attrs["schema"] = "one"
+    with pytest.raises(InputError, match="has schema one"):
+        read_spins(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("cut", [0, 1, 30, 200])
+def test_damaged_couplings(tmp_path, cut):
+    np.savez_compressed(tmp_path / "a.npz", right=np.ones((5, 4, 4)), down=np.ones((5, 4, 4)))
+    content = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(content[:cut] if cut < 200 else content[:40] + content[44:])
+    with pytest.raises(InputError, match=r"a\.npz"):
+        read_couplings(tmp_path / "a.npz", True)
+
+
+def test_a_diverged_network_is_named(inside, tmp_path, glasses):
+    """What is no number is not written, as +1 or otherwise."""
+    inside("train", "--config", "spins_margin", "--data", glasses / "spins.h5", "--steps", "1",
+           "-o", "run", *SMALL)  # fmt: skip
+    path = tmp_path / "run" / "checkpoints" / "last" / "ema.safetensors"
+    weights = safetensors.torch.load_file(path)
+    weights["read.bias"][:] = torch.nan
+    safetensors.torch.save_file(weights, path)
+    stderr = inside("sample", "--checkpoint", "run", code=2).stderr
+    assert "of 40 of 40 samples the network makes what is no number" in stderr
+    assert not (tmp_path / "spins_predicted.h5").exists()
+
+
+def test_true_energy_needs_no_ground_states(inside, tmp_path, glasses):
+    given = read_spins(glasses / "spins.h5")
+    columns = {"right": given.lattices.right, "down": given.lattices.down}
+    write_arrays(tmp_path / "bare.h5", "spins", "bare", columns, {"boundary": "open"})
+    command = ("train", "--data", "bare.h5", "--steps", "2", *SMALL)
+    inside(*command, "--config", "spins_true_energy", "-o", "run")
+    said = inside(*command, "--config", "spins_margin", code=2).stderr
+    assert "holds no ground states, which the loss margin needs" in said
+
+
+def test_windows_around_a_torus(inside, tmp_path):
+    inside("preprocess", "spins", "--size", "4", "--count", "9", "--boundary", "periodic",
+           "--workers", "0")  # fmt: skip
+    command = ("train", "--config", "spins_margin", "--steps", "1", "-o", "run", *SMALL)
+    said = inside(*command, "--set", "model.kernel=11", code=2).stderr
+    assert "goes more than once around a lattice of size 4" in said
+    assert not (tmp_path / "run").exists()
+    inside(*command, "--set", "model.kernel=9")
+
+
+def test_pieces_of_another_command(inside, tmp_path):
+    """`sample --resume` does not tell anybody to remove solved lattices, nor the other way."""
+    Pieces.begin(tmp_path / "a.h5", "preprocess spins", {"count": 3})
+    said = inside("sample", "--resume", "a.h5", code=2).stderr
+    assert "holds what `molgen-energy preprocess spins` has finished" in said
+    Pieces.begin(tmp_path / "b.h5", "sample", {"count": 3})
+    said = inside("preprocess", "spins", "--size", "4", "--count", "3", "-o", "b.h5", code=2).stderr
+    assert "holds what `molgen-energy sample` has finished" in said
+
+
+def test_processes_that_sample_what_is_not_shared(inside, tmp_path):
+    inside("preprocess", "shapes", "--vertices", "5", "--count", "50")
+    inside("train", "--config", "shapes_energy", "--steps", "1", "-o", "run", *SMALL)
+    done = torchrun_to_end(tmp_path, "sample", "--checkpoint", "run", "-o", "a.h5")
+    assert done.returncode == 0
+    assert done.stderr.count("100 polygons written to a.h5") == 1
+    assert "processes" not in done.stderr
+
+
+def test_figures_without_a_number_are_json(tmp_path):
+    data = tmp_path / "shapes.h5"
+    Polygons(count=3, vertices=4).write(data, no_progress)
+    with h5py.File(data, "a") as file:
+        file["positions"][:] = 0
+    found = json.loads(json.dumps(as_json([judge_shapes(data)]), allow_nan=False))
+    assert found["files"][0]["metrics"]["quality"]["4-gons"]["value"] is None
 
 
 def test_damaged_files(tmp_path):
@@ -479,21 +593,47 @@ def test_damaged_files(tmp_path):
     with h5py.File(data, "a") as file:
         file["positions"][3, 0, 0] = np.nan
     with pytest.raises(InputError, match="record 4: positions holds what is not a finite"):
-        ArrayFile(data, "shapes", ("radius", "positions"))
+        read_polygons(data, "")
     with h5py.File(data, "a") as file:
         del file["radius"]
     with pytest.raises(InputError, match="lacks the data set 'radius'"):
-        ArrayFile(data, "shapes", ("radius", "positions"))
+        read_polygons(data, "")
+    Polygons(count=10, vertices=4).write(data, no_progress)
     with h5py.File(data, "a") as file:
+        del file["radius"]
         file["radius"] = np.ones(9, np.float32)
     with pytest.raises(InputError, match="lengths of its data sets disagree"):
-        ArrayFile(data, "shapes", ("radius", "positions"))
+        read_polygons(data, "")
+    for name, values, message in (
+        ("radius", np.ones((10, 1), np.float32), r"radius must be floating-point numbers \(M\)"),
+        ("radius", np.arange(10), "radius must be floating-point"),
+        ("radius", np.float32(1), "radius must be floating-point"),
+        ("radius", np.zeros(10, np.float32), "record 1: its radius is not above 0"),
+        ("positions", np.ones((10, 4, 3), np.float32), r"positions must be .*\(M, N, 2\)"),
+        ("positions", np.ones((10, 2, 2), np.float32), "3 or more"),
+        ("positions", np.ones((10, 8), np.float32), r"positions must be .*\(M, N, 2\)"),
+        ("split", np.zeros((10, 2), np.uint8), r"split must be integers \(M\)"),
+    ):
+        Polygons(count=10, vertices=4).write(data, no_progress)
+        with h5py.File(data, "a") as file:
+            del file[name]
+            file[name] = values
+        with pytest.raises(InputError, match=message):
+            read_polygons(data, "")
+    with h5py.File(data, "a") as file:
+        del file["split"]
+        file.create_group("split")
+    with pytest.raises(InputError, match="split must be integers"):
+        read_polygons(data, "")
     data.write_bytes(data.read_bytes()[:3000])
     with pytest.raises(InputError, match=r"cut off|not a readable"):
-        ArrayFile(data, "shapes", ("radius", "positions"))
+        read_polygons(data, "")
 
 
 # -- a system of one's own: the README's recipe -------------------------------------------------
+
+
+CHAIN_COLUMNS = {"length": Column(()), "positions": Column(("beads", 3))}
 
 
 @dataclass(frozen=True)
@@ -536,7 +676,8 @@ def chain_model(config: ChainConfig, beads: int) -> nn.Module:
 
 
 class ChainGenerator:
-    method, origin, count = "one network evaluation each", "a run", 50
+    method, origin, count, shared = "one network evaluation each", "a run", 50, False
+    inputs: tuple[Path, ...] = ()
 
     def __init__(self, checkpoint, device):
         self.beads = checkpoint.state["beads"]
@@ -561,7 +702,7 @@ class ChainSystem(System):
         from molgen_energy.losses import PairwiseEnergy
 
         energy = PairwiseEnergy("constant")
-        file = ArrayFile(data_path(config, self.name), self.name, ("length", "positions"))
+        file = ArrayFile(data_path(config, self.name), self.name, CHAIN_COLUMNS)
         beads = file.columns["positions"].shape[1]
         return SupervisedTask(
             config, device, file,
@@ -580,7 +721,7 @@ class ChainSystem(System):
 
 
 def judge_chains(path: Path) -> Scores:
-    file = ArrayFile(path, "chains", ("length", "positions"))
+    file = ArrayFile(path, "chains", CHAIN_COLUMNS)
     steps = np.linalg.norm(np.diff(file.columns["positions"], axis=1), axis=-1)
     error = np.abs(steps.mean(axis=1) / file.columns["length"] - 1)
     row = Row("error", "error of the distance", "relative", [Mean.of(error)])

@@ -32,7 +32,7 @@ from molgen_energy.training.checkpoint import load_checkpoint, newest_run, save_
 from molgen_energy.training.clipping import GradientClipper
 from molgen_energy.training.ema import ExponentialMovingAverage
 from molgen_energy.training.loop import Stopped, learning_rate, total_steps, train
-from molgen_energy.training.metrics import read_metrics
+from molgen_energy.training.metrics import MetricsLog, read_metrics
 
 CPU = torch.device("cpu")
 TINY = {
@@ -634,3 +634,16 @@ def test_metrics_are_readable_as_csv(unbroken):
     with (unbroken / "metrics.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert len({len(row) for row in rows}) == 1
+
+
+def test_metrics_with_a_column_of_another_name(tmp_path):
+    """A run that was begun when throughput was counted in molecules goes on."""
+    (tmp_path / "metrics.csv").write_text(
+        "step,epoch,loss,valid_loss,gradient_norm,lr,molecules_per_second,seconds,skipped\n"
+        "5,0,1.5,,2,0.1,300,9,0\n"
+    )
+    log = MetricsLog(tmp_path, 5, ())
+    log.write(step=6, epoch=0, loss=1.0, samples_per_second=310.0, seconds=10.0, skipped=0)
+    log.close()
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [row["samples_per_second"] for row in rows] == ["300", "310"]

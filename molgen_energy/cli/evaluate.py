@@ -97,7 +97,8 @@ def command(
     judged too. Of an HDF5 file the reference is its test split, and `--train` takes its training
     split.
     """
-    from molgen_energy.metrics.workers import Workers, default_workers
+    from molgen_energy.distributed import default_workers
+    from molgen_energy.metrics.workers import Workers
 
     system = _system(files)
     if system != "molecules":
@@ -159,7 +160,7 @@ def _judge(
     from molgen_energy.metrics.scores import table, write_report
 
     if system not in JUDGES:
-        raise InputError(f"{files[0]} holds {system}; known are {', '.join(JUDGES)}")
+        raise InputError(f"{files[0]} holds {system}; known are molecules, {', '.join(JUDGES)}")
     for name in context.params:
         chosen = context.get_parameter_source(name)
         given = chosen is not None and chosen.name != "DEFAULT"

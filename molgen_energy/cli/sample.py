@@ -65,7 +65,7 @@ def command(
         help="File to write: of molecules .sdf (default: samples.sdf), .xyz or .h5, else .h5.",
     ),
     batch_size: int | None = typer.Option(
-        None, "--batch-size", help="Samples at once; default: what suits size and device."
+        None, "--batch-size", min=1, help="Samples at once; default: what suits size and device."
     ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1."),
     low_precision: bool = typer.Option(
@@ -110,8 +110,12 @@ def command(
         loaded = load_checkpoint(found, weights=["ema"])
         system = system_named(loaded.system, str(loaded.path))
         generator = system.generator(loaded, chosen, asked)
+        if path.resolve() in [source.resolve() for source in generator.inputs]:
+            raise InputError(f"-o {path} is a file that samples are made from; name another")
         total, samples = generator.count, system.samples
-        shared = "" if world_size() == 1 else f", by {world_size()} processes"
+        if not generator.shared and not is_main():
+            return
+        shared = f", by {world_size()} processes" if generator.shared and world_size() > 1 else ""
         say(f"sampling {total:,} {samples} from {generator.origin}: {generator.method}{shared}")
         go_on = f"go on with: molgen-energy sample --resume {shlex.quote(str(path))}"
         began = time.perf_counter()

@@ -100,11 +100,13 @@ def command(
             settled = checkpoint.config_as(schema).replaced(given)
         else:
             changes = parse_assignments(assignments)
-            settled = load_config(config or "quick").replaced(changes | given)
-            name = _loss(settled)
+            shipped = load_config(config or "quick")
+            name = changes.get("loss.name") if loss is None else loss
+            name = _loss(shipped) if name is None else name
             for option, value in (("--springs", springs), ("--edges", edges)):
                 if value is not None and name != "energy":
                     raise InputError(f"{option} goes with --loss energy, not {name}")
+            settled = shipped.replaced(changes | given)
             run = output or from_main(_new_run(settled))
             if is_main():
                 _check_new(run)

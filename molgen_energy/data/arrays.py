@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -31,6 +32,16 @@ from molgen_energy.output import replacing
 
 Columns = Mapping[str, NDArray[Any]]
 
+
+class Column(NamedTuple):
+    """What a data set holds."""
+
+    shape: tuple[int | str, ...]
+    """Behind the number of samples. A letter stands for one number in all columns of a file."""
+    kind: str = "f"
+    """Of numbers: f floating-point, i integers."""
+
+
 _MARGIN = 1 << 20  # bytes for the library's own tables
 
 
@@ -45,6 +56,7 @@ class ArrayFile:
         What it must hold.
     columns
         Data sets that it must have; those of `optional` it may have, others are not read.
+        Floating-point numbers must be finite.
     remedy
         How such a file is made, for the message where there is none.
 
@@ -52,39 +64,32 @@ class ArrayFile:
     ------
     InputError
         The file is missing, no HDF5, cut off, of another schema or another physical system, empty,
-        lacks a column, or its columns do not fit each other.
+        lacks a column, or a column is not what it must be.
     """
 
     def __init__(
         self,
         path: Path,
         system: str,
-        columns: Iterable[str],
-        optional: Iterable[str] = (),
+        columns: Mapping[str, Column],
+        optional: Mapping[str, Column] = MappingProxyType({}),
         remedy: str = "`molgen-energy preprocess`",
     ) -> None:
         self.path = path
         with open_store(path, system, remedy) as file:
             check_columns(file, path, columns)
-            names = [*columns, *(name for name in (*optional, "split") if name in file)]
-            try:
-                self.columns: dict[str, NDArray[Any]] = {name: file[name][:] for name in names}
-            except OSError as error:
-                raise InputError(f"{path} is damaged ({error}); make it again") from error
+            wanted = {**columns, **optional, "split": Column((), "i")}
+            self.columns: dict[str, NDArray[Any]] = {}
+            sizes: dict[str, int] = {}
+            for name, column in wanted.items():
+                if name in file:
+                    self.columns[name] = _read(file[name], name, column, sizes, path)
             self.attributes = {name: _plain(value) for name, value in file.attrs.items()}
         lengths = {len(column) for column in self.columns.values()}
         if len(lengths) > 1:
             raise InputError(f"{path}: the lengths of its data sets disagree; make it again")
         if lengths == {0}:
             raise InputError(f"{path} is empty; make it again")
-        for name, column in self.columns.items():
-            if column.dtype.kind == "f":
-                bad = ~np.isfinite(column.reshape(len(column), -1)).all(axis=1)
-                if bad.any():
-                    raise InputError(
-                        f"{path}: record {bad.argmax() + 1}: {name} holds what is not a finite "
-                        "number; make it again"
-                    )
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -97,8 +102,10 @@ class ArrayFile:
     @property
     def provenance(self) -> dict[str, str]:
         """Where samples come from: checkpoint, seed, configuration."""
-        text = self.attributes.get("provenance")
-        return {"source": self.source} if text is None else dict(json.loads(text))
+        try:
+            return dict(json.loads(self.attributes["provenance"]))
+        except (KeyError, TypeError, ValueError):  # none, or not of this package
+            return {"source": self.source}
 
     def members(self, split: str) -> NDArray[np.int64]:
         """Numbers of the samples of `train`, `valid` or `test`; without a split all are `train`."""
@@ -116,6 +123,33 @@ class ArrayFile:
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(column).tobytes())
         return digest.hexdigest()[:16]
+
+
+def _read(data: Any, name: str, column: Column, sizes: dict[str, int], path: Path) -> NDArray[Any]:
+    """A data set, if it is what it must be; letters of the shape stand in `sizes`."""
+    kinds = {"f": "f", "i": "iu"}[column.kind]
+    shape = getattr(data, "shape", None)
+    fits = shape is not None and len(shape) == 1 + len(column.shape) and data.dtype.kind in kinds
+    if shape is not None and fits:
+        for size, expected in zip(shape[1:], column.shape, strict=True):
+            known = sizes.setdefault(expected, size) if isinstance(expected, str) else expected
+            fits = fits and size == known
+    if not fits:
+        shown = ", ".join(map(str, ("M", *column.shape)))
+        what = {"f": "floating-point numbers", "i": "integers"}[column.kind]
+        raise InputError(f"{path}: {name} must be {what} ({shown}); make it again")
+    try:
+        values: NDArray[Any] = data[:]
+    except OSError as error:
+        raise InputError(f"{path} is damaged ({error}); make it again") from error
+    if column.kind == "f":
+        bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+        if bad.any():
+            raise InputError(
+                f"{path}: record {bad.argmax() + 1}: {name} holds what is not a finite number; "
+                "make it again"
+            )
+    return values
 
 
 def _plain(value: Any) -> Any:

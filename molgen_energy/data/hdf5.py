@@ -143,12 +143,13 @@ def _opened(path: Path, remedy: str) -> h5py.File:
         why = "is cut off" if "truncated" in str(error) else "is not a readable HDF5 file"
         raise InputError(f"{path} {why}; make one with `molgen-energy preprocess`") from error
     schema = file.attrs.get("schema")
-    if schema == SCHEMA:
+    if np.ndim(schema) == 0 and schema == SCHEMA:
         return file
     file.close()
     if schema is None:
         raise InputError(f"{path} was not written by molgen-energy (no schema attribute)")
-    remedy = "upgrade molgen-energy" if schema > SCHEMA else "make it again"
+    newer = isinstance(schema, (int, np.integer)) and schema > SCHEMA
+    remedy = "upgrade molgen-energy" if newer else "make it again"
     raise InputError(f"{path} has schema {schema}, this version reads schema {SCHEMA}; {remedy}")
 
 

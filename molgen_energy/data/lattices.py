@@ -65,7 +65,7 @@ class Lattices:
         ------
         InputError
             Shapes do not fit, a size cannot be, or a lattice has couplings that are not finite or
-            all zero, or spins other than ±1. Records are counted from 0.
+            all zero, or spins other than ±1. Records are counted from 1.
         """
         with np.errstate(over="ignore"):
             arrays = [np.array(values, dtype=np.float32) for values in (right, down)]
@@ -84,12 +84,12 @@ class Lattices:
         couplings = self.couplings()
         for k in _first(~np.isfinite(couplings).all(axis=(1, 2, 3))):
             raise InputError(
-                f"{origin}: record {k} has couplings that are not finite numbers of float32; mend "
-                "it or leave it out"
+                f"{origin}: record {k + 1} has couplings that are not finite numbers of float32; "
+                "mend it or leave it out"
             )
         for k in _first((couplings == 0).all(axis=(1, 2, 3))):
             raise InputError(
-                f"{origin}: record {k} has couplings that are all zero, so that every "
+                f"{origin}: record {k + 1} has couplings that are all zero, so that every "
                 "configuration is a ground state; leave it out"
             )
         if self.spins is None:
@@ -100,7 +100,7 @@ class Lattices:
                 f"{self.right.shape}; give a configuration for each lattice"
             )
         for k in _first((np.abs(self.spins) != 1).any(axis=(1, 2))):
-            raise InputError(f"{origin}: record {k} has spins other than 1 and -1; mend it")
+            raise InputError(f"{origin}: record {k + 1} has spins other than 1 and -1; mend it")
 
     def __len__(self) -> int:
         return len(self.right)

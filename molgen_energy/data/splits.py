@@ -11,6 +11,12 @@ SPLITS = ("train", "valid", "test")
 """Labels 0, 1, 2 of the data set `split` stand for these."""
 
 
+def check_seed(seed: int) -> None:
+    """Raise `InputError` unless a seed is one, from 0 to 2⁶³ − 1."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed {seed}: expected a number from 0 to 2^63 - 1")
+
+
 def parse_fractions(text: str) -> tuple[float, float, float]:
     """Three shares of a text such as 0.8,0.1,0.1; `InputError` where it is none."""
     try:

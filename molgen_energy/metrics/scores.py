@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,14 +122,19 @@ def _plain(cell: Cell) -> dict[str, Any] | None:
         return None
     interval = cell.interval
     plain: dict[str, Any] = {
-        "value": cell.value,
-        "interval": None if interval is None else list(interval),
+        "value": _finite(cell.value),
+        "interval": None if interval is None else [_finite(x) for x in interval],
     }
     if isinstance(cell, Rate):
         plain |= {"count": cell.count, "total": cell.total}
     elif isinstance(cell, Mean):
-        plain |= {"standard_error": cell.error if np.isfinite(cell.error) else None}
+        plain |= {"standard_error": _finite(cell.error)}
     return plain
+
+
+def _finite(value: float) -> float | None:
+    """What JSON has a word for."""
+    return value if math.isfinite(value) else None
 
 
 def write_report(found: Sequence[Scores], folder: Path) -> Path:

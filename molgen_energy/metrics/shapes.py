@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.data.arrays import ArrayFile
+from molgen_energy.data.shapes import read_polygons
 from molgen_energy.metrics.rates import Mean
 from molgen_energy.metrics.scores import Derived, Row, Scores, file_name
 
@@ -71,8 +71,7 @@ def judge_shapes(path: Path) -> Scores:
     InputError
         The file is missing, broken, or of another system.
     """
-    remedy = "`molgen-energy sample` from a run on shapes"
-    file = ArrayFile(path, "shapes", ("radius", "positions"), remedy=remedy)
+    file = read_polygons(path, "`molgen-energy sample` from a run on shapes")
     positions = file.columns["positions"]
     found = regularity(positions)
     wanted = file.columns["radius"].astype(np.float64)

@@ -18,7 +18,8 @@ from molgen_energy.errors import InputError
 from molgen_energy.metrics.rates import Clusters, Mean, Rate
 from molgen_energy.metrics.scores import Row, Scores, file_name
 
-_SAME = 1e-6  # of energies, for each bond and in units of the largest |J|
+_SAME = 1e-10  # of energies, in units of Σ|J|: what is nearer is one energy, summed otherwise
+_ROUNDED = 1e-7  # of energies, for each bond and max|J|: solvers may round couplings so far
 _STILL = 1e-12  # of a local field, in units of the largest |J|
 _AT_ONCE = 2**18  # sites that a descent works on, so that they stay in the processor's cache
 
@@ -30,7 +31,7 @@ class Outcome:
     excess: Reals
     """Energy above that of the ground state, (M, K): K configurations of each lattice."""
     exact: NDArray[np.bool_]
-    """Which are ground states themselves, (M, K): within 10⁻⁶ · (number of bonds) · max|J|."""
+    """Which are ground states themselves, (M, K): within 10⁻¹⁰ Σ|J|."""
 
     @property
     def mean(self) -> Mean:
@@ -101,7 +102,8 @@ def judge(
     bits = np.random.default_rng(seed).integers(0, 2, (count, starts, size, size), dtype=np.int8)
     random = descend(lattices, 2 * bits - 1)
     descended = descend(lattices, predictions)
-    tolerance = _SAME * lattices.bonds * lattices.strongest
+    same = _SAME * np.abs(lattices.couplings()).sum(axis=(1, 2, 3))
+    tolerance = np.maximum(same, _ROUNDED * lattices.bonds * lattices.strongest)
 
     def outcome(spins: Spins) -> Outcome:
         excess = lattices.energies(spins) - ground[:, None]
@@ -109,10 +111,10 @@ def judge(
         if below.any():
             k = int(below.argmax())
             raise InputError(
-                f"{origin}: the spins of record {k} are not a ground state, another configuration "
-                f"is lower by {-float(excess[k].min()):.6g}; solve the file again"
+                f"{origin}: the spins of record {k + 1} are not a ground state, another "
+                f"configuration is lower by {-float(excess[k].min()):.6g}; solve the file again"
             )
-        return Outcome(excess, excess <= tolerance[:, None])
+        return Outcome(excess, excess <= same[:, None])
 
     agreement = np.einsum("mrc,mrc->m", lattices.spins, predictions, dtype=np.float64)
     return SpinScores(
@@ -225,8 +227,8 @@ def judge_spins(path: Path) -> Scores:
         Row("ground", "energy of the ground state", "mean over lattices", [ground, None, None]),
     ]  # fmt: skip
     notes = []
-    better = found.from_random.mean.value <= found.prediction.mean.value
-    if better:
+    further = Mean.of(found.prediction.excess[:, 0] - found.from_random.excess.mean(axis=1))
+    if further.interval is not None and further.interval[0] > 0:
         notes.append(
             "descent from random spins, which needs no network, comes closer to the ground state "
             "than the prediction"

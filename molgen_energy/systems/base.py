@@ -56,6 +56,10 @@ class Generator(Protocol):
 
     count: int
     """How many will be made."""
+    inputs: tuple[Path, ...]
+    """Files that are read, over which nothing must be written."""
+    shared: bool
+    """Whether several processes share the work; else the first one does all of it."""
 
     @property
     def origin(self) -> str:

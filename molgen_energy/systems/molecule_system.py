@@ -20,6 +20,9 @@ from molgen_energy.training.checkpoint import Checkpoint
 class _MoleculeSampling:
     """`MoleculeGenerator` for `sample`."""
 
+    shared = True
+    inputs: tuple[Path, ...] = ()
+
     def __init__(self, generator: MoleculeGenerator, count: int, batch_size: int | None) -> None:
         self._generator, self.count, self._batch_size = generator, count, batch_size
         self.origin = generator.checkpoint.origin

@@ -23,8 +23,8 @@ from molgen_energy.config import (
     one_of,
 )
 from molgen_energy.data.arrays import write_arrays
-from molgen_energy.data.lattices import Lattices, fixed
-from molgen_energy.data.spins import SpinFile, read_couplings, read_spins
+from molgen_energy.data.lattices import BOUNDARIES, Lattices, fixed
+from molgen_energy.data.spins import read_couplings, read_spins
 from molgen_energy.data.splits import SPLITS
 from molgen_energy.errors import InputError
 from molgen_energy.losses import (
@@ -107,16 +107,22 @@ class SpinSystem(System):
     ) -> SupervisedTask:
         """What the training loop needs."""
         given = read_spins(data_path(config, self.name))
-        if given.lattices.spins is None:
-            raise InputError(f"{given.file.path} holds no ground states; make it with `preprocess`")
+        labelled = given.lattices.spins is not None
+        if not labelled and config.loss.name != "true_energy":
+            raise InputError(
+                f"{given.file.path} holds no ground states, which the loss {config.loss.name} "
+                "needs; train with --loss true_energy, or solve its couplings with `preprocess`"
+            )
+        _check_kernel(config, given.lattices)
         if config.training.lr == "auto":
             config = config.replaced({"training.lr": _LR})
         loss, periodic = build_loss(config), given.lattices.periodic
 
         def examples(columns: dict[str, NDArray[Any]]) -> Examples:
             lattices = Lattices(columns["right"], columns["down"], periodic)
-            spins = torch.from_numpy(fixed(columns["spins"], lattices.size // 2)).flatten(1)
-            return Examples(as_channels(lattices), spins[..., None].float())
+            spins = columns["spins"] if labelled else np.ones(lattices.right.shape, np.int8)
+            targets = torch.from_numpy(fixed(spins, lattices.size // 2)).flatten(1)
+            return Examples(as_channels(lattices), targets[..., None].float())
 
         def judge(prediction: Tensor, batch: Examples, draws: Tensor) -> Tensor:
             right, down, _ = batch.inputs.unbind(dim=1)
@@ -150,6 +156,14 @@ def build_model(config: SpinConfig, periodic: bool) -> nn.Module:
     )
 
 
+def _check_kernel(config: SpinConfig, lattices: Lattices) -> None:
+    if lattices.periodic and config.model.kernel // 2 > lattices.size:
+        raise InputError(
+            f"model.kernel: {config.model.kernel} goes more than once around a lattice of size "
+            f"{lattices.size}; take a smaller one"
+        )
+
+
 def build_loss(config: SpinConfig) -> SpinLoss:
     """The configured loss on logits."""
     section = config.loss
@@ -178,7 +192,7 @@ def as_channels(lattices: Lattices) -> Tensor:
 class _SpinSampling:
     """Predicted ground states of lattices."""
 
-    method = "one network evaluation each"
+    shared = False
 
     def __init__(
         self,
@@ -189,32 +203,41 @@ class _SpinSampling:
         batch_size: int | None,
     ) -> None:
         config, state = checkpoint.config_as(SpinConfig), checkpoint.state
-        if "boundary" not in state:
+        if state.get("boundary") not in BOUNDARIES:
             raise InputError(f"{checkpoint.path} is no checkpoint of a run on spins")
         self._config, self.origin = config, checkpoint.origin
         self._boundary = str(state["boundary"])
-        periodic = self._boundary == "periodic"
-        self._lattices, self._source, self._energy = self._given(data, periodic)
+        self._trained_on = Path(str(config.data.path))
+        self._data = self._trained_on if data is None else data
+        self.inputs: tuple[Path, ...] = (self._trained_on, self._data)
+        self._lattices, self._records, self._source = self._given()
+        _check_kernel(config, self._lattices)
         if count is not None:
             if not 1 <= count <= len(self._lattices):
                 raise InputError(
-                    f"-n {count}: there are couplings of {len(self._lattices):,} lattices; ask for "
-                    "so many at most, or leave it out"
+                    f"-n {count}: expected 1 to {len(self._lattices):,}, of so many lattices "
+                    "there are couplings"
                 )
             self._lattices = self._lattices.select(slice(count))
+            self._records = self._records[:count]
         self.count = len(self._lattices)
-        self._predict = Predictor(checkpoint, build_model(config, periodic), device, batch_size)
+        self.method = f"one network evaluation each, for {self._source}"
+        model = build_model(config, self._boundary == "periodic")
+        self._predict = Predictor(checkpoint, model, device, batch_size)
 
-    def _given(
-        self, data: Path | None, periodic: bool
-    ) -> tuple[Lattices, str, NDArray[np.float64] | None]:
-        """Lattices, where they come from, and the energies of their ground states."""
-        if data is not None and data.suffix.lower() not in (".h5", ".hdf5"):
-            return read_couplings(data, periodic), data.name, None
-        path = Path(str(self._config.data.path)) if data is None else data
-        if data is None and not path.is_file():
+    def _given(self) -> tuple[Lattices, NDArray[np.int64], str]:
+        """Lattices, their numbers in the file from 1, and where they come from.
+
+        Of the file that the run was trained on they are the test split; of any other all.
+        """
+        path, periodic = self._data, self._boundary == "periodic"
+        if path.suffix.lower() not in (".h5", ".hdf5"):
+            lattices = read_couplings(path, periodic)
+            return lattices, 1 + np.arange(len(lattices)), path.name
+        own = path.resolve() == self._trained_on
+        if own and not path.exists():
             raise InputError(
-                f"{path}, which the run was trained on, is gone; name couplings: --data FILE"
+                f"{path}, which the run was trained on, is gone; name couplings with --data FILE"
             )
         given = read_spins(path)
         if given.lattices.periodic != periodic:
@@ -222,17 +245,11 @@ class _SpinSampling:
                 f"{path} holds lattices with {given.file.attributes['boundary']} boundaries, the "
                 f"run was trained on {self._boundary} ones; name others with --data"
             )
-        return self._tested(given)
-
-    @staticmethod
-    def _tested(given: SpinFile) -> tuple[Lattices, str, NDArray[np.float64] | None]:
-        """The test split of a file, or all of it where it has none."""
-        which = given.file.members("test")
-        name = f"{given.file.path.name}, test split"
+        which = given.file.members("test") if own else np.arange(len(given.file))
         if not len(which):
-            which, name = np.arange(len(given.file)), given.file.path.name
-        energy = given.file.columns.get("energy")
-        return given.lattices.select(which), name, None if energy is None else energy[which]
+            raise InputError(f"{path} holds no test lattice; name couplings with --data FILE")
+        source = f"{path.name}, test split" if own else path.name
+        return given.lattices.select(which), 1 + which, source
 
     def write(self, output: Path, observer: Observer, resume: bool = False) -> Outcome:
         """Predict configurations and write them, with the ground states where these are known."""
@@ -241,12 +258,11 @@ class _SpinSampling:
             "right": self._lattices.right,
             "down": self._lattices.down,
             "prediction": fixed(np.where(logits < 0, -1, 1).astype(np.int8)),
+            "record": self._records,
             "split": np.full(self.count, SPLITS.index("test"), np.uint8),
         }
         if self._lattices.spins is not None:
             columns["spins"] = self._lattices.spins
-        if self._energy is not None:
-            columns["energy"] = self._energy[: self.count]
         provenance = {
             "checkpoint": self.origin,
             "couplings": self._source,
@@ -260,5 +276,4 @@ class _SpinSampling:
             {"boundary": self._boundary, "size": self._lattices.size},
             provenance,
         )
-        diverged = ~np.isfinite(logits).all(axis=(1, 2))
-        return Outcome(output, self.count, self.count, int(diverged.sum()))
+        return Outcome(output, self.count, self.count)

@@ -191,6 +191,7 @@ class Predictor:
         batch_size: int | None = None,
     ) -> None:
         checkpoint.load_weights(model, "ema")
+        self._path = checkpoint.path
         self._model, self._device = model.to(device).eval(), device
         self._batch_size = batch_size or _PIECE
 
@@ -198,9 +199,22 @@ class Predictor:
     def __call__(
         self, inputs: Tensor, advance: Callable[[int, float], None] = lambda samples, share: None
     ) -> Tensor:
-        """The network's output for inputs (M, …), on the CPU; `advance` as of an `Observer`."""
+        """The network's output for inputs (M, …), on the CPU; `advance` as of an `Observer`.
+
+        Raises
+        ------
+        InputError
+            It is not finite.
+        """
         pieces = []
         for piece in torch.split(inputs, self._batch_size):
             pieces.append(self._model(piece.to(self._device)).cpu())
             advance(len(piece), 1.0)
-        return torch.cat(pieces)
+        output = torch.cat(pieces)
+        wrong = int((~torch.isfinite(output).flatten(1).all(dim=1)).sum())
+        if wrong:
+            raise InputError(
+                f"{self._path}: of {wrong:,} of {len(output):,} samples the network makes what is "
+                "no number; training diverged, train anew with a lower --lr"
+            )
+        return output

@@ -26,6 +26,8 @@ class MetricsLog:
         self._path = run / "metrics.csv"
         self._columns = (*_BEFORE, *parts, *_BEHIND)
         rows = read_metrics(self._path) if self._path.exists() else []
+        for row in rows:  # as this column was called once
+            row.setdefault("samples_per_second", row.get("molecules_per_second", ""))
         with (
             replacing(self._path) as output,
             output.temporary.open("w", newline="", encoding="utf-8") as file,

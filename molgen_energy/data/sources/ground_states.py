@@ -57,10 +57,10 @@ Whole = NDArray[np.int64]
 
 _STEPS = 2**24 - 1  # the largest integral weight that PyMatching takes as it is
 _LARGEST = 4  # sites along an edge, of all configurations
-_TOLERANCE = 1e-6  # of energies, for each site and in units of the largest |J|
 _STABLE = 1e-9  # of local fields, alike
 _PROVEN = 1e-10  # of bounds, in units of Σ|J|
 _ROUNDING = 1e-12  # of sums of float64, alike
+_ROUNDED = 6e-8  # of weights, for each bond and in units of the largest |J|
 _VIOLATED = 1e-7  # of inequalities
 _WHOLE = 1e-9  # x as near to 0 or 1 as this is taken to be there
 _FEASIBLE = 1e-10  # HiGHS's tolerances; it takes none that are tighter
@@ -114,27 +114,41 @@ def ground_states(lattices: Lattices, method: str | None = None) -> Spins:
         raise ValueError(f"unknown method '{method}' (valid: {', '.join(SOLVERS)})")
     solve = SOLVERS[method]
     spins = np.empty(lattices.right.shape, np.int8)
-    energies = np.empty(len(lattices))
+    energies, bounds = np.empty(len(lattices)), np.empty(len(lattices))
     for k in range(len(lattices)):
         try:
             solution = solve(lattices.select(slice(k, k + 1)))
         except RuntimeError as error:
             raise RuntimeError(f"lattice {k} of {len(lattices)}: {error}") from error
-        spins[k], energies[k] = solution.spins, solution.energy
-    certify(lattices, spins, energies)
+        spins[k], energies[k], bounds[k] = solution
+    certify(lattices, spins, energies, bounds)
     return spins
 
 
-def certify(lattices: Lattices, spins: Spins, energies: Reals) -> None:
-    """Check configurations (M, L, L) and the energies (M,) that a solver says they have.
+def certify(lattices: Lattices, spins: Spins, energies: Reals, bounds: Reals) -> None:
+    """Check configurations (M, L, L), and what a solver says of them: energies and bounds, (M,).
+
+    Energies must agree to the rounding of sums, and lie above the bounds by less than any two
+    energies lie apart, or by what the solver does not claim to resolve (see the module).
 
     Raises
     ------
     RuntimeError
-        An energy is another, or a flip of one spin would lower it; the message names the lattice.
+        An energy is another, a lower one is not ruled out, or a flip of one spin would lower it;
+        the message names the lattice.
     """
-    scale = lattices.strongest
-    wrong = np.abs(lattices.energies(spins) - energies) > _TOLERANCE * lattices.size**2 * scale
+    scale, total = lattices.strongest, np.abs(lattices.couplings()).sum(axis=(1, 2, 3))
+    wrong = np.abs(lattices.energies(spins) - energies) > _ROUNDING * total
+    bonds = _bonds(lattices.size, lattices.periodic)
+    for k in np.flatnonzero(energies - bounds > _PROVEN * total).tolist():
+        couplings = lattices.couplings()[k].reshape(-1)[bonds.places]
+        allowed = _spacing(couplings, bonds)
+        if not lattices.periodic and _rounded(couplings):
+            allowed = max(allowed, _ROUNDED * lattices.bonds * float(scale[k]))
+        if energies[k] - bounds[k] >= allowed:
+            raise RuntimeError(
+                f"lattice {k} of {len(lattices)}: the solver does not rule out a lower energy"
+            )
     unstable = ((spins * lattices.fields(spins)).min(axis=(1, 2)) < -_STABLE * scale) & ~wrong
     for bad, what in (
         (wrong, "the solver's energy is not that of its configuration"),
@@ -263,6 +277,11 @@ def _spacing(couplings: Reals, bonds: _Bonds) -> float:
     return (2 if at_sites.any() else 4) * unit
 
 
+def _rounded(couplings: Reals) -> bool:
+    """Whether PyMatching rounds the weights."""
+    return bool(np.abs(couplings).max() > _STEPS * _unit(couplings))
+
+
 # Matching
 
 
@@ -281,9 +300,7 @@ def by_matching(lattice: Lattices) -> Solution:
     bonds = _bonds(size, False)
     couplings = lattice.couplings().reshape(-1)[bonds.places]
     strengths = np.abs(couplings)
-    step = _unit(couplings)
-    if strengths.max() > _STEPS * step:
-        step = float(strengths.max()) / _STEPS
+    step = float(strengths.max()) / _STEPS if _rounded(couplings) else _unit(couplings)
     weights = np.rint(strengths / step)
     lost = float(np.abs(strengths - weights * step).sum())
     frustrated = (couplings < 0)[bonds.squares].sum(axis=1) % 2

@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molgen_energy.data.sources.base import Progress, Source, option
-from molgen_energy.data.splits import check_fractions, parse_fractions, random_split
+from molgen_energy.data.splits import check_fractions, check_seed, parse_fractions, random_split
 from molgen_energy.errors import InputError
 
-RADII = (0.3, 5.0)
-"""Least and largest radius of the paper."""
+_LEAST = 1e-6  # of radii
 _STREAM = 1  # keeps radii and angles apart from the split, which has the same seed
 
 
@@ -50,8 +49,8 @@ class Polygons(Source):
         math.pi, "Polygons are turned by angles from minus to plus so much, in radians; 0 to π."
     )
     count: int = option(100_000, "How many.")
-    smallest: float = option(RADII[0], "Least radius.")
-    largest: float = option(RADII[1], "Largest radius.")
+    smallest: float = option(0.3, "Least radius.")
+    largest: float = option(5.0, "Largest radius.")
     split: str = option("0.9,0.05,0.05", "Shares for training, validation, test.")
     seed: int = option(0, "Of radii, angles and split.")
 
@@ -64,13 +63,12 @@ class Polygons(Source):
             raise InputError(f"--augment-angle {self.augment_angle:g}: expected 0 to π (3.1416)")
         if self.count < 1:
             raise InputError(f"--count {self.count}: ask for at least one polygon")
-        if not 0 < self.smallest <= self.largest < math.inf:
+        if not _LEAST <= self.smallest <= self.largest <= 1 / _LEAST:
             raise InputError(
-                f"--smallest {self.smallest:g} --largest {self.largest:g}: expected radii above 0, "
-                "ascending"
+                f"--smallest {self.smallest:g} --largest {self.largest:g}: expected ascending "
+                f"radii from {_LEAST:g} to {1 / _LEAST:g}"
             )
-        if self.seed < 0:
-            raise InputError(f"--seed {self.seed}: expected 0 or more")
+        check_seed(self.seed)
         check_fractions(parse_fractions(self.split))
 
     def write(self, output: Path, progress: Progress) -> str:

@@ -15,12 +15,13 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from molgen_energy import __version__
 from molgen_energy.data.lattices import BOUNDARIES, Lattices, Spins, check_size
 from molgen_energy.data.sources.base import Progress, Source, option
 from molgen_energy.data.sources.ground_states import check_installed, ground_states
-from molgen_energy.data.splits import check_fractions, parse_fractions, random_split
+from molgen_energy.data.splits import check_fractions, check_seed, parse_fractions, random_split
+from molgen_energy.distributed import default_workers
 from molgen_energy.errors import InputError, ProcessEnded, unknown_name
-from molgen_energy.metrics.workers import default_workers
 
 KINDS = ("uniform", "binary")
 PER_PIECE = 50
@@ -225,8 +226,8 @@ class SpinGlasses(Source):
     samples = "lattices"
     output = "spins.h5"
 
-    size: int = option(16, "Sites along a side.")
-    count: int = option(20_000, "How many lattices; of a file of couplings all.")
+    size: int | None = option(None, "Sites along a side; default: 16.")
+    count: int | None = option(None, "How many lattices; default: 20,000.")
     boundary: str = option("open", "open, or periodic for an even size.")
     couplings: str = option(
         "uniform",
@@ -235,7 +236,15 @@ class SpinGlasses(Source):
     )
     split: str = option("0.475,0.025,0.5", "Shares for training, validation, test.")
     seed: int = option(0, "Of couplings and split.")
-    workers: int = option(-1, "Processes; -1 is one for each processor.")
+    workers: int | None = option(
+        None, "Processes, 0 for this one alone; default: one for each processor."
+    )
+
+    def _size(self) -> int:
+        return 16 if self.size is None else self.size
+
+    def _count(self) -> int:
+        return 20_000 if self.count is None else self.count
 
     def lattices(self) -> Lattices | Callable[[range], Lattices]:
         """The lattices without ground states, or what draws those of some numbers.
@@ -248,8 +257,9 @@ class SpinGlasses(Source):
         if self.boundary not in BOUNDARIES:
             raise InputError(unknown_name("boundary", self.boundary, BOUNDARIES))
         periodic = self.boundary == "periodic"
-        if self.seed < 0:
-            raise InputError(f"--seed {self.seed}: expected 0 or more")
+        check_seed(self.seed)
+        if self.workers is not None and self.workers < 0:
+            raise InputError(f"--workers {self.workers}: expected 0 or more")
         check_fractions(parse_fractions(self.split))
         if self.couplings not in KINDS:
             path = Path(self.couplings)
@@ -257,23 +267,26 @@ class SpinGlasses(Source):
                 raise InputError(unknown_name("--couplings", self.couplings, (*KINDS, "FILE.npz")))
             from molgen_energy.data.spins import read_couplings
 
+            if self.size is not None or self.count is not None:
+                raise InputError(f"--size and --count are those of {path}; leave them out")
             return read_couplings(path, periodic)
-        check_size(self.size, periodic, f"--size {self.size}")
-        if self.count < 1:
+        size, kind, seed = self._size(), self.couplings, self.seed
+        check_size(size, periodic, f"--size {size}")
+        if self._count() < 1:
             raise InputError(f"--count {self.count}: ask for at least one lattice")
-        size, kind, seed = self.size, self.couplings, self.seed
         return lambda numbers: draw_couplings(numbers, size, periodic, kind, seed)
 
     def write(self, output: Path, progress: Progress) -> str:
         """Solve the lattices and write them, from the pieces that are solved already."""
         from molgen_energy.data.arrays import write_arrays
         from molgen_energy.data.hdf5 import check_hdf5_name
-        from molgen_energy.parts import Pieces, parts_folder
+        from molgen_energy.parts import Pieces, check_unchanged, parts_folder
 
         check_hdf5_name(output)
         source = self.lattices()
-        count = len(source) if isinstance(source, Lattices) else self.count
-        size = source.size if isinstance(source, Lattices) else self.size
+        count, size = self._count(), self._size()
+        if isinstance(source, Lattices):
+            count, size = len(source), source.size
         asked: dict[str, Any] = {
             "couplings": _name(source) if isinstance(source, Lattices) else self.couplings,
             "size": size,
@@ -282,23 +295,18 @@ class SpinGlasses(Source):
             "seed": self.seed,
         }
         check_installed(self.boundary == "periodic")
+        begun = asked | {"version": __version__}
         if not parts_folder(output).exists():
-            Pieces.begin(output, asked)
+            Pieces.begin(output, "preprocess spins", begun)
         wanted = pieces_of(count)
-        with contextlib.closing(Pieces(output, "run the command again", lead=True)) as pieces:
-            for key, value in asked.items():
-                if pieces.manifest.get(key) != value:
-                    raise InputError(
-                        f"{pieces.folder} was begun with {key} {pieces.manifest.get(key)}, not "
-                        f"{value}; go on as it was, or remove that folder"
-                    )
+        with contextlib.closing(Pieces(output, "preprocess spins", lead=True)) as pieces:
+            check_unchanged(pieces.manifest, begun, pieces.folder, "preprocess")
             solved = {k: found for k in wanted if (found := pieces.load(_file(k))) is not None}
             done = sum(len(found["spins"]) for found in solved.values())
             progress(done, count)
             missing = {k: numbers for k, numbers in wanted.items() if k not in solved}
-            workers = None if self.workers < 0 else self.workers
             try:
-                with contextlib.closing(solved_pieces(source, missing, workers)) as finished:
+                with contextlib.closing(solved_pieces(source, missing, self.workers)) as finished:
                     for k, lattices in finished:
                         solved[k] = _columns(lattices)
                         pieces.keep(_file(k), solved[k])
