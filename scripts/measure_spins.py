@@ -42,7 +42,7 @@ class Scale:
     epochs: int
 
 
-REDUCED = Scale({"open": 20_000, "periodic": 6_000}, width=32, epochs=10)
+REDUCED = Scale({"open": 20_000, "periodic": 4_000}, width=32, epochs=10)
 FULL = Scale({"open": 20_000, "periodic": 20_000}, width=256, epochs=100)
 
 
