@@ -89,6 +89,7 @@ PAPER = {
         ("kabsch", None): Defaults(3e-4, 0.8),
     },
 }
+PAPER["gdm_pairs"] = PAPER["gdm"]  # not the paper's; the nearest
 
 
 def build_model(config: Config, encoding: MoleculeEncoding) -> nn.Module:
