@@ -117,11 +117,19 @@ class DiffusionConfig(_Section):
 
     process: Annotated[str, _one_of("process", PROCESSES)] = "diffusion"
     """`diffusion` predicts noise, `flow_matching` the velocity from data to noise."""
+    prediction: Literal["noise", "velocity"] = "noise"
+    """What the network gives of a diffusion: ε, or v = α ε − σ x, of which ε is made."""
     steps: Annotated[int, Field(ge=2)] = 1000
     precision: Annotated[float, Field(gt=0, lt=0.5)] = 1e-5
     position_scale: PositiveFloat = 1.0
     type_scale: PositiveFloat = 4.0
     charge_scale: PositiveFloat = 10.0
+
+    @model_validator(mode="after")
+    def _one_velocity(self) -> DiffusionConfig:
+        if self.process != "diffusion" and self.prediction != "noise":
+            raise ValueError("prediction is of the process diffusion; a flow has its own velocity")
+        return self
 
 
 class SpringsConfig(_Section):

@@ -26,6 +26,7 @@ from molgen_energy.data.hdf5 import MoleculeFile, Survey
 from molgen_energy.data.molecules import Molecules, by_size, offsets_of
 from molgen_energy.diffusion.encoding import MoleculeEncoding, vocabulary
 from molgen_energy.diffusion.noise import SeededNoise
+from molgen_energy.diffusion.prediction import VelocityPrediction
 from molgen_energy.diffusion.process import PROCESSES, Share, Terms
 from molgen_energy.diffusion.samplers import DEFAULT_SAMPLERS, build_sampler
 from molgen_energy.diffusion.schedule import PolynomialSchedule
@@ -93,16 +94,20 @@ PAPER["gdm_pairs"] = PAPER["gdm"]  # not the paper's; the nearest
 
 
 def build_model(config: Config, encoding: MoleculeEncoding) -> nn.Module:
-    """The configured network, its weights drawn with the run's seed."""
+    """The configured network, its weights drawn with the run's seed; what it gives is noise."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        return MODELS[config.model.name](
+        network = MODELS[config.model.name](
             features=encoding.features,
             layers=config.model.layers,
             width=config.model.width,
             normalization=config.model.normalization,
             low_precision=config.training.low_precision is True,
         )
+    if config.diffusion.prediction == "velocity":
+        schedule = PolynomialSchedule(config.diffusion.steps, config.diffusion.precision)
+        return VelocityPrediction(network, schedule)
+    return network
 
 
 def build_loss(config: Config, encoding: MoleculeEncoding) -> PositionLoss:
