@@ -121,6 +121,10 @@ class DiffusionConfig(_Section):
     """What the network gives of a diffusion: ε, or v = α ε − σ x, of which ε is made."""
     steps: Annotated[int, Field(ge=2)] = 1000
     precision: Annotated[float, Field(gt=0, lt=0.5)] = 1e-5
+    time_power: PositiveFloat = 1.0
+    """Training draws times as u to this power, u uniform: above 1, little noise is frequent."""
+    spread_times: bool = False
+    """Whether the times of a batch are spread evenly rather than independent."""
     position_scale: PositiveFloat = 1.0
     type_scale: PositiveFloat = 4.0
     charge_scale: PositiveFloat = 10.0

@@ -27,7 +27,7 @@ from molgen_energy.data.molecules import Molecules, by_size, offsets_of
 from molgen_energy.diffusion.encoding import MoleculeEncoding, vocabulary
 from molgen_energy.diffusion.noise import SeededNoise
 from molgen_energy.diffusion.prediction import VelocityPrediction
-from molgen_energy.diffusion.process import PROCESSES, Share, Terms
+from molgen_energy.diffusion.process import PROCESSES, Share, Terms, Times
 from molgen_energy.diffusion.samplers import DEFAULT_SAMPLERS, build_sampler
 from molgen_energy.diffusion.schedule import PolynomialSchedule
 from molgen_energy.distributed import from_main, local_world_size, rank, summed, world_size
@@ -216,6 +216,7 @@ class MoleculeTask:
             build_loss(self.config, self.encoding),
             weight,
             self.config.diffusion.position_scale,
+            Times(self.config.diffusion.time_power, self.config.diffusion.spread_times),
         )
         self.model = build_model(self.config, self.encoding).to(device)
         self.state: dict[str, Any] = {
