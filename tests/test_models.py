@@ -202,6 +202,7 @@ def test_low_precision_gradient_points_the_same_way(monkeypatch, batch, name, cu
 def test_sizes_are_the_papers():
     count = {name: sum(p.numel() for p in m(features=6).parameters()) for name, m in MODELS.items()}
     assert count["gdm"] == 3_555_602
+    assert count["gdm_pairs"] == 5_047_130  # not the paper's
     assert count["edm"] == 5_339_663  # the readout lacks EDM's unused channel of time
 
 
