@@ -24,9 +24,9 @@ from molgen_energy.chemistry.bonds import DOUBLE, MARGINS, SINGLE, TRIPLE, VALEN
 from molgen_energy.chemistry.molfiles import MoleculeTextWriter
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules
+from molgen_energy.distributed import default_workers
 from molgen_energy.elements import symbol
 from molgen_energy.metrics.distances import mmd
-from molgen_energy.metrics.workers import default_workers
 from molgen_energy.resources import bundled_sample
 
 _KINDS = (None, Chem.BondType.SINGLE, Chem.BondType.DOUBLE, Chem.BondType.TRIPLE)

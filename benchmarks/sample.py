@@ -22,13 +22,15 @@ from rich.table import Table
 
 from molgen_energy.cli.console import exit_on_error, progress_bar, say
 from molgen_energy.diffusion.samplers import samplers_for
+from molgen_energy.distributed import default_workers
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.metrics.evaluation import Options, lacking
 from molgen_energy.metrics.run import run
-from molgen_energy.metrics.workers import Workers, default_workers
+from molgen_energy.metrics.workers import Workers
 from molgen_energy.output import replacing
 from molgen_energy.parts import parts_folder
 from molgen_energy.sampling import sample_to_file
+from molgen_energy.systems.molecule_config import MoleculeConfig
 from molgen_energy.systems.molecules import MoleculeGenerator
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.device import choose_device
@@ -67,7 +69,8 @@ def compare(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     # Read once: a run that is still trained would have other weights for other rows.
     loaded = load_checkpoint(arguments.checkpoint, weights=["ema"])
-    process, trained = loaded.config.diffusion.process, loaded.config.diffusion.steps
+    diffusion = loaded.config_as(MoleculeConfig).diffusion
+    process, trained = diffusion.process, diffusion.steps
     samplers = chosen_samplers(arguments.samplers, process)
     generators = [
         MoleculeGenerator(
@@ -86,7 +89,7 @@ def compare(arguments: argparse.Namespace) -> None:
             rows.append(key | row_of(generator, key, folder, arguments.workers))
             write_rows(arguments.output, rows)
     keys = [key_of(generator, arguments.molecules) for generator in generators]
-    show([row for key in keys for row in rows if same(row, key)], generators[0].origin)
+    show([row for key in keys for row in rows if same(row, key)], generators[0].checkpoint.origin)
 
 
 def chosen_samplers(text: str | None, process: str) -> list[str]:

@@ -27,7 +27,7 @@ _CHILD = """
 import json, re, sys, time
 import torch
 from pathlib import Path
-from molgen_energy.config import load_config
+from molgen_energy.systems import load_config
 from molgen_energy.data.batches import padding
 from molgen_energy.systems.molecules import MoleculeTask
 from molgen_energy.training.loop import train
@@ -62,7 +62,7 @@ batches = task.epoch(0)[: per_window * windows]
 print(json.dumps({
     "rows": rows, "imported": imported, "prepared": prepared, "peak": peak(), "start": started,
     "padding": padding(batches), "windows": len({batch.window for batch in batches}),
-    "molecules": task.state["data"]["training_molecules"],
+    "molecules": task.state["data"]["training_samples"],
 }))
 """
 

@@ -1,5 +1,6 @@
 """The configuration of a run: a typed schema, YAML, and `--set key=value`.
 
+Each physical system has its own sections (`molgen_energy.systems`); what all share stands here.
 Unknown keys and names fail and say which are valid. A value `auto` is replaced by a number before
 training starts, so the `config.yaml` of a run holds what was used.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import (
@@ -17,27 +18,42 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
-from molgen_energy.diffusion.process import PROCESSES
-from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError, unknown_name
-from molgen_energy.losses import EDGES, LOSSES, PUBLISHED_SCALES, SPIN_LOSSES, SPRINGS
-from molgen_energy.models import MODELS
+from molgen_energy.losses import EDGES, PUBLISHED_SCALES, SPRINGS
 from molgen_energy.resources import resource_directory
-
-SYSTEMS = ("molecules",)
 
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Self = TypeVar("Self", bound="Config")
 
 
-def _one_of(kind: str, names: Any) -> AfterValidator:
+def one_of(kind: str, names: Any) -> AfterValidator:
+    """A check that a text is among names, for an annotated field."""
+
     def check(name: str) -> str:
         if name not in names:
             raise ValueError(unknown_name(kind, name, names))
+        return name
+
+    return AfterValidator(check)
+
+
+def loss_on(what: str, names: Any, elsewhere: Mapping[str, Any]) -> AfterValidator:
+    """A check that a loss is among those on something, and not on something else."""
+
+    def check(name: str) -> str:
+        for other, foreign in elsewhere.items():
+            if name in foreign and name not in names:
+                raise ValueError(
+                    f"'{name}' is a loss on {other}; {what} are trained with {', '.join(names)}"
+                )
+        if name not in names:
+            raise ValueError(unknown_name("loss", name, names))
         return name
 
     return AfterValidator(check)
@@ -60,23 +76,12 @@ def _spring_scale(value: float | str) -> float | str:
     return _positive_or(("auto", *PUBLISHED_SCALES), value)
 
 
-def _no_spin_loss(name: str) -> str:
-    if name in SPIN_LOSSES:
-        raise ValueError(
-            f"'{name}' is a loss on spins, for your own training code; molecules are trained with "
-            f"{', '.join(LOSSES)}"
-        )
-    return name
+PositiveOrAuto = Annotated[float | str, AfterValidator(_positive_or_auto)]
 
 
-def _symbols(value: list[str] | Auto) -> list[str] | Auto:
-    if value != "auto":
-        for symbol in value:
-            atomic_number(symbol)
-    return value
+class Section(BaseModel):
+    """Some keys of a configuration, under one name."""
 
-
-class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     @model_validator(mode="before")
@@ -87,59 +92,18 @@ class _Section(BaseModel):
         return values
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """What to train on."""
 
     path: Annotated[
-        str | None, Field(description="HDF5 file; null is the bundled sample of QM9")
+        str | None, Field(description="HDF5 file of `preprocess`; null is a bundled sample")
     ] = None
-    elements: Annotated[list[str] | Auto, AfterValidator(_symbols)] = "auto"
-    """Symbols of the vocabulary; `auto` takes those of the file."""
-    in_memory: bool | Auto = "auto"
-    """Whether all training molecules stay in memory, on the device, or are streamed in windows;
-    `auto` keeps them there unless that takes more than a quarter of the memory available."""
-    window: PositiveInt = 200_000
-    """Training molecules in a window, where they are streamed; two windows are in memory."""
 
 
-class ModelConfig(_Section):
-    """Network that predicts the noise."""
-
-    name: Annotated[str, _one_of("model", MODELS)] = "gdm"
-    layers: PositiveInt = 9
-    width: PositiveInt = 256
-    normalization: PositiveFloat = 1.0
-    """Sums over an atom's neighbours are divided by it."""
-
-
-class DiffusionConfig(_Section):
-    """Forward process, and the scale that positions and features are divided by."""
-
-    process: Annotated[str, _one_of("process", PROCESSES)] = "diffusion"
-    """`diffusion` predicts noise, `flow_matching` the velocity from data to noise."""
-    prediction: Literal["noise", "velocity"] = "noise"
-    """What the network gives of a diffusion: ε, or v = α ε − σ x, of which ε is made."""
-    steps: Annotated[int, Field(ge=2)] = 1000
-    precision: Annotated[float, Field(gt=0, lt=0.5)] = 1e-5
-    time_power: PositiveFloat = 1.0
-    """Training draws times as u to this power, u uniform: above 1, little noise is frequent."""
-    spread_times: bool = False
-    """Whether the times of a batch are spread evenly rather than independent."""
-    position_scale: PositiveFloat = 1.0
-    type_scale: PositiveFloat = 4.0
-    charge_scale: PositiveFloat = 10.0
-
-    @model_validator(mode="after")
-    def _one_velocity(self) -> DiffusionConfig:
-        if self.process != "diffusion" and self.prediction != "noise":
-            raise ValueError("prediction is of the process diffusion; a flow has its own velocity")
-        return self
-
-
-class SpringsConfig(_Section):
+class SpringsConfig(Section):
     """Springs of the energy loss."""
 
-    family: Annotated[str, _one_of("spring family", SPRINGS)] = "exponential"
+    family: Annotated[str, one_of("spring family", SPRINGS)] = "exponential"
     scale: Annotated[float | str, AfterValidator(_spring_scale)] = "auto"
     """c of k_ij = (c/n)·f(d_ij); `auto` makes c·f of mean 1 over the training pairs, a model's name
     takes the published c that goes with it."""
@@ -147,33 +111,24 @@ class SpringsConfig(_Section):
     """What f takes: distances of positions, or of positions and encoded features together."""
 
 
-class EdgesConfig(_Section):
+class EdgesConfig(Section):
     """Pairs that springs join, in the energy loss."""
 
-    kind: Annotated[str, _one_of("edges", EDGES)] = "complete"
+    kind: Annotated[str, one_of("edges", EDGES)] = "complete"
     pool: Annotated[int, Field(gt=0, le=10_000)] = 100
     """Random graphs to draw from for each number of atoms; `sparse` and `symmetrized`."""
     tolerance: PositiveFloat = 0.01
     """Distances in Å that differ by less count as equal by symmetry; `symmetrized`."""
 
 
-class LossConfig(_Section):
-    """Loss on positions; features have the squared (`mae`: absolute) error of what is predicted."""
-
-    name: Annotated[str, AfterValidator(_no_spin_loss), _one_of("loss", LOSSES)] = "energy"
-    springs: SpringsConfig = SpringsConfig()
-    edges: EdgesConfig = EdgesConfig()
-    position_weight: Annotated[float | str, AfterValidator(_positive_or_auto)] = "auto"
-    """w; `auto` takes the paper's, converted to the run's springs and edges for the energy."""
-
-
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """Optimisation. Either `steps` or `epochs` says how long."""
 
     steps: PositiveInt | None = None
     epochs: PositiveInt | None = None
     batch_size: PositiveInt = 64
     lr: PositiveFloat | Auto = "auto"
+    """`auto` takes what goes with the model and the loss, where there is such a value."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon` makes updates of matrices between states orthogonal; all else has AdamW."""
     muon_lr: PositiveFloat = 0.01
@@ -184,33 +139,50 @@ class TrainingConfig(_Section):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-12
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     clip_gradients: bool = True
-    augment_rotations: bool = False
-    low_precision: bool | Auto = "auto"
-    """bfloat16 on pairs; `auto` uses it where the processor has instructions for it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     log_every: PositiveInt = 50
     validate_every: PositiveInt = 1000
-    validation_molecules: PositiveInt = 2048
-    """How many molecules of the validation split the validation loss is taken over, at most."""
     checkpoint_every: PositiveInt = 1000
 
 
-class Config(_Section):
-    """A whole run."""
+class Config(Section):
+    """A whole run: what all systems have. Each adds `model`, `loss` and what else it needs."""
 
     name: str
-    system: Annotated[str, _one_of("system", SYSTEMS)] = "molecules"
+    system: str
+    """Key of `molgen_energy.systems.SYSTEMS`; a subclass has its own as the default."""
     data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    diffusion: DiffusionConfig = DiffusionConfig()
-    loss: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig()
+
+    @field_validator("system")
+    @classmethod
+    def _own_system(cls, name: str) -> str:
+        own = cls.of_system()
+        if name != own:
+            raise ValueError(f"the other keys are those of {own}; take a --config of {name}")
+        return name
+
+    @classmethod
+    def of_system(cls) -> str:
+        """The system that this is the configuration of."""
+        return str(cls.model_fields["system"].default)
+
+    @classmethod
+    def of(cls: type[Self], given: Given) -> Self:
+        """Check what a file holds.
+
+        Raises
+        ------
+        InputError
+            A key or a value is not valid.
+        """
+        return _validated(cls, given.values, given.where)
 
     def to_yaml(self) -> str:
         """All values, defaults too."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
-    def replaced(self, changes: Mapping[str, Any]) -> Config:
+    def replaced(self: Self, changes: Mapping[str, Any]) -> Self:
         """A copy with values changed, by dotted key: ``{"model.layers": 6}``.
 
         Raises
@@ -235,7 +207,7 @@ class Config(_Section):
             values["training"]["epochs"] = None
         if "training.epochs" in changes and "training.steps" not in changes:
             values["training"]["steps"] = None
-        return _validated(values, "the given options")
+        return _validated(type(self), values, "the given options")
 
 
 def _keys_near(values: Mapping[str, Any], sections: list[str]) -> list[str]:
@@ -255,13 +227,25 @@ def config_names() -> list[str]:
     return sorted(path.stem for path in resource_directory("configs").glob("*.yaml"))
 
 
-def load_config(name: str | Path) -> Config:
+class Given(NamedTuple):
+    """What a file of configuration holds, not yet checked."""
+
+    where: str
+    values: Mapping[str, Any]
+
+    @property
+    def system(self) -> str:
+        """Which system it is of."""
+        return str(self.values["system"])
+
+
+def read_config(name: str | Path) -> Given:
     """A shipped configuration by name, or a YAML file by path.
 
     Raises
     ------
     InputError
-        There is no such configuration, it is no YAML, or a key or value is not valid.
+        There is no such configuration, or it is no YAML.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
@@ -278,7 +262,7 @@ def load_config(name: str | Path) -> Config:
         raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} does not hold keys and values")
-    return _validated({"name": path.stem} | values, str(path))
+    return Given(str(path), {"name": path.stem, "system": "molecules"} | values)
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
@@ -311,27 +295,27 @@ def _yaml_scalar(text: str) -> Any:
     return value
 
 
-def _validated(values: Mapping[str, Any], where: str) -> Config:
+def _validated(schema: type[Self], values: Mapping[str, Any], where: str) -> Self:
     try:
-        return Config.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
+        known = schema.model_validate({"name": ""}).model_dump()
         if first["type"] == "extra_forbidden":
             key = ".".join(map(str, first["loc"]))
-            valid = _keys_near(Config(name="").model_dump(), list(map(str, first["loc"][:-1])))
+            valid = _keys_near(known, list(map(str, first["loc"][:-1])))
             raise InputError(f"{where}: {unknown_name('config key', key, valid)}") from error
         message = first["msg"].removeprefix("Value error, ")
         shown = "" if first["type"] == "value_error" else f" (it is {first['input']!r})"
-        raise InputError(f"{where}: {_key(first['loc'])}: {message}{shown}") from error
+        raise InputError(f"{where}: {_key(first['loc'], known)}: {message}{shown}") from error
 
 
-def _key(location: tuple[int | str, ...]) -> str:
+def _key(location: tuple[int | str, ...], known: Any) -> str:
     """The dotted key of a place of an error; pydantic appends the branch of a union, dropped."""
-    place: Any = Config(name="").model_dump()
     key = []
     for part in location:
-        if not isinstance(place, dict) or part not in place:
+        if not isinstance(known, dict) or part not in known:
             break
         key.append(str(part))
-        place = place[part]
+        known = known[part]
     return ".".join(key)

@@ -145,3 +145,12 @@ def barrier() -> None:
         import torch.distributed as dist
 
         dist.barrier()
+
+
+def default_workers() -> int:
+    """The processors that this process may use; its share, where `torchrun` started several."""
+    if hasattr(os, "sched_getaffinity"):
+        processors = len(os.sched_getaffinity(0))
+    else:
+        processors = os.cpu_count() or 1
+    return max(1, processors // local_world_size())

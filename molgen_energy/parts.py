@@ -1,16 +1,20 @@
-"""Finished batches of molecules on disk, so that what was drawn is never drawn again.
+"""Finished pieces of a file in the making, so that what was done is never done again.
 
-Beside `samples.sdf` the folder `samples.sdf.parts` holds `manifest.yaml`, which says what is drawn,
-and a file for each finished batch: 32 bytes, the SHA-256 of the manifest and of what follows, and a
-safetensors file of `numbers` (M,), `sizes` (M,), `positions` (ΣN, 3) and `atomic_numbers` (ΣN,).
-Of several processes each leaves an empty file when its share is done.
-The folder, the manifest in it and each batch appear under their names when they are complete.
+Beside `samples.sdf` the folder `samples.sdf.parts` holds `manifest.yaml`, which says what is made,
+and a file for each finished piece: 32 bytes, the SHA-256 of the manifest and of what follows, and a
+safetensors file of arrays. The folder, the manifest in it and each piece appear under their names
+when they are complete.
+
+A piece of molecules is a batch that was drawn together: `numbers` (M,), `sizes` (M,), `positions`
+(ΣN, 3) and `atomic_numbers` (ΣN,). Of several processes each leaves an empty file when its share is
+done.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -78,35 +82,126 @@ def parts_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.parts")
 
 
-class Parts:
-    """The folder of finished batches of a file.
+class Pieces:
+    """The folder of finished pieces of a file, which nobody else may have for writing.
 
-    Made by `create` or `open`; as a context manager it lets go of the folder. While one process has
-    a folder for writing the file in the end (`lead`), no other can.
+    As a context manager it lets go of the folder.
+
+    Parameters
+    ----------
+    output
+        The file.
+    command
+        Which command makes it.
+    lead
+        Whether to keep other processes from writing the file.
+
+    Raises
+    ------
+    InputError
+        There is no such folder, it is damaged, of another command, or another process has it.
     """
 
-    def __init__(self, output: Path, lead: bool) -> None:
+    def __init__(self, output: Path, command: str, lead: bool) -> None:
         self.folder = parts_folder(output)
-        path = self.folder / _MANIFEST
+        path, again = self.folder / _MANIFEST, f"{command} again"
         try:
             text = path.read_bytes()
-            values = yaml.safe_load(text)
+            self.manifest: dict[str, Any] = yaml.safe_load(text)
+            known = self.manifest.pop("format") == FORMAT
+            if not self.manifest:
+                raise KeyError
+        except FileNotFoundError:
+            raise InputError(_absent(output, again)) from None
+        except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError, KeyError) as error:
+            raise InputError(f"{path} is damaged; remove {self.folder} and {again}") from error
+        if not known:
+            raise InputError(f"{path} is of another version; remove {self.folder} or change back")
+        begun = self.manifest.pop("command", "sample")
+        if begun != command:
+            raise InputError(
+                f"{self.folder} holds what `molgen-energy {begun}` has finished of {output}; go on "
+                "with that command, or remove the folder"
+            )
+        self._salt = hashlib.sha256(text).digest()
+        self._lock: IO[bytes] | None = None
+        if lead:
+            self._lock = hold(path, str(self.folder))
+
+    @staticmethod
+    def begin(output: Path, command: str, manifest: Mapping[str, Any]) -> None:
+        """Make the folder; the manifest says, in what YAML can hold, what the file will be."""
+        folder = parts_folder(output)
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        try:
+            temporary.mkdir()
+            text = yaml.safe_dump(
+                {"format": FORMAT, "command": command} | dict(manifest), sort_keys=False
+            )
+            (temporary / _MANIFEST).write_text(text, encoding="utf-8")
+            temporary.rename(folder)
+        except OSError as error:
+            raise naming(error, folder) from None
+        finally:
+            remove(temporary)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def holds(self, name: str) -> bool:
+        """Whether a piece is finished; it may have been damaged since."""
+        return (self.folder / name).exists()
+
+    def load(self, name: str) -> dict[str, NDArray[Any]] | None:
+        """The arrays of a piece; None where they are not there as they were kept."""
+        try:
+            content = (self.folder / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        digest, payload = content[:_DIGEST], content[_DIGEST:]
+        return dict(load(payload)) if digest == self._digest(payload) else None
+
+    def keep(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Write a finished piece."""
+        payload = save(dict(arrays))
+        with replacing(self.folder / name) as replacement:
+            replacement.temporary.write_bytes(self._digest(payload) + payload)
+
+    def _digest(self, payload: bytes) -> bytes:
+        return hashlib.sha256(self._salt + payload).digest()
+
+    def remove(self) -> None:
+        """Remove the folder and what it holds."""
+        remove(self.folder)
+
+
+class Parts(Pieces):
+    """The folder of finished batches of a file of molecules; made by `create` or `open`."""
+
+    def __init__(self, output: Path, lead: bool) -> None:
+        super().__init__(output, "sample", lead)
+        path = self.folder / _MANIFEST
+        try:
+            values = self.manifest
             sizes = values["n_atoms"]
             self.job = Job(
                 **{f.name: values[f.name] for f in fields(Job) if f.name != "n_atoms"},
                 n_atoms=None if sizes is None else (sizes[0], sizes[1]),
             )
-            known = values["format"] == FORMAT
-        except FileNotFoundError:
-            raise InputError(_absent(output)) from None
-        except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, IndexError) as error:
+        except (TypeError, KeyError, IndexError) as error:
+            self.close()
             raise InputError(f"{path} is damaged; remove {self.folder} and sample again") from error
-        if not known:
-            raise InputError(f"{path} is of another version; remove {self.folder} or change back")
-        self._salt = hashlib.sha256(text).digest()
-        self._lock: IO[bytes] | None = None
         if lead:
-            self._lock = hold(path, str(self.folder))
             for stale in self.folder.glob(f"*{_DONE}"):
                 stale.unlink()
 
@@ -126,16 +221,7 @@ class Parts:
                 f"{folder} holds molecules of a run that was broken off; go on with "
                 f"`molgen-energy sample --resume {output}`, or remove that folder"
             )
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        try:
-            temporary.mkdir()
-            text = yaml.safe_dump({"format": FORMAT} | _plain(job), sort_keys=False)
-            (temporary / _MANIFEST).write_text(text, encoding="utf-8")
-            temporary.rename(folder)
-        except OSError as error:
-            raise naming(error, folder) from None
-        finally:
-            remove(temporary)
+        cls.begin(output, "sample", _plain(job))
         return cls(output, lead=True)
 
     @classmethod
@@ -153,53 +239,27 @@ class Parts:
     def __enter__(self) -> Parts:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the folder."""
-        if self._lock is not None:
-            self._lock.close()
-
     def has(self, batch: Batch) -> bool:
         """Whether a batch is finished; it may have been damaged since."""
-        return (self.folder / batch.name).exists()
+        return self.holds(batch.name)
 
     def read(self, batch: Batch) -> Molecules | None:
         """The molecules of a batch; None where they are not there as they were written."""
-        try:
-            content = (self.folder / batch.name).read_bytes()
-        except FileNotFoundError:
-            return None
-        digest, payload = content[:_DIGEST], content[_DIGEST:]
-        if digest != self._digest(payload):
-            return None
-        arrays = load(payload)
-        if not np.array_equal(arrays["numbers"], batch.numbers):
+        arrays = self.load(batch.name)
+        if arrays is None or not np.array_equal(arrays["numbers"], batch.numbers):
             return None
         offsets = offsets_of(arrays["sizes"])
         return Molecules(arrays["positions"], arrays["atomic_numbers"], offsets)
 
     def write(self, batch: Batch, molecules: Molecules) -> None:
         """Keep a batch that was drawn."""
-        payload = save(
-            {
-                "numbers": batch.numbers,
-                "sizes": molecules.sizes,
-                "positions": molecules.positions,
-                "atomic_numbers": molecules.atomic_numbers,
-            }
-        )
-        with replacing(self.folder / batch.name) as replacement:
-            replacement.temporary.write_bytes(self._digest(payload) + payload)
-
-    def _digest(self, payload: bytes) -> bytes:
-        return hashlib.sha256(self._salt + payload).digest()
+        arrays: dict[str, NDArray[Any]] = {
+            "numbers": batch.numbers,
+            "sizes": molecules.sizes,
+            "positions": molecules.positions,
+            "atomic_numbers": molecules.atomic_numbers,
+        }
+        self.keep(batch.name, arrays)
 
     def say_done(self, process: int) -> None:
         """Note that a process has drawn its share and needs the folder no more."""
@@ -208,10 +268,6 @@ class Parts:
     def is_done(self, process: int) -> bool:
         """Whether a process has said so since the folder was taken for writing the file."""
         return (self.folder / f"{process}{_DONE}").exists()
-
-    def remove(self) -> None:
-        """Remove the folder and what it holds."""
-        remove(self.folder)
 
 
 def read_job(output: Path) -> Job:
@@ -239,12 +295,24 @@ def check_same(begun: Job, now: Job, output: Path) -> None:
             f"{now.checkpoint} holds other weights ({now.origin}) than {folder} was begun with "
             f"({begun.origin}); name those with --checkpoint, or remove {folder} and sample again"
         )
-    there, here = _plain(begun), _plain(now)
-    for name in there:
-        if name not in ("checkpoint", "origin") and there[name] != here[name]:
+    elsewhere = {"checkpoint", "origin"}
+    there, here = (
+        {name: value for name, value in _plain(job).items() if name not in elsewhere}
+        for job in (begun, now)
+    )
+    check_unchanged(there, here, folder, "sample")
+
+
+def check_unchanged(
+    there: Mapping[str, Any], here: Mapping[str, Any], folder: Path, command: str
+) -> None:
+    """Refuse to go on with what was begun otherwise; names the first thing that differs."""
+    for name in here:
+        if there.get(name) != here[name]:
             raise InputError(
-                f"{folder} was begun with {name.replace('_', ' ')} {there[name]}, which cannot "
-                f"change to {here[name]}; go on as it was, or remove that folder and sample again"
+                f"{folder} was begun with {name.replace('_', ' ')} {there.get(name)}, which cannot "
+                f"change to {here[name]}; go on as it was, or remove that folder and {command} "
+                "again"
             )
 
 
@@ -254,10 +322,10 @@ def _plain(job: Job) -> dict[str, Any]:
     return values | {"n_atoms": None if job.n_atoms is None else list(job.n_atoms)}
 
 
-def _absent(output: Path) -> str:
+def _absent(output: Path, again: str) -> str:
     folder = parts_folder(output)
     if folder.exists():
-        return f"{folder} lacks {_MANIFEST}; remove it and sample again"
+        return f"{folder} lacks {_MANIFEST}; remove it and {again}"
     if output.exists():
         return f"{output} is complete, there is nothing to go on with ({folder} does not exist)"
     return f"{folder} does not exist, there is nothing to go on with; leave out --resume"

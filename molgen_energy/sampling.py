@@ -12,9 +12,8 @@ import errno
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from molgen_energy.distributed import barrier, is_main, rank, world_size
 from molgen_energy.errors import InputError
 from molgen_energy.output import check_writable
 from molgen_energy.parts import Batch, Job, Parts, check_same
+from molgen_energy.systems.base import Observer, Outcome
 from molgen_energy.systems.molecules import MoleculeGenerator
 
 SUFFIXES = (".sdf", ".xyz", ".h5")
@@ -39,33 +39,6 @@ _WINDOW_CPU, _WINDOW_GPU = 1024, 4096
 # Pairs of atoms in a batch. On a CPU more than its cache holds is slower, not faster.
 _PAIRS_CPU, _PAIRS_GPU = 20_000, 1_000_000
 _LOOK = 0.2  # seconds between looks at what other processes have finished
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was written where, how many molecules were drawn for it now, and how many diverged."""
-
-    path: Path | None
-    written: int
-    drawn: int
-    not_finite: int
-    interrupted: bool
-
-
-class Observer(Protocol):
-    """Who is told how sampling goes."""
-
-    def found(self, molecules: int) -> None:
-        """So many were finished before."""
-        ...
-
-    def advance(self, molecules: int, share: float) -> None:
-        """The network was called for so many molecules, a share of all its calls for them."""
-        ...
-
-    def interrupted(self, molecules: int) -> None:
-        """So many are finished and kept; now they are written where they can be used."""
-        ...
 
 
 def sample_to_file(
@@ -153,7 +126,7 @@ def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> Jo
         window=max(_WINDOW_CPU if on_cpu else _WINDOW_GPU, batch_size or 0),
         weights=generator.fingerprint(),
         checkpoint=str(path),
-        origin=generator.origin,
+        origin=generator.checkpoint.origin,
         version=__version__,
     )
 
@@ -230,7 +203,7 @@ class _Work:
         drawn = self._job.count - before
         if not is_main():
             self._parts.say_done(rank())
-            return Outcome(None, 0, drawn, 0, False)
+            return Outcome(None, 0, drawn)
         # Without the limit in time of a barrier: a process that fails ends the job for all.
         for other in range(1, world_size()):
             while not self._parts.is_done(other):
@@ -239,7 +212,7 @@ class _Work:
         self._parts.remove()
         if before:
             self._partial().unlink(missing_ok=True)
-        return Outcome(self._output, written, drawn, not_finite, False)
+        return Outcome(self._output, written, drawn, not_finite)
 
     def _partial(self) -> Path:
         """Where what is finished is written when it is broken off."""
@@ -256,7 +229,7 @@ class _Work:
             self._observer.interrupted(finished)
             _, not_finite = self._write(target, complete=False)
             path = target
-        return Outcome(path, finished, 0, not_finite, True)
+        return Outcome(path, finished, 0, not_finite, interrupted=True)
 
     def _draw(self, batch: Batch) -> Molecules:
         molecules = self._in_memory(torch.from_numpy(batch.numbers))
@@ -285,7 +258,7 @@ class _Work:
         # Written in the folder of the parts, so that a kill leaves nothing elsewhere.
         check_writable(target)
         merged, not_finite, in_order = self._parts.folder / target.name, 0, True
-        with _writer(merged, self._job, self._generator.checkpoint.config.to_yaml()) as writer:
+        with _writer(merged, self._job, self._generator.config.to_yaml()) as writer:
             for batches in self.windows():
                 pieces, numbers = [], []
                 for batch in batches:

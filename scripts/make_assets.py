@@ -22,9 +22,10 @@ from molgen_energy.chemistry.rdkit import judge
 from molgen_energy.data.hdf5 import MoleculeWriter
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.data.sources import qm9
+from molgen_energy.distributed import default_workers
 from molgen_energy.metrics.evaluation import METRIC_GROUPS, Options, lacking
 from molgen_energy.metrics.reference import qm9_training_names, reference_of
-from molgen_energy.metrics.workers import Workers, default_workers
+from molgen_energy.metrics.workers import Workers
 from molgen_energy.preprocessing import preprocess_qm9
 from molgen_energy.resources import asset
 

@@ -18,6 +18,8 @@ from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.data.molecules import Molecule, Molecules, offsets_of
 from molgen_energy.resources import asset
+from molgen_energy.systems.molecule_config import MoleculeConfig
+from molgen_energy.training.checkpoint import load_checkpoint
 
 torch.set_num_threads(1)  # tests run in parallel processes
 # A shell's background job ignores Ctrl-C, and so would the processes that tests interrupt.
@@ -54,6 +56,11 @@ def cli(tmp_path: Path):
         return done
 
     return run
+
+
+def config_of(run: Path) -> MoleculeConfig:
+    """The configuration that a run on molecules was trained with."""
+    return load_checkpoint(run).config_as(MoleculeConfig)
 
 
 def torchrun(folder: Path, *arguments: object, processes: int = 2) -> subprocess.Popen[str]:

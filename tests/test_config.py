@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from molgen_energy.config import config_names, load_config, parse_assignments
+from molgen_energy.config import config_names, parse_assignments
 from molgen_energy.errors import InputError
+from molgen_energy.systems import load_config
 from molgen_energy.training.loop import total_steps
 
 
@@ -63,12 +64,31 @@ def test_assignments():
         ("data.window=0", r"data\.window: .*greater than 0"),
         ("data.in_memory=sometimes", r"data\.in_memory: "),
         ("data.elements=[Xx]", r"data\.elements: .*no chemical element"),
-        ("system=planets", r"unknown system 'planets'"),
+        ("system=planets", r"other keys are those of molecules"),
+        ("system=spins", r"system: the other keys are those of molecules.*--config of spins"),
     ],
 )
 def test_bad_values_are_named(text, message):
     with pytest.raises(InputError, match=message):
         load_config("quick").replaced(parse_assignments([text]))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("spins_margin", "model.kernel=4", r"model\.kernel: .*odd number"),
+        ("spins_margin", "loss.gauge=free", r"loss\.gauge: .*'fixed' or 'either'"),
+        ("spins_margin", "loss.temperature=0", r"loss\.temperature: .*greater than 0"),
+        ("spins_margin", "loss.springs.family=inverse", r"unknown config key 'loss\.springs"),
+        ("spins_margin", "training.augment_rotations=true", r"unknown config key 'training\.aug"),
+        ("spins_margin", "model.name=gdm", r"unknown model 'gdm' \(valid: resnet\)"),
+        ("shapes_energy", "model.name=gdm", r"unknown model 'gdm' \(valid: mlp\)"),
+        ("shapes_energy", "loss.position_weight=1", r"unknown config key 'loss\.position_weight'"),
+    ],
+)
+def test_bad_values_of_other_systems_are_named(name, text, message):
+    with pytest.raises(InputError, match=message):
+        load_config(name).replaced(parse_assignments([text]))
 
 
 @pytest.mark.parametrize("text", ["model.layers", "=3", "a=[", ""])

@@ -16,8 +16,8 @@ from molgen_energy.data import hdf5
 from molgen_energy.data.batches import ResidentMolecules, epoch_batches
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecule, Molecules, by_size
+from molgen_energy.data.splits import random_split
 from molgen_energy.errors import InputError
-from molgen_energy.preprocessing import random_split
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, bonded, error):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_full_disk_is_a_system_error():
-    file = hdf5._PatientFile(Path("/dev/full"))
+    file = hdf5.PatientFile(Path("/dev/full"))
     file.check()
     assert file.write(b"12345") == 5
     with pytest.raises(OSError, match="No space left") as caught:

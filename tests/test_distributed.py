@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import torchrun, torchrun_to_end
+from conftest import config_of, torchrun, torchrun_to_end
 from test_training import CPU, Watcher
 
-from molgen_energy.config import load_config
+from molgen_energy.systems import load_config
 from molgen_energy.systems.molecules import MoleculeTask
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.loop import train
@@ -118,7 +118,7 @@ def test_a_killed_process_ends_the_job_and_it_resumes(tmp_path):
     assert job.returncode != 0
     assert "error: " in said
     at = load_checkpoint(tmp_path / "run").state["progress"]["step"]
-    config = load_checkpoint(tmp_path / "run").config.replaced({"training.steps": at + 3})
+    config = config_of(tmp_path / "run").replaced({"training.steps": at + 3})
     train(MoleculeTask(config, CPU), tmp_path / "run", Watcher(), resume=True)
     assert load_checkpoint(tmp_path / "run").state["progress"]["step"] == at + 3
 

@@ -23,7 +23,7 @@ from molgen_energy.losses import (
     SymmetrizedEdges,
 )
 from molgen_energy.losses.symmetry import automorphisms
-from molgen_energy.models import MODELS
+from molgen_energy.models import MODELS, SHAPE_MODELS, SPIN_MODELS
 from molgen_energy.models.geometry import random_rotations
 
 
@@ -709,3 +709,34 @@ class TestSamplers:
         drawn = self.drawn(process, name, steps, mask, MovedNoise(torch.arange(3)))
         assert drawn[..., :3].abs().max() > 0.01
         assert drawn[..., :3].sum(1).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", SPIN_MODELS)
+def test_networks_on_a_torus_follow_translations(name):
+    """A periodic lattice that is shifted gets the shifted output; an open one has a place."""
+    torch.manual_seed(0)
+    couplings = torch.rand(3, 2, 8, 8, dtype=torch.float64) * 2 - 1
+    moved = couplings.roll((3, -2), (2, 3))
+    torus = SPIN_MODELS[name](2, 3, 8, 3, True).double()
+    torch.testing.assert_close(torus(moved), torus(couplings).roll((3, -2), (1, 2)))
+    flat = SPIN_MODELS[name](2, 3, 8, 3, False).double()
+    assert not torch.allclose(flat(moved), flat(couplings).roll((3, -2), (1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        *((build(2, 3, 8), (6, 2, 8, 8)) for build in SPIN_MODELS.values()),
+        *((build(1, 5, 2), (6, 1)) for build in SHAPE_MODELS.values()),
+    ],
+    ids=[*SPIN_MODELS, *SHAPE_MODELS],
+)
+def test_networks_know_nothing_of_the_rest_of_a_batch(model, shape):
+    model = model.double()
+    inputs = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for k in range(len(inputs)):
+        torch.testing.assert_close(model(inputs)[k], model(inputs[k : k + 1])[0])
+    for parameter in model.parameters():
+        parameter.grad = None
+    model(inputs).square().sum().backward()
+    assert all(bool(p.grad.abs().sum() > 0) for p in model.parameters())

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import config_of
 from test_training import CPU, Watcher, assert_same_run, tiny
 
 from molgen_energy.data import batches as batching
@@ -31,7 +32,6 @@ from molgen_energy.errors import InputError
 from molgen_energy.systems import molecules as system
 from molgen_energy.systems.molecules import MoleculeTask
 from molgen_energy.training import device as devices
-from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.device import available_memory
 from molgen_energy.training.loop import Stopped, train
 
@@ -324,7 +324,12 @@ def test_streamed_interrupted_and_resumed_equals_unbroken(unbroken, tmp_path, at
     watcher = Watcher({at: lambda: os.kill(os.getpid(), signal.SIGINT)})
     with pytest.raises(Stopped, match=f"step {at} of 20"):
         train(MoleculeTask(tiny(training__steps=20, **STREAMED), CPU), run, watcher)
-    train(MoleculeTask(load_checkpoint(run).config, CPU), run, Watcher(), resume=True)
+    train(
+        MoleculeTask(config_of(run), CPU),
+        run,
+        Watcher(),
+        resume=True,
+    )
     assert_same_run(unbroken, run)
 
 
@@ -345,7 +350,7 @@ def test_a_run_stays_resident_or_streamed(tmp_path, monkeypatch):
     assert settled(1000, data__in_memory=True) is True
     run = tmp_path / "run"
     train(MoleculeTask(tiny(training__steps=1), CPU), run, Watcher())
-    config = load_checkpoint(run).config
+    config = config_of(run)
     assert config.data.in_memory is False
     monkeypatch.undo()
     with_memory = MoleculeTask(config, CPU)
@@ -385,7 +390,7 @@ def test_nan_in_the_third_window_names_the_molecule(tmp_path, large):
     assert str(caught.value) == expected
     assert watcher.steps[-1] == 2 * 512 / 64  # what was whole was trained on
     with pytest.raises(InputError, match=f"molecule {number} has coordinates"):
-        MoleculeTask(load_checkpoint(tmp_path / "run").config, CPU)
+        MoleculeTask(config_of(tmp_path / "run"), CPU)
 
 
 def test_a_file_that_breaks_off_on_the_way(tmp_path, large):

@@ -17,21 +17,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import config_of
 
-from molgen_energy.config import Config, load_config
+from molgen_energy.config import Config
 from molgen_energy.diffusion.process import PROCESSES
 from molgen_energy.errors import InputError, TrainingFailed
 from molgen_energy.losses import EDGES, LOSSES, SPRINGS
 from molgen_energy.models import MODELS
 from molgen_energy.models.geometry import centred
 from molgen_energy.output import hold
+from molgen_energy.systems import load_config
 from molgen_energy.systems.molecules import PAPER, MoleculeTask
 from molgen_energy.training import checkpoint as checkpoints
 from molgen_energy.training.checkpoint import load_checkpoint, newest_run, save_checkpoint
 from molgen_energy.training.clipping import GradientClipper
 from molgen_energy.training.ema import ExponentialMovingAverage
 from molgen_energy.training.loop import Stopped, learning_rate, total_steps, train
-from molgen_energy.training.metrics import read_metrics
+from molgen_energy.training.metrics import MetricsLog, read_metrics
 
 CPU = torch.device("cpu")
 TINY = {
@@ -78,7 +80,7 @@ def assert_same_run(a: Path, b: Path) -> None:
             assert torch.equal(theirs[key], ours[key]), (name, key)
     rows = [read_metrics(run / "metrics.csv") for run in (a, b)]
     for row in (*rows[0], *rows[1]):
-        del row["seconds"], row["molecules_per_second"]
+        del row["seconds"], row["samples_per_second"]
     assert rows[0] == rows[1]
 
 
@@ -127,7 +129,7 @@ def test_interrupted_and_resumed_equals_unbroken(unbroken, tmp_path, at):
         train(MoleculeTask(tiny(), CPU), run, watcher)
     assert watcher.steps[-1] == at
     resumed = Watcher()
-    train(MoleculeTask(load_checkpoint(run).config, CPU), run, resumed, resume=True)
+    train(MoleculeTask(config_of(run), CPU), run, resumed, resume=True)
     assert resumed.steps == list(range(at + 1, 13))
     assert_same_run(unbroken, run)
 
@@ -143,7 +145,12 @@ def test_died_between_checkpoints_and_resumed_equals_unbroken(unbroken, tmp_path
         train(MoleculeTask(tiny(), CPU), run, Watcher({10: crash}))
     with (run / "metrics.csv").open("a") as file:
         file.write("12,0,0.1")  # half a row, as a kill leaves it
-    train(MoleculeTask(load_checkpoint(run).config, CPU), run, Watcher(), resume=True)
+    train(
+        MoleculeTask(config_of(run), CPU),
+        run,
+        Watcher(),
+        resume=True,
+    )
     assert_same_run(unbroken, run)
 
 
@@ -172,7 +179,7 @@ def test_killed_at_any_moment_it_resumes(tmp_path, delay):
     process.wait()
     assert state.exists() or (run / "checkpoints" / "last.old" / "state.yaml").exists()
     at = load_checkpoint(run).state["progress"]["step"]
-    config = load_checkpoint(run).config.replaced({"training.steps": at + 2})
+    config = config_of(run).replaced({"training.steps": at + 2})
     summary = train(MoleculeTask(config, CPU), run, Watcher(), resume=True)
     assert summary.steps == at + 2
     assert not list((run / "checkpoints").glob("*.tmp"))
@@ -229,7 +236,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
 def test_more_steps_go_on(unbroken, tmp_path):
     run = tmp_path / "run"
     train(MoleculeTask(tiny(training__decay="none"), CPU), run, Watcher())
-    longer = load_checkpoint(run).config.replaced({"training.steps": 15})
+    longer = config_of(run).replaced({"training.steps": 15})
     assert train(MoleculeTask(longer, CPU), run, Watcher(), resume=True).steps == 15
 
 
@@ -239,7 +246,7 @@ def test_other_data_is_refused_on_resume(unbroken, tmp_path, sample_path):
     (tmp_path / "other.h5").write_bytes(sample_path.read_bytes())
     with h5py.File(tmp_path / "other.h5", "r+") as file:
         file["split"][:] = 0
-    config = load_checkpoint(unbroken).config.replaced({"data.path": str(tmp_path / "other.h5")})
+    config = config_of(unbroken).replaced({"data.path": str(tmp_path / "other.h5")})
     with pytest.raises(InputError, match="trained on other data"):
         train(MoleculeTask(config, CPU), unbroken, Watcher(), resume=True)
 
@@ -331,7 +338,7 @@ def test_no_checkpoint_while_steps_are_not_finite(tmp_path):
 def test_two_trainers_of_one_run_are_kept_apart(unbroken, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(unbroken, run)
-    config = load_checkpoint(run).config.replaced({"training.steps": 14})
+    config = config_of(run).replaced({"training.steps": 14})
     before = (run / "metrics.csv").read_bytes()
     with hold(run / "log.txt", "run"), pytest.raises(InputError, match="in another process"):
         train(MoleculeTask(config, CPU), run, Watcher(), resume=True)
@@ -357,7 +364,7 @@ def test_skipped_steps_resume_to_the_same_numbers(tmp_path):
     watcher = Watcher({8: lambda: os.kill(os.getpid(), signal.SIGINT)})
     with pytest.raises(Stopped):
         train(broken(), tmp_path / "run", watcher)
-    train(MoleculeTask(load_checkpoint(tmp_path / "run").config, CPU), tmp_path / "run",
+    train(MoleculeTask(config_of(tmp_path / "run"), CPU), tmp_path / "run",
           Watcher(), resume=True)  # fmt: skip
     assert_same_run(tmp_path / "unbroken", tmp_path / "run")
 
@@ -507,7 +514,7 @@ def test_every_choice_resumes_to_the_same_numbers(tmp_path, changes):
     watcher = Watcher({2: lambda: os.kill(os.getpid(), signal.SIGINT)})
     with pytest.raises(Stopped):
         train(MoleculeTask(config, CPU), tmp_path / "run", watcher)
-    settled = load_checkpoint(tmp_path / "run").config
+    settled = config_of(tmp_path / "run")
     train(MoleculeTask(settled, CPU), tmp_path / "run", Watcher(), resume=True)
     assert_same_run(tmp_path / "unbroken", tmp_path / "run")
 
@@ -645,3 +652,16 @@ def test_metrics_are_readable_as_csv(unbroken):
     with (unbroken / "metrics.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert len({len(row) for row in rows}) == 1
+
+
+def test_metrics_with_a_column_of_another_name(tmp_path):
+    """A run that was begun when throughput was counted in molecules goes on."""
+    (tmp_path / "metrics.csv").write_text(
+        "step,epoch,loss,valid_loss,gradient_norm,lr,molecules_per_second,seconds,skipped\n"
+        "5,0,1.5,,2,0.1,300,9,0\n"
+    )
+    log = MetricsLog(tmp_path, 5, ())
+    log.write(step=6, epoch=0, loss=1.0, samples_per_second=310.0, seconds=10.0, skipped=0)
+    log.close()
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [row["samples_per_second"] for row in rows] == ["300", "310"]

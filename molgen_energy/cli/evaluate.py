@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 def command(
+    context: typer.Context,
     files: list[Path] = typer.Argument(
         ..., metavar="FILE…", help="SDF or XYZ (also .gz) or HDF5, of any program."
     ),
@@ -90,12 +91,20 @@ def command(
 ) -> None:
     """Judge molecules: stability, validity, novelty, geometry, energy, beside real data.
 
+    Or samples of another physical system, which their HDF5 file names.
+
     Bonds are perceived from distances (EDM's protocol); where a file carries bonds, they are
     judged too. Of an HDF5 file the reference is its test split, and `--train` takes its training
     split.
     """
-    from molgen_energy.metrics.workers import Workers, default_workers
+    from molgen_energy.distributed import default_workers
+    from molgen_energy.metrics.workers import Workers
 
+    system = _system(files)
+    if system != "molecules":
+        if is_main():
+            _judge(system, files, context, report, as_json)
+        return
     count = default_workers() if workers is None else workers
     with lines() as others:
         if not is_main():
@@ -103,10 +112,7 @@ def command(
                 pool.serve(others[0])
             return
         options = _options(metrics, bonds, valence, angles, subset, skip_bad)
-        if report is not None:
-            if report.exists() and not report.is_dir():
-                raise InputError(f"{report} is a file; name a folder for the report")
-            check_folder(report if report.exists() else report.absolute().parent)
+        _check_report(report)
         page = None
         with progress_bar(transient=True) as bar, Workers(count, timeout, others) as pool:
             from molgen_energy.metrics.run import run
@@ -117,6 +123,60 @@ def command(
 
                 page = write_report(found, report, files, pool)
     _show(found, as_json)
+    if page is not None:
+        say(f"report: {page}")
+
+
+def _check_report(report: Path | None) -> None:
+    if report is None:
+        return
+    if report.exists() and not report.is_dir():
+        raise InputError(f"{report} is a file; name a folder for the report")
+    check_folder(report if report.exists() else report.absolute().parent)
+
+
+def _system(files: list[Path]) -> str:
+    """The physical system that all files are of; only HDF5 holds others than molecules."""
+    systems = {}
+    for path in files:
+        systems[path] = "molecules"
+        if path.suffix.lower() in (".h5", ".hdf5"):
+            from molgen_energy.data.hdf5 import system_of
+
+            systems[path] = system_of(path)
+    first = systems[files[0]]
+    for path, system in systems.items():
+        if system != first:
+            raise InputError(f"{files[0]} holds {first} and {path} {system}; judge them apart")
+    return first
+
+
+def _judge(
+    system: str, files: list[Path], context: typer.Context, report: Path | None, as_json: bool
+) -> None:
+    """Judge what are no molecules."""
+    from molgen_energy.metrics import JUDGES
+    from molgen_energy.metrics.scores import as_json as to_json
+    from molgen_energy.metrics.scores import table, write_report
+
+    if system not in JUDGES:
+        raise InputError(f"{files[0]} holds {system}; known are molecules, {', '.join(JUDGES)}")
+    for name in context.params:
+        chosen = context.get_parameter_source(name)
+        given = chosen is not None and chosen.name != "DEFAULT"
+        if given and name not in ("files", "report", "as_json"):
+            raise InputError(f"--{name.replace('_', '-')} is for molecules, not for {system}")
+    _check_report(report)
+    found = [JUDGES[system](path) for path in files]
+    page = None if report is None else write_report(found, report)
+    if as_json:
+        typer.echo(json.dumps(to_json(found), indent=2))
+    else:
+        for scores in found:
+            stdout.print(table(scores))
+    for scores in found:
+        for note in scores.notes:
+            warn(f"{scores.name}: {note}")
     if page is not None:
         say(f"report: {page}")
 

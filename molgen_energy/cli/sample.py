@@ -1,4 +1,4 @@
-"""`molgen-energy sample`: from a checkpoint to a file of molecules."""
+"""`molgen-energy sample`: from a checkpoint to a file of samples."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from molgen_energy.errors import InputError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-_COUNT, _SEED, _OUTPUT = 100, 0, Path("samples.sdf")
-_SETTINGS = (
-    "count", "n_atoms", "seed", "sampler", "steps", "eta", "batch_size", "low_precision",
-)  # fmt: skip
-"""What settles the molecules, besides the checkpoint; attributes of `parts.Job`."""
-
 
 def command(
     count: int | None = typer.Option(
-        None, "-n", "--count", help=f"How many molecules; default: {_COUNT}."
+        None,
+        "-n",
+        "--count",
+        help="How many; default: 100, of spins all that there are couplings of.",
     ),
     checkpoint: Path | None = typer.Option(
         None, "--checkpoint", help="A run's folder or a checkpoint; default: the newest in runs/."
+    ),
+    data: Path | None = typer.Option(
+        None,
+        "--data",
+        help="Of spins: couplings to predict for, HDF5 of `preprocess` or .npz with `right` and "
+        "`down`; default: the test split of the run's data.",
     ),
     n_atoms: str | None = typer.Option(
         None,
@@ -42,7 +45,7 @@ def command(
         "--seed",
         min=0,
         max=2**64 - 1,
-        help=f"Another seed, other molecules; default: {_SEED}.",
+        help="Another seed, other samples; default: 0.",
     ),
     sampler: str | None = typer.Option(
         None,
@@ -56,10 +59,13 @@ def command(
         None, "--eta", help="Noise of ddim's steps, 0 (the default) to 1 (as ancestral)."
     ),
     output: Path | None = typer.Option(
-        None, "-o", "--output", help=f"File to write: .sdf, .xyz or .h5; default: {_OUTPUT}."
+        None,
+        "-o",
+        "--output",
+        help="File to write: of molecules .sdf (default: samples.sdf), .xyz or .h5, else .h5.",
     ),
     batch_size: int | None = typer.Option(
-        None, "--batch-size", help="Molecules at once; default: what suits size and device."
+        None, "--batch-size", min=1, help="Samples at once; default: what suits size and device."
     ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1."),
     low_precision: bool = typer.Option(
@@ -74,12 +80,12 @@ def command(
 ) -> None:
     """Sample molecules from a trained model into a file of exactly N records.
 
-    Finished batches wait in FILE.parts until all are there, so that nothing is lost when sampling
-    is broken off. `torchrun --nproc-per-node K -m molgen_energy sample` shares the work.
+    From a run on another physical system, predict its samples. Of molecules, finished batches wait
+    in FILE.parts until all are there, so that nothing is lost when sampling is broken off, and
+    `torchrun --nproc-per-node K -m molgen_energy sample` shares the work.
     """
     from molgen_energy.parts import parts_folder
-    from molgen_energy.sampling import sample_to_file
-    from molgen_energy.systems.molecules import MoleculeGenerator
+    from molgen_energy.systems import system_named
     from molgen_energy.training.checkpoint import load_checkpoint
     from molgen_energy.training.device import choose_device
 
@@ -92,39 +98,31 @@ def command(
         "eta": eta,
         "batch_size": batch_size,
         "low_precision": low_precision or None,
+        "data": data,
     }
     given = {name: value for name, value in values.items() if value is not None}
     chosen = local_device(choose_device(device))
     with joined(chosen):
         # The first process decides for all: the newest run may be another one a second later.
-        path, asked, again = from_main(
+        found, path, asked = from_main(
             _asked(given, checkpoint, output, resume) if is_main() else None
         )
-        loaded = load_checkpoint(Path(asked["checkpoint"]), weights=["ema"])
-        generator = MoleculeGenerator(
-            loaded,
-            chosen,
-            asked["seed"],
-            asked["n_atoms"],
-            asked["low_precision"],
-            asked["sampler"],
-            asked["steps"],
-            asked["eta"],
-        )
-        kind, total = generator.sampler, asked["count"]
-        shared = "" if world_size() == 1 else f", by {world_size()} processes"
-        say(
-            f"sampling {total:,} molecules from {generator.origin}: {generator.sampler_name}, "
-            f"{kind.steps:,} steps, {kind.evaluations:,} network evaluations each{shared}"
-        )
+        loaded = load_checkpoint(found, weights=["ema"])
+        system = system_named(loaded.system, str(loaded.path))
+        generator = system.generator(loaded, chosen, asked)
+        if path.resolve() in [source.resolve() for source in generator.inputs]:
+            raise InputError(f"-o {path} is a file that samples are made from; name another")
+        total, samples = generator.count, system.samples
+        if not generator.shared and not is_main():
+            return
+        shared = f", by {world_size()} processes" if generator.shared and world_size() > 1 else ""
+        say(f"sampling {total:,} {samples} from {generator.origin}: {generator.method}{shared}")
         go_on = f"go on with: molgen-energy sample --resume {shlex.quote(str(path))}"
         began = time.perf_counter()
         try:
             with progress_bar("rate") as bar:
-                observer = _BarObserver(bar, total, go_on)
-                outcome = sample_to_file(
-                    generator, total, path, observer, asked["batch_size"], again
-                )
+                observer = _BarObserver(bar, total, samples, go_on)
+                outcome = generator.write(path, observer, resume is not None)
         except (OSError, RuntimeError, MemoryError):
             if parts_folder(path).exists():
                 say(f"what is finished stays in {parts_folder(path)}; {go_on}")
@@ -134,13 +132,13 @@ def command(
     seconds = time.perf_counter() - began
     if not outcome.interrupted:
         say(
-            f"{outcome.written:,} molecules written to {outcome.path} in {seconds:.0f} s "
-            f"({outcome.drawn / seconds:.2f} molecules/s)"
+            f"{outcome.written:,} {samples} written to {outcome.path} in {seconds:.0f} s "
+            f"({outcome.drawn / seconds:.2f} {samples}/s)"
         )
     elif outcome.path is not None:
         say(f"what is finished can be used already: {outcome.path}")
     if outcome.not_finite:
-        warn(f"{outcome.not_finite} molecules diverged; they stand in the file without coordinates")
+        warn(f"{outcome.not_finite} {samples} diverged; they stand in the file without coordinates")
     if outcome.interrupted:
         sys.exit(INTERRUPTED)
     say(f"next: molgen-energy evaluate {shlex.quote(str(outcome.path))}")
@@ -148,61 +146,74 @@ def command(
 
 def _asked(
     given: dict[str, Any], checkpoint: Path | None, output: Path | None, resume: Path | None
-) -> tuple[Path, dict[str, Any], bool]:
-    """The file, all that settles its molecules, and whether they were begun before."""
-    from molgen_energy.output import check_writable, through_links
+) -> tuple[Path, Path, dict[str, Any]]:
+    """The checkpoint, the file to write, and a value for each option of the system."""
+    from molgen_energy.output import through_links
     from molgen_energy.parts import parts_folder, read_job
-    from molgen_energy.sampling import check_name
-    from molgen_energy.training.checkpoint import newest_run
+    from molgen_energy.systems import SYSTEMS, system_named
+    from molgen_energy.training.checkpoint import load_checkpoint, newest_run
 
     if resume is None:
-        path = through_links(_OUTPUT if output is None else output)
-        check_name(path)
-        check_writable(path)
-        defaults = {"count": _COUNT, "seed": _SEED, "low_precision": False}
-        asked = dict.fromkeys(_SETTINGS) | defaults | given
         found = newest_run(Path("runs")) if checkpoint is None else checkpoint
-        return path, asked | {"checkpoint": str(found)}, False
+        begun = load_checkpoint(found)
+        system = system_named(begun.system, str(begun.path))
+        for name in given:
+            if name not in system.sampling:
+                serve = ", ".join(map(_option, system.sampling))
+                raise InputError(
+                    f"{_option(name)} has no meaning for {system.samples}, which {found} makes; "
+                    f"there serve {serve}"
+                )
+        path = through_links(Path(system.output) if output is None else output)
+        system.check_output(path)
+        return found, path, dict(system.sampling) | given
     if output is not None and output != resume:
         raise InputError(f"--resume {resume} names the file itself; leave out -o {output}")
     resume = through_links(resume)
     job = read_job(resume)
+    options = SYSTEMS["molecules"].sampling
     for name, value in given.items():
-        there = getattr(job, name)
+        there = getattr(job, name, None)
         if value != there:
-            option = {"count": "-n"}.get(name, f"--{name.replace('_', '-')}")
             was = "-".join(map(str, there)) if isinstance(there, tuple) else there
             raise InputError(
-                f"{option} cannot change: {parts_folder(resume)} was begun with "
+                f"{_option(name)} cannot change: {parts_folder(resume)} was begun with "
                 f"{'the default' if was is None else was}; --resume needs no other option"
             )
-    asked = {name: getattr(job, name) for name in (*_SETTINGS, "checkpoint")}
-    if checkpoint is not None:
-        asked["checkpoint"] = str(checkpoint)
-    elif not Path(job.checkpoint).exists():
+    if checkpoint is None and not Path(job.checkpoint).exists():
         raise InputError(f"{job.checkpoint} does not exist; name its new place with --checkpoint")
-    return resume, asked, True
+    found = Path(job.checkpoint) if checkpoint is None else checkpoint
+    return found, resume, {name: getattr(job, name) for name in options}
+
+
+def _option(name: str) -> str:
+    """The option of a parameter."""
+    return {"count": "-n"}.get(name, f"--{name.replace('_', '-')}")
 
 
 class _BarObserver:
-    def __init__(self, bar: Progress, total: int, go_on: str) -> None:
+    def __init__(self, bar: Progress, total: int, samples: str, go_on: str) -> None:
+        self._samples = samples
         self._bar, self._handle = bar, bar.add_task("sampling", total=max(total, 0), rate="")
         self._total, self._go_on, self._log = total, go_on, Occasional()
         self._began, self._before, self._done = time.perf_counter(), 0, 0.0
 
-    def found(self, molecules: int) -> None:
-        self._before = molecules
-        say(f"{molecules:,} of {self._total:,} molecules are finished already")
+    def found(self, samples: int) -> None:
+        self._before = samples
+        say(f"{samples:,} of {self._total:,} {self._samples} are finished already")
 
-    def interrupted(self, molecules: int) -> None:
-        say(f"interrupted: {molecules:,} of {self._total:,} molecules are finished; {self._go_on}")
+    def interrupted(self, samples: int) -> None:
+        say(
+            f"interrupted: {samples:,} of {self._total:,} {self._samples} are finished; "
+            f"{self._go_on}"
+        )
 
-    def advance(self, molecules: int, share: float) -> None:
-        self._done += molecules * share
+    def advance(self, samples: int, share: float) -> None:
+        self._done += samples * share
         rate = self._done / (time.perf_counter() - self._began)
         there = self._before + self._done
-        self._bar.update(self._handle, completed=round(there), rate=f"{rate:.2f} molecules/s")
-        self._log.say(f"{there:,.0f} molecules, {rate:.2f} molecules/s")
+        self._bar.update(self._handle, completed=round(there), rate=f"{rate:.2f} {self._samples}/s")
+        self._log.say(f"{there:,.0f} {self._samples}, {rate:.2f} {self._samples}/s")
 
 
 def _sizes(text: str) -> tuple[int, int]:

@@ -19,11 +19,18 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from molgen_energy.config import Config
+    from molgen_energy.systems import System
     from molgen_energy.training.loop import Summary
+    from molgen_energy.training.task import Task
 
 
 def command(
-    loss: str | None = typer.Option(None, "--loss", help="energy, mse, mae or kabsch."),
+    loss: str | None = typer.Option(
+        None,
+        "--loss",
+        help="energy, mse, mae or kabsch; of spins local_field, cross_entropy, margin or "
+        "true_energy.",
+    ),
     springs: str | None = typer.Option(
         None,
         "--springs",
@@ -57,12 +64,12 @@ def command(
         None, "--resume", metavar="RUN", help="Go on with a run that was stopped or killed."
     ),
 ) -> None:
-    """Train a diffusion model of molecules.
+    """Train a diffusion model of molecules, or the model of another physical system.
 
     With nothing else, `--loss energy` trains a small model on the bundled sample of QM9.
     """
-    from molgen_energy.config import load_config, parse_assignments
-    from molgen_energy.systems.molecules import MoleculeTask
+    from molgen_energy.config import parse_assignments
+    from molgen_energy.systems import SYSTEMS, load_config, system_named
     from molgen_energy.training.checkpoint import load_checkpoint
     from molgen_energy.training.device import choose_device
     from molgen_energy.training.loop import Stopped, total_steps, train
@@ -89,27 +96,34 @@ def command(
                     f"--resume {run} is a checkpoint; name its run, {run.parent.parent}"
                 )
             checkpoint = load_checkpoint(run)
-            settled = checkpoint.config.replaced(given)
+            schema = system_named(checkpoint.system, str(run)).config
+            settled = checkpoint.config_as(schema).replaced(given)
         else:
             changes = parse_assignments(assignments)
-            settled = load_config(config or "quick").replaced(changes | given)
+            shipped = load_config(config or "quick")
+            name = changes.get("loss.name") if loss is None else loss
+            name = _loss(shipped) if name is None else name
             for option, value in (("--springs", springs), ("--edges", edges)):
-                if value is not None and settled.loss.name != "energy":
-                    raise InputError(f"{option} goes with --loss energy, not {settled.loss.name}")
+                if value is not None and name != "energy":
+                    raise InputError(f"{option} goes with --loss energy, not {name}")
+            settled = shipped.replaced(changes | given)
             run = output or from_main(_new_run(settled))
             if is_main():
                 _check_new(run)
+        system = SYSTEMS[settled.system]
         with _Preparation() as preparation:
-            task = MoleculeTask(settled, target, preparation)
+            task = system.task(settled, target, preparation)
         steps_in_all = total_steps(task.config.training, task.batches_per_epoch)
         if resume is not None and checkpoint.state["progress"]["step"] >= steps_in_all:
             say(f"{run} is complete at step {steps_in_all:,}; --steps N with more makes it go on")
             return
-        _announce(task, run, steps_in_all)
+        _announce(system, task, run, steps_in_all)
         try:
             with progress_bar("loss", "rate") as bar:
                 handle = bar.add_task("training", total=steps_in_all, loss="", rate="")
-                summary = train(task, run, _BarObserver(bar, handle), resume=resume is not None)
+                summary = train(
+                    task, run, _BarObserver(bar, handle, system.samples), resume=resume is not None
+                )
         except Stopped as stopped:
             say(f"{stopped}; go on with: molgen-energy train --resume {shlex.quote(str(run))}")
             sys.exit(INTERRUPTED)
@@ -138,11 +152,12 @@ class _Preparation:
 
 
 class _BarObserver:
-    def __init__(self, bar: Progress, handle: TaskID) -> None:
+    def __init__(self, bar: Progress, handle: TaskID, samples: str) -> None:
         self._bar, self._handle, self._log = bar, handle, Occasional()
+        self._samples = samples
 
     def progress(self, step: int, steps: int, loss: float, samples_per_second: float) -> None:
-        shown, rate = f"loss {loss:.4f}", f"{samples_per_second:,.0f} molecules/s"
+        shown, rate = f"loss {loss:.4f}", f"{samples_per_second:,.0f} {self._samples}/s"
         self._bar.update(self._handle, completed=step, loss=shown, rate=rate)
         self._log.say(f"step {step:,} of {steps:,}, {shown}, {rate}")
 
@@ -161,11 +176,11 @@ def _only_length(
 
 
 def _new_run(config: Config) -> Path:
-    loss = config.loss.name
-    if loss == "energy":
-        loss += f"-{config.loss.springs.family}"
-        if config.loss.edges.kind != "complete":
-            loss += f"-{config.loss.edges.kind}"
+    loss, section = _loss(config), getattr(config, "loss", None)
+    if section is not None and loss == "energy":
+        loss += f"-{section.springs.family}"
+        if section.edges.kind != "complete":
+            loss += f"-{section.edges.kind}"
     name = f"{config.name}-{loss}-{datetime.now():%Y%m%d-%H%M%S}"
     others = len(list(Path("runs").glob(f"{name}*")))
     return Path("runs") / (f"{name}-{others + 1}" if others else name)
@@ -179,21 +194,19 @@ def _check_new(run: Path) -> None:
     check_folder(existing)
 
 
-def _announce(task: Any, run: Path, steps: int) -> None:
-    config = task.config
-    count = task.state["data"]["training_molecules"]
+def _loss(config: Config) -> str:
+    """Name of the loss; a system may have no section on it."""
+    return str(getattr(getattr(config, "loss", None), "name", "its own"))
+
+
+def _announce(system: System, task: Task, run: Path, steps: int) -> None:
+    data = task.state["data"]
     parameters = sum(p.numel() for p in task.model.parameters())
-    springs = ""
-    if config.loss.name == "energy":
-        springs = f", {config.loss.springs.family} springs on {config.loss.edges.kind} edges"
-    process = "" if config.diffusion.process == "diffusion" else ", by flow matching"
-    say(f"data    {task.source}: {count:,} training molecules")
-    say(
-        f"model   {config.model.name} {config.model.layers}×{config.model.width}, "
-        f"{parameters:,} parameters, loss {config.loss.name}{springs}{process}, on {task.device}"
-    )
+    say(f"data    {data['source']}: {data['training_samples']:,} training {system.samples}")
+    say(f"model   {system.describe(task.config, parameters)}, on {task.device}")
     divided = f", divided among {world_size()} processes" if world_size() > 1 else ""
-    say(f"length  {steps:,} steps of {config.training.batch_size} molecules{divided}")
+    batch = task.config.training.batch_size
+    say(f"length  {steps:,} steps of {batch} {system.samples}{divided}")
     say(f"run     {run}")
 
 
@@ -203,7 +216,7 @@ def _conclude(config: Config, summary: Summary) -> None:
     say(f"trained {summary.steps:,} steps in {minutes}{valid}: {summary.run}")
     if summary.skipped:
         warn(f"{summary.skipped:,} steps were skipped, for loss or gradient were not finite")
-    if config.data.path is None:
+    if config.data.path is None and config.system == "molecules":
         say(
             "This was the bundled sample of 1,000 training molecules and a small model, a first "
             "look. To train in full:\n"
@@ -211,4 +224,5 @@ def _conclude(config: Config, summary: Summary) -> None:
             "  molgen-energy train --config qm9_gdm_aug --data qm9.h5"
         )
     run = shlex.quote(str(summary.run))
-    say(f"next    molgen-energy sample -n 100 --checkpoint {run}")
+    count = " -n 100" if config.system == "molecules" else ""
+    say(f"next    molgen-energy sample{count} --checkpoint {run}")

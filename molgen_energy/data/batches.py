@@ -20,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from molgen_energy.data.hdf5 import SPLITS, MoleculeFile
+from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.data.molecules import Molecules
+from molgen_energy.data.splits import SPLITS
 
 _BATCHES_PER_BLOCK = 32
 _RUN = 4096  # most molecules of a run: few enough to mix, enough to be read at speed

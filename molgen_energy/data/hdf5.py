@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +33,11 @@ from molgen_energy.data.molecules import (
     gather_ragged,
     offsets_of,
 )
+from molgen_energy.data.splits import SPLITS
 from molgen_energy.errors import InputError, unknown_name
-from molgen_energy.output import replacing
+from molgen_energy.output import check_writable, replacing
 
 SCHEMA = 1
-SPLITS = ("train", "valid", "test")
 _CHUNK_ROWS = 65536
 _MARGIN = 1 << 20  # bytes for the library's own tables
 _SLICE = 1 << 20  # most atoms of one slice: 12 MB of positions
@@ -56,7 +56,7 @@ def _room(values: NDArray[Any]) -> int:
     return values.nbytes + texts + _CHUNK_ROWS * row
 
 
-class _PatientFile(io.FileIO):
+class PatientFile(io.FileIO):
     """A file for the HDF5 library, which ends the process where a write fails.
 
     Space is reserved before the library writes, so that a full disk is noticed by `reserve`. What
@@ -96,6 +96,70 @@ class _PatientFile(io.FileIO):
             raise self._fault
 
 
+def check_hdf5_name(output: Path) -> None:
+    """Raise `InputError` unless a path can be that of an HDF5 file to write."""
+    if output.suffix.lower() not in (".h5", ".hdf5"):
+        raise InputError(f"{output}: the name of an HDF5 file must end in .h5 or .hdf5")
+    check_writable(output)
+
+
+def system_of(path: Path) -> str:
+    """Which physical system an HDF5 file is of.
+
+    Raises
+    ------
+    InputError
+        It is missing, no HDF5, or not written by this package.
+    """
+    with _opened(path, "`molgen-energy preprocess`") as file:
+        return str(file.attrs.get("system", "molecules"))
+
+
+def open_store(path: Path, system: str, remedy: str) -> h5py.File:
+    """Open a file of a physical system for reading; `remedy` says how it is made.
+
+    Raises
+    ------
+    InputError
+        It is missing, no HDF5, cut off, of another schema or another physical system.
+    """
+    file = _opened(path, remedy.format(path=path))
+    found = str(file.attrs.get("system", "molecules"))
+    if found != system:
+        file.close()
+        raise InputError(
+            f"{path} holds {found}, not {system}; name a file of {system}, or a --config or a "
+            f"--checkpoint of {found}"
+        )
+    return file
+
+
+def _opened(path: Path, remedy: str) -> h5py.File:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; make it with {remedy}")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        why = "is cut off" if "truncated" in str(error) else "is not a readable HDF5 file"
+        raise InputError(f"{path} {why}; make one with `molgen-energy preprocess`") from error
+    schema = file.attrs.get("schema")
+    if np.ndim(schema) == 0 and schema == SCHEMA:
+        return file
+    file.close()
+    if schema is None:
+        raise InputError(f"{path} was not written by molgen-energy (no schema attribute)")
+    newer = isinstance(schema, (int, np.integer)) and schema > SCHEMA
+    remedy = "upgrade molgen-energy" if newer else "make it again"
+    raise InputError(f"{path} has schema {schema}, this version reads schema {SCHEMA}; {remedy}")
+
+
+def check_columns(file: h5py.File, path: Path, names: Iterable[str]) -> None:
+    """Raise `InputError` where a data set is missing."""
+    for name in names:
+        if name not in file:
+            raise InputError(f"{path} lacks the data set '{name}'; make it again")
+
+
 class MoleculeWriter:
     """Write molecules piece by piece, in memory that does not grow with their number.
 
@@ -125,7 +189,7 @@ class MoleculeWriter:
     def __enter__(self) -> MoleculeWriter:
         self._stack = ExitStack()
         self.output = self._stack.enter_context(replacing(self._path))
-        self._raw = self._stack.enter_context(_PatientFile(self.output.temporary))
+        self._raw = self._stack.enter_context(PatientFile(self.output.temporary))
         self._file = self._stack.enter_context(h5py.File(self._raw, "w"))
         self._file.attrs.update(
             schema=SCHEMA,
@@ -237,16 +301,8 @@ class MoleculeFile:
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise InputError(
-                f"{path} does not exist; make it with `molgen-energy preprocess qm9 -o {path}` "
-                "or from your own SDF or XYZ file"
-            )
-        try:
-            self._file = h5py.File(path, "r")
-        except OSError as error:
-            why = "is cut off" if "truncated" in str(error) else "is not a readable HDF5 file"
-            raise InputError(f"{path} {why}; make one with `molgen-energy preprocess`") from error
+        remedy = "`molgen-energy preprocess qm9 -o {path}` or from your own SDF or XYZ file"
+        self._file = open_store(path, "molecules", remedy)
         self.path = path
         try:
             self._size = self._bytes()
@@ -256,20 +312,7 @@ class MoleculeFile:
             raise
 
     def _check(self) -> None:
-        schema = self._file.attrs.get("schema")
-        if schema is None:
-            raise InputError(f"{self.path} was not written by molgen-energy (no schema attribute)")
-        if schema != SCHEMA:
-            remedy = "upgrade molgen-energy" if schema > SCHEMA else "make it again"
-            raise InputError(
-                f"{self.path} has schema {schema}, this version reads schema {SCHEMA}; {remedy}"
-            )
-        system = self._file.attrs.get("system", "molecules")
-        if system != "molecules":
-            raise InputError(f"{self.path} holds {system}, not molecules")
-        for name in ("positions", "atomic_numbers", "offsets", "split"):
-            if name not in self._file:
-                raise InputError(f"{self.path} lacks the data set '{name}'; make it again")
+        check_columns(self._file, self.path, ("positions", "atomic_numbers", "offsets", "split"))
         self.offsets: NDArray[np.int64] = self._file["offsets"][:]
         self.split: NDArray[np.uint8] = self._file["split"][:]
         atoms = len(self._file["atomic_numbers"])

@@ -1,9 +1,10 @@
-"""Shares and medians with their uncertainty."""
+"""Shares, means and medians with their uncertainty."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +91,29 @@ class Clusters:
     def unmarked(self) -> Rate:
         """The share of the other atoms."""
         return Rate(self.total - self.marked, self.total, self.effect)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of samples that are independent, with its standard error; NaN where unknown."""
+
+    value: float
+    error: float
+    count: int
+
+    @classmethod
+    def of(cls, values: NDArray[Any]) -> Mean:
+        """Of numbers (M,)."""
+        count = len(values)
+        error = float(values.std(ddof=1)) / math.sqrt(count) if count > 1 else math.nan
+        return cls(float(values.mean()) if count else math.nan, error, count)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval; None of less than two numbers."""
+        if not math.isfinite(self.error):
+            return None
+        return self.value - _Z * self.error, self.value + _Z * self.error
 
 
 def median_interval(values: NDArray[np.float64]) -> tuple[float, float] | None:

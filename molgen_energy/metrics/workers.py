@@ -28,7 +28,6 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from molgen_energy.data.molecules import Piece
-from molgen_energy.distributed import local_world_size
 from molgen_energy.errors import ProcessEnded
 
 R = TypeVar("R")
@@ -38,15 +37,6 @@ _ATTEMPTS = 3  # to start a process
 _SENT = 2  # tasks for each process of another member of the job, at work or waiting there
 _ENDED = "another process of the job has ended"
 _BROKEN = 0  # in place of a task's number: no work can be done any more
-
-
-def default_workers() -> int:
-    """The processors that this process may use; its share, where `torchrun` started several."""
-    if hasattr(os, "sched_getaffinity"):
-        processors = len(os.sched_getaffinity(0))
-    else:
-        processors = os.cpu_count() or 1
-    return max(1, processors // local_world_size())
 
 
 def _serve(connection: Connection) -> None:

@@ -1,11 +1,20 @@
-"""Networks that predict the noise in a molecule."""
+"""Networks: those that predict the noise in a molecule, and those that predict configurations."""
 
 from __future__ import annotations
 
 from molgen_energy.models.egnn import EDM
 from molgen_energy.models.gdm_pairs import GDMPairs
 from molgen_energy.models.gnn import GDM
+from molgen_energy.models.mlp import MLP
+from molgen_energy.models.resnet import ResNet
 
 MODELS: dict[str, type[GDM | EDM | GDMPairs]] = {"gdm": GDM, "edm": EDM, "gdm_pairs": GDMPairs}
+"""Networks on molecules."""
 
-__all__ = ["EDM", "GDM", "MODELS", "GDMPairs"]
+SHAPE_MODELS: dict[str, type[MLP]] = {"mlp": MLP}
+"""Networks from numbers to points."""
+
+SPIN_MODELS: dict[str, type[ResNet]] = {"resnet": ResNet}
+"""Networks on lattices."""
+
+__all__ = ["EDM", "GDM", "MLP", "MODELS", "SHAPE_MODELS", "SPIN_MODELS", "GDMPairs", "ResNet"]

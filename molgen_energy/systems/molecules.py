@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from molgen_energy.config import Config
 from molgen_energy.data.batches import (
     Batch,
     MoleculeBatch,
@@ -48,6 +47,7 @@ from molgen_energy.losses.springs import published_scale, spring_family
 from molgen_energy.models import MODELS
 from molgen_energy.models.geometry import random_rotations
 from molgen_energy.resources import bundled_sample
+from molgen_energy.systems.molecule_config import MoleculeConfig
 from molgen_energy.systems.springs import LossInputs, needs_bonds, table_bytes
 from molgen_energy.training.checkpoint import Checkpoint
 from molgen_energy.training.device import available_memory
@@ -93,7 +93,7 @@ PAPER = {
 PAPER["gdm_pairs"] = PAPER["gdm"]  # not the paper's; the nearest
 
 
-def build_model(config: Config, encoding: MoleculeEncoding) -> nn.Module:
+def build_model(config: MoleculeConfig, encoding: MoleculeEncoding) -> nn.Module:
     """The configured network, its weights drawn with the run's seed; what it gives is noise."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
@@ -110,7 +110,7 @@ def build_model(config: Config, encoding: MoleculeEncoding) -> nn.Module:
     return network
 
 
-def build_loss(config: Config, encoding: MoleculeEncoding) -> PositionLoss:
+def build_loss(config: MoleculeConfig, encoding: MoleculeEncoding) -> PositionLoss:
     """The configured loss on positions; needs a config without `auto`."""
     section = config.loss
     if section.name == "energy":
@@ -120,12 +120,12 @@ def build_loss(config: Config, encoding: MoleculeEncoding) -> PositionLoss:
     return POINTWISE_LOSSES[section.name](channels=3 + encoding.features)
 
 
-def _energy(config: Config, scale: float, edges: Edges) -> PairwiseEnergy:
+def _energy(config: MoleculeConfig, scale: float, edges: Edges) -> PairwiseEnergy:
     springs = config.loss.springs
     return PairwiseEnergy(springs.family, scale, edges, springs.distance)
 
 
-def _edges(config: Config) -> Edges:
+def _edges(config: MoleculeConfig) -> Edges:
     section, seed = config.loss.edges, config.training.seed
     if section.kind == "sparse":
         return SparseEdges(section.pool, seed)
@@ -134,7 +134,7 @@ def _edges(config: Config) -> Edges:
     return EDGES[section.kind]()
 
 
-def _encoding(config: Config, elements: Sequence[int]) -> MoleculeEncoding:
+def _encoding(config: MoleculeConfig, elements: Sequence[int]) -> MoleculeEncoding:
     diffusion = config.diffusion
     return MoleculeEncoding(
         tuple(elements), diffusion.position_scale, diffusion.type_scale, diffusion.charge_scale
@@ -142,12 +142,13 @@ def _encoding(config: Config, elements: Sequence[int]) -> MoleculeEncoding:
 
 
 def has_native_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 arithmetic is done by instructions of the device rather than emulated."""
+    """Whether the device has units for products in bfloat16, which make them the faster ones."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        # AVX-512 without its bfloat16 part means a slow emulation.
-        native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        # Only tiles (AMX) make bfloat16 faster: without AVX512_BF16 it is emulated, and with it
+        # alone products take 1.7 times as long as in float32 (Xeon, PyTorch 2.13).
+        native = getattr(torch.cpu, "_is_amx_tile_supported", None)
         return native is not None and bool(native())
     return False
 
@@ -178,9 +179,11 @@ class MoleculeTask:
         the configured vocabulary.
     """
 
+    parts: tuple[str, ...] = ("position_loss", "feature_loss")
+
     def __init__(
         self,
-        config: Config,
+        config: MoleculeConfig,
         device: torch.device,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
@@ -224,14 +227,14 @@ class MoleculeTask:
             "size_histogram": survey.size_histogram,
             "data": {
                 "source": self.source,
-                "training_molecules": survey.training_molecules,
+                "training_samples": survey.training_molecules,
                 "fingerprint": survey.fingerprint,
             },
         }
 
     def _open(
         self,
-        config: Config,
+        config: MoleculeConfig,
         file: MoleculeFile,
         loss: PositionLoss,
         progress: Callable[[int, int], None],
@@ -282,7 +285,7 @@ class MoleculeTask:
             molecules = file.read(in_valid[ascending], bonds).select(np.argsort(ascending))
             self._valid = split(molecules, in_valid, None, progress=progress)
 
-    def _settle(self, config: Config) -> Config:
+    def _settle(self, config: MoleculeConfig) -> MoleculeConfig:
         """Replace every `auto` by what it stands for.
 
         What is a mean over the training molecules is one over a sample of them where they are
@@ -322,7 +325,7 @@ class MoleculeTask:
             changes["training.low_precision"] = has_native_bfloat16(self.device)
         return config.replaced(changes)
 
-    def _share_of_springs(self, config: Config, sample: _Split) -> float:
+    def _share_of_springs(self, config: MoleculeConfig, sample: _Split) -> float:
         """Energy of the configured edges for small random errors, as a share of all pairs'."""
         generator = torch.Generator().manual_seed(config.training.seed)
         totals = []
@@ -430,7 +433,9 @@ class MoleculeTask:
         return self._objective(model, clean, mask, generator, given, share)
 
 
-def _in_memory(config: Config, survey: Survey, loss: PositionLoss, device: torch.device) -> bool:
+def _in_memory(
+    config: MoleculeConfig, survey: Survey, loss: PositionLoss, device: torch.device
+) -> bool:
     """Whether training molecules stay in memory; `auto` wants them to take a quarter at most.
 
     What is small stays there in any case, so that a run does not depend on what else is running.
@@ -447,7 +452,7 @@ def _in_memory(config: Config, survey: Survey, loss: PositionLoss, device: torch
     return needed <= _SMALL or 4 * needed * local_world_size() <= available
 
 
-def _elements(config: Config, survey: Survey, file: MoleculeFile) -> tuple[int, ...]:
+def _elements(config: MoleculeConfig, survey: Survey, file: MoleculeFile) -> tuple[int, ...]:
     """The vocabulary; every atom of the file must be in it."""
     present = vocabulary(list(survey.first_atoms))
     if config.data.elements == "auto":
@@ -507,15 +512,14 @@ class MoleculeGenerator:
         steps: int | None = None,
         eta: float | None = None,
     ) -> None:
-        config, state = checkpoint.config, checkpoint.state
-        missing = [key for key in ("elements", "size_histogram") if key not in state]
-        if config.system != "molecules" or missing:
+        self.config, state = checkpoint.config_as(MoleculeConfig), checkpoint.state
+        if not {"elements", "size_histogram"} <= state.keys():
             raise InputError(f"{checkpoint.path} is no checkpoint of a run on molecules")
         if sizes is not None and not 1 <= sizes[0] <= sizes[1]:
             raise InputError(f"sizes {sizes[0]}-{sizes[1]}: expected 1 or more atoms, ascending")
         elements = [atomic_number(name) for name in state["elements"]]
-        self.encoding = _encoding(config, elements)
-        config = config.replaced({"training.low_precision": low_precision})
+        self.encoding = _encoding(self.config, elements)
+        config = self.config.replaced({"training.low_precision": low_precision})
         self.model = build_model(config, self.encoding)
         checkpoint.load_weights(self.model, "ema")
         self.model.to(device).eval()
@@ -534,17 +538,10 @@ class MoleculeGenerator:
         self.sampler_name = DEFAULT_SAMPLERS[process] if sampler is None else sampler
         self.sampler = build_sampler(schedule, process, self.sampler_name, steps, eta)
 
-    @property
-    def origin(self) -> str:
-        """The run and the step that the weights are of; `runs/x/checkpoints/last` is of run x."""
-        path = self.checkpoint.path.resolve()
-        run = path.parents[1].name if path.parent.name == "checkpoints" else path.name
-        return f"{run}, step {self.checkpoint.state['progress']['step']}"
-
     def fingerprint(self) -> str:
         """Of everything in the checkpoint that the molecules depend on, 32 hexadecimal digits."""
         state = self.checkpoint.state
-        digest = hashlib.sha256(self.checkpoint.config.to_yaml().encode())
+        digest = hashlib.sha256(self.config.to_yaml().encode())
         digest.update(repr((state["elements"], list(state["size_histogram"].items()))).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())

@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 from molgen_energy import __version__
-from molgen_energy.config import Config, load_config
+from molgen_energy.config import Config, Given, Self, read_config
 from molgen_energy.errors import InputError
 from molgen_energy.output import flush_to_disk, naming, remove
 
@@ -34,7 +34,8 @@ class Checkpoint:
     """A checkpoint that was found and whose texts were read; weights are read on demand."""
 
     path: Path
-    config: Config
+    given: Given
+    """The configuration, not yet checked; `config_as` gives it."""
     state: dict[str, Any]
     read: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """Weights that were read together with the texts, by name."""
@@ -56,6 +57,30 @@ class Checkpoint:
             return dict(safetensors.torch.load_file(path))
         except safetensors.SafetensorError as error:
             raise InputError(f"{path} is cut off or damaged ({error}); {_REMEDY}") from error
+
+    @property
+    def system(self) -> str:
+        """The physical system of the run."""
+        return self.given.system
+
+    def config_as(self, schema: type[Self]) -> Self:
+        """The configuration of the run, as one of a physical system.
+
+        Raises
+        ------
+        InputError
+            The run is on another system, or a key or a value is not valid.
+        """
+        if self.system != schema.of_system():
+            raise InputError(f"{self.path} is no checkpoint of a run on {schema.of_system()}")
+        return schema.of(self.given)
+
+    @property
+    def origin(self) -> str:
+        """The run and the step that the weights are of; `runs/x/checkpoints/last` is of run x."""
+        path = self.path.resolve()
+        run = path.parents[1].name if path.parent.name == "checkpoints" else path.name
+        return f"{run}, step {self.state['progress']['step']}"
 
     def load_weights(self, model: nn.Module, name: str) -> None:
         """Put the weights `model` or `ema` into a model of the same architecture.
@@ -213,4 +238,4 @@ def _read(folder: Path) -> Checkpoint:
             f"{folder} has checkpoint format {state['format']}, this version reads {FORMAT}; "
             f"{'upgrade molgen-energy' if state['format'] > FORMAT else _REMEDY}"
         )
-    return Checkpoint(folder, load_config(folder / "config.yaml"), state)
+    return Checkpoint(folder, read_config(folder / "config.yaml"), state)

@@ -17,7 +17,7 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,9 +30,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from molgen_energy import __version__
-from molgen_energy.config import Config, TrainingConfig
+from molgen_energy.config import TrainingConfig
 from molgen_energy.data.batches import Batch
-from molgen_energy.diffusion.process import Terms
 from molgen_energy.distributed import is_main, rank, summed, world_size
 from molgen_energy.errors import InputError, TrainingFailed
 from molgen_energy.output import hold, remove
@@ -46,35 +45,10 @@ from molgen_energy.training.clipping import GradientClipper
 from molgen_energy.training.ema import ExponentialMovingAverage
 from molgen_energy.training.metrics import MetricsLog
 from molgen_energy.training.muon import Muon, hidden_matrices
+from molgen_energy.training.task import Task
 
 _MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
 _PEER_LOST = re.compile("(closed|reset) by peer|broken pipe|remote process", re.IGNORECASE)
-
-
-class Task(Protocol):
-    """What the loop needs of a physical system."""
-
-    config: Config
-    """Without `auto`."""
-    device: torch.device
-    model: nn.Module
-    state: dict[str, Any]
-    """What a checkpoint carries so that it can be sampled from; `data.fingerprint` among it."""
-
-    @property
-    def batches_per_epoch(self) -> int: ...
-
-    def epoch(self, epoch: int) -> Sequence[Batch]: ...
-
-    def loss(
-        self, model: nn.Module, batch: Batch, generator: torch.Generator, rank: int, world: int
-    ) -> Terms:
-        """The objective of the samples that process `rank` of `world` takes of a batch."""
-        ...
-
-    def validation_loss(self, model: nn.Module) -> float | None: ...
-
-    def close(self) -> None: ...
 
 
 class Observer(Protocol):
@@ -108,7 +82,7 @@ class _Progress:
     best_valid: float | None = None
     last_valid: float | None = None
     # Sums since the last row of metrics.csv, so that a row does not depend on where a run broke.
-    sums: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    sums: tuple[float, ...] = ()
     count: int = 0
     # Steps that were skipped because their loss or gradient was not finite, in all and of late.
     skipped: int = 0
@@ -205,9 +179,13 @@ class _Trainer:
         assert not isinstance(self.training.lr, str)
         self._muon_ratio = self.training.muon_lr / self.training.lr
         self.optimizers = _optimizers(self.training, task.model, task.device)
-        self.at = _Progress()
+        self.at = _Progress(sums=self._nothing())
         self.metrics: MetricsLog | None = None
         self.lock: IO[bytes] | None = None
+
+    def _nothing(self) -> tuple[float, ...]:
+        """Sums of objective, parts and norm of the gradient over no steps."""
+        return (0.0,) * (2 + len(self.task.parts))
 
     # -- the run's folder ----------------------------------------------------------------------
 
@@ -220,7 +198,7 @@ class _Trainer:
         log.touch()
         self.lock = hold(log, str(self.folder))
         (self.folder / "config.yaml").write_text(self.task.config.to_yaml(), encoding="utf-8")
-        self.metrics = MetricsLog(self.folder, self.at.step)
+        self.metrics = MetricsLog(self.folder, self.at.step, self.task.parts)
         if not resume:
             self._save("last")
         verb = "resume" if resume else "start"
@@ -276,8 +254,8 @@ class _Trainer:
         if theirs.get("fingerprint") != ours["fingerprint"]:
             raise InputError(
                 f"{checkpoint.path} was trained on other data ({theirs.get('source')}, "
-                f"{theirs.get('training_molecules')} molecules) than is given now "
-                f"({ours['source']}, {ours['training_molecules']}); name its data with --data"
+                f"{theirs.get('training_samples')} samples) than is given now "
+                f"({ours['source']}, {ours['training_samples']}); name its data with --data"
             )
         checkpoint.load_weights(self.task.model, "model")
         load_weights(self.ema.model, checkpoint.tensors("ema"), checkpoint.path)
@@ -387,7 +365,7 @@ class _Trainer:
         return generator.manual_seed(_step_seed(self.training.seed, self.at.step))
 
     def _backward(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Gradients of the mean over the batch; returns the own samples' sums of each term, (3,).
+        """Gradients of the mean over the batch; returns the own samples' sums of each term.
 
         A process that has no sample of a small batch takes one with weight 0, so that all take part
         in the mean of gradients.
@@ -396,7 +374,7 @@ class _Trainer:
         terms = self.task.loss(model, batch, generator, share, world_size())
         weight = float(rank() < len(batch))
         # The mean over processes is taken behind.
-        loss = terms.total.sum() * (weight * world_size() / len(batch))
+        loss = terms[0].sum() * (weight * world_size() / len(batch))
         loss.backward()  # type: ignore[no-untyped-call]
         return weight * torch.stack([term.detach().sum() for term in terms])
 
@@ -408,8 +386,9 @@ class _Trainer:
                 group["lr"] = rate * self._muon_ratio if muon else rate
             optimizer.step()
         self.ema.update(self.task.model, self.at.step)
-        old = self.at.sums
-        self.at.sums = (old[0] + values[0], old[1] + values[1], old[2] + values[2], old[3] + norm)
+        self.at.sums = tuple(
+            old + new for old, new in zip(self.at.sums, (*values, norm), strict=True)
+        )
         self.at.count += 1
         self.at.skipped_in_row = 0
 
@@ -463,26 +442,23 @@ class _Trainer:
 
     def _write_row(self, samples_per_second: float) -> None:
         at = self.at
-        means: Sequence[float | None] = [None] * 4
-        if at.count:
-            means = [value / at.count for value in at.sums]
-        loss, positions, features, norm = means
+        means = [value / at.count if at.count else None for value in at.sums]
+        loss, *parts, norm = means
         validated = at.step % self.training.validate_every == 0 or at.step == self.steps
         if self.metrics is not None:
             self.metrics.write(
                 step=at.step,
                 epoch=(at.step - 1) // self.task.batches_per_epoch,
                 loss=loss,
-                position_loss=positions,
-                feature_loss=features,
+                **dict(zip(self.task.parts, parts, strict=True)),
                 valid_loss=at.last_valid if validated else None,
                 gradient_norm=norm,
                 lr=learning_rate(self.training, at.step - 1, self.steps),
-                molecules_per_second=samples_per_second,
+                samples_per_second=samples_per_second,
                 seconds=at.seconds,
                 skipped=at.skipped,
             )
-        at.sums, at.count = (0.0, 0.0, 0.0, 0.0), 0
+        at.sums, at.count = self._nothing(), 0
 
 
 def _optimizers(
@@ -490,6 +466,8 @@ def _optimizers(
 ) -> list[torch.optim.Optimizer]:
     """What updates the model, each a part of its parameters; rates are set at each step."""
     matrices = hidden_matrices(model) if training.optimizer == "muon" else []
+    if training.optimizer == "muon" and not matrices:
+        raise InputError("training.optimizer: muon has no matrices in this network; take adamw")
     taken = set(matrices)
     adamw = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter not in taken],

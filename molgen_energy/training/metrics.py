@@ -4,48 +4,44 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from molgen_energy.output import replacing
 
-COLUMNS = (
-    "step",
-    "epoch",
-    "loss",
-    "position_loss",
-    "feature_loss",
-    "valid_loss",
-    "gradient_norm",
-    "lr",
-    "molecules_per_second",
-    "seconds",
-    "skipped",
-)
-"""`seconds` is training time, all parts of a resumed run together; `skipped` counts the run's steps
-whose loss or gradient was not finite."""
+_BEFORE = ("step", "epoch", "loss")
+_BEHIND = ("valid_loss", "gradient_norm", "lr", "samples_per_second", "seconds", "skipped")
+"""Columns, with the parts of the loss between. `seconds` is training time, all parts of a resumed
+run together; `skipped` counts the run's steps whose loss or gradient was not finite."""
 
 
 class MetricsLog:
-    """Append rows to `metrics.csv`; a resumed run first drops the rows behind its checkpoint."""
+    """Append rows to `metrics.csv`; a resumed run first drops the rows behind its checkpoint.
 
-    def __init__(self, run: Path, step: int) -> None:
+    `parts` are the columns of the parts of the loss.
+    """
+
+    def __init__(self, run: Path, step: int, parts: Sequence[str]) -> None:
         self._path = run / "metrics.csv"
+        self._columns = (*_BEFORE, *parts, *_BEHIND)
         rows = read_metrics(self._path) if self._path.exists() else []
+        for row in rows:  # as this column was called once
+            row.setdefault("samples_per_second", row.get("molecules_per_second", ""))
         with (
             replacing(self._path) as output,
             output.temporary.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.writer(file)
-            writer.writerow(COLUMNS)
+            writer.writerow(self._columns)
             # A kill can leave half a last line; it lies behind the checkpoint.
             whole = [row for row in rows if row.get("skipped") and int(row["step"]) <= step]
-            writer.writerows([row[name] for name in COLUMNS] for row in whole)
+            writer.writerows([row[name] for name in self._columns] for row in whole)
         self._board = _tensorboard(run, step)
 
     def write(self, **values: float | int | None) -> None:
         """Add a row; a column that is not given stays empty."""
-        row = ["" if values.get(name) is None else _text(values[name]) for name in COLUMNS]
+        row = ["" if values.get(name) is None else _text(values[name]) for name in self._columns]
         with self._path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(row)
         if self._board is not None:

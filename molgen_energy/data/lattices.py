@@ -1,0 +1,231 @@
+"""Ising spin glasses on square lattices as arrays. Their shapes and their energy are stated here.
+
+M lattices of L × L sites:
+
+======  =========  =======  =====================================================================
+right   (M, L, L)  float32  coupling of site (r, c) to (r, c+1)
+down    (M, L, L)  float32  coupling of site (r, c) to (r+1, c)
+spins   (M, L, L)  int8     ±1, a configuration each; optional
+======  =========  =======  =====================================================================
+
+Indices are taken modulo L with a periodic boundary. With an open one the last column of `right` and
+the last row of `down` have no meaning and no effect. A configuration y has the energy
+
+.. math:: E(y) = -\\tfrac12 \\sum_{ij} J_{ij} y_i y_j = -\\sum_{\\langle ij \\rangle} J_{ij} y_i y_j
+
+in units of the couplings, and the same energy as its flip −y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from molgen_energy.errors import InputError
+
+BOUNDARIES = ("open", "periodic")
+Spins = NDArray[np.int8]
+Reals = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Lattices:
+    """Spin glasses, and for each a configuration where there is one; see the module for shapes.
+
+    The arrays are taken as they are; `checked` is for those of unknown origin.
+    """
+
+    right: NDArray[np.float32]
+    down: NDArray[np.float32]
+    periodic: bool
+    spins: Spins | None = None
+
+    @classmethod
+    def checked(
+        cls,
+        right: ArrayLike,
+        down: ArrayLike,
+        periodic: bool,
+        spins: ArrayLike | None = None,
+        origin: str = "lattices",
+    ) -> Lattices:
+        """Lattices of arrays that somebody else made.
+
+        Couplings without meaning are set to zero, whatever they were.
+
+        Parameters
+        ----------
+        origin
+            Where they come from: messages begin with it.
+
+        Raises
+        ------
+        InputError
+            Shapes do not fit, a size cannot be, or a lattice has couplings that are not finite or
+            all zero, or spins other than ±1. Records are counted from 1.
+        """
+        with np.errstate(over="ignore"):
+            arrays = [np.array(values, dtype=np.float32) for values in (right, down)]
+        lattices = cls(arrays[0], arrays[1], periodic, None if spins is None else np.asarray(spins))
+        lattices.check(origin)
+        if not periodic:
+            arrays[0][:, :, -1] = 0
+            arrays[1][:, -1, :] = 0
+        if lattices.spins is None:
+            return lattices
+        return lattices.with_spins(lattices.spins.astype(np.int8))
+
+    def check(self, origin: str = "lattices") -> None:
+        """Raise `InputError` unless the arrays are as the module says; see `checked`."""
+        _check_shapes(self.right.shape, self.down.shape, self.periodic, origin)
+        couplings = self.couplings()
+        for k in _first(~np.isfinite(couplings).all(axis=(1, 2, 3))):
+            raise InputError(
+                f"{origin}: record {k + 1} has couplings that are not finite numbers of float32; "
+                "mend it or leave it out"
+            )
+        for k in _first((couplings == 0).all(axis=(1, 2, 3))):
+            raise InputError(
+                f"{origin}: record {k + 1} has couplings that are all zero, so that every "
+                "configuration is a ground state; leave it out"
+            )
+        if self.spins is None:
+            return
+        if self.spins.shape != self.right.shape:
+            raise InputError(
+                f"{origin}: spins of shape {self.spins.shape} do not fit couplings of shape "
+                f"{self.right.shape}; give a configuration for each lattice"
+            )
+        for k in _first((np.abs(self.spins) != 1).any(axis=(1, 2))):
+            raise InputError(f"{origin}: record {k + 1} has spins other than 1 and -1; mend it")
+
+    def __len__(self) -> int:
+        return len(self.right)
+
+    @property
+    def size(self) -> int:
+        """L."""
+        return int(self.right.shape[-1])
+
+    @property
+    def bonds(self) -> int:
+        """Pairs of neighbours in a lattice, whatever their coupling."""
+        return 2 * self.size * (self.size if self.periodic else self.size - 1)
+
+    @property
+    def strongest(self) -> Reals:
+        """The largest |J| of each lattice, (M,)."""
+        largest: Reals = np.abs(self.couplings()).max(axis=(1, 2, 3), initial=0.0)
+        return largest
+
+    def couplings(self) -> Reals:
+        """Both kinds, (M, 2, L, L): `right` and `down`, zero where they have no meaning."""
+        both = np.stack([self.right, self.down], axis=1).astype(np.float64)
+        if not self.periodic:
+            both[:, 0, :, -1] = 0
+            both[:, 1, -1, :] = 0
+        return both
+
+    def select(self, which: slice | Sequence[int] | NDArray[np.generic]) -> Lattices:
+        """The lattices of a slice, of numbers or of a mask (M,)."""
+        chosen = which if isinstance(which, slice) else np.asarray(which)
+        if not isinstance(chosen, slice) and not chosen.size:
+            chosen = slice(0)
+        spins = None if self.spins is None else self.spins[chosen]
+        return Lattices(self.right[chosen], self.down[chosen], self.periodic, spins)
+
+    def with_spins(self, spins: Spins) -> Lattices:
+        """The same couplings with configurations (M, L, L)."""
+        return replace(self, spins=spins)
+
+    def energies(self, spins: NDArray[np.generic] | None = None) -> Reals:
+        """E of configurations, without `spins` of its own.
+
+        Parameters
+        ----------
+        spins
+            (M, L, L), one for each lattice, or (M, K, L, L).
+
+        Returns
+        -------
+        (M,) or (M, K). No digit is lost where couplings are whole multiples of a number that is not
+        tiny beside them, as those of `draw_couplings` are.
+        """
+        given, several = self._configurations(spins)
+        couplings = self.couplings()
+        energies = np.zeros(given.shape[:2])
+        for kind, axis in ((0, 3), (1, 2)):
+            pairs = given * np.roll(given, -1, axis)
+            energies -= np.einsum("mrc,mkrc->mk", couplings[:, kind], pairs)
+        return energies if several else energies[:, 0]
+
+    def fields(self, spins: NDArray[np.generic] | None = None) -> Reals:
+        """Local fields h_i = Σ_j J_ij y_j, of the shape of the spins; as `energies`.
+
+        y_i h_i is half the energy that it costs to flip site i.
+        """
+        given, several = self._configurations(spins)
+        couplings = self.couplings()
+        fields = np.zeros(given.shape)
+        for kind, axis in ((0, 3), (1, 2)):
+            ahead = couplings[:, None, kind]
+            fields += ahead * np.roll(given, -1, axis)
+            fields += np.roll(ahead * given, 1, axis)
+        return fields if several else fields[:, 0]
+
+    def _configurations(self, spins: NDArray[np.generic] | None) -> tuple[Reals, bool]:
+        """Spins as (M, K, L, L), and whether they came so."""
+        if spins is None:
+            if self.spins is None:
+                raise ValueError("these lattices come without spins; give some")
+            spins = self.spins
+        several = spins.ndim == 4
+        if not several:
+            spins = spins[:, None]
+        if spins.ndim != 4 or (len(spins), *spins.shape[2:]) != self.right.shape:
+            raise ValueError(f"spins of shape {spins.shape} for lattices {self.right.shape}")
+        return spins.astype(np.float64), several
+
+
+def fixed(spins: Spins, site: int = 0) -> Spins:
+    """Configurations (..., L, L), flipped where site (s, s) is −1: the other one of the pair."""
+    return spins * spins[..., site : site + 1, site : site + 1]
+
+
+def check_size(size: int, periodic: bool, origin: str = "lattices") -> None:
+    """Raise `InputError` unless there are lattices of a size."""
+    if size < 2:
+        raise InputError(f"{origin}: a size of {size} has no neighbours; take at least 2")
+    if periodic and size < 4:
+        raise InputError(
+            f"{origin}: periodic lattices must have an even size of at least 4, not {size}; take "
+            "size 4 or --boundary open"
+        )
+    if periodic and size % 2:
+        raise InputError(
+            f"{origin}: periodic lattices must have an even size of at least 4, not {size}; take "
+            f"size {size - 1} or {size + 1}, or --boundary open"
+        )
+
+
+def _check_shapes(
+    right: tuple[int, ...], down: tuple[int, ...], periodic: bool, origin: str
+) -> None:
+    if right != down:
+        raise InputError(
+            f"{origin}: 'right' has shape {right} and 'down' {down}; both must be (M, L, L)"
+        )
+    if len(right) != 3 or right[1] != right[2]:
+        raise InputError(
+            f"{origin}: couplings of shape {right} are not those of square lattices; they must be "
+            "(M, L, L)"
+        )
+    check_size(right[1], periodic, origin)
+
+
+def _first(wrong: NDArray[np.bool_] | np.bool_) -> list[int]:
+    """The first record of (M,) that is wrong; at most one."""
+    return [int(wrong.argmax())] if wrong.any() else []

@@ -1,0 +1,44 @@
+"""Shares of data for training, validation and test."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molgen_energy.errors import InputError
+
+SPLITS = ("train", "valid", "test")
+"""Labels 0, 1, 2 of the data set `split` stand for these."""
+
+
+def check_seed(seed: int) -> None:
+    """Raise `InputError` unless a seed is one, from 0 to 2⁶³ − 1."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed {seed}: expected a number from 0 to 2^63 - 1")
+
+
+def parse_fractions(text: str) -> tuple[float, float, float]:
+    """Three shares of a text such as 0.8,0.1,0.1; `InputError` where it is none."""
+    try:
+        train, valid, test = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--split {text}: expected three shares such as 0.8,0.1,0.1") from error
+    return train, valid, test
+
+
+def check_fractions(fractions: tuple[float, float, float]) -> None:
+    """Raise `InputError` unless three shares, none negative, add up to 1, with some to train on."""
+    # Written so that NaN is refused too.
+    if not (min(fractions) >= 0 and abs(sum(fractions) - 1) <= 1e-6 and fractions[0] > 0):
+        raise InputError(
+            f"the split {','.join(f'{x:g}' for x in fractions)} must be three shares, train above "
+            "zero, that add up to 1, such as 0.8,0.1,0.1"
+        )
+
+
+def random_split(count: int, fractions: tuple[float, float, float], seed: int) -> NDArray[np.uint8]:
+    """Labels 0, 1, 2 in the given shares in random order, (count,); one at least is 0."""
+    train = max(1, round(fractions[0] * count))
+    valid = min(count - train, round(fractions[1] * count))
+    labels = np.repeat(np.array([0, 1, 2], np.uint8), [train, valid, count - train - valid])
+    return np.random.default_rng(seed).permutation(labels)
