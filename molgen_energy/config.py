@@ -129,6 +129,10 @@ class TrainingConfig(Section):
     batch_size: PositiveInt = 64
     lr: PositiveFloat | Auto = "auto"
     """`auto` takes what goes with the model and the loss, where there is such a value."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` makes updates of matrices between states orthogonal; all else has AdamW."""
+    muon_lr: PositiveFloat = 0.01
+    """Learning rate of the matrices that `muon` has; `lr` is that of all else."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     decay: Literal["none", "cosine"] = "none"
     """Learning rate behind the warm-up: constant, or a half cosine to zero at the last step."""

@@ -11,11 +11,15 @@ from molgen_energy.diffusion.noise import SeededNoise, philox
 from molgen_energy.diffusion.process import (
     DiffusionObjective,
     FlowMatchingObjective,
+    Share,
+    Times,
     molecule_noise,
 )
 from molgen_energy.diffusion.schedule import PolynomialSchedule
 from molgen_energy.losses import LOSSES, MeanAbsoluteError, MeanSquaredError, PairwiseEnergy
 from molgen_energy.models.geometry import centred, random_rotations
+
+CPU = torch.device("cpu")
 
 
 # Known answers of philox4x32-10 from the Random123 distribution (Salmon et al. 2011).
@@ -258,3 +262,30 @@ def test_objective_does_not_see_padding(molecules):
     terms.total.sum().backward()
     assert torch.isfinite(terms.total).all()
     assert torch.isfinite(weight.grad).all()
+
+
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("power", [1.0, 1.5, 2.0])
+def test_times_have_their_distribution(power, spread):
+    times, levels, generator = Times(power, spread), 101, torch.Generator().manual_seed(0)
+    draws = [times.draw(levels, Share(64, 1), generator, CPU) for _ in range(1000)]
+    found = torch.bincount(torch.cat(draws), minlength=levels).double() / 64_000
+    edges = (torch.arange(levels + 1).double() / levels) ** (1 / power)
+    torch.testing.assert_close(found, edges.diff(), rtol=0, atol=0.006)
+
+
+def test_spread_times_are_one_in_each_part():
+    step = Times(1.0, True).draw(640, Share(64, 1), torch.Generator().manual_seed(0), CPU)
+    assert sorted((step // 10).tolist()) == list(range(64))
+    assert (step.diff() < 0).any()  # not in order, as molecules of a batch may be
+
+
+@pytest.mark.parametrize("times", [Times(), Times(1.5), Times(1.5, True)])
+def test_processes_draw_the_times_of_the_whole_batch(times):
+    drawn = [
+        times.draw(50, Share(7, 1, first, every), torch.Generator().manual_seed(0), CPU)
+        for first, every in [(0, 1), (0, 3), (1, 3), (2, 3)]
+    ]
+    whole = drawn[0]
+    for first in range(3):
+        assert torch.equal(drawn[1 + first], whole[first::3])

@@ -10,7 +10,7 @@ from conftest import padded_batch
 from torch import nn
 from torch.nn import functional as F
 
-from molgen_energy.models import EDM, GDM, MODELS, pairs
+from molgen_energy.models import EDM, GDM, MODELS, GDMPairs, pairs
 from molgen_energy.models.pairs import PairNetwork
 
 
@@ -33,6 +33,32 @@ def message_layer(layer, h, row, col, e_ij):
     return h + layer.update_out(F.silu(layer.update_in(joint)))
 
 
+def timed(norm, h, time):
+    scale, shift = norm.timed(time).chunk(2)
+    return h / h.square().mean(dim=1, keepdim=True).sqrt() * (1 + scale) + shift
+
+
+def with_distances(model: GDMPairs, noisy, time, row, col):
+    """What `GDMPairs` makes of a molecule, before the mean is taken off."""
+    log_ratio = torch.log(time / (1 - time))
+    angles = log_ratio * torch.arange(1, 17) / 4
+    time = F.silu(model.time.linear(torch.cat([angles.sin(), angles.cos(), time[None]])))
+    apart = noisy[row, :3] - noisy[col, :3]
+    d = torch.sqrt((apart**2).sum(dim=1, keepdim=True) + 1e-8)
+    gaussians = [torch.exp(-((d - 0.5 - k / 2) ** 2) / (2 * 0.5**2)) for k in range(10)]
+    e_ij = torch.cat([*gaussians, 1 / (1 + d), d / 5], dim=1)
+    h = model.embed(noisy) + model.embed_time(time)
+    for layer in model.layers:
+        x = timed(layer.norm, h, time)
+        message, numbers = on_pairs(layer.pairs, x[row], x[col], e_ij)
+        vectors = numbers[:, 1:, None] * (apart / (1 + d))[:, None]
+        sent = [torch.sigmoid(numbers[:, :1]) * message, vectors.flatten(1)]
+        zeros = torch.zeros(len(h), sum(part.shape[1] for part in sent), dtype=h.dtype)
+        gathered = zeros.index_add(0, row, torch.cat(sent, dim=1)) * layer.factor
+        h = h + layer.update_out(F.silu(layer.update_in(torch.cat([x, gathered], dim=1))))
+    return model.readout(timed(model.norm, h, time))
+
+
 def textbook(model: nn.Module, noisy, time):
     """One molecule (N, 3+F) without padding, over the list of its ordered pairs."""
     atoms = len(noisy)
@@ -43,8 +69,10 @@ def textbook(model: nn.Module, noisy, time):
         for layer in model.layers:
             h = message_layer(layer, h, row, col, None)
         result = model.readout(h)
-        shift = result[:, :3]
-        features = result[:, 3:]
+        shift, features = result[:, :3], result[:, 3:]
+    elif isinstance(model, GDMPairs):
+        result = with_distances(model, noisy, time, row, col)
+        shift, features = result[:, :3], result[:, 3:]
     else:
         x, h = noisy[:, :3], model.embed(torch.cat([noisy[:, 3:], t], dim=1))
         start = ((x[row] - x[col]) ** 2).sum(dim=1, keepdim=True)
@@ -174,6 +202,7 @@ def test_low_precision_gradient_points_the_same_way(monkeypatch, batch, name, cu
 def test_sizes_are_the_papers():
     count = {name: sum(p.numel() for p in m(features=6).parameters()) for name, m in MODELS.items()}
     assert count["gdm"] == 3_555_602
+    assert count["gdm_pairs"] == 5_047_130  # not the paper's
     assert count["edm"] == 5_339_663  # the readout lacks EDM's unused channel of time
 
 

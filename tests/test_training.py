@@ -23,6 +23,7 @@ from molgen_energy.config import Config
 from molgen_energy.diffusion.process import PROCESSES
 from molgen_energy.errors import InputError, TrainingFailed
 from molgen_energy.losses import EDGES, LOSSES, SPRINGS
+from molgen_energy.models import MODELS
 from molgen_energy.models.geometry import centred
 from molgen_energy.output import hold
 from molgen_energy.systems import load_config
@@ -441,6 +442,22 @@ def test_it_learns(tmp_path, loss, process):
     assert summary.valid_loss < (0.6 if process == "diffusion" else 0.75) * before
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_it_learns_with_muon_to_give_velocities(tmp_path, model):
+    config = tiny(
+        training__steps=80,
+        training__batch_size=32,
+        training__optimizer="muon",
+        training__warmup_steps=10,
+        diffusion__prediction="velocity",
+        model__name=model,
+    )
+    task = MoleculeTask(config, CPU)
+    before = task.validation_loss(task.model)
+    summary = train(task, tmp_path / "run", Watcher())
+    assert summary.valid_loss < 0.95 * before  # a velocity of 0 is no bad start
+
+
 def test_what_auto_stands_for():
     """Softer springs get a larger weight, so that the energy counts as much."""
     auto = MoleculeTask(tiny(), CPU).config
@@ -487,10 +504,11 @@ def test_published_scale():
         {"loss__edges__kind": "symmetrized", "loss__springs__distance": "features"},
         {"loss__springs__family": "lennard_jones", "diffusion__process": "flow_matching"},
         {"loss__name": "kabsch"},
+        {"training__optimizer": "muon", "diffusion__prediction": "velocity"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
-def test_every_loss_resumes_to_the_same_numbers(tmp_path, changes):
+def test_every_choice_resumes_to_the_same_numbers(tmp_path, changes):
     config = tiny(training__steps=6, training__checkpoint_every=100, **changes)
     train(MoleculeTask(config, CPU), tmp_path / "unbroken", Watcher())
     watcher = Watcher({2: lambda: os.kill(os.getpid(), signal.SIGINT)})

@@ -44,11 +44,43 @@ class Share(NamedTuple):
         drawn = torch.randint(below, (self.samples,), generator=generator, device=device)
         return drawn[self.first :: self.every]
 
+    def uniform(self, generator: torch.Generator, device: torch.device, spread: bool) -> Tensor:
+        """Random numbers in [0, 1) of the own samples, (B,).
+
+        Where they are spread, one of the whole batch lies in each B-th of the interval.
+        """
+        drawn = torch.rand(self.samples, generator=generator, device=device)
+        if spread:
+            order = torch.randperm(self.samples, generator=generator, device=device)
+            drawn = (order + drawn) / self.samples
+        return drawn[self.first :: self.every]
+
     def normal(self, atoms: int, channels: int, generator: torch.Generator) -> Tensor:
         """Standard normal numbers of the own samples, (B, atoms, channels)."""
         shape = (self.samples, self.atoms, channels)
         drawn = torch.randn(shape, generator=generator, device=generator.device)
         return drawn[self.first :: self.every, :atoms]
+
+
+class Times(NamedTuple):
+    """How often a network is trained at which noise levels.
+
+    Level number ⌊levels·u^power⌋ for u uniform in [0, 1): with a power above 1, little noise is
+    more frequent than much.
+    """
+
+    power: float = 1.0
+    spread: bool = False
+    """Whether the u of a batch are spread evenly; their mean loss varies less then."""
+
+    def draw(
+        self, levels: int, share: Share, generator: torch.Generator, device: torch.device
+    ) -> Tensor:
+        """Numbers of levels, from 0, of the own samples, (B,) int64."""
+        if self == Times():
+            return share.integers(levels, generator, device)
+        uniform = share.uniform(generator, device, self.spread)
+        return (levels * uniform**self.power).long().clamp(max=levels - 1)
 
 
 def molecule_noise(
@@ -88,6 +120,8 @@ class Objective(ABC):
         w.
     position_scale
         s, Å in one unit of the diffusion.
+    times
+        How often which level is taken.
     """
 
     def __init__(
@@ -96,11 +130,13 @@ class Objective(ABC):
         position_loss: PositionLoss,
         position_weight: float,
         position_scale: float = 1.0,
+        times: Times | None = None,
     ) -> None:
         self.schedule = schedule
         self.position_loss = position_loss
         self.position_weight = position_weight
         self.position_scale = position_scale
+        self.times = Times() if times is None else times
 
     def __call__(
         self,
@@ -171,8 +207,8 @@ class Guess(NamedTuple):
 class DiffusionObjective(Objective):
     """x_t = α_t x + σ_t ε; the network predicts ε, x̂ = (x_t − σ_t ε̂)/α_t and W = (α_t/σ_t)^p.
 
-    Then W·MSE(x̂, x) is the squared error of the noise. The time is drawn uniformly from the steps
-    t = 0 … T.
+    Then W·MSE(x̂, x) is the squared error of the noise. The time is drawn from the steps t = 0 … T,
+    uniformly unless `times` say otherwise.
     """
 
     def _guess(
@@ -185,7 +221,7 @@ class DiffusionObjective(Objective):
     ) -> Guess:
         schedule = self.schedule
         levels = schedule.steps + 1
-        step = share.integers(levels, generator, clean.device)
+        step = self.times.draw(levels, share, generator, clean.device)
         alpha, sigma = schedule.alpha(step), schedule.sigma(step)
         noise = molecule_noise(mask, clean.shape[-1], generator, share)
         noisy = alpha[:, None, None] * clean + sigma[:, None, None] * noise
@@ -198,7 +234,8 @@ class FlowMatchingObjective(Objective):
     """x_t = (1−t) x + t ε; the network predicts u = ε − x, x̂ = x_t − t û and W = 1/t^p.
 
     Appendix A.7 of Kaba et al., NeurIPS 2025. Then W·MSE(x̂, x) is the squared error of the
-    velocity. The time is drawn uniformly from the steps t/T = 1/T … 1.
+    velocity. The time is drawn from the steps t/T = 1/T … 1, uniformly unless `times` say
+    otherwise.
     """
 
     def _guess(
@@ -210,7 +247,7 @@ class FlowMatchingObjective(Objective):
         share: Share,
     ) -> Guess:
         steps = self.schedule.steps
-        step = share.integers(steps, generator, clean.device)
+        step = self.times.draw(steps, share, generator, clean.device)
         time = self.schedule.time(step + 1)
         noise = molecule_noise(mask, clean.shape[-1], generator, share)
         part = time[:, None, None]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from molgen_energy.models.egnn import EDM
+from molgen_energy.models.gdm_pairs import GDMPairs
 from molgen_energy.models.gnn import GDM
 from molgen_energy.models.mlp import MLP
 from molgen_energy.models.resnet import ResNet
 
-MODELS: dict[str, type[GDM | EDM]] = {"gdm": GDM, "edm": EDM}
+MODELS: dict[str, type[GDM | EDM | GDMPairs]] = {"gdm": GDM, "edm": EDM, "gdm_pairs": GDMPairs}
 """Networks on molecules."""
 
 SHAPE_MODELS: dict[str, type[MLP]] = {"mlp": MLP}
@@ -16,4 +17,4 @@ SHAPE_MODELS: dict[str, type[MLP]] = {"mlp": MLP}
 SPIN_MODELS: dict[str, type[ResNet]] = {"resnet": ResNet}
 """Networks on lattices."""
 
-__all__ = ["EDM", "GDM", "MLP", "MODELS", "SHAPE_MODELS", "SPIN_MODELS", "ResNet"]
+__all__ = ["EDM", "GDM", "MLP", "MODELS", "SHAPE_MODELS", "SPIN_MODELS", "GDMPairs", "ResNet"]

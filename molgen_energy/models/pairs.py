@@ -1,9 +1,9 @@
 """The network on pairs of atoms that GDM and EDM have in every layer.
 
 m_ij = SiLU(W·SiLU(a_i + b_j + Σ_k e_ijk·f_k) + c) for all ordered pairs of a molecule's atoms, and
-the number r·m_ij + o read from it. With a = A·h + c' and b = B·h this is a network of two layers on
-[h_i, h_j, e_ij]: its first layer is linear, so it splits into a part of the receiver and a part of
-the sender, done once for each atom rather than once for each pair.
+the number r·m_ij + o, or several such, read from it. With a = A·h + c' and b = B·h this is a
+network of two layers on [h_i, h_j, e_ij]: its first layer is linear, so it splits into a part of
+the receiver and a part of the sender, done once for each atom rather than once for each pair.
 
 The messages m of a batch of 64 molecules of QM9 at width 256 fill 20 MB, and autograd would keep
 five such tensors for each layer. Here they exist block by block: a block is as large as fits in the
@@ -30,7 +30,7 @@ _KEPT_CPU, _KEPT_GPU = 1 << 28, 1 << 29
 
 
 class PairNetwork(nn.Module):
-    """m_ij = φ(h_i, h_j, e_ij) for all pairs of atoms, and a number that is read from each.
+    """m_ij = φ(h_i, h_j, e_ij) for all pairs of atoms, and numbers that are read from each.
 
     φ is two linear layers with SiLU behind each.
 
@@ -41,16 +41,20 @@ class PairNetwork(nn.Module):
     features
         K, of pairs.
     offset
-        Whether the number that is read has a bias.
+        Whether the numbers that are read have a bias.
+    channels
+        C, how many numbers are read besides the first.
     """
 
-    def __init__(self, width: int, features: int = 0, offset: bool = True) -> None:
+    def __init__(
+        self, width: int, features: int = 0, offset: bool = True, channels: int = 0
+    ) -> None:
         super().__init__()
         self.receiver = nn.Linear(width, width)
         self.sender = nn.Linear(width, width, bias=False)
         self.feature = nn.Linear(features, width, bias=False) if features else None
         self.linear = nn.Linear(width, width)
-        self.read = nn.Linear(width, 1, bias=offset)
+        self.read = nn.Linear(width, 1 + channels, bias=offset)
         # The scale that one layer on [h_i, h_j, e_ij] would start with.
         bound = (2 * width + features) ** -0.5
         for layer in (self.receiver, self.sender, self.feature):
@@ -74,18 +78,26 @@ class PairNetwork(nn.Module):
             Messages and products in bfloat16. Their inputs a + b + e·f are summed in the precision
             of h: positions are subtracted there.
         """
+        gathered, _ = self._apply_to(h, pairs, features, low_precision)
+        return gathered
+
+    def gated_sum_and_channels(
+        self, h: Tensor, pairs: Tensor, features: Tensor | None = None, low_precision: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The gated sum, and the C further numbers of all pairs, (B, N, N, C)."""
         return self._apply_to(h, pairs, features, low_precision)
 
     def values(
         self, h: Tensor, features: Tensor | None = None, low_precision: bool = False
     ) -> Tensor:
         """r·m_ij + o for all pairs, (B, N, N); parameters as of `gated_sum`."""
-        return self._apply_to(h, None, features, low_precision)
+        values, _ = self._apply_to(h, None, features, low_precision)
+        return values
 
     def _apply_to(
         self, h: Tensor, pairs: Tensor | None, features: Tensor | None, low_precision: bool
-    ) -> Tensor:
-        result: Tensor = _PairFunction.apply(  # type: ignore[no-untyped-call]
+    ) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = _PairFunction.apply(  # type: ignore[no-untyped-call]
             self.receiver(h),
             self.sender(h),
             features,
@@ -150,7 +162,7 @@ def _silu_backward(gradient: Tensor, at: Tensor, out: Tensor) -> None:
 
 
 class _PairFunction(torch.autograd.Function):
-    """Both results of the network: gated sums where pairs are given, else values of pairs."""
+    """Gated sums where pairs are given, else values of pairs; and further channels of pairs."""
 
     @staticmethod
     def forward(
@@ -166,7 +178,7 @@ class _PairFunction(torch.autograd.Function):
         read: Tensor,
         offset: Tensor | None,
         feature: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         batch, atoms, width = receiver.shape
         dtype = torch.bfloat16 if low_precision else receiver.dtype
         shape = (batch, atoms, atoms, width)
@@ -179,7 +191,8 @@ class _PairFunction(torch.autograd.Function):
         values = receiver.new_empty(batch, atoms, atoms)
         gathered = torch.empty_like(receiver) if pairs is not None else None
         network = _Forward(sender, features, weight, bias, feature, dtype)
-        reader = read.reshape(-1).to(dtype)
+        reader, channels = read.to(dtype), len(read) - 1
+        further = receiver.new_empty(batch, atoms, atoms, channels)
         buffers = _Buffers(2, receiver, dtype)
         for block in _blocks(batch, atoms, width, receiver.device):
             hidden, message = buffers.of(block)
@@ -189,37 +202,46 @@ class _PairFunction(torch.autograd.Function):
             network.linear(hidden, linear)
             torch.ops.aten.silu.out(linear, out=message)
             part = values[block]
-            part.copy_(torch.mv(message.view(-1, width), reader).view(part.shape))
+            if channels:
+                numbers = torch.mm(message.view(-1, width), reader.t())
+                part.copy_(numbers[:, 0].view(part.shape))
+                further[block].copy_(numbers[:, 1:].view(further[block].shape))
+            else:
+                part.copy_(torch.mv(message.view(-1, width), reader[0]).view(part.shape))
             if gathered is not None:
                 assert pairs is not None
                 if offset is not None:
-                    part.add_(offset)
+                    part.add_(offset[0])
                 part.sigmoid_()
                 gate = (part * pairs[block]).to(dtype).view(-1, 1, atoms)
                 rows = torch.bmm(gate, message.view(-1, atoms, width))
                 gathered[block].copy_(rows.view(gathered[block].shape))
         if gathered is None and offset is not None:
-            values.add_(offset)
+            values.add_(offset[0])
+        if offset is not None:
+            further.add_(offset[1:])
         ctx.dtype = dtype
         gates = values if gathered is not None else None
         # All through autograd, which frees it as soon as this layer's backward pass is done.
         ctx.save_for_backward(
             receiver, sender, features, pairs, weight, bias, read, offset, feature, kept, gates
         )
-        return values if gathered is None else gathered
+        return values if gathered is None else gathered, further
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, outer: Tensor, outer_further: Tensor) -> tuple[Tensor | None, ...]:
         (
             receiver, sender, features, pairs, weight, bias, read, offset, feature, kept, gates,
         ) = ctx.saved_tensors  # fmt: skip
         dtype: torch.dtype = ctx.dtype
         batch, atoms, width = receiver.shape
         network = _Forward(sender, features, weight, bias, feature, dtype)
-        reader, matrix = read.reshape(-1).to(dtype), weight.to(dtype)
+        reader, matrix, channels = read.to(dtype), weight.to(dtype), len(read) - 1
         d_receiver, d_sender = torch.empty_like(receiver), torch.zeros_like(sender)
-        d_features = None if features is None else torch.empty_like(features)
+        # Features are data, unless the gradient of the input is asked for.
+        wanted = features is not None and ctx.needs_input_grad[2]
+        d_features = torch.empty_like(features) if wanted else None
         d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         d_read = torch.zeros_like(read)
         d_offset = None if offset is None else torch.zeros_like(offset)
@@ -243,15 +265,19 @@ class _PairFunction(torch.autograd.Function):
                 torch.mul(message, from_sum, out=second)
                 d_value = second.sum(dim=-1, dtype=gate.dtype) * allowed * gate * (1 - gate)
                 torch.mul((gate * allowed).to(dtype)[..., None], from_sum, out=second)
-                second.view(-1, width).addr_(d_value.to(dtype).view(-1), reader)
+                second.view(-1, width).addr_(d_value.to(dtype).view(-1), reader[0])
             else:
                 d_value = outer[block]
-                torch.mul(d_value.to(dtype)[..., None], reader, out=second)
-            d_read.view(-1).add_(
-                torch.mv(message.view(-1, width).t(), d_value.reshape(-1).to(dtype))
-            )
+                torch.mul(d_value.to(dtype)[..., None], reader[0], out=second)
+            d_read[0].add_(torch.mv(message.view(-1, width).t(), d_value.reshape(-1).to(dtype)))
             if d_offset is not None:
-                d_offset += d_value.sum()
+                d_offset[0] += d_value.sum()
+            if channels:
+                d_further = outer_further[block].reshape(-1, channels)
+                second.view(-1, width).addmm_(d_further.to(dtype), reader[1:])
+                _add_product(d_read[1:], d_further.to(dtype).t(), message.view(-1, width))
+                if d_offset is not None:
+                    d_offset[1:] += d_further.sum(dim=0)
             d_linear = second
             _silu_backward(second, linear, d_linear)
             rows = d_linear.view(-1, width)
@@ -266,13 +292,14 @@ class _PairFunction(torch.autograd.Function):
             torch.sum(d_hidden, dim=2, dtype=receiver.dtype, out=d_receiver[block])
             d_sender[block.molecules] += d_hidden.sum(dim=1, dtype=sender.dtype)
             if features is not None:
-                assert d_features is not None and d_feature is not None and feature is not None
+                assert d_feature is not None and feature is not None
                 flat = d_hidden.view(-1, width).to(feature.dtype)
                 own = features[block].reshape(-1, features.shape[-1])
                 # For a few columns these are several times faster than products of matrices.
                 d_feature += (own.t().contiguous() @ flat).t()
-                columns = [torch.mv(flat, column) for column in feature.t().contiguous()]
-                d_features[block] = torch.stack(columns, dim=-1).view(d_features[block].shape)
+                if d_features is not None:
+                    columns = [torch.mv(flat, column) for column in feature.t().contiguous()]
+                    d_features[block] = torch.stack(columns, dim=-1).view(d_features[block].shape)
         return (
             d_receiver, d_sender, d_features, None, None, None,
             d_weight, d_bias, d_read, d_offset, d_feature,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from molgen_energy.config import (
     Auto,
@@ -60,11 +60,23 @@ class DiffusionConfig(Section):
 
     process: Annotated[str, one_of("process", PROCESSES)] = "diffusion"
     """`diffusion` predicts noise, `flow_matching` the velocity from data to noise."""
+    prediction: Literal["noise", "velocity"] = "noise"
+    """What the network gives of a diffusion: ε, or v = α ε − σ x, of which ε is made."""
     steps: Annotated[int, Field(ge=2)] = 1000
     precision: Annotated[float, Field(gt=0, lt=0.5)] = 1e-5
+    time_power: PositiveFloat = 1.0
+    """Training draws times as u to this power, u uniform: above 1, little noise is frequent."""
+    spread_times: bool = False
+    """Whether the times of a batch are spread evenly rather than independent."""
     position_scale: PositiveFloat = 1.0
     type_scale: PositiveFloat = 4.0
     charge_scale: PositiveFloat = 10.0
+
+    @model_validator(mode="after")
+    def _one_velocity(self) -> DiffusionConfig:
+        if self.process != "diffusion" and self.prediction != "noise":
+            raise ValueError("prediction is of the process diffusion; a flow has its own velocity")
+        return self
 
 
 class LossConfig(Section):

@@ -25,7 +25,8 @@ from molgen_energy.data.hdf5 import MoleculeFile, Survey
 from molgen_energy.data.molecules import Molecules, by_size, offsets_of
 from molgen_energy.diffusion.encoding import MoleculeEncoding, vocabulary
 from molgen_energy.diffusion.noise import SeededNoise
-from molgen_energy.diffusion.process import PROCESSES, Share, Terms
+from molgen_energy.diffusion.prediction import VelocityPrediction
+from molgen_energy.diffusion.process import PROCESSES, Share, Terms, Times
 from molgen_energy.diffusion.samplers import DEFAULT_SAMPLERS, build_sampler
 from molgen_energy.diffusion.schedule import PolynomialSchedule
 from molgen_energy.distributed import from_main, local_world_size, rank, summed, world_size
@@ -89,19 +90,24 @@ PAPER = {
         ("kabsch", None): Defaults(3e-4, 0.8),
     },
 }
+PAPER["gdm_pairs"] = PAPER["gdm"]  # not the paper's; the nearest
 
 
 def build_model(config: MoleculeConfig, encoding: MoleculeEncoding) -> nn.Module:
-    """The configured network, its weights drawn with the run's seed."""
+    """The configured network, its weights drawn with the run's seed; what it gives is noise."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        return MODELS[config.model.name](
+        network = MODELS[config.model.name](
             features=encoding.features,
             layers=config.model.layers,
             width=config.model.width,
             normalization=config.model.normalization,
             low_precision=config.training.low_precision is True,
         )
+    if config.diffusion.prediction == "velocity":
+        schedule = PolynomialSchedule(config.diffusion.steps, config.diffusion.precision)
+        return VelocityPrediction(network, schedule)
+    return network
 
 
 def build_loss(config: MoleculeConfig, encoding: MoleculeEncoding) -> PositionLoss:
@@ -213,6 +219,7 @@ class MoleculeTask:
             build_loss(self.config, self.encoding),
             weight,
             self.config.diffusion.position_scale,
+            Times(self.config.diffusion.time_power, self.config.diffusion.spread_times),
         )
         self.model = build_model(self.config, self.encoding).to(device)
         self.state: dict[str, Any] = {

@@ -44,6 +44,7 @@ from molgen_energy.training.checkpoint import (
 from molgen_energy.training.clipping import GradientClipper
 from molgen_energy.training.ema import ExponentialMovingAverage
 from molgen_energy.training.metrics import MetricsLog
+from molgen_energy.training.muon import Muon, hidden_matrices
 from molgen_energy.training.task import Task
 
 _MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
@@ -175,13 +176,9 @@ class _Trainer:
             self.model = DistributedDataParallel(task.model)
         self.ema = ExponentialMovingAverage(task.model, self.training.ema_decay)
         self.clipper = GradientClipper()
-        self.optimizer = torch.optim.AdamW(
-            task.model.parameters(),
-            lr=0.0,  # set at each step
-            weight_decay=self.training.weight_decay,
-            amsgrad=True,
-            fused=task.device.type in ("cpu", "cuda"),
-        )
+        assert not isinstance(self.training.lr, str)
+        self._muon_ratio = self.training.muon_lr / self.training.lr
+        self.optimizers = _optimizers(self.training, task.model, task.device)
         self.at = _Progress(sums=self._nothing())
         self.metrics: MetricsLog | None = None
         self.lock: IO[bytes] | None = None
@@ -247,8 +244,9 @@ class _Trainer:
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         tensors = {"clipper/norms": self.clipper.state()}
         for name, parameter in self.task.model.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}/{key}"] = value
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    tensors[f"{name}/{key}"] = value
         return tensors
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -263,11 +261,18 @@ class _Trainer:
         load_weights(self.ema.model, checkpoint.tensors("ema"), checkpoint.path)
         tensors = checkpoint.tensors("optimizer")
         self.clipper.load(tensors.pop("clipper/norms"))
+        having = {
+            parameter: optimizer
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
         for name, parameter in self.task.model.named_parameters():
+            optimizer = having[parameter]
             own = {k.rsplit("/", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{name}/")}
             for key, value in own.items():
-                device = "cpu" if key == "step" and not _fused(self.optimizer) else parameter.device
-                self.optimizer.state[parameter][key] = value.to(device)
+                device = "cpu" if key == "step" and not _fused(optimizer) else parameter.device
+                optimizer.state[parameter][key] = value.to(device)
         progress = checkpoint.state["progress"]
         self.at = _Progress(**progress | {"sums": tuple(progress["sums"])})
 
@@ -348,8 +353,12 @@ class _Trainer:
             self._update(values, norm)
         else:
             self._skip(values[0], norm)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         return bool(stopped > 0)
+
+    def _zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _generator(self) -> torch.Generator:
         generator = torch.Generator(self.task.device)
@@ -371,9 +380,11 @@ class _Trainer:
 
     def _update(self, values: list[float], norm: float) -> None:
         rate = learning_rate(self.training, self.at.step - 1, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            muon = isinstance(optimizer, Muon)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * self._muon_ratio if muon else rate
+            optimizer.step()
         self.ema.update(self.task.model, self.at.step)
         self.at.sums = tuple(
             old + new for old, new in zip(self.at.sums, (*values, norm), strict=True)
@@ -393,7 +404,7 @@ class _Trainer:
     def _out_of_memory(self, batch: Batch) -> tuple[str, str]:
         """What to say, with the batch size that fits the largest molecules, found by trying."""
         largest, every = len(batch), world_size()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         epoch = self.task.epoch(self.at.step // self.task.batches_per_epoch)
         alike = (other for other in epoch if other.window == batch.window)
         batch = max(alike, key=lambda other: float(other.sizes.sum()))
@@ -408,7 +419,7 @@ class _Trainer:
             except torch.OutOfMemoryError:
                 continue
             finally:
-                self.optimizer.zero_grad(set_to_none=True)
+                self._zero_grad()
             remedy = f"{size} fit: train anew with --batch-size {size}"
             return f"out of memory with batches of {largest}", remedy
         return f"out of memory with batches of {largest}", "not even one molecule fits"
@@ -448,6 +459,24 @@ class _Trainer:
                 skipped=at.skipped,
             )
         at.sums, at.count = self._nothing(), 0
+
+
+def _optimizers(
+    training: TrainingConfig, model: nn.Module, device: torch.device
+) -> list[torch.optim.Optimizer]:
+    """What updates the model, each a part of its parameters; rates are set at each step."""
+    matrices = hidden_matrices(model) if training.optimizer == "muon" else []
+    if training.optimizer == "muon" and not matrices:
+        raise InputError("training.optimizer: muon has no matrices in this network; take adamw")
+    taken = set(matrices)
+    adamw = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter not in taken],
+        lr=0.0,
+        weight_decay=training.weight_decay,
+        amsgrad=not matrices,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    return [adamw, Muon(matrices, lr=0.0)] if matrices else [adamw]
 
 
 def _fused(optimizer: torch.optim.Optimizer) -> bool:
