@@ -75,9 +75,9 @@ class SpinLossConfig(Section):
     """T of `local_field` and `true_energy`."""
     margin: PositiveFloat = 1.0
     """μ of `margin`."""
-    gauge: Literal["fixed", "either"] = "fixed"
-    """A ground state and its flip are alike: `fixed` takes the one with spin +1 in the middle, of
-    which the network is told; `either` the nearer of the two."""
+    gauge: Literal["fixed", "either"] = "either"
+    """A ground state and its flip are alike: `either` takes the nearer of the two, `fixed` the one
+    with spin +1 in the middle, of which the network is told."""
 
 
 class SpinConfig(Config):
