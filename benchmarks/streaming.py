@@ -27,7 +27,7 @@ _CHILD = """
 import json, re, sys, time
 import torch
 from pathlib import Path
-from molgen_energy.systems import load_config
+from molgen_energy.systems.registry import load_config
 from molgen_energy.data.batches import padding
 from molgen_energy.systems.molecules import MoleculeTask
 from molgen_energy.training.loop import train

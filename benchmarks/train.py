@@ -31,8 +31,8 @@ from molgen_energy.data.batches import Batch, padding
 from molgen_energy.models import EDM, GDM
 from molgen_energy.models.geometry import centred
 from molgen_energy.models.pairs import PairNetwork
-from molgen_energy.systems import load_config
 from molgen_energy.systems.molecules import MoleculeTask
+from molgen_energy.systems.registry import load_config
 from molgen_energy.training.clipping import GradientClipper
 from molgen_energy.training.ema import ExponentialMovingAverage
 

@@ -150,7 +150,7 @@ class Config(Section):
 
     name: str
     system: str
-    """Key of `molgen_energy.systems.SYSTEMS`; a subclass has its own as the default."""
+    """Key of `molgen_energy.systems.registry.SYSTEMS`; a subclass has its own as the default."""
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
 

@@ -32,7 +32,7 @@ from molgen_energy.data.shapes import read_polygons
 from molgen_energy.data.sources.shapes import Polygons
 from molgen_energy.metrics.shapes import draw_polygon, quality
 from molgen_energy.output import replacing
-from molgen_energy.systems import SYSTEMS, load_config
+from molgen_energy.systems.registry import SYSTEMS, load_config
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.loop import train
 

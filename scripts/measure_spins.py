@@ -23,7 +23,7 @@ from molgen_energy.data.sources.spins import SpinGlasses
 from molgen_energy.metrics.rates import Mean
 from molgen_energy.metrics.spins import judge_spins
 from molgen_energy.output import remove, replacing
-from molgen_energy.systems import SYSTEMS, load_config
+from molgen_energy.systems.registry import SYSTEMS, load_config
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.loop import train
 

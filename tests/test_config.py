@@ -5,7 +5,7 @@ import yaml
 
 from molgen_energy.config import config_names, parse_assignments
 from molgen_energy.errors import InputError
-from molgen_energy.systems import load_config
+from molgen_energy.systems.registry import load_config
 from molgen_energy.training.loop import total_steps
 
 

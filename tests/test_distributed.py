@@ -14,8 +14,8 @@ import torch
 from conftest import config_of, torchrun, torchrun_to_end
 from test_training import CPU, Watcher
 
-from molgen_energy.systems import load_config
 from molgen_energy.systems.molecules import MoleculeTask
+from molgen_energy.systems.registry import load_config
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.loop import train
 from molgen_energy.training.metrics import read_metrics

@@ -11,7 +11,7 @@ from molgen_energy.diffusion.prediction import VelocityPrediction
 from molgen_energy.diffusion.schedule import PolynomialSchedule
 from molgen_energy.errors import InputError
 from molgen_energy.models import GDM
-from molgen_energy.systems import load_config
+from molgen_energy.systems.registry import load_config
 
 
 class Known(nn.Module):

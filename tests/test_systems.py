@@ -43,8 +43,8 @@ from molgen_energy.metrics.rates import Mean
 from molgen_energy.metrics.scores import Row, Scores, as_json
 from molgen_energy.metrics.shapes import judge_shapes, quality, regularity
 from molgen_energy.parts import Pieces
-from molgen_energy.systems import SYSTEMS, load_config
 from molgen_energy.systems.base import Outcome, System
+from molgen_energy.systems.registry import SYSTEMS, load_config
 from molgen_energy.systems.shapes import ShapeSystem
 from molgen_energy.systems.spins import SpinSystem
 from molgen_energy.systems.supervised import Examples, Predictor, SupervisedTask, data_path

@@ -26,8 +26,8 @@ from molgen_energy.losses import EDGES, LOSSES, SPRINGS
 from molgen_energy.models import MODELS
 from molgen_energy.models.geometry import centred
 from molgen_energy.output import hold
-from molgen_energy.systems import load_config
 from molgen_energy.systems.molecules import PAPER, MoleculeTask
+from molgen_energy.systems.registry import load_config
 from molgen_energy.training import checkpoint as checkpoints
 from molgen_energy.training.checkpoint import load_checkpoint, newest_run, save_checkpoint
 from molgen_energy.training.clipping import GradientClipper

@@ -85,7 +85,7 @@ def command(
     `torchrun --nproc-per-node K -m molgen_energy sample` shares the work.
     """
     from molgen_energy.parts import parts_folder
-    from molgen_energy.systems import system_named
+    from molgen_energy.systems.registry import system_named
     from molgen_energy.training.checkpoint import load_checkpoint
     from molgen_energy.training.device import choose_device
 
@@ -150,7 +150,7 @@ def _asked(
     """The checkpoint, the file to write, and a value for each option of the system."""
     from molgen_energy.output import through_links
     from molgen_energy.parts import parts_folder, read_job
-    from molgen_energy.systems import SYSTEMS, system_named
+    from molgen_energy.systems.registry import SYSTEMS, system_named
     from molgen_energy.training.checkpoint import load_checkpoint, newest_run
 
     if resume is None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from molgen_energy.config import Config
-    from molgen_energy.systems import System
+    from molgen_energy.systems.base import System
     from molgen_energy.training.loop import Summary
     from molgen_energy.training.task import Task
 
@@ -69,7 +69,7 @@ def command(
     With nothing else, `--loss energy` trains a small model on the bundled sample of QM9.
     """
     from molgen_energy.config import parse_assignments
-    from molgen_energy.systems import SYSTEMS, load_config, system_named
+    from molgen_energy.systems.registry import SYSTEMS, load_config, system_named
     from molgen_energy.training.checkpoint import load_checkpoint
     from molgen_energy.training.device import choose_device
     from molgen_energy.training.loop import Stopped, total_steps, train
