@@ -29,8 +29,8 @@ from molgen_energy.data.batches import (
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.errors import InputError
-from molgen_energy.systems.molecules import MoleculeTask
 from molgen_energy.systems import molecules as system
+from molgen_energy.systems.molecules import MoleculeTask
 from molgen_energy.training import device as devices
 from molgen_energy.training.device import available_memory
 from molgen_energy.training.loop import Stopped, train
