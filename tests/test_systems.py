@@ -280,7 +280,7 @@ def test_spins_by_command(inside, tmp_path, glasses):
     assert set(np.unique(predicted.prediction)) <= {-1, 1}
     assert (predicted.prediction[:, 0, 0] == 1).all()
     shown = inside("evaluate", "spins_predicted.h5", "--report", "out")
-    for words in ("energy above the ground state", "overlap", "descent", "40 lattices"):
+    for words in ("energy above ground", "overlap", "descent", "40 lattices"):
         assert words in shown.stdout
     assert (tmp_path / "out" / "domains.png").stat().st_size > 1000
     found = json.loads(inside("evaluate", "spins_predicted.h5", "--json").stdout)["files"][0]

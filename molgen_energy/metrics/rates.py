@@ -105,7 +105,9 @@ class Mean:
     def of(cls, values: NDArray[Any]) -> Mean:
         """Of numbers (M,)."""
         count = len(values)
-        error = float(values.std(ddof=1)) / math.sqrt(count) if count > 1 else math.nan
+        with np.errstate(invalid="ignore"):  # of what is not finite the error is NaN
+            deviation = float(values.std(ddof=1)) if count > 1 else math.nan
+        error = deviation / math.sqrt(count) if count else math.nan
         return cls(float(values.mean()) if count else math.nan, error, count)
 
     @property

@@ -68,9 +68,11 @@ class Scores:
 
 
 def cell_text(cell: Cell) -> tuple[str, str]:
-    """A value and its interval, as text."""
+    """A value and its error or interval, as text."""
     if cell is None or cell.value is None:
         return "–", ""
+    if isinstance(cell, Mean):
+        return f"{cell.value:.4g}", f"± {cell.error:.2g}" if math.isfinite(cell.error) else ""
     factor, form = (100.0, "{:.1f}") if isinstance(cell, Rate) else (1.0, "{:.4g}")
     interval = cell.interval
     shown = "" if interval is None else ", ".join(form.format(factor * x) for x in interval)
@@ -81,7 +83,10 @@ def cell_text(cell: Cell) -> tuple[str, str]:
 def table(scores: Scores) -> Table:
     """For people: a row for each measure, a column for each thing that is judged."""
     shown = Table(
-        title=escape(f"{scores.name}: {scores.count:,} {scores.samples}; value [95 % interval]"),
+        title=escape(
+            f"{scores.name}: {scores.count:,} {scores.samples}; "
+            "value ± standard error or [95 % interval]"
+        ),
         title_justify="left",
     )
     shown.add_column("", overflow="fold")

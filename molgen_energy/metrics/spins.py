@@ -190,7 +190,7 @@ def _neighbours(lattices: Lattices) -> tuple[NDArray[np.int64], Reals]:
     return table, couplings
 
 
-_COLUMNS = ("prediction", "descent from prediction", "descent from random")
+_COLUMNS = ("prediction", "descent from it", "random descent")
 _STARTS = 4
 _DRAWN = 6
 
@@ -218,13 +218,14 @@ def judge_spins(path: Path) -> Scores:
     outcomes = found.prediction, found.from_prediction, found.from_random
     ground = Mean.of(lattices.energies())
     rows = [
-        Row("excess", "energy above the ground state",
+        Row("excess", "energy above ground",
             "mean over lattices, in units of the couplings", [o.mean for o in outcomes]),
         Row("exact", "ground states", "lattices whose ground state is met",
             [o.rate for o in outcomes]),
         Row("overlap", "overlap |q|", "|Σ y ŷ|/L² with the ground state, which may be one of many",
             [found.mean_overlap, None, None]),
-        Row("ground", "energy of the ground state", "mean over lattices", [ground, None, None]),
+        Row("ground", "ground energy", "of the ground state, mean over lattices",
+            [ground, None, None]),
     ]  # fmt: skip
     notes = []
     further = Mean.of(found.prediction.excess[:, 0] - found.from_random.excess.mean(axis=1))
