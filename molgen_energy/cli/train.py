@@ -212,7 +212,7 @@ def _announce(system: System, task: Task, run: Path, steps: int) -> None:
 
 def _conclude(config: Config, summary: Summary) -> None:
     minutes = f"{summary.seconds / 60:.1f} minutes"
-    valid = "" if summary.valid_loss is None else f", validation loss {summary.valid_loss:.4f}"
+    valid = "" if summary.valid_loss is None else f", validation loss {summary.valid_loss:.4g}"
     say(f"trained {summary.steps:,} steps in {minutes}{valid}: {summary.run}")
     if summary.skipped:
         warn(f"{summary.skipped:,} steps were skipped, for loss or gradient were not finite")

@@ -52,7 +52,7 @@ from molgen_energy.systems.supervised import (
 )
 from molgen_energy.training.checkpoint import Checkpoint
 
-_LR = 1e-2  # the best or nearly so for every loss, at batches of 128
+_LR = 3e-2  # the best or nearly so for every loss
 _SAMPLE = 4096  # polygons that the mean spring is taken over
 
 
