@@ -81,6 +81,12 @@ def replacing(path: Path) -> Iterator[Replacement]:
         remove(replacement.temporary)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name that is changed in the end."""
+    with replacing(path) as output:
+        output.temporary.write_bytes(content)
+
+
 def hold(path: Path, what: str) -> IO[bytes]:
     """Open a file and keep other processes from holding it, until it is closed.
 

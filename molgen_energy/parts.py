@@ -17,8 +17,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import yaml
@@ -27,12 +26,14 @@ from safetensors.numpy import load, save
 
 from molgen_energy.data.molecules import Molecules, offsets_of
 from molgen_energy.errors import InputError
-from molgen_energy.output import check_writable, hold, naming, remove, replacing
+from molgen_energy.output import check_writable, hold, naming, remove, write_whole
 
 FORMAT = 1
 _MANIFEST = "manifest.yaml"
 _DONE = ".done"
 _DIGEST = 32  # bytes
+
+Own = TypeVar("Own", bound="Pieces")
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,10 @@ class Pieces:
         finally:
             remove(temporary)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __enter__(self: Own) -> Own:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -174,8 +173,7 @@ class Pieces:
     def keep(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Write a finished piece."""
         payload = save(dict(arrays))
-        with replacing(self.folder / name) as replacement:
-            replacement.temporary.write_bytes(self._digest(payload) + payload)
+        write_whole(self.folder / name, self._digest(payload) + payload)
 
     def _digest(self, payload: bytes) -> bytes:
         return hashlib.sha256(self._salt + payload).digest()
@@ -235,9 +233,6 @@ class Parts(Pieces):
         """
         check_writable(output)
         return cls(output, lead)
-
-    def __enter__(self) -> Parts:
-        return self
 
     def has(self, batch: Batch) -> bool:
         """Whether a batch is finished; it may have been damaged since."""

@@ -13,13 +13,12 @@ Rows that are in the CSV are not measured again, so it can be stopped at any tim
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rows import Silent, ignored, read, write
 
 from molgen_energy.data.shapes import read_polygons
 from molgen_energy.data.sources.shapes import Polygons
@@ -72,15 +72,6 @@ class Found(Setting):
     test: float
 
 
-class Silent:
-    """Nobody needs to be told."""
-
-    def progress(self, *_: object) -> None: ...
-    def found(self, _: int) -> None: ...
-    def advance(self, *_: object) -> None: ...
-    def interrupted(self, _: int) -> None: ...
-
-
 def measured(
     setting: Setting, count: int = COUNT, steps: int = STEPS, batch: int = BATCH
 ) -> tuple[Found, np.ndarray]:
@@ -94,7 +85,7 @@ def measured(
             seed=setting.seed,
             split="1,0,0",
         )
-        made.write(data, lambda done, total: None)
+        made.write(data, ignored)
         config = load_config("shapes_energy").replaced(
             {
                 **LOSSES[setting.loss],
@@ -108,7 +99,7 @@ def measured(
             }
         )
         system, device = SYSTEMS["shapes"], torch.device("cpu")
-        task = system.task(config, device, lambda done, total: None)
+        task = system.task(config, device, ignored)
         train(task, run, Silent())
         checkpoint, scores, shown = load_checkpoint(run, weights=["ema"]), [], None
         for seed in (VALIDATION, TEST):
@@ -134,26 +125,6 @@ def rates(loss: str, vertices: int) -> tuple[float, ...]:
     return RATES[-2:] if (loss, vertices) == ("energy", 128) else RATES
 
 
-def read(path: Path) -> list[Found]:
-    """What was measured before."""
-    if not path.exists():
-        return []
-    types = {f.name: {"str": str, "float": float, "int": int}[f.type] for f in fields(Found)}
-    with path.open(newline="", encoding="utf-8") as file:
-        return [Found(**{k: types[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
-
-
-def write(path: Path, rows: list[Found]) -> None:
-    """All rows, in place of the file."""
-    with (
-        replacing(path) as output,
-        output.temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, [f.name for f in fields(Found)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
 def best(rows: list[Found], loss: str, angle: float, vertices: int) -> float:
     """The learning rate with the best quality on validation radii, of the first seed."""
     swept = [
@@ -172,7 +143,7 @@ def _one(setting: Setting) -> Found:
 
 def measure(path: Path, processes: int) -> list[Found]:
     """Measure what is missing of the sweep, then of the other seeds."""
-    rows = read(path)
+    rows = read(path, Found)
     # Large ones first, so that processes end together.
     where = sorted(places(), key=lambda place: -place[2])
     swept = [Setting(*place, lr, SEEDS[0]) for place in where for lr in rates(place[0], place[2])]
@@ -267,7 +238,11 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=ASSETS / "shapes.csv")
     parser.add_argument("--figure", type=Path, default=ASSETS / "shapes.png")
     arguments = parser.parse_args()
-    rows = read(arguments.csv) if arguments.draw else measure(arguments.csv, arguments.processes)
+    rows = (
+        read(arguments.csv, Found)
+        if arguments.draw
+        else measure(arguments.csv, arguments.processes)
+    )
     draw(rows, pictures(rows), arguments.figure)
     for loss, angle, vertices in places():
         lr = best(rows, loss, angle, vertices)

@@ -11,18 +11,18 @@ folder --work, rows in the CSV: what is there is not made again, so it can be st
 from __future__ import annotations
 
 import argparse
-import csv
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from rows import Silent, ignored, read, write
 
 from molgen_energy.data.sources.spins import SpinGlasses
 from molgen_energy.metrics.rates import Mean
 from molgen_energy.metrics.spins import judge_spins
-from molgen_energy.output import remove, replacing
+from molgen_energy.output import remove
 from molgen_energy.systems.registry import SYSTEMS, load_config
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.loop import train
@@ -69,39 +69,6 @@ class Found:
     random_exact: float
     seconds: float
     """Of training."""
-
-
-class Silent:
-    """Nobody needs to be told."""
-
-    def progress(self, *_: object) -> None: ...
-    def found(self, _: int) -> None: ...
-    def advance(self, *_: object) -> None: ...
-    def interrupted(self, _: int) -> None: ...
-
-
-def ignored(done: int, total: int) -> None:
-    """No progress is shown."""
-
-
-def read(path: Path) -> list[Found]:
-    """What was measured before."""
-    if not path.exists():
-        return []
-    types = {f.name: {"str": str, "float": float, "int": int}[f.type] for f in fields(Found)}
-    with path.open(newline="", encoding="utf-8") as file:
-        return [Found(**{k: types[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
-
-
-def write(path: Path, rows: list[Found]) -> None:
-    """All rows, in place of the file."""
-    with (
-        replacing(path) as output,
-        output.temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, [f.name for f in fields(Found)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
 
 
 def measured(
@@ -181,7 +148,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(exist_ok=True)
     scale = FULL if arguments.full else REDUCED
-    rows = read(arguments.csv)
+    rows = read(arguments.csv, Found)
     # A seed of everything first, so that there is a table however early it is stopped.
     for boundary in arguments.boundary:
         for seed in SEEDS:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from molgen_energy.diffusion.noise import SeededNoise
-from molgen_energy.diffusion.process import clean_prediction, on_subspace
+from molgen_energy.diffusion.process import clean_prediction
 from molgen_energy.diffusion.samplers import (
     DEFAULT_SAMPLERS,
     SAMPLERS,
@@ -20,6 +20,7 @@ from molgen_energy.diffusion.samplers import (
 )
 from molgen_energy.diffusion.schedule import PolynomialSchedule
 from molgen_energy.errors import InputError
+from molgen_energy.models.geometry import on_subspace
 
 SERVED = [(process, name) for process in DEFAULT_SAMPLERS for name in samplers_for(process)]
 served = pytest.mark.parametrize(("process", "name"), SERVED)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from molgen_energy.diffusion.schedule import PolynomialSchedule
 from molgen_energy.losses import PositionLoss
-from molgen_energy.models.geometry import centred
+from molgen_energy.models.geometry import on_subspace
 
 _DRAWS = 1 << 62  # graphs are taken modulo their number
 
@@ -89,12 +89,6 @@ def molecule_noise(
     """Standard normal noise (B, N, channels), positions (the first 3) with zero mean; 0 outside."""
     share = share or Share(*mask.shape)
     return on_subspace(share.normal(mask.shape[1], channels, generator), mask)
-
-
-def on_subspace(noise: Tensor, mask: Tensor) -> Tensor:
-    """Project (B, N, 3+F) on zero-mean positions, and on zero at padding."""
-    features = torch.where(mask[..., None], noise[..., 3:], 0)
-    return torch.cat([centred(noise[..., :3], mask), features], dim=-1)
 
 
 def clean_prediction(noisy: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

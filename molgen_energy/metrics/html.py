@@ -30,7 +30,7 @@ from molgen_energy.metrics.findings import Specimen
 from molgen_energy.metrics.judging import unstable_atoms
 from molgen_energy.metrics.report import Report, as_json, figure_text, findings_text
 from molgen_energy.metrics.workers import Workers
-from molgen_energy.output import printable, replacing
+from molgen_energy.output import printable, write_whole
 
 PAGE = "report.html"
 
@@ -57,15 +57,10 @@ def write_report(report: Report, folder: Path, files: list[Path], workers: Worke
     names = [evaluation.name for evaluation in report.samples]
     for title, found in shown.items():
         picture = panels_png(found, names, f"data: {report.reference.name}")
-        _write(folder / f"{title.replace(' ', '_')}.png", picture)
-    _write(folder / "report.json", (json.dumps(as_json(report), indent=2) + "\n").encode())
-    _write(folder / PAGE, _page(report, shown, workers).encode())
+        write_whole(folder / f"{title.replace(' ', '_')}.png", picture)
+    write_whole(folder / "report.json", (json.dumps(as_json(report), indent=2) + "\n").encode())
+    write_whole(folder / PAGE, _page(report, shown, workers).encode())
     return folder / PAGE
-
-
-def _write(path: Path, content: bytes) -> None:
-    with replacing(path) as output:
-        output.temporary.write_bytes(content)
 
 
 def _sha256(path: Path) -> str:

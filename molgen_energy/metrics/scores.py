@@ -20,7 +20,7 @@ from rich.table import Table
 
 from molgen_energy import __version__
 from molgen_energy.metrics.rates import Mean, Rate
-from molgen_energy.output import printable, replacing
+from molgen_energy.output import printable, write_whole
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def write_report(found: Sequence[Scores], folder: Path) -> Path:
         for name, draw in scores.pictures.items():
             content = draw()
             prefix = f"{number + 1}_" if len(found) > 1 else ""
-            _write(folder / f"{prefix}{name}.png", content)
+            write_whole(folder / f"{prefix}{name}.png", content)
             pictures.append({"name": name, "data": base64.b64encode(content).decode()})
         shown.append({"scores": scores, "pictures": pictures})
     loader = jinja2.PackageLoader("molgen_energy.metrics", ".")
@@ -163,14 +163,9 @@ def write_report(found: Sequence[Scores], folder: Path) -> Path:
     )
     environment.filters["cell"] = cell_text
     page = environment.get_template("scores.html.j2").render(files=shown, version=__version__)
-    _write(folder / "report.json", (json.dumps(as_json(found), indent=2) + "\n").encode())
-    _write(folder / "report.html", page.encode())
+    write_whole(folder / "report.json", (json.dumps(as_json(found), indent=2) + "\n").encode())
+    write_whole(folder / "report.html", page.encode())
     return folder / "report.html"
-
-
-def _write(path: Path, content: bytes) -> None:
-    with replacing(path) as output:
-        output.temporary.write_bytes(content)
 
 
 def file_name(path: Path) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molgen_energy.models.geometry import centred, pairs_of
+from molgen_energy.models.geometry import on_subspace, pairs_of
 from molgen_energy.models.pairs import PairNetwork
 
 _LEAST = 1e-8  # Å², so that the root has a gradient where atoms coincide
@@ -151,8 +151,7 @@ class GDMPairs(nn.Module):
 
     def forward(self, noisy: Tensor, time: Tensor, mask: Tensor) -> Tensor:
         """Predict the noise; parameters and result as of `GDM.forward`."""
-        atoms = mask[..., None]
-        noisy = torch.where(atoms, noisy, 0)
+        noisy = torch.where(mask[..., None], noisy, 0)
         pairs = pairs_of(mask, noisy.dtype)
         apart = noisy[:, :, None, :3] - noisy[:, None, :, :3]
         distances = (apart.square().sum(dim=-1) + _LEAST).sqrt()
@@ -162,8 +161,7 @@ class GDMPairs(nn.Module):
         h = self.embed(noisy) + self.embed_time(timed)[:, None]
         for layer in self.layers:
             h = layer(h, timed, pairs, features, towards, self.low_precision)
-        result = torch.where(atoms, self.readout(self.norm(h, timed)), 0)
-        return torch.cat([centred(result[..., :3], mask), result[..., 3:]], dim=-1)
+        return on_subspace(self.readout(self.norm(h, timed)), mask)
 
     def _radial(self, distances: Tensor) -> Tensor:
         """What a layer is told of distances (B, N, N): (B, N, N, K)."""

@@ -14,6 +14,12 @@ def centred(positions: Tensor, mask: Tensor) -> Tensor:
     return torch.where(atoms, inside - inside.sum(dim=1, keepdim=True) / count, 0)
 
 
+def on_subspace(noise: Tensor, mask: Tensor) -> Tensor:
+    """Project (B, N, 3+F) on zero-mean positions, and on zero at padding."""
+    features = torch.where(mask[..., None], noise[..., 3:], 0)
+    return torch.cat([centred(noise[..., :3], mask), features], dim=-1)
+
+
 def pairs_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, N, N) from (B, N): 1 where two different real atoms meet, else 0."""
     apart = ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)

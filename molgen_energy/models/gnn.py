@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molgen_energy.models.geometry import centred, pairs_of
+from molgen_energy.models.geometry import on_subspace, pairs_of
 from molgen_energy.models.pairs import PairNetwork
 
 
@@ -98,12 +98,10 @@ class GDM(nn.Module):
         (B, N, 3+F): the noise, that of the positions with zero mean over the atoms, zero at
         padding.
         """
-        atoms = mask[..., None]
-        noisy = torch.where(atoms, noisy, 0)
+        noisy = torch.where(mask[..., None], noisy, 0)
         times = time[:, None, None].expand(*mask.shape, 1)
         pairs = pairs_of(mask, noisy.dtype)
         h = self.embed(torch.cat([noisy, times], dim=-1))
         for layer in self.layers:
             h = layer(h, pairs, None, self.low_precision)
-        noise = torch.where(atoms, self.readout(h), 0)
-        return torch.cat([centred(noise[..., :3], mask), noise[..., 3:]], dim=-1)
+        return on_subspace(self.readout(h), mask)

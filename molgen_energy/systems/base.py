@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import nn
 
 from molgen_energy.config import Config
 from molgen_energy.data.hdf5 import check_hdf5_name
@@ -129,8 +130,8 @@ class System(ABC):
         return ""
 
 
-def springs_in_words(loss: Any) -> str:
-    """The springs of a loss section, where it is the energy."""
-    if loss.name != "energy":
-        return ""
-    return f", {loss.springs.family} springs on {loss.edges.kind} edges"
+def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
+    """A network whose weights are drawn with a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()

@@ -11,7 +11,8 @@ import torch
 
 from molgen_energy.output import check_writable
 from molgen_energy.sampling import check_name, sample_to_file
-from molgen_energy.systems.base import Observer, Outcome, System, springs_in_words
+from molgen_energy.systems.base import Observer, Outcome, System
+from molgen_energy.systems.energy import in_words
 from molgen_energy.systems.molecule_config import MoleculeConfig
 from molgen_energy.systems.molecules import MoleculeGenerator, MoleculeTask
 from molgen_energy.training.checkpoint import Checkpoint
@@ -89,4 +90,4 @@ class MoleculeSystem(System):
     def details(self, config: Any) -> str:
         """Springs, and the process where it is not diffusion."""
         process = "" if config.diffusion.process == "diffusion" else ", by flow matching"
-        return f"{springs_in_words(config.loss)}{process}"
+        return f"{in_words(config.loss)}{process}"

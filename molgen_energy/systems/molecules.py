@@ -33,20 +33,16 @@ from molgen_energy.distributed import from_main, local_world_size, rank, summed,
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
 from molgen_energy.losses import (
-    EDGES,
     POINTWISE_LOSSES,
     CompleteEdges,
-    Edges,
-    PairwiseEnergy,
     PositionLoss,
-    SparseEdges,
-    SymmetrizedEdges,
     mean_stiffness,
 )
-from molgen_energy.losses.springs import published_scale, spring_family
 from molgen_energy.models import MODELS
 from molgen_energy.models.geometry import random_rotations
 from molgen_energy.resources import bundled_sample
+from molgen_energy.systems.base import seeded
+from molgen_energy.systems.energy import build_edges, build_energy, settled_scale
 from molgen_energy.systems.molecule_config import MoleculeConfig
 from molgen_energy.systems.springs import LossInputs, needs_bonds, table_bytes
 from molgen_energy.training.checkpoint import Checkpoint
@@ -95,15 +91,16 @@ PAPER["gdm_pairs"] = PAPER["gdm"]  # not the paper's; the nearest
 
 def build_model(config: MoleculeConfig, encoding: MoleculeEncoding) -> nn.Module:
     """The configured network, its weights drawn with the run's seed; what it gives is noise."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
-        network = MODELS[config.model.name](
+    network = seeded(
+        config.training.seed,
+        lambda: MODELS[config.model.name](
             features=encoding.features,
             layers=config.model.layers,
             width=config.model.width,
             normalization=config.model.normalization,
             low_precision=config.training.low_precision is True,
-        )
+        ),
+    )
     if config.diffusion.prediction == "velocity":
         schedule = PolynomialSchedule(config.diffusion.steps, config.diffusion.precision)
         return VelocityPrediction(network, schedule)
@@ -115,23 +112,10 @@ def build_loss(config: MoleculeConfig, encoding: MoleculeEncoding) -> PositionLo
     section = config.loss
     if section.name == "energy":
         assert not isinstance(section.springs.scale, str)
-        return _energy(config, section.springs.scale, _edges(config))
+        edges = build_edges(section.edges, config.training.seed)
+        return build_energy(section.springs, section.springs.scale, edges)
     # One mean over positions and features together, of which this is the positions' part.
     return POINTWISE_LOSSES[section.name](channels=3 + encoding.features)
-
-
-def _energy(config: MoleculeConfig, scale: float, edges: Edges) -> PairwiseEnergy:
-    springs = config.loss.springs
-    return PairwiseEnergy(springs.family, scale, edges, springs.distance)
-
-
-def _edges(config: MoleculeConfig) -> Edges:
-    section, seed = config.loss.edges, config.training.seed
-    if section.kind == "sparse":
-        return SparseEdges(section.pool, seed)
-    if section.kind == "symmetrized":
-        return SymmetrizedEdges(section.tolerance, section.pool, seed)
-    return EDGES[section.kind]()
 
 
 def _encoding(config: MoleculeConfig, elements: Sequence[int]) -> MoleculeEncoding:
@@ -300,16 +284,10 @@ class MoleculeTask:
             family = springs.family
             if isinstance(springs.scale, str) or weight == "auto":  # a resumed run has both
                 sample = self._train.sample(_SAMPLE)
-                complete = _energy(config, 1.0, CompleteEdges())
+                complete = build_energy(springs, 1.0, CompleteEdges())
                 stiffness = mean_stiffness(complete, self._pieces(sample))
-            scale = springs.scale
-            if scale == "auto":
-                scale = 1 / stiffness
-            elif isinstance(scale, str):
-                try:
-                    scale = published_scale(spring_family(family), scale)
-                except ValueError as error:
-                    raise InputError(f"loss.springs: {family}: {error}") from None
+            mean = stiffness
+            scale = settled_scale(springs, lambda: mean)
             changes["loss.springs.scale"] = scale
             stiffness *= scale
             if weight == "auto" and config.loss.edges.kind != "complete":
@@ -329,8 +307,9 @@ class MoleculeTask:
         """Energy of the configured edges for small random errors, as a share of all pairs'."""
         generator = torch.Generator().manual_seed(config.training.seed)
         totals = []
-        for edges in (_edges(config), CompleteEdges()):
-            energy, total = _energy(config, 1.0, edges), 0.0
+        configured = build_edges(config.loss.edges, config.training.seed)
+        for edges in (configured, CompleteEdges()):
+            energy, total = build_energy(config.loss.springs, 1.0, edges), 0.0
             for piece in self._pieces(sample):
                 stiffness = energy.total_stiffness(**piece, generator=generator).total
                 total += float((stiffness / piece["mask"].sum(dim=1)).sum())

@@ -35,20 +35,18 @@ from molgen_energy.losses import (
     LOSSES,
     POINTWISE_LOSSES,
     SPIN_LOSSES,
-    PairwiseEnergy,
+    CompleteEdges,
     PositionLoss,
-    SparseEdges,
     mean_stiffness,
 )
-from molgen_energy.losses.springs import published_scale, spring_family
 from molgen_energy.models import SHAPE_MODELS
-from molgen_energy.systems.base import Observer, Outcome, System, springs_in_words
+from molgen_energy.systems.base import Observer, Outcome, System, seeded
+from molgen_energy.systems.energy import build_edges, build_energy, in_words, settled_scale
 from molgen_energy.systems.supervised import (
     Examples,
     Predictor,
     SupervisedTask,
     data_path,
-    seeded,
 )
 from molgen_energy.training.checkpoint import Checkpoint
 
@@ -129,7 +127,7 @@ class ShapeSystem(System):
 
     def details(self, config: Any) -> str:
         """Springs."""
-        return springs_in_words(config.loss)
+        return in_words(config.loss)
 
 
 def build_model(config: ShapeConfig, vertices: int) -> nn.Module:
@@ -146,12 +144,9 @@ def build_loss(config: ShapeConfig) -> PositionLoss:
     section = config.loss
     if section.name != "energy":
         return POINTWISE_LOSSES[section.name]()
-    springs = section.springs
-    edges = "complete"
-    if section.edges.kind == "sparse":
-        sparse = SparseEdges(section.edges.pool, config.training.seed)
-        return PairwiseEnergy(springs.family, springs.scale, sparse, springs.distance)
-    return PairwiseEnergy(springs.family, springs.scale, edges, springs.distance)
+    assert not isinstance(section.springs.scale, str)
+    edges = build_edges(section.edges, config.training.seed)
+    return build_energy(section.springs, section.springs.scale, edges)
 
 
 def _settled(config: ShapeConfig, positions: Tensor) -> ShapeConfig:
@@ -161,20 +156,15 @@ def _settled(config: ShapeConfig, positions: Tensor) -> ShapeConfig:
     springs = config.loss.springs
     if springs.distance == "features":
         raise InputError("loss.springs.distance: polygons have no features; take positions")
-    if config.loss.name != "energy" or not isinstance(springs.scale, str):
+    if config.loss.name != "energy":
         return config
-    if springs.scale == "auto":
-        energy = PairwiseEnergy(springs.family)
-        target = positions.double()
-        scale = 1 / mean_stiffness(
-            energy, [{"target": piece} for piece in torch.split(target, 256)]
-        )
-    else:
-        try:
-            scale = published_scale(spring_family(springs.family), springs.scale)
-        except ValueError as error:
-            raise InputError(f"loss.springs: {springs.family}: {error}") from None
-    return config.replaced({"loss.springs.scale": scale})
+
+    def mean() -> float:
+        pieces = torch.split(positions.double(), 256)
+        complete = build_energy(springs, 1.0, CompleteEdges())
+        return mean_stiffness(complete, [{"target": piece} for piece in pieces])
+
+    return config.replaced({"loss.springs.scale": settled_scale(springs, mean)})
 
 
 class _ShapeSampling:

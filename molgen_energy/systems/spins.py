@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -30,21 +31,16 @@ from molgen_energy.errors import InputError
 from molgen_energy.losses import (
     LOSSES,
     SPIN_LOSSES,
-    CrossEntropy,
-    LocalField,
-    Margin,
     SpinLoss,
-    TrueEnergy,
     lattice_couplings,
 )
 from molgen_energy.models import SPIN_MODELS
-from molgen_energy.systems.base import Observer, Outcome, System
+from molgen_energy.systems.base import Observer, Outcome, System, seeded
 from molgen_energy.systems.supervised import (
     Examples,
     Predictor,
     SupervisedTask,
     data_path,
-    seeded,
 )
 from molgen_energy.training.checkpoint import Checkpoint
 
@@ -167,14 +163,9 @@ def _check_kernel(config: SpinConfig, lattices: Lattices) -> None:
 def build_loss(config: SpinConfig) -> SpinLoss:
     """The configured loss on logits."""
     section = config.loss
-    either = section.gauge == "either"
-    losses: dict[str, Callable[[], SpinLoss]] = {
-        "cross_entropy": lambda: CrossEntropy(either),
-        "margin": lambda: Margin(section.margin, either),
-        "local_field": lambda: LocalField(section.offset, section.temperature, either),
-        "true_energy": lambda: TrueEnergy(section.temperature),
-    }
-    return losses[section.name]()
+    given = section.model_dump() | {"either_gauge": section.gauge == "either"}
+    loss = SPIN_LOSSES[section.name]
+    return loss(**{name: given[name] for name in inspect.signature(loss).parameters})
 
 
 def as_channels(lattices: Lattices) -> Tensor:

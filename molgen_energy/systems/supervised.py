@@ -158,13 +158,6 @@ def _draws(count: int, generator: torch.Generator) -> Tensor:
     return torch.randint(_DRAWS, (count,), generator=generator, device=generator.device)
 
 
-def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
-    """A network whose weights are drawn with a seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
-
-
 def data_path(config: Config, system: str) -> Path:
     """The data of a run; `InputError` where none are named."""
     if config.data.path is None:

@@ -33,8 +33,8 @@ Those of `draw_couplings` are 1 unit, or less than 2²³ units, in size.
   bound on all energies comes closer than that to the energy of the configuration: nothing can lie
   between. Where 10⁻¹⁰ Σ|J| is more than that, the energy is proven to so much only.
 
-Every configuration is checked besides: its energy against the solver's, and that no single spin
-should be flipped.
+Every configuration is checked besides: its energy against the solver's, that against the bound, and
+that no single spin should be flipped.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Whole = NDArray[np.int64]
 
 _STEPS = 2**24 - 1  # the largest integral weight that PyMatching takes as it is
 _LARGEST = 4  # sites along an edge, of all configurations
-_STABLE = 1e-9  # of local fields, alike
+_STABLE = 1e-9  # of local fields, in units of the largest |J|
 _PROVEN = 1e-10  # of bounds, in units of Σ|J|
 _ROUNDING = 1e-12  # of sums of float64, alike
 _ROUNDED = 6e-8  # of weights, for each bond and in units of the largest |J|
@@ -137,11 +137,12 @@ def certify(lattices: Lattices, spins: Spins, energies: Reals, bounds: Reals) ->
         An energy is another, a lower one is not ruled out, or a flip of one spin would lower it;
         the message names the lattice.
     """
-    scale, total = lattices.strongest, np.abs(lattices.couplings()).sum(axis=(1, 2, 3))
+    every = lattices.couplings()
+    scale, total = lattices.strongest, np.abs(every).sum(axis=(1, 2, 3))
     wrong = np.abs(lattices.energies(spins) - energies) > _ROUNDING * total
     bonds = _bonds(lattices.size, lattices.periodic)
     for k in np.flatnonzero(energies - bounds > _PROVEN * total).tolist():
-        couplings = lattices.couplings()[k].reshape(-1)[bonds.places]
+        couplings = every[k].reshape(-1)[bonds.places]
         allowed = _spacing(couplings, bonds)
         if not lattices.periodic and _rounded(couplings):
             allowed = max(allowed, _ROUNDED * lattices.bonds * float(scale[k]))

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from molgen_energy import __version__
 from molgen_energy.data.lattices import BOUNDARIES, Lattices, Spins, check_size
 from molgen_energy.data.sources.base import Progress, Source, option
-from molgen_energy.data.sources.ground_states import check_installed, ground_states
 from molgen_energy.data.splits import check_fractions, check_seed, parse_fractions, random_split
 from molgen_energy.distributed import default_workers
 from molgen_energy.errors import InputError, ProcessEnded, unknown_name
@@ -101,6 +100,8 @@ def solved_pieces(
     ProcessEnded
         A process is gone.
     """
+    from molgen_energy.data.sources.ground_states import check_installed
+
     if workers is None:
         workers = default_workers()
 
@@ -140,6 +141,8 @@ def solved_pieces(
 
 
 def _solve(number: int, lattices: Lattices) -> Spins:
+    from molgen_energy.data.sources.ground_states import ground_states  # SciPy, for this alone
+
     try:
         return ground_states(lattices)
     except RuntimeError as error:
@@ -280,6 +283,7 @@ class SpinGlasses(Source):
         """Solve the lattices and write them, from the pieces that are solved already."""
         from molgen_energy.data.arrays import write_arrays
         from molgen_energy.data.hdf5 import check_hdf5_name
+        from molgen_energy.data.sources.ground_states import check_installed
         from molgen_energy.parts import Pieces, check_unchanged, parts_folder
 
         check_hdf5_name(output)
@@ -299,7 +303,7 @@ class SpinGlasses(Source):
         if not parts_folder(output).exists():
             Pieces.begin(output, "preprocess spins", begun)
         wanted = pieces_of(count)
-        with contextlib.closing(Pieces(output, "preprocess spins", lead=True)) as pieces:
+        with Pieces(output, "preprocess spins", lead=True) as pieces:
             check_unchanged(pieces.manifest, begun, pieces.folder, "preprocess")
             solved = {k: found for k in wanted if (found := pieces.load(_file(k))) is not None}
             done = sum(len(found["spins"]) for found in solved.values())
