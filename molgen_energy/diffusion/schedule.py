@@ -33,14 +33,22 @@ class PolynomialSchedule:
         # float64: differences of neighbouring steps are small
         self.alpha2 = torch.from_numpy(alpha2)
         self.sigma2 = torch.from_numpy(1 - alpha2)
+        # α and σ by device: a copy at every step would make a GPU wait.
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def alpha(self, step: Tensor) -> Tensor:
         """α_t of step numbers (any shape) as float32 on their device."""
-        return self.alpha2.sqrt().float().to(step.device)[step]
+        return self._on(step.device)[0][step]
 
     def sigma(self, step: Tensor) -> Tensor:
         """σ_t of step numbers (any shape) as float32 on their device."""
-        return self.sigma2.sqrt().float().to(step.device)[step]
+        return self._on(step.device)[1][step]
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._tables:
+            alpha, sigma = (squares.sqrt().float() for squares in (self.alpha2, self.sigma2))
+            self._tables[device] = alpha.to(device), sigma.to(device)
+        return self._tables[device]
 
     def time(self, step: Tensor) -> Tensor:
         """Diffusion time t/T in [0, 1], float32."""

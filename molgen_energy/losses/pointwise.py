@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -58,7 +61,8 @@ class KabschError(PointwiseLoss):
         prediction = _centred(samples.prediction, samples)
         with torch.no_grad():
             target = _centred(samples.target, samples)
-            aligned = target @ best_rotation(target, prediction)
+            with _exact_products():
+                aligned = target @ best_rotation(target, prediction)
         return self._mean((prediction - aligned).square(), samples)
 
 
@@ -77,6 +81,17 @@ def best_rotation(source: Tensor, goal: Tensor) -> Tensor:
     sign[:, -1] = torch.where(mirrored, -1.0, 1.0)
     rotation: Tensor = (left * sign[:, None]) @ right
     return rotation
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Products of matrices in full float32, whatever networks take."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _centred(values: Tensor, samples: Samples) -> Tensor:

@@ -26,6 +26,14 @@ def pairs_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return (mask[:, :, None] & mask[:, None, :] & apart).to(dtype)
 
 
+def rotated(positions: Tensor, rotations: Tensor) -> Tensor:
+    """Positions (B, N, 3) turned by rotations (B, 3, 3), each x ↦ R·x.
+
+    As sums of products, so that it is exact where products of matrices are taken in TF32.
+    """
+    return (positions[:, :, None] * rotations[:, None]).sum(dim=-1)
+
+
 def random_rotations(count: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """Proper rotations (count, 3, 3), uniform (Haar), as unit quaternions drawn from a Gaussian."""
     quaternions = torch.randn(count, 4, generator=generator, device=like.device, dtype=like.dtype)

@@ -8,12 +8,16 @@ the receiver and a part of the sender, done once for each atom rather than once 
 The messages m of a batch of 64 molecules of QM9 at width 256 fill 20 MB, and autograd would keep
 five such tensors for each layer. Here they exist block by block: a block is as large as fits in the
 processor's cache, and the backward pass, written out below, makes everything anew but the product
-with W.
+with W. On a GPU with Triton gated sums have kernels of their own (`pair_kernels`).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from functools import lru_cache
+from importlib.util import find_spec
+from shutil import which
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +31,9 @@ _BLOCK_PER_THREAD, _BLOCK_GPU = 1 << 18, 1 << 27
 # A layer keeps the product with W for the backward pass if it takes no more bytes than that, else
 # multiplies again: a third more work.
 _KEPT_CPU, _KEPT_GPU = 1 << 28, 1 << 29
+# Messages of more numbers go through memory in blocks also where there are kernels; and the widths
+# that there are kernels for.
+_FUSED_GPU, _FUSED_WIDTHS = 1 << 29, (32, 64, 128, 256, 512)
 
 
 class PairNetwork(nn.Module):
@@ -97,9 +104,26 @@ class PairNetwork(nn.Module):
     def _apply_to(
         self, h: Tensor, pairs: Tensor | None, features: Tensor | None, low_precision: bool
     ) -> tuple[Tensor, Tensor]:
+        receiver, sender = self.receiver(h), self.sender(h)
+        if pairs is not None and _kernels_serve(receiver, features):
+            from molgen_energy.models.pair_kernels import GatedSums
+
+            gathered: tuple[Tensor, Tensor] = GatedSums.apply(  # type: ignore[no-untyped-call]
+                receiver,
+                sender,
+                features,
+                pairs,
+                torch.bfloat16 if low_precision else receiver.dtype,
+                self.linear.weight,
+                self.linear.bias,
+                self.read.weight,
+                self.read.bias,
+                None if self.feature is None else self.feature.weight,
+            )
+            return gathered
         result: tuple[Tensor, Tensor] = _PairFunction.apply(  # type: ignore[no-untyped-call]
-            self.receiver(h),
-            self.sender(h),
+            receiver,
+            sender,
             features,
             pairs,
             low_precision,
@@ -111,6 +135,24 @@ class PairNetwork(nn.Module):
             None if self.feature is None else self.feature.weight,
         )
         return result
+
+
+def _kernels_serve(receiver: Tensor, features: Tensor | None) -> bool:
+    """Whether gated sums of such states are to be taken by `pair_kernels`."""
+    if not receiver.is_cuda or receiver.dtype != torch.float32 or not _has_kernels(receiver.device):
+        return False
+    _, atoms, width = receiver.shape
+    wanted = features is not None and features.requires_grad
+    return width in _FUSED_WIDTHS and 0 < receiver.numel() * atoms <= _FUSED_GPU and not wanted
+
+
+@lru_cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether kernels can be compiled here for a GPU: Triton calls a C compiler."""
+    compiler = "CC" in os.environ or which("gcc") or which("clang")
+    if find_spec("triton") is None or not compiler or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class _Block(NamedTuple):

@@ -39,14 +39,14 @@ from molgen_energy.losses import (
     mean_stiffness,
 )
 from molgen_energy.models import MODELS
-from molgen_energy.models.geometry import random_rotations
+from molgen_energy.models.geometry import random_rotations, rotated
 from molgen_energy.resources import bundled_sample
 from molgen_energy.systems.base import seeded
 from molgen_energy.systems.energy import build_edges, build_energy, settled_scale
 from molgen_energy.systems.molecule_config import MoleculeConfig
 from molgen_energy.systems.springs import LossInputs, needs_bonds, table_bytes
 from molgen_energy.training.checkpoint import Checkpoint
-from molgen_energy.training.device import available_memory
+from molgen_energy.training.device import available_memory, lower_precision
 
 _SAMPLE = 100_000  # streamed molecules that means are taken over
 _SMALL = 256_000_000  # bytes of training molecules that always fit
@@ -191,6 +191,8 @@ class MoleculeTask:
             self._open(config, file, unscaled, progress)
             # Processes on unlike machines must not settle it differently.
             self.config = from_main(self._settle(config))
+            if self.config.training.low_precision is True:
+                lower_precision(device)
             if not config.data.in_memory:
                 stack.pop_all()  # read until `close`
         self._schedule = PolynomialSchedule(
@@ -406,7 +408,7 @@ class MoleculeTask:
         if augment:
             rotations = random_rotations(share.samples, generator, positions)
             rotations = rotations[share.first :: share.every]
-            positions = positions @ rotations.transpose(1, 2)
+            positions = rotated(positions, rotations)
         clean = self.encoding.encode(positions, types, mask)
         given = split.inputs.of(which, clean[..., 3:])
         return self._objective(model, clean, mask, generator, given, share)
@@ -469,7 +471,8 @@ class MoleculeGenerator:
     sampler
         One of `SAMPLERS` that serves the process; None takes the process's own.
     steps
-        Of the sampler, at most those of the training; None takes all.
+        Of the sampler, at most those of the training; None takes those that shipped weights
+        were judged with, else all.
     eta
         Noise of the sampler `ddim`, 0 to 1; None elsewhere.
 
@@ -498,6 +501,8 @@ class MoleculeGenerator:
             raise InputError(f"sizes {sizes[0]}-{sizes[1]}: expected 1 or more atoms, ascending")
         elements = [atomic_number(name) for name in state["elements"]]
         self.encoding = _encoding(self.config, elements)
+        if low_precision:
+            lower_precision(device)
         config = self.config.replaced({"training.low_precision": low_precision})
         self.model = build_model(config, self.encoding)
         checkpoint.load_weights(self.model, "ema")
@@ -515,6 +520,7 @@ class MoleculeGenerator:
         schedule = PolynomialSchedule(config.diffusion.steps, config.diffusion.precision)
         process = config.diffusion.process
         self.sampler_name = DEFAULT_SAMPLERS[process] if sampler is None else sampler
+        steps = checkpoint.state.get("sampling_steps") if steps is None else steps
         self.sampler = build_sampler(schedule, process, self.sampler_name, steps, eta)
 
     def fingerprint(self) -> str:

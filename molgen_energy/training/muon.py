@@ -43,19 +43,19 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     alike.setdefault(tuple(parameter.shape), []).append(parameter)
             for shape, parameters in alike.items():
-                updates = orthogonal(torch.stack([self._direction(p) for p in parameters]))
+                updates = orthogonal(torch.stack(self._directions(parameters)))
                 rate = group["lr"] * _SIZE * max(shape) ** 0.5
-                for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.add_(update, alpha=-rate)
+                torch._foreach_add_([*parameters], list(updates.unbind()), alpha=-rate)
 
-    def _direction(self, parameter: nn.Parameter) -> Tensor:
-        """The gradient on the way to the new momentum."""
-        gradient, state = parameter.grad, self.state[parameter]
-        assert gradient is not None
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum: Tensor = state["momentum"].lerp_(gradient, 1 - _MOMENTUM)
-        return gradient.lerp(momentum, _MOMENTUM)
+    def _directions(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """The gradients on the way to the new momenta."""
+        for parameter in parameters:
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
+        return list(torch._foreach_lerp(gradients, momenta, _MOMENTUM))
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
