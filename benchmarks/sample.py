@@ -34,6 +34,7 @@ from molgen_energy.systems.molecule_config import MoleculeConfig
 from molgen_energy.systems.molecules import MoleculeGenerator
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.device import choose_device
+from molgen_energy.training.shipped import checkpoint_named
 
 STEPS = (10, 20, 50, 100, 250, 1000)
 RATES = ("molecule_stability", "atom_stability", "validity")
@@ -52,7 +53,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a run or a checkpoint")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="a run, a checkpoint, or shipped weights"
+    )
     parser.add_argument("-n", "--molecules", type=int, default=1000)
     parser.add_argument("--samplers", default=None, help="names with commas; default: all")
     parser.add_argument("--steps", default=None, help="numbers with commas; default: 10 to all")
@@ -68,7 +71,7 @@ def main() -> None:
 def compare(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     # Read once: a run that is still trained would have other weights for other rows.
-    loaded = load_checkpoint(arguments.checkpoint, weights=["ema"])
+    loaded = load_checkpoint(checkpoint_named(arguments.checkpoint), weights=["ema"])
     diffusion = loaded.config_as(MoleculeConfig).diffusion
     process, trained = diffusion.process, diffusion.steps
     samplers = chosen_samplers(arguments.samplers, process)

@@ -30,6 +30,7 @@ from molgen_energy.output import check_writable
 from molgen_energy.parts import Batch, Job, Parts, check_same
 from molgen_energy.systems.base import Observer, Outcome
 from molgen_energy.systems.molecules import MoleculeGenerator
+from molgen_energy.training.shipped import name_of
 
 SUFFIXES = (".sdf", ".xyz", ".h5")
 
@@ -125,7 +126,7 @@ def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> Jo
         pairs=_PAIRS_CPU if on_cpu else _PAIRS_GPU,
         window=max(_WINDOW_CPU if on_cpu else _WINDOW_GPU, batch_size or 0),
         weights=generator.fingerprint(),
-        checkpoint=str(path),
+        checkpoint=name_of(path),
         origin=generator.checkpoint.origin,
         version=__version__,
     )

@@ -23,12 +23,14 @@ from molgen_energy.config import Config
 from molgen_energy.diffusion.process import PROCESSES
 from molgen_energy.errors import InputError, TrainingFailed
 from molgen_energy.losses import EDGES, LOSSES, SPRINGS
+from molgen_energy.losses.pointwise import KabschError
 from molgen_energy.models import MODELS
 from molgen_energy.models.geometry import centred
 from molgen_energy.output import hold
 from molgen_energy.systems.molecules import PAPER, MoleculeTask
 from molgen_energy.systems.registry import load_config
 from molgen_energy.training import checkpoint as checkpoints
+from molgen_energy.training import device
 from molgen_energy.training.checkpoint import load_checkpoint, newest_run, save_checkpoint
 from molgen_energy.training.clipping import GradientClipper
 from molgen_energy.training.ema import ExponentialMovingAverage
@@ -614,8 +616,7 @@ def test_checkpoints_that_do_not_fit(unbroken, tmp_path):
         load_checkpoint(tmp_path / "nothing")
     with pytest.raises(InputError, match="holds no checkpoint"):
         load_checkpoint(tmp_path)
-    with pytest.raises(InputError, match="no run with a checkpoint"):
-        newest_run(tmp_path)
+    assert newest_run(tmp_path) is None
 
 
 def test_damaged_checkpoints(unbroken, tmp_path):
@@ -665,3 +666,60 @@ def test_metrics_with_a_column_of_another_name(tmp_path):
     log.close()
     rows = read_metrics(tmp_path / "metrics.csv")
     assert [row["samples_per_second"] for row in rows] == ["300", "310"]
+
+
+@pytest.mark.parametrize(
+    ("processor", "capability", "amx", "expected"),
+    [
+        ("AuthenticAMD", "AVX512", False, "medium"),
+        ("AuthenticAMD", "AVX2", False, "highest"),
+        ("AuthenticAMD", "AVX512", True, "highest"),  # there it would be bfloat16
+        ("GenuineIntel", "AVX512", False, "highest"),
+    ],
+)
+def test_products_by_onednn(monkeypatch, processor, capability, amx, expected):
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(device, "_text", lambda path: f"vendor_id : {processor}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    try:
+        torch.set_float32_matmul_precision("highest")
+        device.choose_device("cpu")
+        assert torch.get_float32_matmul_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_products_on_this_processor_are_float32():
+    before = torch.get_float32_matmul_precision()
+    try:
+        device.choose_device("cpu")
+        device.lower_precision(CPU)  # is for GPUs
+        left, right = (
+            torch.randn(300, 300, generator=torch.Generator().manual_seed(s)) for s in (0, 1)
+        )
+        exact = left.double() @ right.double()
+        assert float((left @ right - exact).abs().max()) < 1e-5 * float(exact.abs().max())
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_kabsch_is_exact_whatever_products_are_taken():
+    before = torch.get_float32_matmul_precision()
+    x, y = torch.randn(2, 4, 9, 3, generator=torch.Generator().manual_seed(0))
+    seen = []
+    product = torch.linalg.svd
+
+    def watched(*arguments):
+        seen.append(torch.get_float32_matmul_precision())
+        return product(*arguments)
+
+    try:
+        torch.set_float32_matmul_precision("high")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.linalg, "svd", watched)
+            KabschError()(x, y)
+        assert seen == ["highest"]
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from molgen_energy.cli.console import INTERRUPTED, Occasional, progress_bar, say, warn
+from molgen_energy.cli.console import INTERRUPTED, Occasional, progress_bar, say, stdout, warn
 from molgen_energy.distributed import from_main, is_main, joined, local_device, world_size
 from molgen_energy.errors import InputError
 
@@ -26,7 +26,11 @@ def command(
         help="How many; default: 100, of spins all that there are couplings of.",
     ),
     checkpoint: Path | None = typer.Option(
-        None, "--checkpoint", help="A run's folder or a checkpoint; default: the newest in runs/."
+        None,
+        "--checkpoint",
+        metavar="RUN|NAME|list",
+        help="A run's folder, a checkpoint, or shipped weights by the name that `list` shows; "
+        "default: the newest in runs/, else shipped weights of QM9.",
     ),
     data: Path | None = typer.Option(
         None,
@@ -53,7 +57,10 @@ def command(
         help="ancestral, ddim, dpm++ or heun; of flow matching euler or heun. Default: the first.",
     ),
     steps: int | None = typer.Option(
-        None, "--steps", help="Steps of the sampler; default: as many as in training."
+        None,
+        "--steps",
+        help="Steps of the sampler; default: as many as in training, of shipped weights as many "
+        "as they were judged with.",
     ),
     eta: float | None = typer.Option(
         None, "--eta", help="Noise of ddim's steps, 0 (the default) to 1 (as ancestral)."
@@ -80,8 +87,9 @@ def command(
 ) -> None:
     """Sample molecules from a trained model into a file of exactly N records.
 
-    From a run on another physical system, predict its samples. Of molecules, finished batches wait
-    in FILE.parts until all are there, so that nothing is lost when sampling is broken off, and
+    Without a run of your own, from weights that ship with the package. From a run on another
+    physical system, predict its samples. Of molecules, finished batches wait in FILE.parts until
+    all are there, so that nothing is lost when sampling is broken off, and
     `torchrun --nproc-per-node K -m molgen_energy sample` shares the work.
     """
     from molgen_energy.parts import parts_folder
@@ -89,6 +97,9 @@ def command(
     from molgen_energy.training.checkpoint import load_checkpoint
     from molgen_energy.training.device import choose_device
 
+    if checkpoint == Path("list") and not checkpoint.exists():
+        _list()
+        return
     values = {
         "count": count,
         "n_atoms": None if n_atoms is None else _sizes(n_atoms),
@@ -152,16 +163,18 @@ def _asked(
     from molgen_energy.parts import parts_folder, read_job
     from molgen_energy.systems.registry import SYSTEMS, system_named
     from molgen_energy.training.checkpoint import load_checkpoint, newest_run
+    from molgen_energy.training.shipped import DEFAULT, checkpoint_named
 
     if resume is None:
-        found = newest_run(Path("runs")) if checkpoint is None else checkpoint
+        chosen = newest_run(Path("runs")) or Path(DEFAULT) if checkpoint is None else checkpoint
+        found = checkpoint_named(chosen)
         begun = load_checkpoint(found)
         system = system_named(begun.system, str(begun.path))
         for name in given:
             if name not in system.sampling:
                 serve = ", ".join(map(_option, system.sampling))
                 raise InputError(
-                    f"{_option(name)} has no meaning for {system.samples}, which {found} makes; "
+                    f"{_option(name)} has no meaning for {system.samples}, which {chosen} makes; "
                     f"there serve {serve}"
                 )
         path = through_links(Path(system.output) if output is None else output)
@@ -180,10 +193,26 @@ def _asked(
                 f"{_option(name)} cannot change: {parts_folder(resume)} was begun with "
                 f"{'the default' if was is None else was}; --resume needs no other option"
             )
-    if checkpoint is None and not Path(job.checkpoint).exists():
-        raise InputError(f"{job.checkpoint} does not exist; name its new place with --checkpoint")
-    found = Path(job.checkpoint) if checkpoint is None else checkpoint
+    try:
+        found = checkpoint_named(Path(job.checkpoint) if checkpoint is None else checkpoint)
+    except InputError:
+        if checkpoint is not None:
+            raise
+        remedy = "name its new place with --checkpoint"
+        raise InputError(f"{job.checkpoint} does not exist; {remedy}") from None
     return found, resume, {name: getattr(job, name) for name in options}
+
+
+def _list() -> None:
+    """Print what weights ship."""
+    from rich.table import Table
+
+    from molgen_energy.training.shipped import shipped_weights
+
+    table = Table("name", "weights", box=None, pad_edge=False)
+    for name, weights in shipped_weights().items():
+        table.add_row(name, weights.summary)
+    stdout.print(table)
 
 
 def _option(name: str) -> str:

@@ -7,7 +7,6 @@ a new one takes the place of an old one, the old one is kept as `<name>.old`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from molgen_energy import __version__
 from molgen_energy.config import Config, Given, Self, read_config
 from molgen_energy.errors import InputError
 from molgen_energy.output import flush_to_disk, naming, remove
+from molgen_energy.training.shipped import verify
 
 FORMAT = 2
 _REMEDY = "train again, or name another checkpoint"
@@ -169,24 +169,14 @@ def find_checkpoint(path: Path, which: str = "last") -> Path:
     raise InputError(f"{path} holds no checkpoint (it is no run, or was stopped before the first)")
 
 
-def newest_run(root: Path) -> Path:
-    """The run under `root` whose last checkpoint is the youngest.
-
-    Raises
-    ------
-    InputError
-        There is none.
-    """
+def newest_run(root: Path) -> Path | None:
+    """The run under `root` whose last checkpoint is the youngest, if there is any."""
     states = [
         *root.glob("*/checkpoints/last/state.yaml"),
         *root.glob("*/checkpoints/last.old/state.yaml"),
     ]
-    if not states:
-        raise InputError(
-            f"no run with a checkpoint under {root}{os.sep}; train one with "
-            "`molgen-energy train --loss energy`, or name one with --checkpoint"
-        )
-    return max(states, key=lambda file: file.stat().st_mtime_ns).parents[2]
+    youngest = max(states, key=lambda file: file.stat().st_mtime_ns, default=None)
+    return None if youngest is None else youngest.parents[2]
 
 
 def load_checkpoint(path: Path, which: str = "last", weights: Sequence[str] = ()) -> Checkpoint:
@@ -197,7 +187,8 @@ def load_checkpoint(path: Path, which: str = "last", weights: Sequence[str] = ()
     Raises
     ------
     InputError
-        There is none, or it is cut off or of another format.
+        There is none, it is cut off or of another format, or its files are not those that its
+        `SHA256SUMS` was made of.
     """
     for attempt in range(_ATTEMPTS):
         identity = None
@@ -227,6 +218,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 def _read(folder: Path) -> Checkpoint:
     """The texts of a checkpoint's folder."""
+    verify(folder)
     try:
         state = yaml.safe_load((folder / "state.yaml").read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

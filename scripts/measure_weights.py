@@ -1,0 +1,581 @@
+"""Measure the shipped weights, and write everything that says how good they are.
+
+    python scripts/measure_weights.py --sample   # only draw the samples: on a GPU, without RDKit
+    python scripts/measure_weights.py            # draw what is missing, judge, write
+    python scripts/measure_weights.py --write    # only texts and pictures, from what is measured
+
+For each of `assets/weights/`: 10,000 samples of seed 0, judged by every metric (`report.json`), and
+for the default also quality by sampler and steps (`steps.csv`). From these files come the cards,
+the README's table and the pictures. Samples stay in --work, and what is there is not drawn again;
+`--write` needs none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from molgen_energy.chemistry.bonds import perceive, stable_atoms
+from molgen_energy.cli.console import exit_on_error, progress_bar, say
+from molgen_energy.data.hdf5 import MoleculeFile
+from molgen_energy.metrics.rates import Rate
+from molgen_energy.output import replacing
+from molgen_energy.parts import parts_folder
+from molgen_energy.sampling import sample_to_file
+from molgen_energy.systems.molecules import MoleculeGenerator
+from molgen_energy.training.checkpoint import load_checkpoint
+from molgen_energy.training.device import choose_device
+from molgen_energy.training.shipped import DEFAULT, SUMS, Shipped, shipped_weights
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+ROOT = Path(__file__).parents[1]
+IMAGES = ROOT / "docs" / "images"
+SAMPLES, FEW = 10_000, 2_000
+COLUMNS, ROWS = 6, 2  # of the picture of molecules
+BINS = ((3, 14), (15, 16), (17, 18), (19, 20), (21, 29))  # atoms
+STEPS = {
+    ("ancestral", None): (10, 20, 50, 100, 200),
+    ("ancestral", "quadratic"): (20, 50, 100),
+    ("ddim", None): (20, 50),
+    ("dpm++", None): (10, 20, 50),
+}  # by sampler and spacing of its levels
+MEASURED = ("molecule_stability", "atom_stability", "validity", "fcd")  # by steps
+
+# Kaba et al., NeurIPS 2025, table of QM9, GDM-aug.
+PAPER = {
+    "mse": {
+        "molecule_stability": 83.7, "atom_stability": 98.3, "validity": 93.6, "uniqueness": 100,
+    },
+    "energy": {
+        "molecule_stability": 89.8, "atom_stability": 99.3, "validity": 97.7, "uniqueness": 99.99,
+    },
+}  # fmt: skip
+RATES = {
+    "molecule_stability": "molecule stability, %",
+    "atom_stability": "atom stability, %",
+    "validity": "validity, %",
+    "uniqueness": "unique, %",
+    "novelty": "novel, %",
+    "connected": "connected, %",
+}
+MORE_RATES = {
+    "complete": "valid and of one fragment, %",
+    "valid_unique": "valid × unique, %",
+    "valid_unique_novel": "valid × unique × novel, %",
+    "hydrogens_assumed": "valid only by added hydrogens, %",
+    "good": "nothing wrong, %",
+    "posebusters": "PoseBusters, %",
+}
+MEASURES = {
+    "fcd": "FCD",
+    "mmd_bond_length": "bond lengths, MMD",
+    "mmd_angle": "angles, MMD",
+    "mmd_dihedral": "dihedrals, MMD",
+    "wasserstein_bond_length": "bond lengths, Wasserstein, Å",
+    "wasserstein_angle": "angles, Wasserstein, °",
+    "wasserstein_dihedral": "dihedrals, Wasserstein, °",
+    "sizes": "sizes, Wasserstein, atoms",
+    "elements": "elements, total variation",
+    "strain_energy": "MMFF94 strain, kcal/mol",
+    "strain_rmsd": "MMFF94 relaxation RMSD, Å",
+    "xtb_energy": "GFN2-xTB strain, kcal/mol",
+    "xtb_rmsd": "GFN2-xTB relaxation RMSD, Å",
+}
+BEGIN, END = (
+    f"<!-- {word} of what scripts/measure_weights.py writes -->" for word in ("begin", "end")
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sample", action="store_true", help="only draw")
+    parser.add_argument("--write", action="store_true", help="only write, from what is measured")
+    parser.add_argument("--work", type=Path, default=Path("weights"), help="folder of samples")
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    with exit_on_error():
+        weights = shipped_weights()
+        if not arguments.write:
+            arguments.work.mkdir(parents=True, exist_ok=True)
+            files = drawn(weights, arguments.work, choose_device(arguments.device))
+        if arguments.sample:
+            return
+        if not arguments.write:
+            for one in weights.values():
+                judge(one, files[one.name][0])
+            judge_steps(weights[DEFAULT], files[DEFAULT][1:])
+            draw_samples(files[DEFAULT][0])
+        draw_curves(weights)
+        for one in weights.values():
+            write_text(one.path / "card.md", card(one))
+        readme = ROOT / "README.md"
+        write_text(readme, with_table(readme.read_text(encoding="utf-8"), table(weights)))
+
+
+# Measuring
+
+
+def digest(weights: Shipped) -> str:
+    """SHA-256 of the weights themselves."""
+    lines = (weights.path / SUMS).read_text(encoding="ascii").splitlines()
+    (line,) = [line for line in lines if line.endswith("  ema.safetensors")]
+    return line.split()[0]
+
+
+def drawn(weights: dict[str, Shipped], work: Path, device: torch.device) -> dict[str, list[Path]]:
+    """Files of samples: those of the default sampler, then, of the default weights, of others."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+    files = {}
+    for one in weights.values():
+        wanted: list[tuple[str | None, str | None, int | None, int]] = [(None, None, None, SAMPLES)]
+        if one.name == DEFAULT:
+            wanted += [(*kind, steps, FEW) for kind, every in STEPS.items() for steps in every]
+        files[one.name] = [draw_file(one, work, device, *kind) for kind in wanted]
+    return files
+
+
+def draw_file(
+    weights: Shipped,
+    work: Path,
+    device: torch.device,
+    sampler: str | None,
+    spacing: str | None,
+    steps: int | None,
+    count: int,
+) -> Path:
+    """Samples of seed 0, unless they are there, with a note of how they were drawn."""
+    generator = MoleculeGenerator(
+        load_checkpoint(weights.path), device, sampler=sampler, steps=steps, spacing=spacing
+    )
+    method = [generator.sampler_name, *([] if spacing is None else [spacing])]
+    kind = "-".join([*method, str(generator.sampler.steps), str(count)])
+    path = work / f"{weights.name}-{digest(weights)[:8]}-{kind}.h5"
+    if path.exists():
+        return path
+    began = time.perf_counter()
+    with progress_bar(transient=True) as bar:
+        observer = Bar(bar, bar.add_task(f"{weights.name} {kind}", total=count))
+        outcome = sample_to_file(
+            generator, count, path, observer, resume=parts_folder(path).exists()
+        )
+    if outcome.interrupted:
+        sys.exit("go on with the same command")
+    seconds = time.perf_counter() - began
+    cuda = device.type == "cuda"
+    note = {
+        "sampler": " ".join(method),
+        "steps": generator.sampler.steps,
+        "evaluations": generator.sampler.evaluations,
+        "seed": generator.seed,
+        "device": f"{torch.cuda.get_device_name(device)}, TF32" if cuda else "CPU, float32",
+        "molecules_per_second": round(outcome.drawn / seconds, 1),
+    }
+    write_text(path.with_suffix(".json"), json.dumps(note) + "\n")
+    say(f"{path.name}: {seconds:.0f} s")
+    return path
+
+
+class Bar:
+    """Shows how sampling goes."""
+
+    def __init__(self, bar: Progress, handle: TaskID) -> None:
+        self._bar, self._handle, self._done = bar, handle, 0.0
+
+    def found(self, molecules: int) -> None:
+        self._done += molecules
+
+    def interrupted(self, molecules: int) -> None:
+        say(f"interrupted: {molecules:,} molecules of this file are finished")
+
+    def advance(self, molecules: int, share: float) -> None:
+        self._done += molecules * share
+        self._bar.update(self._handle, completed=round(self._done))
+
+
+def judge(weights: Shipped, samples: Path) -> None:
+    """Judge the samples, unless these very ones have been."""
+    target = weights.path / "report.json"
+    known = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
+    if known.get("samples") == samples.stem:
+        return
+    found = {"samples": samples.stem, "drawn": note_of(samples), **faults(samples)}
+    write_text(target, json.dumps(found | evaluated(samples, "all"), indent=1) + "\n")
+
+
+def judge_steps(weights: Shipped, files: list[Path]) -> None:
+    """Quality by sampler and number of steps."""
+    target = weights.path / "steps.csv"
+    rows = {row["samples"]: row for row in read(target)} if target.exists() else {}
+    found = []
+    for file in files:
+        row = rows.get(file.stem) or {"samples": file.stem, **note_of(file), "molecules": FEW}
+        if file.stem not in rows:
+            metrics = evaluated(file, "rates,fcd")["files"][0]["metrics"]
+            for name in MEASURED:
+                value, interval = metrics[name]["value"], metrics[name]["interval"] or ("", "")
+                row |= {name: value, f"{name}_low": interval[0], f"{name}_high": interval[1]}
+        found.append({key: rounded(value) for key, value in row.items()})
+    with (
+        replacing(target) as output,
+        output.temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+
+
+def rounded(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def note_of(samples: Path) -> dict[str, Any]:
+    """How samples were drawn."""
+    found: dict[str, Any] = json.loads(samples.with_suffix(".json").read_text(encoding="utf-8"))
+    return found
+
+
+def evaluated(samples: Path, metrics: str) -> dict[str, Any]:
+    """What `molgen-energy evaluate` says.
+
+    Of HDF5, which is smaller; the numbers are those of an SDF, whose coordinates are rounded at
+    1e-4 Å.
+    """
+    command = ["-m", "molgen_energy", "evaluate", str(samples), "--metrics", metrics, "--json"]
+    say(f"python {' '.join(command)}")
+    done = subprocess.run([sys.executable, *command], check=True, text=True, stdout=subprocess.PIPE)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def faults(samples: Path) -> dict[str, Any]:
+    """Stable molecules among all, by numbers of atoms, and all by numbers of unstable atoms."""
+    with MoleculeFile(samples) as file:
+        molecules = file.load()
+    owner = np.repeat(np.arange(len(molecules)), molecules.sizes)
+    unstable = np.bincount(owner, ~stable_atoms(perceive(molecules)), minlength=len(molecules))
+    by_size = []
+    for low, high in BINS:
+        inside = (molecules.sizes >= low) & (molecules.sizes <= high)
+        count = int((inside & (unstable == 0)).sum())
+        by_size.append({"from": low, "to": high, "molecules": int(inside.sum()), "stable": count})
+    counts = np.bincount(np.minimum(unstable, 3).astype(int), minlength=4)
+    return {"by_size": by_size, "by_unstable_atoms": counts.tolist()}
+
+
+# Pictures
+
+
+def draw_samples(samples: Path) -> None:
+    """The first molecules of seed 0, none left out."""
+    from draw_molecules import draw, first  # RDKit is not needed to sample
+
+    picture = draw(first(samples, COLUMNS * ROWS), COLUMNS)
+    with replacing(IMAGES / "molecules.png") as output:
+        picture.savefig(output.temporary, format="png", metadata={"Software": None})
+
+
+def draw_curves(weights: dict[str, Shipped]) -> None:
+    """Validation loss by molecules seen, of each weights, and stability by steps of the sampler."""
+    figure = Figure(figsize=(3.6 * (len(weights) + 1), 2.9), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(weights) + 1)
+    for one, panel, colour in zip(weights.values(), axes, ("#2563c9", "#d9651b") * 9, strict=False):
+        rows = read(one.path / "training.csv")
+        batch = config_of(one)["training"]["batch_size"]
+        seen = [batch * int(row["step"]) / 1e6 for row in rows]
+        panel.plot(seen, [float(row["valid_loss"]) for row in rows], color=colour, lw=1.6)
+        panel.set(title=f"{one.name}: validation loss", xlabel="million molecules", ylim=0)
+    stable = axes[-1]
+    rows = read(weights[DEFAULT].path / "steps.csv")
+    for sampler in dict.fromkeys(row["sampler"] for row in rows):
+        mine = sorted((r for r in rows if r["sampler"] == sampler), key=lambda r: int(r["steps"]))
+        calls = [int(row["evaluations"]) for row in mine]
+        values, lows, highs = (
+            [100 * float(row[f"molecule_stability{end}"]) for row in mine]
+            for end in ("", "_low", "_high")
+        )
+        stable.fill_between(calls, lows, highs, alpha=0.15)
+        stable.plot(calls, values, "o-", ms=3, lw=1.4, label=sampler)
+    stable.set(title=f"{DEFAULT}: stable molecules, %", xlabel="calls of the network")
+    stable.set(xscale="log", ylim=0)
+    shown = sorted({steps for every in STEPS.values() for steps in every})
+    stable.set_xticks(shown, labels=map(str, shown), minor=False)
+    stable.xaxis.set_minor_locator(NullLocator())
+    stable.legend(frameon=False, fontsize=8)
+    for panel in axes:
+        panel.title.set_fontsize(9)
+        panel.tick_params(labelsize=8, which="both")
+        panel.spines[["top", "right"]].set_visible(False)
+    with replacing(IMAGES / "weights.png") as output:
+        figure.savefig(output.temporary, format="png", metadata={"Software": None})
+
+
+# Text
+
+
+def card(weights: Shipped) -> str:
+    """The model card, Markdown with a head in YAML."""
+    config, found = config_of(weights), report(weights)
+    file, data, drawn = found["files"][0], found["reference"], found["drawn"]
+    training, epochs = state_of(weights)["training"], passes(weights)
+    rates = figures(file, "molecule_stability", 100)
+    model, loss = config["model"], config["loss"]
+    network = f"{model['name']} {model['layers']}×{model['width']}"
+    lines = [
+        "---",
+        f'summary: "{network} with the {loss["name"]} loss, {epochs:.1f} passes over QM9; '
+        f'{rates} % of {file["molecules"]:,} molecules stable"',
+        "license: mit",
+        "---",
+        "",
+        f"# {weights.name}",
+        "",
+        "```bash",
+        f"molgen-energy sample -n 1000 --checkpoint {weights.name}",
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| model | {network}, {parameters(weights):,} parameters: GDM whose layers are told "
+        "distances and directions of pairs; not equivariant, every training molecule randomly "
+        "rotated |",
+        f"| diffusion | {config['diffusion']['steps']:,} steps, {config['diffusion']['prediction']}"
+        f" prediction, times u^{config['diffusion']['time_power']:g} spread over each batch |",
+        f"| loss on positions | {loss_in_words(loss)} |",
+        f"| data | {state_of(weights)['data']['source']}: {trained_on(weights):,} training "
+        "molecules of EDM's split; no other molecule was seen |",
+        f"| length | {config['training']['steps']:,} steps of {config['training']['batch_size']}: "
+        f"{seen(weights) / 1e6:.2f} million molecules, {epochs:.1f} passes |",
+        f"| optimiser | Muon (matrices, {config['training']['muon_lr']:g}) and AdamW "
+        f"({config['training']['lr']:g}), {config['training']['warmup_steps']:,} steps of warm-up, "
+        f"cosine decay; weights are their mean (EMA {config['training']['ema_decay']:g}) |",
+        f"| seed | {config['training']['seed']} |",
+        f"| hardware | {training['hardware']}; {duration(training)} |",
+        f"| command | `{training['command']}` |",
+        f"| stored as | {stored(weights)} |",
+        "",
+        "All hyperparameters stand in `config.yaml`, the validation loss along the way in "
+        "`training.csv`. The run is one run of one seed, its last weights are shipped, and nothing "
+        "was chosen by test molecules.",
+        "",
+        f"## Evaluation on {file['molecules']:,} samples",
+        "",
+        f"Seed {drawn['seed']}, {drawn['sampler']} sampler, {drawn['steps']} steps, drawn on "
+        f"{drawn['device']}; bonds perceived from distances; 95 % intervals of "
+        "the sampling, which hold nothing of what another seed of the training would change. The "
+        "data are QM9's test molecules, their distances those of training molecules.",
+        "",
+        "| | samples | data |",
+        "|---|---|---|",
+    ]
+    for key, label in (RATES | MORE_RATES).items():
+        lines.append(f"| {label} | {figures(file, key, 100)} | {figures(data, key, 100)} |")
+    for key, label in MEASURES.items():
+        lines.append(f"| {label} | {figures(file, key)} | {figures(data, key)} |")
+    lines += ["", *few_steps(weights), "## Known weaknesses", "", *weaknesses(weights), ""]
+    return "\n".join(lines)
+
+
+def few_steps(weights: Shipped) -> list[str]:
+    """Quality by sampler and steps, where it was measured."""
+    path = weights.path / "steps.csv"
+    if not path.exists():
+        return []
+    rows = sorted(read(path), key=lambda row: (row["sampler"], int(row["steps"])))
+    lines = [
+        "## Fewer and more steps",
+        "",
+        f"{int(rows[0]['molecules']):,} molecules each, seed {rows[0]['seed']}; FCD of so few is "
+        "biased upwards, and serves to compare the rows. Quadratic is `--spacing quadratic`. Drawn "
+        f"on {' and '.join(sorted({row['device'] for row in rows}))}.",
+        "",
+        "| sampler | steps | calls | molecule stability, % | atom stability, % | validity, % "
+        "| FCD |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [of_row(row, name, 100) for name in list(RATES)[:3]] + [of_row(row, "fcd")]
+        name = f"`{row['sampler']}` | {row['steps']} | {row['evaluations']}"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def weaknesses(weights: Shipped) -> list[str]:
+    """What is wrong with the samples, by what was found."""
+    found = report(weights)
+    file, data = found["files"][0], found["reference"]
+    total = sum(fault["count"] for fault in file["unstable_atoms"])
+    worst = ", ".join(
+        f"{fault['element']} with {fault['valence']} ({100 * fault['count'] / total:.0f} %)"
+        for fault in file["unstable_atoms"][:5]
+    )
+    sizes = "; ".join(
+        f"{one['from']} to {one['to']} atoms {share(one['stable'], one['molecules'])} %"
+        for one in found["by_size"]
+    )
+    _, one, two, more = found["by_unstable_atoms"]
+    wrong = max(1, one + two + more)
+    energy = config_of(weights)["loss"]["name"] == "energy"
+    mirror = " The energy loss cannot tell a molecule from its mirror image." if energy else ""
+    return [
+        f"- Stable molecules by size: {sizes}.",
+        f"- Of molecules that are not stable {100 * one / wrong:.0f} % have one unstable atom, "
+        f"{100 * two / wrong:.0f} % two.",
+        f"- Unstable atoms, by sum of bond orders: {worst}.",
+        f"- {figures(file, 'hydrogens_assumed', 100)} % are valid only because missing hydrogens "
+        f"may be added (data: {figures(data, 'hydrogens_assumed', 100)} %).",
+        "- The network is no equivariant one: a molecule's likelihood depends a little on how it "
+        f"is turned. Nothing chooses a stereoisomer.{mirror}",
+        "- H, C, N, O and F, 3 to 29 atoms, neutral closed-shell minima of B3LYP as QM9 has them: "
+        "no ions, no larger molecules; sizes outside the data's range are extrapolated.",
+        "- No property can be asked for.",
+    ]
+
+
+def table(weights: dict[str, Shipped]) -> str:
+    """The README's table: samples of the shipped weights, the paper's, and the data."""
+    lines = [
+        f"| | trained | {' | '.join(RATES.values())} | FCD |",
+        "|---|---|" + "---|" * (len(RATES) + 1),
+    ]
+    for one in sorted(weights.values(), key=lambda one: one.name, reverse=True):
+        file, training = report(one)["files"][0], state_of(one)["training"]
+        cells = [figures(file, key, 100) for key in RATES] + [figures(file, "fcd")]
+        length = f"{passes(one):.0f} epochs, {duration(training)} on {training['hardware']}"
+        lines.append(f"| `{one.name}` | {length} | {' | '.join(cells)} |")
+    for loss, values in PAPER.items():
+        cells = [f"{values[key]:g}" if key in values else "" for key in RATES]
+        lines.append(f"| paper, {loss} | 3000 epochs, GPU | {' | '.join(cells)} | |")
+    data = report(weights[DEFAULT])["reference"]
+    cells = [figures(data, key, 100) for key in RATES] + [figures(data, "fcd")]
+    lines.append(f"| QM9 itself (test) | | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_table(readme: str, text: str) -> str:
+    """The README with the table between its two marks."""
+    before, rest = readme.split(BEGIN)
+    _, behind = rest.split(END)
+    return f"{before}{BEGIN}\n{text}\n{END}{behind}"
+
+
+def figures(evaluation: dict[str, Any], key: str, scale: float = 1) -> str:
+    """A value and its interval."""
+    figure = evaluation["metrics"][key]
+    if figure is None or figure["value"] is None:
+        return "n/a"
+    return spelled(figure["value"], figure["interval"], scale)
+
+
+def of_row(row: dict[str, str], key: str, scale: float = 1) -> str:
+    """The same of a row of a CSV."""
+    if not row[key]:
+        return "n/a"
+    interval = [float(row[f"{key}{end}"]) for end in ("_low", "_high") if row[f"{key}{end}"]]
+    return spelled(float(row[key]), interval, scale)
+
+
+def spelled(value: float, interval: list[float] | None, scale: float) -> str:
+    form = "{:.1f}" if scale == 100 else "{:.3g}"
+    text = form.format(scale * value)
+    bounds = ", ".join(form.format(scale * bound) for bound in interval or ())
+    return f"{text} [{bounds}]" if bounds else text
+
+
+def share(count: int, total: int) -> str:
+    rate = Rate(count, total)
+    return "n/a" if rate.value is None else spelled(rate.value, list(rate.interval or ()), 100)
+
+
+def loss_in_words(loss: dict[str, Any]) -> str:
+    weight = f"w = {loss['position_weight']:g}"
+    if loss["name"] != "energy":
+        return f"{loss['name']}, {weight}"
+    springs = loss["springs"]
+    return (
+        f"energy, {springs['family']} springs (c = {springs['scale']:.4g}) on "
+        f"{loss['edges']['kind']} edges, {weight}"
+    )
+
+
+def stored(weights: Shipped) -> str:
+    bits = {torch_dtype(t) for t in load_checkpoint(weights.path).tensors("ema").values()}
+    size = (weights.path / "ema.safetensors").stat().st_size
+    return f"{', '.join(sorted(bits))}, {size / 1e6:.1f} MB, SHA-256 `{digest(weights)}`"
+
+
+def torch_dtype(tensor: Any) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def duration(training: dict[str, Any]) -> str:
+    minutes = training["minutes"]
+    return f"{minutes:.1f} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"
+
+
+def parameters(weights: Shipped) -> int:
+    return sum(t.numel() for t in load_checkpoint(weights.path).tensors("ema").values())
+
+
+def config_of(weights: Shipped) -> dict[str, Any]:
+    return loaded(weights.path / "config.yaml")
+
+
+def state_of(weights: Shipped) -> dict[str, Any]:
+    return loaded(weights.path / "state.yaml")
+
+
+def loaded(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return found
+
+
+def report(weights: Shipped) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((weights.path / "report.json").read_text(encoding="utf-8"))
+    return found
+
+
+def trained_on(weights: Shipped) -> int:
+    return int(state_of(weights)["data"]["training_samples"])
+
+
+def seen(weights: Shipped) -> int:
+    return int(state_of(weights)["progress"]["step"] * config_of(weights)["training"]["batch_size"])
+
+
+def passes(weights: Shipped) -> float:
+    return seen(weights) / trained_on(weights)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_text(path: Path, text: str) -> None:
+    # Prose is wrapped by whoever reads it; only lines end where they end.
+    with replacing(path) as output:
+        output.temporary.write_text(re.sub(r" +\n", "\n", text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

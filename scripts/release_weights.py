@@ -1,0 +1,85 @@
+"""Make shipped weights of a run: what sampling needs of its last checkpoint, and how it went.
+
+    python scripts/release_weights.py runs/mine qm9_energy --hardware "2 cores of ..."
+
+EMA weights in half precision (float16, or float32 with --float32), the configuration without paths
+of this machine, SHA-256 sums, and `training.csv`, a row for each validation. The card comes from
+`scripts/measure_weights.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from molgen_energy.cli.console import exit_on_error, say
+from molgen_energy.errors import InputError
+from molgen_energy.output import replacing
+from molgen_energy.systems.molecule_config import MoleculeConfig
+from molgen_energy.training.checkpoint import load_checkpoint, save_checkpoint
+from molgen_energy.training.shipped import seal, weights_directory
+
+KEPT = ("elements", "size_histogram", "data")
+COLUMNS = ("step", "loss", "position_loss", "feature_loss", "valid_loss", "lr", "seconds")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--hardware", required=True, help="what it was trained on, in words")
+    parser.add_argument("--command", required=True, help="what it was trained with, as typed")
+    parser.add_argument(
+        "--steps", type=int, default=200, help="of the sampler, where none is named"
+    )
+    parser.add_argument("--float32", action="store_true")
+    with exit_on_error():
+        release(parser.parse_args())
+
+
+def release(arguments: argparse.Namespace) -> None:
+    checkpoint = load_checkpoint(arguments.run, weights=["ema"])
+    config = checkpoint.config_as(MoleculeConfig)
+    progress = checkpoint.state["progress"]
+    if progress["step"] != config.training.steps:
+        raise InputError(
+            f"{arguments.run} ends at step {progress['step']} of {config.training.steps}; go on "
+            f"with molgen-energy train --resume {arguments.run}"
+        )
+    if config.data.path is not None:
+        config = config.replaced({"data.path": Path(config.data.path).name})
+    state: dict[str, Any] = {
+        "progress": {"step": progress["step"]},
+        "sampling_steps": arguments.steps,
+        "training": {
+            "command": arguments.command,
+            "hardware": arguments.hardware,
+            "minutes": round(progress["seconds"] / 60, 1),
+        },
+        **{name: checkpoint.state[name] for name in KEPT},
+    }
+    dtype = torch.float32 if arguments.float32 else torch.float16
+    weights = {name: tensor.to(dtype) for name, tensor in checkpoint.tensors("ema").items()}
+    folder = weights_directory() / arguments.name
+    save_checkpoint(folder, config, state, {"ema": weights})
+    seal(folder)
+    with (arguments.run / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["valid_loss"]]
+    with (
+        replacing(folder / "training.csv") as output,
+        output.temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    say(f"{folder}; next: python scripts/measure_weights.py")
+
+
+if __name__ == "__main__":
+    main()
