@@ -61,6 +61,8 @@ class Job:
     """Run and step, for the molecules' own file."""
     version: str
     """Of this package."""
+    spacing: str | None = None
+    """Of the sampler's levels; None is the process's own."""
 
 
 class Batch(NamedTuple):

@@ -120,6 +120,7 @@ def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> Jo
         sampler=generator.sampler_name,
         steps=generator.sampler.steps,
         eta=generator.sampler.eta,
+        spacing=generator.sampler.spacing,
         n_atoms=generator.n_atoms,
         low_precision=generator.low_precision,
         batch_size=batch_size,
@@ -306,6 +307,8 @@ def _writer(
         "sampler": job.sampler,
         "steps": str(job.steps),
     }
+    if job.spacing is not None:
+        origin["spacing"] = job.spacing
     if job.eta is not None:
         origin["eta"] = f"{job.eta:g}"
     if path.suffix.lower() == ".h5":

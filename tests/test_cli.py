@@ -152,6 +152,11 @@ def test_samplers_of_sample(here, tmp_path):
     text = (tmp_path / "samples.sdf").read_text()
     assert text.count(">  <sampler>\ndpm++\n\n>  <steps>\n4\n") == 3
     assert "<eta>" not in text
+    assert "<spacing>" not in text
+    spaced = ("--spacing", "quadratic", "--steps", 3, "-o", "spaced.sdf")
+    code, stderr = here("sample", "-n", 1, *spaced)
+    assert "ancestral, 3 steps of quadratic spacing, 4 network evaluations each" in stderr
+    assert ">  <spacing>\nquadratic\n" in (tmp_path / "spaced.sdf").read_text()
     for name, more in (("heun", ()), ("ddim", ("--eta", 0.5)), ("ancestral", ("--steps", 3))):
         path = tmp_path / f"{name}.h5"
         assert here("sample", "-n", 2, "--sampler", name, *more, "-o", path)[0] == 0
@@ -182,6 +187,8 @@ BAD_SAMPLE = {
     "another seed": (("--resume", "samples.sdf", "--seed", "1"), "--seed cannot change: samples."),
     "another count": (("--resume", "samples.sdf", "-n", "9"), "-n cannot change: samples.sdf.par"),
     "other steps": (("--resume", "samples.sdf", "--steps", "9"), "was begun with 10; --resume"),
+    "other spacing": (("--resume", "samples.sdf", "--spacing", "even"), "--spacing cannot change"),
+    "no such spacing": (("--spacing", "evn"), "unknown spacing 'evn'; did you mean 'even'?"),
     "other sizes": (("--resume", "samples.sdf", "--n-atoms", "9"), "with the default; --resume"),
     "rougher": (("--resume", "samples.sdf", "--low-precision"), "--low-precision cannot change"),
     "another output": (("--resume", "samples.sdf", "-o", "b.sdf"), "leave out -o b.sdf"),

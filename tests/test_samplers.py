@@ -12,6 +12,7 @@ from molgen_energy.diffusion.noise import SeededNoise
 from molgen_energy.diffusion.process import clean_prediction
 from molgen_energy.diffusion.samplers import (
     DEFAULT_SAMPLERS,
+    DEFAULT_SPACINGS,
     SAMPLERS,
     AncestralSampler,
     DDIMSampler,
@@ -274,6 +275,12 @@ def test_only_what_is_random_draws_noise(process, name):
         ("flow_matching", {"name": "ddim"}, "take heun or euler"),
         ("diffusion", {"steps": 21}, "--steps 21: the network was trained with 20 steps"),
         ("diffusion", {"steps": 0}, "--steps 0: the network was trained with 20 steps"),
+        (
+            "diffusion",
+            {"spacing": "quadric"},
+            "unknown spacing 'quadric'; did you mean 'quadratic'",
+        ),
+        ("flow_matching", {"spacing": "log"}, "unknown spacing 'log'"),
         ("diffusion", {"eta": 0.5}, "--eta goes with --sampler ddim, not ancestral"),
         ("flow_matching", {"eta": 0.5}, "--eta goes with --sampler ddim, not euler"),
         ("diffusion", {"name": "ddim", "eta": 1.5}, "--eta 1.5: expected a number from 0"),
@@ -283,6 +290,21 @@ def test_only_what_is_random_draws_noise(process, name):
 def test_bad_requests(process, options, message):
     with pytest.raises(InputError, match=message.replace("+", r"\+")):
         build_sampler(PolynomialSchedule(20), process, **options)
+
+
+@pytest.mark.parametrize("process", DEFAULT_SAMPLERS)
+def test_spacing_of_levels(process):
+    schedule = PolynomialSchedule(400)
+    quadratic = build_sampler(schedule, process, steps=20, spacing="quadratic")
+    assert quadratic.levels == [(20 - k) ** 2 for k in range(21)]
+    assert quadratic.spacing == "quadratic"
+    even = build_sampler(schedule, process, steps=20, spacing="even")
+    assert even.levels == list(range(400, -1, -20))
+    own = build_sampler(schedule, process, steps=20)
+    named = build_sampler(schedule, process, steps=20, spacing=DEFAULT_SPACINGS[process])
+    assert own.levels == named.levels
+    assert own.spacing is named.spacing is None
+    assert own.levels != quadratic.levels
 
 
 def test_each_process_has_a_default_and_each_sampler_a_process():

@@ -62,6 +62,12 @@ def command(
         help="Steps of the sampler; default: as many as in training, of shipped weights as many "
         "as they were judged with.",
     ),
+    spacing: str | None = typer.Option(
+        None,
+        "--spacing",
+        help="Where the sampler's levels are: log (default), even or quadratic; of flow matching "
+        "even (default) or quadratic.",
+    ),
     eta: float | None = typer.Option(
         None, "--eta", help="Noise of ddim's steps, 0 (the default) to 1 (as ancestral)."
     ),
@@ -106,6 +112,7 @@ def command(
         "seed": seed,
         "sampler": sampler,
         "steps": steps,
+        "spacing": spacing,
         "eta": eta,
         "batch_size": batch_size,
         "low_precision": low_precision or None,

@@ -2,7 +2,7 @@
 
 All samplers serve the networks that training makes, at the noise levels t = 0 … T that these were
 trained at. With S steps they visit S + 1 of the levels, T first and 0 last, equally far apart in
-log(σ/α) for a diffusion and in t for a flow.
+log(σ/α) for a diffusion and in t for a flow, or as is asked.
 """
 
 from __future__ import annotations
@@ -45,6 +45,34 @@ def spaced_levels(places: Tensor, steps: int) -> list[int]:
     levels = torch.cummax(above - nearer_below.long() - k, dim=0).values + k
     levels = torch.minimum(levels, top - steps + k)
     return [int(level) for level in levels.flip(0)]
+
+
+def _log_ratios(schedule: PolynomialSchedule) -> Tensor:
+    """log(σ_t/α_t)."""
+    return (schedule.sigma2 / schedule.alpha2).log() / 2
+
+
+def _times(schedule: PolynomialSchedule) -> Tensor:
+    """t."""
+    return torch.arange(schedule.steps + 1, dtype=torch.float64)
+
+
+def _root_times(schedule: PolynomialSchedule) -> Tensor:
+    """√t: levels are t = T·(k/S)²."""
+    return _times(schedule).sqrt()
+
+
+SPACINGS: dict[str, Callable[[PolynomialSchedule], Tensor]] = {
+    "log": _log_ratios,
+    "even": _times,
+    "quadratic": _root_times,
+}
+"""In what the levels that a sampler visits are equally far apart, (T+1,) ascending, by name."""
+
+# Equally far apart in log(σ/α) is where few steps of a diffusion go furthest with known scores:
+# each sampler here comes nearer to the data than with equal or quadratic times.
+DEFAULT_SPACINGS = {"diffusion": "log", "flow_matching": "even"}
+"""By the process that the network was trained for."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +133,13 @@ class Sampler(ABC):
         What the network was trained for, one of `processes`.
     steps
         S, 1 to T; None takes all levels.
+    spacing
+        One of `SPACINGS`; None takes the process's own.
 
     Raises
     ------
     InputError
-        There are not so many levels.
+        There are not so many levels, or no such spacing for the process.
     """
 
     processes: ClassVar[tuple[str, ...]]
@@ -122,6 +152,7 @@ class Sampler(ABC):
         schedule: PolynomialSchedule,
         process: str = "diffusion",
         steps: int | None = None,
+        spacing: str | None = None,
     ) -> None:
         steps = schedule.steps if steps is None else steps
         if not 1 <= steps <= schedule.steps:
@@ -130,14 +161,13 @@ class Sampler(ABC):
                 f"1 to {schedule.steps:,}"
             )
         self.schedule, self.process, self.steps = schedule, process, steps
-        # Equally far apart in log(σ/α) is where few steps of a diffusion go furthest: with known
-        # scores, each sampler here comes nearer to the data than with equal or quadratic times.
-        places = (
-            (schedule.sigma2 / schedule.alpha2).log()
-            if process == "diffusion"
-            else torch.arange(schedule.steps + 1, dtype=torch.float64)
-        )
-        self.levels = spaced_levels(places, steps)
+        own = DEFAULT_SPACINGS[process]
+        serving = [name for name in SPACINGS if name != "log" or own == "log"]
+        if spacing is not None and spacing not in serving:
+            raise InputError(unknown_name("spacing", spacing, serving))
+        self.spacing = None if spacing == own else spacing
+        """None where it is the process's own."""
+        self.levels = spaced_levels(SPACINGS[spacing or own](schedule), steps)
 
     @property
     @abstractmethod
@@ -225,9 +255,10 @@ class DDIMSampler(Sampler):
         schedule: PolynomialSchedule,
         process: str = "diffusion",
         steps: int | None = None,
+        spacing: str | None = None,
         eta: float = 0.0,
     ) -> None:
-        super().__init__(schedule, process, steps)
+        super().__init__(schedule, process, steps, spacing)
         if not 0 <= eta <= 1:
             raise InputError(f"--eta {eta:g}: expected a number from 0 (no noise) to 1 (ancestral)")
         self.eta = eta
@@ -361,6 +392,7 @@ def build_sampler(
     name: str | None = None,
     steps: int | None = None,
     eta: float | None = None,
+    spacing: str | None = None,
 ) -> Sampler:
     """The sampler of a name; None takes the process's own, all levels, and η = 0.
 
@@ -381,7 +413,7 @@ def build_sampler(
         raise InputError(unknown_name("sampler", name, serving))
     kind = SAMPLERS[name]
     if issubclass(kind, DDIMSampler):
-        return kind(schedule, process, steps, 0.0 if eta is None else eta)
+        return kind(schedule, process, steps, spacing, 0.0 if eta is None else eta)
     if eta is not None:
         raise InputError(f"--eta goes with --sampler ddim, not {name}")
-    return kind(schedule, process, steps)
+    return kind(schedule, process, steps, spacing)

@@ -28,8 +28,9 @@ class _MoleculeSampling:
         self._generator, self.count, self._batch_size = generator, count, batch_size
         self.origin = generator.checkpoint.origin
         sampler = generator.sampler
+        spaced = "" if sampler.spacing is None else f" of {sampler.spacing} spacing"
         self.method = (
-            f"{generator.sampler_name}, {sampler.steps:,} steps, "
+            f"{generator.sampler_name}, {sampler.steps:,} steps{spaced}, "
             f"{sampler.evaluations:,} network evaluations each"
         )
 
@@ -53,6 +54,7 @@ class MoleculeSystem(System):
             "seed": 0,
             "sampler": None,
             "steps": None,
+            "spacing": None,
             "eta": None,
             "batch_size": None,
             "low_precision": False,
@@ -84,6 +86,7 @@ class MoleculeSystem(System):
             asked["sampler"],
             asked["steps"],
             asked["eta"],
+            asked["spacing"],
         )
         return _MoleculeSampling(generator, asked["count"], asked["batch_size"])
 

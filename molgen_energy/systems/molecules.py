@@ -475,6 +475,8 @@ class MoleculeGenerator:
         were judged with, else all.
     eta
         Noise of the sampler `ddim`, 0 to 1; None elsewhere.
+    spacing
+        Of the levels that the sampler visits, one of `SPACINGS`; None takes the process's own.
 
     Raises
     ------
@@ -493,6 +495,7 @@ class MoleculeGenerator:
         sampler: str | None = None,
         steps: int | None = None,
         eta: float | None = None,
+        spacing: str | None = None,
     ) -> None:
         self.config, state = checkpoint.config_as(MoleculeConfig), checkpoint.state
         if not {"elements", "size_histogram"} <= state.keys():
@@ -521,7 +524,7 @@ class MoleculeGenerator:
         process = config.diffusion.process
         self.sampler_name = DEFAULT_SAMPLERS[process] if sampler is None else sampler
         steps = checkpoint.state.get("sampling_steps") if steps is None else steps
-        self.sampler = build_sampler(schedule, process, self.sampler_name, steps, eta)
+        self.sampler = build_sampler(schedule, process, self.sampler_name, steps, eta, spacing)
 
     def fingerprint(self) -> str:
         """Of everything in the checkpoint that the molecules depend on, 32 hexadecimal digits."""
