@@ -2,6 +2,7 @@
 
 python benchmarks/sample.py --checkpoint runs/mine -n 1000 --output quality.csv
 python benchmarks/sample.py --checkpoint runs/mine --samplers dpm++,heun --steps 20,50
+python benchmarks/sample.py --checkpoint qm9_energy --spacings log,quadratic --steps 20,50
 
 All rows have the same seed, so they start from the same noise. Rows are written as they come, and
 those that are there already are not made again: broken off at any moment, the same command goes on.
@@ -39,7 +40,7 @@ from molgen_energy.training.shipped import checkpoint_named
 STEPS = (10, 20, 50, 100, 250, 1000)
 RATES = ("molecule_stability", "atom_stability", "validity")
 MEASURED = (*RATES, "fcd")
-KEY = ("weights", "molecules", "seed", "device", "low_precision", "sampler", "steps")
+KEY = ("weights", "molecules", "seed", "device", "low_precision", "sampler", "spacing", "steps")
 COLUMNS = (
     *KEY,
     "evaluations",
@@ -59,6 +60,9 @@ def main() -> None:
     parser.add_argument("-n", "--molecules", type=int, default=1000)
     parser.add_argument("--samplers", default=None, help="names with commas; default: all")
     parser.add_argument("--steps", default=None, help="numbers with commas; default: 10 to all")
+    parser.add_argument(
+        "--spacings", default=None, help="names with commas; default: that of the checkpoint"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--low-precision", action="store_true")
@@ -75,11 +79,19 @@ def compare(arguments: argparse.Namespace) -> None:
     diffusion = loaded.config_as(MoleculeConfig).diffusion
     process, trained = diffusion.process, diffusion.steps
     samplers = chosen_samplers(arguments.samplers, process)
+    spacings = [None] if arguments.spacings is None else chosen(arguments.spacings)
     generators = [
         MoleculeGenerator(
-            loaded, device, arguments.seed, None, arguments.low_precision, sampler, steps
+            loaded,
+            device,
+            arguments.seed,
+            low_precision=arguments.low_precision,
+            sampler=sampler,
+            steps=steps,
+            spacing=spacing,
         )
         for sampler in samplers
+        for spacing in spacings
         for steps in chosen_steps(arguments.steps, trained)
     ]
     generators.sort(key=lambda generator: generator.sampler.evaluations)
@@ -97,11 +109,15 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def chosen_samplers(text: str | None, process: str) -> list[str]:
     served = samplers_for(process)
-    names = served if text is None else [name.strip() for name in text.split(",")]
+    names = served if text is None else chosen(text)
     for name in names:
         if name not in served:
             raise InputError(unknown_name("sampler", name, served))
     return names
+
+
+def chosen(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def chosen_steps(text: str | None, trained: int) -> list[int]:
@@ -121,6 +137,7 @@ def key_of(generator: MoleculeGenerator, molecules: int) -> dict[str, Any]:
         "device": generator.device.type,
         "low_precision": generator.low_precision,
         "sampler": generator.sampler_name,
+        "spacing": generator.sampler.spacing or "all",
         "steps": generator.sampler.steps,
     }
 
@@ -150,9 +167,9 @@ def row_of(
     generator: MoleculeGenerator, key: dict[str, Any], folder: Path, workers: int
 ) -> dict[str, Any]:
     """Draw and judge."""
-    count, name = key["molecules"], f"{generator.sampler_name}, {generator.sampler.steps} steps"
-    settings = [str(key[k]) for k in ("device", "low_precision", "seed", "molecules")]
-    file = "-".join([generator.sampler_name, str(key["steps"]), *settings, key["weights"][:8]])
+    count, name = key["molecules"], f"{key['sampler']}, {key['spacing']}, {key['steps']} steps"
+    settings = ("sampler", "spacing", "steps", "device", "low_precision", "seed", "molecules")
+    file = "-".join([*(str(key[setting]) for setting in settings), key["weights"][:8]])
     path = folder / f"{file}.h5"
     speed, not_finite = "", ""
     if not path.exists():
@@ -208,17 +225,19 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def show(rows: list[dict[str, Any]], origin: str) -> None:
     shown = Table(title=f"{rows[0]['molecules']} molecules from {origin} on {rows[0]['device']}")
     titles = ("calls", "molecule stability, %", "atom stability, %", "validity, %", "FCD", "1/s")
-    for title in ("sampler", "steps", *titles):
-        shown.add_column(title, justify="left" if title == "sampler" else "right")
+    for title in ("sampler", "spacing", "steps", *titles):
+        shown.add_column(title, justify="left" if title in ("sampler", "spacing") else "right")
     last = None
-    for row in sorted(rows, key=lambda row: (row["sampler"], int(row["steps"]))):
+    for row in sorted(rows, key=lambda row: (row["sampler"], row["spacing"], int(row["steps"]))):
         if last not in (None, row["sampler"]):
             shown.add_section()
         last = row["sampler"]
         cells = [with_interval(row, name, 100, "{:.1f}") for name in RATES]
         cells.append(with_interval(row, "fcd", 1, "{:.3g}"))
         speed = row["molecules_per_second"]
-        shown.add_row(last, str(row["steps"]), str(row["evaluations"]), *cells, speed)
+        shown.add_row(
+            last, row["spacing"], str(row["steps"]), str(row["evaluations"]), *cells, speed
+        )
     Console(width=150).print(shown)
 
 

@@ -44,6 +44,8 @@ class Job:
     seed: int
     sampler: str
     steps: int
+    spacing: str | None
+    """Of the sampler's levels; None where all are visited."""
     eta: float | None
     n_atoms: tuple[int, int] | None
     """Fewest and most atoms; None as in the training data."""
@@ -61,8 +63,6 @@ class Job:
     """Run and step, for the molecules' own file."""
     version: str
     """Of this package."""
-    spacing: str | None = None
-    """Of the sampler's levels; None is the process's own."""
 
 
 class Batch(NamedTuple):

@@ -6,8 +6,8 @@
 
 For each of `assets/weights/`: 10,000 samples of seed 0, judged by every metric (`report.json`), and
 for the default also quality by sampler and steps (`steps.csv`). From these files come the cards,
-the README's table and the pictures. Samples stay in --work, and what is there is not drawn again;
-`--write` needs none.
+the README's table and the pictures. Samples stay in --work, and what is there, or in `steps.csv`,
+is not drawn again; `--write` needs none.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from matplotlib.ticker import NullLocator
 
 from molgen_energy.chemistry.bonds import perceive, stable_atoms
 from molgen_energy.cli.console import exit_on_error, progress_bar, say
-from molgen_energy.data.hdf5 import MoleculeFile
+from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.metrics.rates import Rate
 from molgen_energy.output import replacing
 from molgen_energy.parts import parts_folder
@@ -50,10 +50,11 @@ SAMPLES, FEW = 10_000, 2_000
 COLUMNS, ROWS = 6, 2  # of the picture of molecules
 BINS = ((3, 14), (15, 16), (17, 18), (19, 20), (21, 29))  # atoms
 STEPS = {
-    ("ancestral", None): (10, 20, 50, 100, 200),
     ("ancestral", "quadratic"): (20, 50, 100),
-    ("ddim", None): (20, 50),
-    ("dpm++", None): (10, 20, 50),
+    ("ancestral", "log"): (10, 20, 50, 100, 200),
+    ("dpm++", "quadratic"): (50,),
+    ("dpm++", "log"): (10, 20, 50),
+    ("ddim", "log"): (20, 50),
 }  # by sampler and spacing of its levels
 MEASURED = ("molecule_stability", "atom_stability", "validity", "fcd")  # by steps
 
@@ -162,14 +163,22 @@ def draw_file(
     steps: int | None,
     count: int,
 ) -> Path:
-    """Samples of seed 0, unless they are there, with a note of how they were drawn."""
+    """Samples of seed 0, unless they are there or in `steps.csv`, with how they were drawn."""
     generator = MoleculeGenerator(
         load_checkpoint(weights.path), device, sampler=sampler, steps=steps, spacing=spacing
     )
-    method = [generator.sampler_name, *([] if spacing is None else [spacing])]
-    kind = "-".join([*method, str(generator.sampler.steps), str(count)])
+    method = {
+        "sampler": generator.sampler_name,
+        "spacing": generator.sampler.spacing,
+        "steps": generator.sampler.steps,
+    }
+    kind = "-".join(map(str, [*method.values(), count]))
     path = work / f"{weights.name}-{digest(weights)[:8]}-{kind}.h5"
-    if path.exists():
+    if path.exists() or path.stem in measured_steps(weights):
+        return path
+    longer = path.with_name(path.name.replace(f"-{count}.h5", f"-{SAMPLES}.h5"))
+    if longer.exists():  # the first molecules of a seed are the same however many are drawn
+        take_first(longer, count, path)
         return path
     began = time.perf_counter()
     with progress_bar(transient=True) as bar:
@@ -182,8 +191,7 @@ def draw_file(
     seconds = time.perf_counter() - began
     cuda = device.type == "cuda"
     note = {
-        "sampler": " ".join(method),
-        "steps": generator.sampler.steps,
+        **method,
         "evaluations": generator.sampler.evaluations,
         "seed": generator.seed,
         "device": f"{torch.cuda.get_device_name(device)}, TF32" if cuda else "CPU, float32",
@@ -192,6 +200,15 @@ def draw_file(
     write_text(path.with_suffix(".json"), json.dumps(note) + "\n")
     say(f"{path.name}: {seconds:.0f} s")
     return path
+
+
+def take_first(samples: Path, count: int, target: Path) -> None:
+    """The first of a file's molecules, as a file of their own with the same note."""
+    with MoleculeFile(samples) as file:
+        molecules, source, origin = file.slice(0, count), file.source, file.provenance
+    with MoleculeWriter(target, source=source, provenance=origin) as writer:
+        writer.append(molecules)
+    write_text(target.with_suffix(".json"), samples.with_suffix(".json").read_text("utf-8"))
 
 
 class Bar:
@@ -221,10 +238,15 @@ def judge(weights: Shipped, samples: Path) -> None:
     write_text(target, json.dumps(found | evaluated(samples, "all"), indent=1) + "\n")
 
 
+def measured_steps(weights: Shipped) -> dict[str, dict[str, str]]:
+    """What is known of the quality by sampler and steps, by names of files of samples."""
+    path = weights.path / "steps.csv"
+    return {row["samples"]: row for row in read(path)} if path.exists() else {}
+
+
 def judge_steps(weights: Shipped, files: list[Path]) -> None:
     """Quality by sampler and number of steps."""
-    target = weights.path / "steps.csv"
-    rows = {row["samples"]: row for row in read(target)} if target.exists() else {}
+    rows = measured_steps(weights)
     found = []
     for file in files:
         row = rows.get(file.stem) or {"samples": file.stem, **note_of(file), "molecules": FEW}
@@ -235,7 +257,7 @@ def judge_steps(weights: Shipped, files: list[Path]) -> None:
                 row |= {name: value, f"{name}_low": interval[0], f"{name}_high": interval[1]}
         found.append({key: rounded(value) for key, value in row.items()})
     with (
-        replacing(target) as output,
+        replacing(weights.path / "steps.csv") as output,
         output.temporary.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.DictWriter(file, list(found[0]))
@@ -306,15 +328,15 @@ def draw_curves(weights: dict[str, Shipped]) -> None:
         panel.set(title=f"{one.name}: validation loss", xlabel="million molecules", ylim=0)
     stable = axes[-1]
     rows = read(weights[DEFAULT].path / "steps.csv")
-    for sampler in dict.fromkeys(row["sampler"] for row in rows):
-        mine = sorted((r for r in rows if r["sampler"] == sampler), key=lambda r: int(r["steps"]))
+    for kind in dict.fromkeys((row["sampler"], row["spacing"]) for row in rows):
+        mine = [row for row in rows if (row["sampler"], row["spacing"]) == kind]
         calls = [int(row["evaluations"]) for row in mine]
         values, lows, highs = (
             [100 * float(row[f"molecule_stability{end}"]) for row in mine]
             for end in ("", "_low", "_high")
         )
         stable.fill_between(calls, lows, highs, alpha=0.15)
-        stable.plot(calls, values, "o-", ms=3, lw=1.4, label=sampler)
+        stable.plot(calls, values, "o-", ms=3, lw=1.4, label=", ".join(kind))
     stable.set(title=f"{DEFAULT}: stable molecules, %", xlabel="calls of the network")
     stable.set(xscale="log", ylim=0)
     shown = sorted({steps for every in STEPS.values() for steps in every})
@@ -379,10 +401,11 @@ def card(weights: Shipped) -> str:
         "",
         f"## Evaluation on {file['molecules']:,} samples",
         "",
-        f"Seed {drawn['seed']}, {drawn['sampler']} sampler, {drawn['steps']} steps, drawn on "
-        f"{drawn['device']}; bonds perceived from distances; 95 % intervals of "
-        "the sampling, which hold nothing of what another seed of the training would change. The "
-        "data are QM9's test molecules, their distances those of training molecules.",
+        f"Seed {drawn['seed']}, {drawn['sampler']} sampler, {drawn['steps']} steps of "
+        f"{drawn['spacing']} spacing (the default of these weights), drawn on {drawn['device']}; "
+        "bonds perceived from distances; 95 % intervals of the sampling, which hold nothing of "
+        "what another seed of the training would change. The data are QM9's test molecules, their "
+        "distances those of training molecules.",
         "",
         "| | samples | data |",
         "|---|---|---|",
@@ -400,21 +423,21 @@ def few_steps(weights: Shipped) -> list[str]:
     path = weights.path / "steps.csv"
     if not path.exists():
         return []
-    rows = sorted(read(path), key=lambda row: (row["sampler"], int(row["steps"])))
+    rows = read(path)
     lines = [
         "## Fewer and more steps",
         "",
         f"{int(rows[0]['molecules']):,} molecules each, seed {rows[0]['seed']}; FCD of so few is "
-        "biased upwards, and serves to compare the rows. Quadratic is `--spacing quadratic`. Drawn "
-        f"on {' and '.join(sorted({row['device'] for row in rows}))}.",
+        "biased upwards, and serves to compare the rows. Spacing is that of the sampler's levels, "
+        f"`--spacing`. Drawn on {' and '.join(sorted({row['device'] for row in rows}))}.",
         "",
-        "| sampler | steps | calls | molecule stability, % | atom stability, % | validity, % "
-        "| FCD |",
-        "|---|---|---|---|---|---|---|",
+        "| sampler | spacing | steps | calls | molecule stability, % | atom stability, % "
+        "| validity, % | FCD |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [of_row(row, name, 100) for name in list(RATES)[:3]] + [of_row(row, "fcd")]
-        name = f"`{row['sampler']}` | {row['steps']} | {row['evaluations']}"
+        name = f"`{row['sampler']}` | {row['spacing']} | {row['steps']} | {row['evaluations']}"
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, ""]
 

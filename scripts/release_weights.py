@@ -35,9 +35,8 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--hardware", required=True, help="what it was trained on, in words")
     parser.add_argument("--command", required=True, help="what it was trained with, as typed")
-    parser.add_argument(
-        "--steps", type=int, default=200, help="of the sampler, where none is named"
-    )
+    parser.add_argument("--steps", type=int, default=100, help="to judge with, and the default")
+    parser.add_argument("--spacing", default="quadratic", help="of the sampler's levels, likewise")
     parser.add_argument("--float32", action="store_true")
     with exit_on_error():
         release(parser.parse_args())
@@ -56,7 +55,7 @@ def release(arguments: argparse.Namespace) -> None:
         config = config.replaced({"data.path": Path(config.data.path).name})
     state: dict[str, Any] = {
         "progress": {"step": progress["step"]},
-        "sampling_steps": arguments.steps,
+        "sampling": {"steps": arguments.steps, "spacing": arguments.spacing},
         "training": {
             "command": arguments.command,
             "hardware": arguments.hardware,

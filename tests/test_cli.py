@@ -148,11 +148,10 @@ def here(tiny_run, tmp_path, monkeypatch, capfd):
 def test_samplers_of_sample(here, tmp_path):
     code, stderr = here("sample", "-n", 3, "--sampler", "dpm++", "--steps", 4)
     assert code == 0
-    assert "step 1: dpm++, 4 steps, 5 network evaluations each" in stderr
+    assert "step 1: dpm++, 4 steps of log spacing, 5 network evaluations each" in stderr
     text = (tmp_path / "samples.sdf").read_text()
-    assert text.count(">  <sampler>\ndpm++\n\n>  <steps>\n4\n") == 3
+    assert text.count(">  <sampler>\ndpm++\n\n>  <steps>\n4\n\n>  <spacing>\nlog\n") == 3
     assert "<eta>" not in text
-    assert "<spacing>" not in text
     spaced = ("--spacing", "quadratic", "--steps", 3, "-o", "spaced.sdf")
     code, stderr = here("sample", "-n", 1, *spaced)
     assert "ancestral, 3 steps of quadratic spacing, 4 network evaluations each" in stderr
@@ -164,6 +163,7 @@ def test_samplers_of_sample(here, tmp_path):
             origin = json.loads(file.attrs["provenance"])
         assert origin["sampler"] == name
         assert origin["steps"] == ("3" if more[:1] == ("--steps",) else "10")
+        assert origin.get("spacing") == ("log" if more[:1] == ("--steps",) else None)
         assert origin.get("eta") == ("0.5" if name == "ddim" else None)
     (tmp_path / "a.xyz").symlink_to("target.xyz")
     stderr = here("sample", "-n", 1, "-o", "a.xyz")[1]

@@ -303,8 +303,9 @@ def test_spacing_of_levels(process):
     own = build_sampler(schedule, process, steps=20)
     named = build_sampler(schedule, process, steps=20, spacing=DEFAULT_SPACINGS[process])
     assert own.levels == named.levels
-    assert own.spacing is named.spacing is None
+    assert own.spacing == named.spacing == DEFAULT_SPACINGS[process]
     assert own.levels != quadratic.levels
+    assert build_sampler(schedule, process, spacing="quadratic").spacing is None  # all levels
 
 
 def test_each_process_has_a_default_and_each_sampler_a_process():

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from molgen_energy.chemistry.bonds import perceive, stable_atoms
+from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.errors import InputError
 from molgen_energy.systems.molecules import MoleculeGenerator
 from molgen_energy.training.checkpoint import load_checkpoint
@@ -57,7 +58,12 @@ def test_half_precision_on_disk_float32_in_memory(name):
     for key, parameter in generator.model.named_parameters():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter.half(), stored[key])
-    assert generator.sampler.steps == checkpoint.state["sampling_steps"] == 100
+    sampler, judged_with = generator.sampler, {"steps": 100, "spacing": "quadratic"}
+    assert checkpoint.state["sampling"] == judged_with
+    assert {"steps": sampler.steps, "spacing": sampler.spacing} == judged_with
+    other = MoleculeGenerator(checkpoint, CPU, steps=7, spacing="log").sampler
+    assert (other.steps, other.spacing) == (7, "log")
+    assert MoleculeGenerator(checkpoint, CPU, steps=7).sampler.spacing == "quadratic"
 
 
 def test_names_and_folders(tmp_path, monkeypatch):
@@ -97,7 +103,10 @@ def test_other_files_than_those_that_were_released_are_refused(tmp_path):
 
 def test_sample_without_a_run(cli, tmp_path):
     done = cli("sample", "-n", "3", "--steps", "2", "-o", "a.sdf")
-    assert "sampling 3 molecules from qm9_energy, step 4700: ancestral, 2 steps" in done.stderr
+    begin = (
+        "sampling 3 molecules from qm9_energy, step 4700: ancestral, 2 steps of quadratic spacing"
+    )
+    assert begin in done.stderr
     assert (tmp_path / "a.sdf").read_text().count("$$$$") == 3
     listed = cli("sample", "--checkpoint", "list").stdout
     assert [line.split()[0] for line in listed.splitlines()] == ["name", *NAMES]
@@ -114,7 +123,7 @@ def test_as_good_as_the_card_says():
     molecules = generator.draw(torch.arange(24))
     assert np.isfinite(molecules.positions).all()
     stable = stable_atoms(perceive(molecules))
-    # 97.5 % of 2,000 molecules in 50 steps; one of 24 may well be broken.
+    # 98.3 % of 2,000 molecules in 50 steps; one of 24 may well be broken.
     assert stable.mean() > 0.93
 
 
@@ -151,23 +160,27 @@ def test_texts_are_those_of_what_was_measured(measuring):
 def test_every_way_of_sampling_is_measured(measuring):
     with (shipped_weights()[DEFAULT].path / "steps.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    measured = [(row["sampler"], int(row["steps"])) for row in rows]
+    measured = [(row["sampler"], row["spacing"], int(row["steps"])) for row in rows]
     assert measured == [
-        (" ".join(filter(None, kind)), steps)
-        for kind, every in measuring.STEPS.items()
-        for steps in every
+        (*kind, steps) for kind, every in measuring.STEPS.items() for steps in every
     ]
 
 
 def test_measuring_goes_on_where_it_was(measuring, tmp_path, monkeypatch, molecules):
     """Files that are there are not drawn again, and their note says how they were drawn."""
     one = shipped_weights()[DEFAULT]
-    path = measuring.draw_file(one, tmp_path, CPU, "ddim", "quadratic", 2, 3)
+    monkeypatch.setattr(measuring, "SAMPLES", 3)
+    path = measuring.draw_file(one, tmp_path, CPU, "ddim", "log", 2, 3)
     note = measuring.note_of(path)
-    assert (note["sampler"], note["steps"], note["evaluations"]) == ("ddim quadratic", 2, 3)
-    assert note["device"] == "CPU, float32"
+    assert (note["sampler"], note["spacing"], note["steps"]) == ("ddim", "log", 2)
+    assert (note["evaluations"], note["device"]) == (3, "CPU, float32")
     monkeypatch.setattr(measuring, "sample_to_file", None)
-    assert measuring.draw_file(one, tmp_path, CPU, "ddim", "quadratic", 2, 3) == path
+    assert measuring.draw_file(one, tmp_path, CPU, "ddim", "log", 2, 3) == path
+    fewer = measuring.draw_file(one, tmp_path, CPU, "ddim", "log", 2, 2)
+    assert measuring.note_of(fewer) == note
+    with MoleculeFile(path) as all_three, MoleculeFile(fewer) as two:
+        assert np.array_equal(two.load().positions, all_three.slice(0, 2).positions)
+        assert two.provenance == all_three.provenance
     found = measuring.faults(path)
     assert sum(found["by_unstable_atoms"]) == 3
     assert sum(row["molecules"] for row in found["by_size"]) == 3

@@ -65,8 +65,8 @@ def command(
     spacing: str | None = typer.Option(
         None,
         "--spacing",
-        help="Where the sampler's levels are: log (default), even or quadratic; of flow matching "
-        "even (default) or quadratic.",
+        help="Where the sampler's levels are: log, even or quadratic, of flow matching even or "
+        "quadratic. Default: the first, of shipped weights that which they were judged with.",
     ),
     eta: float | None = typer.Option(
         None, "--eta", help="Noise of ddim's steps, 0 (the default) to 1 (as ancestral)."

@@ -165,9 +165,10 @@ class Sampler(ABC):
         serving = [name for name in SPACINGS if name != "log" or own == "log"]
         if spacing is not None and spacing not in serving:
             raise InputError(unknown_name("spacing", spacing, serving))
-        self.spacing = None if spacing == own else spacing
-        """None where it is the process's own."""
-        self.levels = spaced_levels(SPACINGS[spacing or own](schedule), steps)
+        spacing = spacing or own
+        self.levels = spaced_levels(SPACINGS[spacing](schedule), steps)
+        self.spacing = None if steps == schedule.steps else spacing
+        """None where all levels are visited."""
 
     @property
     @abstractmethod

@@ -476,7 +476,8 @@ class MoleculeGenerator:
     eta
         Noise of the sampler `ddim`, 0 to 1; None elsewhere.
     spacing
-        Of the levels that the sampler visits, one of `SPACINGS`; None takes the process's own.
+        Of the levels that the sampler visits, one of `SPACINGS`; None takes that which shipped
+        weights were judged with, else the process's own.
 
     Raises
     ------
@@ -523,7 +524,9 @@ class MoleculeGenerator:
         schedule = PolynomialSchedule(config.diffusion.steps, config.diffusion.precision)
         process = config.diffusion.process
         self.sampler_name = DEFAULT_SAMPLERS[process] if sampler is None else sampler
-        steps = checkpoint.state.get("sampling_steps") if steps is None else steps
+        judged_with = state.get("sampling", {})
+        steps = judged_with.get("steps") if steps is None else steps
+        spacing = judged_with.get("spacing") if spacing is None else spacing
         self.sampler = build_sampler(schedule, process, self.sampler_name, steps, eta, spacing)
 
     def fingerprint(self) -> str:

@@ -21,6 +21,7 @@ from molgen_energy.resources import resource_directory
 DEFAULT = "qm9_energy"
 """What `sample` takes where there is no run."""
 SUMS = "SHA256SUMS"
+SEALED = ("config.yaml", "ema.safetensors", "state.yaml")
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,8 @@ def name_of(path: Path) -> str:
 
 
 def seal(folder: Path) -> None:
-    """Write `SHA256SUMS` of a folder's files, as `sha256sum -c` reads it."""
-    names = sorted(file.name for file in folder.iterdir() if file.name not in (SUMS, "card.md"))
-    lines = [f"{_digest(folder / name)}  {name}\n" for name in names]
+    """Write `SHA256SUMS` of what sampling reads of a folder, as `sha256sum -c` takes it."""
+    lines = [f"{_digest(folder / name)}  {name}\n" for name in SEALED]
     (folder / SUMS).write_text("".join(lines), encoding="ascii")
 
 
