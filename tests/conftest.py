@@ -20,8 +20,12 @@ from molgen_energy.data.molecules import Molecule, Molecules, offsets_of
 from molgen_energy.resources import asset
 from molgen_energy.systems.molecule_config import MoleculeConfig
 from molgen_energy.training.checkpoint import load_checkpoint
+from molgen_energy.training.device import choose_device
 
 torch.set_num_threads(1)  # tests run in parallel processes
+# Products here come from the library that the commands take them from, so that what a test draws
+# and what a command draws are the same to the last bit.
+choose_device("cpu")
 # A shell's background job ignores Ctrl-C, and so would the processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
