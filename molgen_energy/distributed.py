@@ -7,6 +7,7 @@ speaks. Everything here works in a single process too, where it does nothing.
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 from collections.abc import Iterator
@@ -49,16 +50,24 @@ def _from_environment(name: str, default: int) -> int:
 
 @contextmanager
 def joined(device: torch.device | None = None) -> Iterator[None]:
-    """Join the job's other processes for a block; over NCCL on CUDA devices, else over gloo."""
+    """Join the job's other processes for a block; over NCCL on CUDA devices, else over gloo.
+
+    The group of processes is gone behind it, with its threads: one that frees a tensor while the
+    interpreter ends would abort the process.
+    """
     if world_size() == 1:
         yield
         return
     import torch.distributed as dist
 
+    # Imported within the block, this would keep the group as the default of its arguments.
+    import torch.distributed.nn  # noqa: F401
+
     dist.init_process_group("nccl" if device is not None and device.type == "cuda" else "gloo")
     try:
         yield
     finally:
+        gc.collect()  # wrapped models hold the group too
         dist.destroy_process_group()
 
 

@@ -67,10 +67,15 @@ def config_of(run: Path) -> MoleculeConfig:
     return load_checkpoint(run).config_as(MoleculeConfig)
 
 
-def torchrun(folder: Path, *arguments: object, processes: int = 2) -> subprocess.Popen[str]:
-    """Start `molgen-energy` in several processes, in a folder."""
+def torchrun(
+    folder: Path,
+    *arguments: object,
+    processes: int = 2,
+    program: tuple[str, ...] = ("-m", "molgen_energy"),
+) -> subprocess.Popen[str]:
+    """Start `molgen-energy`, or another program, in several processes, in a folder."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), "-m", "molgen_energy", *map(str, arguments)]
+    command += ["--nproc-per-node", str(processes), *program, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(
         command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}, **pipes

@@ -89,6 +89,34 @@ def test_checkpoints_do_not_depend_on_the_number_of_processes(alone, tmp_path):
     assert float((a - b).norm() / b.norm()) < 1e-4
 
 
+COMMAND_THEN_THREADS = """
+import os
+from pathlib import Path
+from molgen_energy.cli import main
+try:
+    main()
+finally:
+    names = [Path(f"/proc/self/task/{t}/comm").read_text() for t in os.listdir("/proc/self/task")]
+    Path("threads" + os.environ["RANK"]).write_text("".join(names))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds threads in /proc")
+def test_no_thread_of_the_group_is_left(tmp_path):
+    """One that frees a tensor while the interpreter ends would abort a process now and then."""
+    (tmp_path / "program.py").write_text(COMMAND_THEN_THREADS)
+    job = torchrun(
+        tmp_path, "train", "--config", config_file(tmp_path), "--steps", 2, "-o", "run",
+        program=("program.py",),
+    )  # fmt: skip
+    _, said = job.communicate(timeout=240)
+    assert job.returncode == 0, said
+    for number in range(2):
+        threads = (tmp_path / f"threads{number}").read_text().split()
+        assert threads
+        assert not [name for name in threads if "gloo" in name]
+
+
 def started(folder: Path):
     """A run that is under way, and its processes by rank."""
     config = config_file(folder)

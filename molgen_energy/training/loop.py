@@ -172,8 +172,6 @@ class _Trainer:
         self.training = task.config.training
         self.steps = total_steps(self.training, task.batches_per_epoch)
         self.model: nn.Module = task.model
-        if world_size() > 1:
-            self.model = DistributedDataParallel(task.model)
         self.ema = ExponentialMovingAverage(task.model, self.training.ema_decay)
         self.clipper = GradientClipper()
         assert not isinstance(self.training.lr, str)
@@ -285,6 +283,8 @@ class _Trainer:
         too_large: Batch | None = None
         self.task.model.train()
         try:
+            if world_size() > 1:
+                self.model = DistributedDataParallel(self.task.model)
             for batch in self._batches():
                 stop = self._step(batch, interrupted)
                 row_samples += len(batch)
@@ -320,6 +320,7 @@ class _Trainer:
             what = "another process of the job ended, for the reason that it gives"
             self._fail(what, f"then: molgen-energy train --resume {shlex.quote(str(self.folder))}")
         finally:
+            self.model = self.task.model  # the wrapper holds the group of processes
             if self.metrics is not None:
                 self.metrics.close()
             if self.lock is not None:
