@@ -257,7 +257,7 @@ def test_torchrun_prints_what_one_process_does(molecules, tmp_path):
     said = [line for line in done.stderr.splitlines() if "rror: " in line and "bad.xyz" in line]
     assert len(said) == 1
     assert "record 551 (line " in said[0]
-    assert "process 1" not in done.stderr
+    assert "process 1 of 2" not in done.stderr
 
 
 def test_a_sample_of_values_is_bounded_and_fair():
