@@ -7,7 +7,6 @@ speaks. Everything here works in a single process too, where it does nothing.
 
 from __future__ import annotations
 
-import gc
 import os
 import secrets
 from collections.abc import Iterator
@@ -67,7 +66,6 @@ def joined(device: torch.device | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        gc.collect()  # wrapped models hold the group too
         dist.destroy_process_group()
 
 

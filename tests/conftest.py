@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,10 +84,10 @@ def torchrun(
 
 
 def torchrun_to_end(
-    folder: Path, *arguments: object, processes: int = 2
+    folder: Path, *arguments: object, **options: Any
 ) -> subprocess.CompletedProcess[str]:
     """The same, until it ends."""
-    process = torchrun(folder, *arguments, processes=processes)
+    process = torchrun(folder, *arguments, **options)
     try:
         stdout, stderr = process.communicate(timeout=240)
     finally:

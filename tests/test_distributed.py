@@ -101,20 +101,28 @@ finally:
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds threads in /proc")
-def test_no_thread_of_the_group_is_left(tmp_path):
+def with_threads(folder: Path) -> tuple[str, ...]:
+    """A program that does what `molgen-energy` does, and says which threads are left then."""
+    (folder / "program.py").write_text(COMMAND_THEN_THREADS)
+    return ("program.py",)
+
+
+def assert_no_thread_of_the_group(folder: Path, processes: int) -> None:
     """One that frees a tensor while the interpreter ends would abort a process now and then."""
-    (tmp_path / "program.py").write_text(COMMAND_THEN_THREADS)
-    job = torchrun(
-        tmp_path, "train", "--config", config_file(tmp_path), "--steps", 2, "-o", "run",
-        program=("program.py",),
-    )  # fmt: skip
-    _, said = job.communicate(timeout=240)
-    assert job.returncode == 0, said
-    for number in range(2):
-        threads = (tmp_path / f"threads{number}").read_text().split()
+    files = list(folder.glob("threads*"))
+    assert len(files) >= processes
+    for file in files:
+        threads = file.read_text().split()
         assert threads
         assert not [name for name in threads if "gloo" in name]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds threads in /proc")
+def test_no_thread_of_the_group_is_left(tmp_path):
+    arguments = ("train", "--config", config_file(tmp_path), "--steps", 2, "-o", "run")
+    done = torchrun_to_end(tmp_path, *arguments, program=with_threads(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert_no_thread_of_the_group(tmp_path, 2)
 
 
 def started(folder: Path):
@@ -122,7 +130,7 @@ def started(folder: Path):
     config = config_file(folder)
     job = torchrun(
         folder, "train", "--config", config, "-o", "run", "--steps", 100_000,
-        "--set", "training.checkpoint_every=1",
+        "--set", "training.checkpoint_every=1", program=with_threads(folder),
     )  # fmt: skip
     best = folder / "run" / "checkpoints" / "best"
     while not best.exists():
@@ -159,6 +167,7 @@ def test_ctrl_c_stops_all_at_one_step(tmp_path):
     assert "go on with: molgen-energy train --resume run" in said
     step = load_checkpoint(tmp_path / "run").state["progress"]["step"]
     assert f"stopped at step {step} of 100000" in said
+    assert_no_thread_of_the_group(tmp_path, 1)  # the first to end has the others terminated
 
 
 def test_bad_input_is_said_once(tmp_path):
