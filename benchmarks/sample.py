@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from molgen_energy.cli.console import exit_on_error, progress_bar, say
+from molgen_energy.cli.sample import SamplingBar
 from molgen_energy.diffusion.samplers import samplers_for
 from molgen_energy.distributed import default_workers
 from molgen_energy.errors import InputError, unknown_name
@@ -146,23 +147,6 @@ def same(row: dict[str, Any], key: dict[str, Any]) -> bool:
     return all(str(row[name]) == str(key[name]) for name in KEY)
 
 
-class Bar:
-    """Shows how sampling goes."""
-
-    def __init__(self, bar: Any, handle: Any) -> None:
-        self._bar, self._handle, self._done = bar, handle, 0.0
-
-    def found(self, molecules: int) -> None:
-        self._done += molecules
-
-    def interrupted(self, molecules: int) -> None:
-        say(f"interrupted: {molecules:,} molecules of this row are finished")
-
-    def advance(self, molecules: int, share: float) -> None:
-        self._done += molecules * share
-        self._bar.update(self._handle, completed=round(self._done))
-
-
 def row_of(
     generator: MoleculeGenerator, key: dict[str, Any], folder: Path, workers: int
 ) -> dict[str, Any]:
@@ -174,12 +158,12 @@ def row_of(
     speed, not_finite = "", ""
     if not path.exists():
         began = time.perf_counter()
-        with progress_bar(transient=True) as bar:
-            observer = Bar(bar, bar.add_task(name, total=count))
+        with progress_bar("rate", transient=True) as bar:
+            observer = SamplingBar(bar, count, "molecules", "go on with the same command", name)
             resume = parts_folder(path).exists()
             outcome = sample_to_file(generator, count, path, observer, resume=resume)
         if outcome.interrupted:
-            sys.exit("go on with the same command")
+            sys.exit(1)
         if outcome.drawn:
             speed = f"{outcome.drawn / (time.perf_counter() - began):.4g}"
         not_finite = str(outcome.not_finite)

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from matplotlib.ticker import NullLocator
 
 from molgen_energy.chemistry.bonds import perceive, stable_atoms
 from molgen_energy.cli.console import exit_on_error, progress_bar, say
+from molgen_energy.cli.sample import SamplingBar
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.metrics.rates import Rate
 from molgen_energy.output import replacing
@@ -40,9 +41,6 @@ from molgen_energy.systems.molecules import MoleculeGenerator
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.device import choose_device
 from molgen_energy.training.shipped import DEFAULT, SUMS, Shipped, shipped_weights
-
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
@@ -181,13 +179,15 @@ def draw_file(
         take_first(longer, count, path)
         return path
     began = time.perf_counter()
-    with progress_bar(transient=True) as bar:
-        observer = Bar(bar, bar.add_task(f"{weights.name} {kind}", total=count))
+    with progress_bar("rate", transient=True) as bar:
+        observer = SamplingBar(
+            bar, count, "molecules", "go on with the same command", f"{weights.name} {kind}"
+        )
         outcome = sample_to_file(
             generator, count, path, observer, resume=parts_folder(path).exists()
         )
     if outcome.interrupted:
-        sys.exit("go on with the same command")
+        sys.exit(1)
     seconds = time.perf_counter() - began
     cuda = device.type == "cuda"
     note = {
@@ -211,23 +211,6 @@ def take_first(samples: Path, count: int, target: Path) -> None:
     write_text(target.with_suffix(".json"), samples.with_suffix(".json").read_text("utf-8"))
 
 
-class Bar:
-    """Shows how sampling goes."""
-
-    def __init__(self, bar: Progress, handle: TaskID) -> None:
-        self._bar, self._handle, self._done = bar, handle, 0.0
-
-    def found(self, molecules: int) -> None:
-        self._done += molecules
-
-    def interrupted(self, molecules: int) -> None:
-        say(f"interrupted: {molecules:,} molecules of this file are finished")
-
-    def advance(self, molecules: int, share: float) -> None:
-        self._done += molecules * share
-        self._bar.update(self._handle, completed=round(self._done))
-
-
 def judge(weights: Shipped, samples: Path) -> None:
     """Judge the samples, unless these very ones have been."""
     target = weights.path / "report.json"
@@ -238,7 +221,7 @@ def judge(weights: Shipped, samples: Path) -> None:
     write_text(target, json.dumps(found | evaluated(samples, "all"), indent=1) + "\n")
 
 
-def measured_steps(weights: Shipped) -> dict[str, dict[str, str]]:
+def measured_steps(weights: Shipped) -> dict[str, dict[str, Any]]:
     """What is known of the quality by sampler and steps, by names of files of samples."""
     path = weights.path / "steps.csv"
     return {row["samples"]: row for row in read(path)} if path.exists() else {}
@@ -248,10 +231,14 @@ def judge_steps(weights: Shipped, files: list[Path]) -> None:
     """Quality by sampler and number of steps."""
     rows = measured_steps(weights)
     found = []
-    for file in files:
-        row = rows.get(file.stem) or {"samples": file.stem, **note_of(file), "molecules": FEW}
-        if file.stem not in rows:
-            metrics = evaluated(file, "rates,fcd")["files"][0]["metrics"]
+    for samples in files:
+        row = rows.get(samples.stem) or {
+            "samples": samples.stem,
+            **note_of(samples),
+            "molecules": FEW,
+        }
+        if samples.stem not in rows:
+            metrics = evaluated(samples, "rates,fcd")["files"][0]["metrics"]
             for name in MEASURED:
                 value, interval = metrics[name]["value"], metrics[name]["interval"] or ("", "")
                 row |= {name: value, f"{name}_low": interval[0], f"{name}_high": interval[1]}

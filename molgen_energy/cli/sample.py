@@ -139,7 +139,7 @@ def command(
         began = time.perf_counter()
         try:
             with progress_bar("rate") as bar:
-                observer = _BarObserver(bar, total, samples, go_on)
+                observer = SamplingBar(bar, total, samples, go_on)
                 outcome = generator.write(path, observer, resume is not None)
         except (OSError, RuntimeError, MemoryError):
             if parts_folder(path).exists():
@@ -227,10 +227,14 @@ def _option(name: str) -> str:
     return {"count": "-n"}.get(name, f"--{name.replace('_', '-')}")
 
 
-class _BarObserver:
-    def __init__(self, bar: Progress, total: int, samples: str, go_on: str) -> None:
+class SamplingBar:
+    """Shows how sampling goes, on a bar with the column `rate`."""
+
+    def __init__(
+        self, bar: Progress, total: int, samples: str, go_on: str, title: str = "sampling"
+    ) -> None:
         self._samples = samples
-        self._bar, self._handle = bar, bar.add_task("sampling", total=max(total, 0), rate="")
+        self._bar, self._handle = bar, bar.add_task(title, total=max(total, 0), rate="")
         self._total, self._go_on, self._log = total, go_on, Occasional()
         self._began, self._before, self._done = time.perf_counter(), 0, 0.0
 
