@@ -304,7 +304,7 @@ def draw_samples(samples: Path) -> None:
 
 def draw_curves(weights: dict[str, Shipped]) -> None:
     """Validation loss by molecules seen, of each weights, and stability by steps of the sampler."""
-    figure = Figure(figsize=(3.6 * (len(weights) + 1), 2.9), layout="constrained", dpi=150)
+    figure = Figure(figsize=(3.6 * (len(weights) + 1) + 1.2, 2.9), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(weights) + 1)
     for one, panel, colour in zip(weights.values(), axes, ("#2563c9", "#d9651b") * 9, strict=False):
@@ -329,7 +329,7 @@ def draw_curves(weights: dict[str, Shipped]) -> None:
     shown = sorted({steps for every in STEPS.values() for steps in every})
     stable.set_xticks(shown, labels=map(str, shown), minor=False)
     stable.xaxis.set_minor_locator(NullLocator())
-    stable.legend(frameon=False, fontsize=8)
+    stable.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     for panel in axes:
         panel.title.set_fontsize(9)
         panel.tick_params(labelsize=8, which="both")
