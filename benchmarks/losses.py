@@ -124,7 +124,7 @@ def naive_energy_safe(prediction: Tensor, target: Tensor, mask: Tensor) -> Tenso
     return torch.where(pairs, terms, 0).sum(dim=(1, 2)) / mask.sum(dim=1)
 
 
-def by_size(device: torch.device, console: Console, seconds: float, whole: bool) -> None:
+def batch_by_size(device: torch.device, console: Console, seconds: float, whole: bool) -> None:
     losses: dict[str, Loss] = {
         "mse": MeanSquaredError(),
         "energy": PairwiseEnergy(),
@@ -165,7 +165,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if options.device.type == "cuda" else "CPU"
     console.print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     against_naive(options.device, console, options.seconds)
-    by_size(options.device, console, options.seconds, options.whole)
+    batch_by_size(options.device, console, options.seconds, options.whole)
 
 
 if __name__ == "__main__":

@@ -23,20 +23,20 @@ from rich.table import Table
 
 from molgen_energy.cli.console import exit_on_error, progress_bar, say
 from molgen_energy.cli.sample import SamplingBar
+from molgen_energy.data.shards import shards_folder
 from molgen_energy.diffusion.samplers import samplers_for
 from molgen_energy.distributed import default_workers
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.metrics.evaluation import Options, lacking
 from molgen_energy.metrics.run import run
-from molgen_energy.metrics.workers import Workers
-from molgen_energy.output import replacing
-from molgen_energy.parts import parts_folder
-from molgen_energy.sampling import sample_to_file
-from molgen_energy.systems.molecule_config import MoleculeConfig
-from molgen_energy.systems.molecules import MoleculeGenerator
+from molgen_energy.output import atomic_replace
+from molgen_energy.systems.molecules.config import MoleculeConfig
+from molgen_energy.systems.molecules.sampling import sample_to_file
+from molgen_energy.systems.molecules.task import MoleculeGenerator
 from molgen_energy.training.checkpoint import load_checkpoint
-from molgen_energy.training.device import choose_device
-from molgen_energy.training.shipped import checkpoint_named
+from molgen_energy.training.devices import choose_device
+from molgen_energy.training.pretrained import resolve_checkpoint
+from molgen_energy.workers import Workers
 
 STEPS = (10, 20, 50, 100, 250, 1000)
 RATES = ("molecule_stability", "atom_stability", "validity")
@@ -76,7 +76,7 @@ def main() -> None:
 def compare(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     # Read once: a run that is still trained would have other weights for other rows.
-    loaded = load_checkpoint(checkpoint_named(arguments.checkpoint), weights=["ema"])
+    loaded = load_checkpoint(resolve_checkpoint(arguments.checkpoint), weights=["ema"])
     diffusion = loaded.config_as(MoleculeConfig).diffusion
     process, trained = diffusion.process, diffusion.steps
     samplers = chosen_samplers(arguments.samplers, process)
@@ -160,7 +160,7 @@ def row_of(
         began = time.perf_counter()
         with progress_bar("rate", transient=True) as bar:
             observer = SamplingBar(bar, count, "molecules", "go on with the same command", name)
-            resume = parts_folder(path).exists()
+            resume = shards_folder(path).exists()
             outcome = sample_to_file(generator, count, path, observer, resume=resume)
         if outcome.interrupted:
             sys.exit(1)
@@ -198,7 +198,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     with (
-        replacing(path) as output,
+        atomic_replace(path) as output,
         output.temporary.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.DictWriter(file, COLUMNS)

@@ -29,7 +29,7 @@ import torch
 from pathlib import Path
 from molgen_energy.systems.registry import load_config
 from molgen_energy.data.batches import padding
-from molgen_energy.systems.molecules import MoleculeTask
+from molgen_energy.systems.molecules.task import MoleculeTask
 from molgen_energy.training.loop import train
 
 def peak():  # MB; what getrusage says may be the parent's

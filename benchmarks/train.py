@@ -28,10 +28,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from molgen_energy.data.batches import Batch, padding
+from molgen_energy.diffusion.geometry import centred
 from molgen_energy.models import EDM, GDM
-from molgen_energy.models.geometry import centred
-from molgen_energy.models.pairs import PairNetwork
-from molgen_energy.systems.molecules import MoleculeTask
+from molgen_energy.models.pair_network import PairNetwork
+from molgen_energy.systems.molecules.task import MoleculeTask
 from molgen_energy.systems.registry import load_config
 from molgen_energy.training.clipping import GradientClipper
 from molgen_energy.training.ema import ExponentialMovingAverage

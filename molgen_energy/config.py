@@ -168,7 +168,7 @@ class Config(Section):
         return str(cls.model_fields["system"].default)
 
     @classmethod
-    def of(cls: type[Self], given: Given) -> Self:
+    def of(cls: type[Self], given: RawConfig) -> Self:
         """Check what a file holds.
 
         Raises
@@ -227,7 +227,7 @@ def config_names() -> list[str]:
     return sorted(path.stem for path in resource_directory("configs").glob("*.yaml"))
 
 
-class Given(NamedTuple):
+class RawConfig(NamedTuple):
     """What a file of configuration holds, not yet checked."""
 
     where: str
@@ -239,7 +239,7 @@ class Given(NamedTuple):
         return str(self.values["system"])
 
 
-def read_config(name: str | Path) -> Given:
+def read_config(name: str | Path) -> RawConfig:
     """A shipped configuration by name, or a YAML file by path.
 
     Raises
@@ -262,7 +262,7 @@ def read_config(name: str | Path) -> Given:
         raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} does not hold keys and values")
-    return Given(str(path), {"name": path.stem, "system": "molecules"} | values)
+    return RawConfig(str(path), {"name": path.stem, "system": "molecules"} | values)
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:

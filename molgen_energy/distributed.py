@@ -48,7 +48,7 @@ def _from_environment(name: str, default: int) -> int:
 
 
 @contextmanager
-def joined(device: torch.device | None = None) -> Iterator[None]:
+def process_group(device: torch.device | None = None) -> Iterator[None]:
     """Join the job's other processes for a block; over NCCL on CUDA devices, else over gloo.
 
     The group of processes is gone behind it, with its threads: one that frees a tensor while the
@@ -80,7 +80,7 @@ def lines() -> Iterator[list[Connection]]:
     with ExitStack() as stack:
         found: list[Connection] = []
         if world_size() > 1:
-            with joined():  # to agree on where to meet, and on a key that keeps others out
+            with process_group():  # to agree on where to meet, and on a key that keeps others out
                 found = _meet()
         for line in found:
             stack.callback(line.close)
@@ -93,10 +93,10 @@ def _meet() -> list[Connection]:
         key = secrets.token_bytes(32)
         host = "localhost" if alone else ""
         with Listener((host, 0), backlog=world_size(), authkey=key) as listener:
-            from_main((listener.address[1], key))
+            broadcast((listener.address[1], key))
             arrived = [listener.accept() for _ in range(world_size() - 1)]
         return [line for _, line in sorted((line.recv(), line) for line in arrived)]
-    port, key = from_main(None)
+    port, key = broadcast(None)
     line = Client(("localhost" if alone else os.environ["MASTER_ADDR"], port), authkey=key)
     line.send(rank())
     return [line]
@@ -126,7 +126,7 @@ def local_device(device: torch.device) -> torch.device:
     return torch.device("cuda", own)
 
 
-def from_main(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """What process 0 has given, in all processes."""
     if world_size() == 1:
         return value
@@ -137,7 +137,7 @@ def from_main(value: Any) -> Any:
     return values[0]
 
 
-def summed(values: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     """The sum over all processes of tensors of one shape, in all processes."""
     if world_size() > 1:
         import torch.distributed as dist

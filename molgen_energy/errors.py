@@ -13,11 +13,11 @@ class InputError(ValueError):
     """
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailedError(RuntimeError):
     """Training cannot go on; the message names the last good checkpoint. Exit code 1."""
 
 
-class ProcessEnded(RuntimeError):
+class PeerLostError(RuntimeError):
     """Another process of the job is gone, and work with it. Exit code 1."""
 
 

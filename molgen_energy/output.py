@@ -33,7 +33,7 @@ def check_file(path: Path) -> None:
     raise InputError(f"{path} does not exist")
 
 
-def printable(path: Path) -> str:
+def display_path(path: Path) -> str:
     """A path as text that can be written anywhere, also where its bytes are no UTF-8."""
     return os.fsencode(path).decode("utf-8", "replace")
 
@@ -50,7 +50,7 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"cannot write into {folder}: {error.strerror}") from error
 
 
-def through_links(path: Path) -> Path:
+def resolve_symlink(path: Path) -> Path:
     """The file that is written under a name: what a link leads to, and the link stays."""
     return path.resolve() if path.is_symlink() else path
 
@@ -63,31 +63,31 @@ class Replacement:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Replacement]:
+def atomic_replace(path: Path) -> Iterator[Replacement]:
     """Give a temporary path beside `path`; rename it to `path` if the block succeeds.
 
     When the block raises, the temporary file is removed and `path` is as before.
     """
     check_writable(path)
-    path = through_links(path)
+    path = resolve_symlink(path)
     replacement = Replacement(path.with_name(f".{path.name}.{os.getpid()}.tmp"))
     try:
         yield replacement
         flush_to_disk(replacement.temporary)
         replacement.temporary.replace(path)
     except OSError as error:
-        raise naming(error, path) from None
+        raise with_filename(error, path) from None
     finally:
         remove(replacement.temporary)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes) -> None:
     """Write a file under a temporary name that is changed in the end."""
-    with replacing(path) as output:
+    with atomic_replace(path) as output:
         output.temporary.write_bytes(content)
 
 
-def hold(path: Path, what: str) -> IO[bytes]:
+def lock_file(path: Path, what: str) -> IO[bytes]:
     """Open a file and keep other processes from holding it, until it is closed.
 
     Raises
@@ -111,7 +111,7 @@ def hold(path: Path, what: str) -> IO[bytes]:
     return file
 
 
-def naming(error: OSError, path: Path) -> OSError:
+def with_filename(error: OSError, path: Path) -> OSError:
     """The error with the file named that was written, where the system did not say."""
     if error.filename is None or Path(error.filename).name.startswith("."):
         error.filename = str(path)

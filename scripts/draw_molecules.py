@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.cli.console import exit_on_error
-from molgen_energy.data.molecules import Molecule, Molecules, offsets_of
+from molgen_energy.data.molecules import Molecule, Molecules, offsets_from_sizes
 from molgen_energy.elements import symbol
 from molgen_energy.errors import InputError
 from molgen_energy.metrics.judging import unstable_atoms
 from molgen_energy.metrics.reference import MoleculeSource
-from molgen_energy.output import replacing
+from molgen_energy.output import atomic_replace
 
 Array = NDArray[np.float64]
 
@@ -54,7 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with exit_on_error():
         picture = draw(first(arguments.file, arguments.columns * arguments.rows), arguments.columns)
-        with replacing(arguments.output) as output:
+        with atomic_replace(arguments.output) as output:
             picture.savefig(output.temporary, format="png", metadata={"Software": None})
 
 
@@ -101,7 +101,7 @@ def rendered(molecule: Molecule, bad: list[int]) -> Array:
     """The molecule on white, (TILE, TILE, 3) in [0, 1]."""
     positions = turned(molecule.positions.astype(np.float64))
     single = Molecules(
-        molecule.positions, molecule.atomic_numbers, offsets_of(np.array([len(positions)]))
+        molecule.positions, molecule.atomic_numbers, offsets_from_sizes(np.array([len(positions)]))
     )
     bonds = perceive(single).bonds
     assert bonds is not None

@@ -19,15 +19,15 @@ from rdkit import rdBase
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.geometry import QM9_TYPES
 from molgen_energy.chemistry.rdkit import judge
+from molgen_energy.data.datasets import qm9
+from molgen_energy.data.datasets.files import preprocess_qm9
 from molgen_energy.data.hdf5 import MoleculeWriter
 from molgen_energy.data.molecules import Molecules
-from molgen_energy.data.sources import qm9
 from molgen_energy.distributed import default_workers
 from molgen_energy.metrics.evaluation import METRIC_GROUPS, Options, lacking
 from molgen_energy.metrics.reference import qm9_training_names, reference_of
-from molgen_energy.metrics.workers import Workers
-from molgen_energy.preprocessing import preprocess_qm9
 from molgen_energy.resources import asset
+from molgen_energy.workers import Workers
 
 SAMPLE = {0: 1000, 1: 200, 2: 800}
 """How many molecules of each of EDM's splits the bundled sample holds."""

@@ -28,11 +28,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rows import Silent, ignored, read, write
 
-from molgen_energy.data.shapes import read_polygons
-from molgen_energy.data.sources.shapes import Polygons
-from molgen_energy.metrics.shapes import draw_polygon, quality
-from molgen_energy.output import replacing
+from molgen_energy.output import atomic_replace
 from molgen_energy.systems.registry import SYSTEMS, load_config
+from molgen_energy.systems.shapes.dataset import Polygons
+from molgen_energy.systems.shapes.files import read_polygons
+from molgen_energy.systems.shapes.metrics import draw_polygon, quality
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.loop import train
 
@@ -217,7 +217,7 @@ def draw(rows: list[Found], pictures: dict[str, np.ndarray], path: Path) -> None
                 axes.set_title(loss, fontsize=9, color=f"C{number}", loc="left")
     bottom.suptitle("what networks predict when polygons are turned by up to π", fontsize=10)
     figure.set_dpi(130)
-    with replacing(path) as output, output.temporary.open("wb") as file:
+    with atomic_replace(path) as output, output.temporary.open("wb") as file:
         FigureCanvasAgg(figure).print_png(file)
 
 

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from rows import Silent, ignored, read, write
 
-from molgen_energy.data.sources.spins import SpinGlasses
 from molgen_energy.metrics.rates import Mean
-from molgen_energy.metrics.spins import judge_spins
 from molgen_energy.output import remove
 from molgen_energy.systems.registry import SYSTEMS, load_config
+from molgen_energy.systems.spins.dataset import SpinGlasses
+from molgen_energy.systems.spins.metrics import evaluate_spins
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.loop import train
 
@@ -96,7 +96,7 @@ def measured(
     predicted = work / f"{run.name}.h5"
     checkpoint = load_checkpoint(run, weights=["ema"])
     system.generator(checkpoint, device, asked).write(predicted, Silent())
-    scores = judge_spins(predicted)
+    scores = evaluate_spins(predicted)
     excess, exact = scores.row("excess").cells, scores.row("exact").cells
     found = Found(
         boundary, loss, gauge, scale.width, scale.epochs, scores.count, seed,

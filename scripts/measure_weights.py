@@ -33,14 +33,14 @@ from molgen_energy.chemistry.bonds import perceive, stable_atoms
 from molgen_energy.cli.console import exit_on_error, progress_bar, say
 from molgen_energy.cli.sample import SamplingBar
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
+from molgen_energy.data.shards import shards_folder
 from molgen_energy.metrics.rates import Rate
-from molgen_energy.output import replacing
-from molgen_energy.parts import parts_folder
-from molgen_energy.sampling import sample_to_file
-from molgen_energy.systems.molecules import MoleculeGenerator
+from molgen_energy.output import atomic_replace
+from molgen_energy.systems.molecules.sampling import sample_to_file
+from molgen_energy.systems.molecules.task import MoleculeGenerator
 from molgen_energy.training.checkpoint import load_checkpoint
-from molgen_energy.training.device import choose_device
-from molgen_energy.training.shipped import DEFAULT, SUMS, Shipped, shipped_weights
+from molgen_energy.training.devices import choose_device
+from molgen_energy.training.pretrained import DEFAULT, SUMS, PretrainedWeights, pretrained_weights
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     with exit_on_error():
-        weights = shipped_weights()
+        weights = pretrained_weights()
         if not arguments.write:
             arguments.work.mkdir(parents=True, exist_ok=True)
             files = drawn(weights, arguments.work, choose_device(arguments.device))
@@ -132,14 +132,16 @@ def main() -> None:
 # Measuring
 
 
-def digest(weights: Shipped) -> str:
+def digest(weights: PretrainedWeights) -> str:
     """SHA-256 of the weights themselves."""
     lines = (weights.path / SUMS).read_text(encoding="ascii").splitlines()
     (line,) = [line for line in lines if line.endswith("  ema.safetensors")]
     return line.split()[0]
 
 
-def drawn(weights: dict[str, Shipped], work: Path, device: torch.device) -> dict[str, list[Path]]:
+def drawn(
+    weights: dict[str, PretrainedWeights], work: Path, device: torch.device
+) -> dict[str, list[Path]]:
     """Files of samples: those of the default sampler, then, of the default weights, of others."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
@@ -153,7 +155,7 @@ def drawn(weights: dict[str, Shipped], work: Path, device: torch.device) -> dict
 
 
 def draw_file(
-    weights: Shipped,
+    weights: PretrainedWeights,
     work: Path,
     device: torch.device,
     sampler: str | None,
@@ -184,7 +186,7 @@ def draw_file(
             bar, count, "molecules", "go on with the same command", f"{weights.name} {kind}"
         )
         outcome = sample_to_file(
-            generator, count, path, observer, resume=parts_folder(path).exists()
+            generator, count, path, observer, resume=shards_folder(path).exists()
         )
     if outcome.interrupted:
         sys.exit(1)
@@ -211,7 +213,7 @@ def take_first(samples: Path, count: int, target: Path) -> None:
     write_text(target.with_suffix(".json"), samples.with_suffix(".json").read_text("utf-8"))
 
 
-def judge(weights: Shipped, samples: Path) -> None:
+def judge(weights: PretrainedWeights, samples: Path) -> None:
     """Judge the samples, unless these very ones have been."""
     target = weights.path / "report.json"
     known = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
@@ -221,13 +223,13 @@ def judge(weights: Shipped, samples: Path) -> None:
     write_text(target, json.dumps(found | evaluated(samples, "all"), indent=1) + "\n")
 
 
-def measured_steps(weights: Shipped) -> dict[str, dict[str, Any]]:
+def measured_steps(weights: PretrainedWeights) -> dict[str, dict[str, Any]]:
     """What is known of the quality by sampler and steps, by names of files of samples."""
     path = weights.path / "steps.csv"
     return {row["samples"]: row for row in read(path)} if path.exists() else {}
 
 
-def judge_steps(weights: Shipped, files: list[Path]) -> None:
+def judge_steps(weights: PretrainedWeights, files: list[Path]) -> None:
     """Quality by sampler and number of steps."""
     rows = measured_steps(weights)
     found = []
@@ -244,7 +246,7 @@ def judge_steps(weights: Shipped, files: list[Path]) -> None:
                 row |= {name: value, f"{name}_low": interval[0], f"{name}_high": interval[1]}
         found.append({key: rounded(value) for key, value in row.items()})
     with (
-        replacing(weights.path / "steps.csv") as output,
+        atomic_replace(weights.path / "steps.csv") as output,
         output.temporary.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.DictWriter(file, list(found[0]))
@@ -298,11 +300,11 @@ def draw_samples(samples: Path) -> None:
     from draw_molecules import draw, first  # RDKit is not needed to sample
 
     picture = draw(first(samples, COLUMNS * ROWS), COLUMNS)
-    with replacing(IMAGES / "molecules.png") as output:
+    with atomic_replace(IMAGES / "molecules.png") as output:
         picture.savefig(output.temporary, format="png", metadata={"Software": None})
 
 
-def draw_curves(weights: dict[str, Shipped]) -> None:
+def draw_curves(weights: dict[str, PretrainedWeights]) -> None:
     """Validation loss by molecules seen, of each weights, and stability by steps of the sampler."""
     figure = Figure(figsize=(3.6 * (len(weights) + 1) + 1.2, 2.9), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
@@ -334,14 +336,14 @@ def draw_curves(weights: dict[str, Shipped]) -> None:
         panel.title.set_fontsize(9)
         panel.tick_params(labelsize=8, which="both")
         panel.spines[["top", "right"]].set_visible(False)
-    with replacing(IMAGES / "weights.png") as output:
+    with atomic_replace(IMAGES / "weights.png") as output:
         figure.savefig(output.temporary, format="png", metadata={"Software": None})
 
 
 # Text
 
 
-def card(weights: Shipped) -> str:
+def card(weights: PretrainedWeights) -> str:
     """The model card, Markdown with a head in YAML."""
     config, found = config_of(weights), report(weights)
     file, data, drawn = found["files"][0], found["reference"], found["drawn"]
@@ -405,7 +407,7 @@ def card(weights: Shipped) -> str:
     return "\n".join(lines)
 
 
-def few_steps(weights: Shipped) -> list[str]:
+def few_steps(weights: PretrainedWeights) -> list[str]:
     """Quality by sampler and steps, where it was measured."""
     path = weights.path / "steps.csv"
     if not path.exists():
@@ -429,7 +431,7 @@ def few_steps(weights: Shipped) -> list[str]:
     return [*lines, ""]
 
 
-def weaknesses(weights: Shipped) -> list[str]:
+def weaknesses(weights: PretrainedWeights) -> list[str]:
     """What is wrong with the samples, by what was found."""
     found = report(weights)
     file, data = found["files"][0], found["reference"]
@@ -461,7 +463,7 @@ def weaknesses(weights: Shipped) -> list[str]:
     ]
 
 
-def table(weights: dict[str, Shipped]) -> str:
+def table(weights: dict[str, PretrainedWeights]) -> str:
     """The README's table: samples of the shipped weights, the paper's, and the data."""
     lines = [
         f"| | trained | {' | '.join(RATES.values())} | FCD |",
@@ -527,7 +529,7 @@ def loss_in_words(loss: dict[str, Any]) -> str:
     )
 
 
-def stored(weights: Shipped) -> str:
+def stored(weights: PretrainedWeights) -> str:
     bits = {torch_dtype(t) for t in load_checkpoint(weights.path).tensors("ema").values()}
     size = (weights.path / "ema.safetensors").stat().st_size
     return f"{', '.join(sorted(bits))}, {size / 1e6:.1f} MB, SHA-256 `{digest(weights)}`"
@@ -542,15 +544,15 @@ def duration(training: dict[str, Any]) -> str:
     return f"{minutes:.1f} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"
 
 
-def parameters(weights: Shipped) -> int:
+def parameters(weights: PretrainedWeights) -> int:
     return sum(t.numel() for t in load_checkpoint(weights.path).tensors("ema").values())
 
 
-def config_of(weights: Shipped) -> dict[str, Any]:
+def config_of(weights: PretrainedWeights) -> dict[str, Any]:
     return loaded(weights.path / "config.yaml")
 
 
-def state_of(weights: Shipped) -> dict[str, Any]:
+def state_of(weights: PretrainedWeights) -> dict[str, Any]:
     return loaded(weights.path / "state.yaml")
 
 
@@ -559,20 +561,20 @@ def loaded(path: Path) -> dict[str, Any]:
     return found
 
 
-def report(weights: Shipped) -> dict[str, Any]:
+def report(weights: PretrainedWeights) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((weights.path / "report.json").read_text(encoding="utf-8"))
     return found
 
 
-def trained_on(weights: Shipped) -> int:
+def trained_on(weights: PretrainedWeights) -> int:
     return int(state_of(weights)["data"]["training_samples"])
 
 
-def seen(weights: Shipped) -> int:
+def seen(weights: PretrainedWeights) -> int:
     return int(state_of(weights)["progress"]["step"] * config_of(weights)["training"]["batch_size"])
 
 
-def passes(weights: Shipped) -> float:
+def passes(weights: PretrainedWeights) -> float:
     return seen(weights) / trained_on(weights)
 
 
@@ -583,7 +585,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def write_text(path: Path, text: str) -> None:
     # Prose is wrapped by whoever reads it; only lines end where they end.
-    with replacing(path) as output:
+    with atomic_replace(path) as output:
         output.temporary.write_text(re.sub(r" +\n", "\n", text), encoding="utf-8")
 
 

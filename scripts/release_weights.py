@@ -18,10 +18,10 @@ import torch
 
 from molgen_energy.cli.console import exit_on_error, say
 from molgen_energy.errors import InputError
-from molgen_energy.output import replacing
-from molgen_energy.systems.molecule_config import MoleculeConfig
+from molgen_energy.output import atomic_replace
+from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.training.checkpoint import load_checkpoint, save_checkpoint
-from molgen_energy.training.shipped import seal, weights_directory
+from molgen_energy.training.pretrained import weights_directory, write_checksums
 
 KEPT = ("elements", "size_histogram", "data")
 COLUMNS = ("step", "loss", "position_loss", "feature_loss", "valid_loss", "lr", "seconds")
@@ -67,11 +67,11 @@ def release(arguments: argparse.Namespace) -> None:
     weights = {name: tensor.to(dtype) for name, tensor in checkpoint.tensors("ema").items()}
     folder = weights_directory() / arguments.name
     save_checkpoint(folder, config, state, {"ema": weights})
-    seal(folder)
+    write_checksums(folder)
     with (arguments.run / "metrics.csv").open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["valid_loss"]]
     with (
-        replacing(folder / "training.csv") as output,
+        atomic_replace(folder / "training.csv") as output,
         output.temporary.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")

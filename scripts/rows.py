@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from molgen_energy.output import replacing
+from molgen_energy.output import atomic_replace
 
 Row = TypeVar("Row")
 _TYPES = {"str": str, "float": float, "int": int}
@@ -40,7 +40,7 @@ def read(path: Path, kind: type[Row]) -> list[Row]:
 def write(path: Path, rows: Sequence[Any]) -> None:
     """All rows, at least one, in place of the file."""
     with (
-        replacing(path) as output,
+        atomic_replace(path) as output,
         output.temporary.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.DictWriter(file, list(asdict(rows[0])))

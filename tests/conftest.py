@@ -17,11 +17,11 @@ from rdkit.Chem import AllChem
 
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.data.hdf5 import MoleculeFile
-from molgen_energy.data.molecules import Molecule, Molecules, offsets_of
+from molgen_energy.data.molecules import Molecule, Molecules, offsets_from_sizes
 from molgen_energy.resources import asset
-from molgen_energy.systems.molecule_config import MoleculeConfig
+from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.training.checkpoint import load_checkpoint
-from molgen_energy.training.device import choose_device
+from molgen_energy.training.devices import choose_device
 
 torch.set_num_threads(1)  # tests run in parallel processes
 # Products here come from the library that the commands take them from, so that what a test draws
@@ -116,7 +116,9 @@ def dense_orders(positions: np.ndarray, atomic_numbers: np.ndarray) -> np.ndarra
     """Perceived bond orders (B, N, N) of padded molecules (B, N, 3), (B, N)."""
     inside = atomic_numbers > 0
     molecules = Molecules(
-        positions[inside].astype("f4"), atomic_numbers[inside], offsets_of(inside.sum(axis=1))
+        positions[inside].astype("f4"),
+        atomic_numbers[inside],
+        offsets_from_sizes(inside.sum(axis=1)),
     )
     bonds = perceive(molecules).bonds
     orders = np.zeros((*atomic_numbers.shape, atomic_numbers.shape[1]), np.uint8)

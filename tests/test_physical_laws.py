@@ -11,6 +11,7 @@ import torch
 from conftest import dense_orders, padded_batch
 from scipy.spatial.transform import Rotation
 
+from molgen_energy.diffusion.geometry import random_rotations
 from molgen_energy.diffusion.noise import SeededNoise
 from molgen_energy.diffusion.samplers import SAMPLERS, build_sampler
 from molgen_energy.diffusion.schedule import PolynomialSchedule
@@ -24,7 +25,6 @@ from molgen_energy.losses import (
 )
 from molgen_energy.losses.symmetry import automorphisms
 from molgen_energy.models import MODELS, SHAPE_MODELS, SPIN_MODELS
-from molgen_energy.models.geometry import random_rotations
 
 
 def kind_of_edges(name):
@@ -101,19 +101,19 @@ def test_energy_is_the_equation(pair, springs, edges):
     _, target, mask = pair
     extras = given(target, mask)
     bonded = extras["bonds"]
-    joined = np.ones((*mask.shape, mask.shape[1])) if edges == "complete" else bonded.numpy()
+    process_group = np.ones((*mask.shape, mask.shape[1])) if edges == "complete" else bonded.numpy()
     if edges in ("sparse", "symmetrized"):
-        joined = np.zeros_like(joined, dtype=float)
+        process_group = np.zeros_like(process_group, dtype=float)
         for k, n in enumerate(mask.sum(1).tolist()):
             i, j = SparseEdges(pool=1).edge_lists(n, 3)[0].T
-            joined[k, i, j] = joined[k, j, i] = 1
+            process_group[k, i, j] = process_group[k, j, i] = 1
             if edges == "symmetrized":
                 group = automorphisms(torch.cdist(target[k, :n], target[k, :n]).numpy(), 0.01)
-                images = joined[k, :n, :n][group[:, :, None], group[:, None, :]]
-                joined[k, :n, :n] = images.mean(axis=0)
+                images = process_group[k, :n, :n][group[:, :, None], group[:, None, :]]
+                process_group[k, :n, :n] = images.mean(axis=0)
 
     def stiffness(k, i, j, rest):
-        return SPRINGS[springs](rest, bonded[k, i, j]) * float(joined[k, i, j])
+        return SPRINGS[springs](rest, bonded[k, i, j]) * float(process_group[k, i, j])
 
     expected = naive_energy(*pair, stiffness)
     torch.testing.assert_close(value(ENERGIES[f"energy-{springs}-{edges}"], *pair), expected)

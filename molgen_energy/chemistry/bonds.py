@@ -20,8 +20,8 @@ from molgen_energy.data.molecules import (
     Bonds,
     Molecule,
     Molecules,
-    by_size,
-    offsets_of,
+    batch_by_size,
+    offsets_from_sizes,
 )
 from molgen_energy.elements import atomic_number
 
@@ -153,7 +153,7 @@ def perceive(molecules: Molecules) -> Molecules:
     owners, indices, orders = [], [], []
     small = molecules.sizes <= _LARGE
     (few,) = np.nonzero(small)
-    for piece in by_size(molecules.sizes[few], _PAIRS_AT_ONCE):
+    for piece in batch_by_size(molecules.sizes[few], _PAIRS_AT_ONCE):
         which = few[piece]
         positions, numbers = molecules.select(which).padded()
         i, j = np.triu_indices(positions.shape[1], k=1)
@@ -174,7 +174,7 @@ def perceive(molecules: Molecules) -> Molecules:
     bonds = Bonds(
         index[in_turn].astype(np.uint16),
         order[in_turn],
-        offsets_of(np.bincount(owner, minlength=len(molecules))),
+        offsets_from_sizes(np.bincount(owner, minlength=len(molecules))),
     )
     return replace(molecules, bonds=bonds, formal_charges=None)
 

@@ -22,10 +22,10 @@ from rdkit import Chem, rdBase
 
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.rdkit import CROWD, ORDERS, build, judge, most_neighbours
-from molgen_energy.data.molecules import Molecule, Molecules, Piece
+from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
-from molgen_energy.output import check_file, replacing
+from molgen_energy.output import atomic_replace, check_file
 
 PERCEIVED = "bonds"
 """Field of an SDF that says `perceived` where its bonds were found from distances."""
@@ -135,12 +135,12 @@ class MoleculeReader:
                 return f"it holds {symbol(min(foreign))}, which is not among {allowed}"
         return ""
 
-    def chunks(self, size: int) -> Iterator[Piece]:
+    def chunks(self, size: int) -> Iterator[MoleculeChunk]:
         """The molecules in pieces of at most `size`."""
         molecules = ((self.number, molecule) for molecule in self)
         while part := list(islice(molecules, size)):
             records, piece = zip(*part, strict=True)
-            yield Piece(np.array(records, np.int64), Molecules.from_list(piece))
+            yield MoleculeChunk(np.array(records, np.int64), Molecules.from_list(piece))
 
 
 class _Lines:
@@ -359,7 +359,7 @@ class MoleculeTextWriter:
 
     def __enter__(self) -> MoleculeTextWriter:
         self._stack = ExitStack()
-        self.output = self._stack.enter_context(replacing(self._path))
+        self.output = self._stack.enter_context(atomic_replace(self._path))
         self._file = self._stack.enter_context(self.output.temporary.open("w", encoding="utf-8"))
         return self
 

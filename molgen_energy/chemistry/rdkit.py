@@ -22,7 +22,7 @@ CROWD = 12
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SanitizationResult:
     """What RDKit says of one molecule.
 
     ``smiles`` is that of the largest fragment (EDM's protocol), None for an invalid molecule;
@@ -68,7 +68,7 @@ def most_neighbours(molecule: Molecule) -> int:
     return int(np.bincount(molecule.bond_index.ravel()).max())
 
 
-def judge(molecule: Molecule, whole: bool = False) -> Verdict:
+def judge(molecule: Molecule, whole: bool = False) -> SanitizationResult:
     """Sanitise a molecule as a whole, then name its largest fragment.
 
     Parameters
@@ -79,7 +79,7 @@ def judge(molecule: Molecule, whole: bool = False) -> Verdict:
     built = build(molecule)
     fragments = len(Chem.GetMolFrags(built))
     if most_neighbours(molecule) > CROWD:
-        return Verdict(False, fragments, reason=f"an atom has more than {CROWD} bonds")
+        return SanitizationResult(False, fragments, reason=f"an atom has more than {CROWD} bonds")
     with rdBase.BlockLogs():
         try:
             Chem.SanitizeMol(built)
@@ -93,11 +93,11 @@ def judge(molecule: Molecule, whole: bool = False) -> Verdict:
                 largest = max(parts, key=lambda part: part.GetNumAtoms())
             smiles = Chem.MolToSmiles(largest)
             name = _readable_name(built) if whole else None
-            return Verdict(True, fragments, smiles, implicit, "", name)
+            return SanitizationResult(True, fragments, smiles, implicit, "", name)
         except ValueError as error:  # what sanitisation raises
-            return Verdict(False, fragments, reason=str(error).strip())
+            return SanitizationResult(False, fragments, reason=str(error).strip())
         except RuntimeError:  # an atom with more bonds than it can count
-            return Verdict(False, fragments, reason="valence beyond what RDKit counts")
+            return SanitizationResult(False, fragments, reason="valence beyond what RDKit counts")
 
 
 def _readable_name(molecule: Chem.Mol) -> str | None:

@@ -28,7 +28,7 @@ from rich.progress import (
 )
 
 from molgen_energy.distributed import is_main, rank, world_size
-from molgen_energy.errors import InputError, ProcessEnded, TrainingFailed
+from molgen_energy.errors import InputError, PeerLostError, TrainingFailedError
 
 # Of several processes that do one job, only the first speaks.
 stdout = Console(highlight=False, quiet=not is_main())
@@ -84,7 +84,7 @@ def exit_on_error() -> Iterator[None]:
         where = f": {error.filename}" if error.filename else ""
         remedy = "; free some and run again" if error.errno == errno.ENOSPC else ""
         _fail(f"{error.strerror or error}{where}{remedy}", BAD_INPUT)
-    except (ProcessEnded, TrainingFailed) as error:
+    except (PeerLostError, TrainingFailedError) as error:
         _fail(str(error), FAILED)
     except Exception as error:
         _show_traceback()
@@ -99,7 +99,7 @@ def _show_traceback() -> None:
         traceback.print_exc()
 
 
-class Occasional:
+class ThrottledLog:
     """Lines of progress for a log, where no bar can be drawn: one a minute at most."""
 
     _SECONDS = 60

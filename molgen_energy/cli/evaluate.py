@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from molgen_energy.cli.console import Occasional, progress_bar, say, stdout, warn
+from molgen_energy.cli.console import ThrottledLog, progress_bar, say, stdout, warn
 from molgen_energy.distributed import is_main, lines
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.output import check_folder
@@ -98,7 +98,7 @@ def command(
     split.
     """
     from molgen_energy.distributed import default_workers
-    from molgen_energy.metrics.workers import Workers
+    from molgen_energy.workers import Workers
 
     system = _system(files)
     if system != "molecules":
@@ -155,19 +155,19 @@ def _judge(
     system: str, files: list[Path], context: typer.Context, report: Path | None, as_json: bool
 ) -> None:
     """Judge what are no molecules."""
-    from molgen_energy.metrics import JUDGES
     from molgen_energy.metrics.scores import as_json as to_json
     from molgen_energy.metrics.scores import table, write_report
+    from molgen_energy.systems.evaluators import EVALUATORS
 
-    if system not in JUDGES:
-        raise InputError(f"{files[0]} holds {system}; known are molecules, {', '.join(JUDGES)}")
+    if system not in EVALUATORS:
+        raise InputError(f"{files[0]} holds {system}; known are molecules, {', '.join(EVALUATORS)}")
     for name in context.params:
         chosen = context.get_parameter_source(name)
         given = chosen is not None and chosen.name != "DEFAULT"
         if given and name not in ("files", "report", "as_json"):
             raise InputError(f"--{name.replace('_', '-')} is for molecules, not for {system}")
     _check_report(report)
-    found = [JUDGES[system](path) for path in files]
+    found = [EVALUATORS[system](path) for path in files]
     page = None if report is None else write_report(found, report)
     if as_json:
         typer.echo(json.dumps(to_json(found), indent=2))
@@ -206,7 +206,7 @@ def _options(
 
 def _watching(bar: Progress) -> Callable[[str, int | None], Callable[[int], None]]:
     """What begins to show progress of something, of so many molecules."""
-    log = Occasional()
+    log = ThrottledLog()
 
     def watched(what: str, total: int | None) -> Callable[[int], None]:
         handle = bar.add_task(what, total=total)

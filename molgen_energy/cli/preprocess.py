@@ -13,9 +13,10 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from molgen_energy.cli.console import Occasional, exit_on_error, progress_bar, say, warn
-from molgen_energy.data.sources import SOURCES, Source
+from molgen_energy.cli.console import ThrottledLog, exit_on_error, progress_bar, say, warn
+from molgen_energy.data.datasets.base import Dataset
 from molgen_energy.errors import InputError
+from molgen_energy.systems.datasets import DATASETS
 
 _READ = "molecules"
 """Name of the command that reads molecules; it need not be typed."""
@@ -38,21 +39,21 @@ def application() -> typer.Typer:
         help="Turn QM9, or any SDF or XYZ file, into the HDF5 file that `train` reads: "
         "`preprocess qm9`, `preprocess mine.sdf`. Or make the data of another physical system.",
         context_settings={"help_option_names": ["-h", "--help"]},
-        subcommand_metavar="qm9|FILE|" + "|".join(SOURCES) + " [OPTIONS]",
+        subcommand_metavar="qm9|FILE|" + "|".join(DATASETS) + " [OPTIONS]",
     )
     made.command(name=_READ, help=f"(or nothing) {command.__doc__}")(exit_on_error()(command))
-    for source in SOURCES.values():
+    for source in DATASETS.values():
         made.command(name=source.name, help=source.__doc__)(exit_on_error()(_making(source)))
     return made
 
 
-def _making(source: type[Source]) -> Callable[..., None]:
+def _making(source: type[Dataset]) -> Callable[..., None]:
     """A command whose options are the fields of a source."""
 
     def make(output: Path, **options: Any) -> None:
-        from molgen_energy.parts import parts_folder
+        from molgen_energy.data.shards import shards_folder
 
-        began, log = time.monotonic(), Occasional()
+        began, log = time.monotonic(), ThrottledLog()
         with progress_bar(transient=True) as bar:
             task = bar.add_task(f"making {source.samples}", total=None)
 
@@ -63,7 +64,7 @@ def _making(source: type[Source]) -> Callable[..., None]:
             try:
                 said = source(**options).write(output, progress)
             except (KeyboardInterrupt, OSError):
-                if (folder := parts_folder(output)).exists():
+                if (folder := shards_folder(output)).exists():
                     say(f"what is finished stays in {folder}; the same command goes on with it")
                 raise
         say(f"{source.samples} written to {output} in {time.monotonic() - began:.0f} s: {said}")
@@ -117,9 +118,9 @@ def command(
 ) -> None:
     """Turn QM9, or any SDF or XYZ file, into the HDF5 file that `train` reads."""
     from molgen_energy.chemistry.molfiles import MoleculeReader
-    from molgen_energy.data.sources.qm9 import MOLECULES
+    from molgen_energy.data.datasets.files import preprocess_file, preprocess_qm9
+    from molgen_energy.data.datasets.qm9 import MOLECULES
     from molgen_energy.data.splits import parse_fractions
-    from molgen_energy.preprocessing import preprocess_file, preprocess_qm9
 
     began = time.monotonic()
     if what.lower() == "qm9" and not Path(what).is_file():
@@ -131,7 +132,7 @@ def command(
         if source is not None:
             raise InputError("--source goes with qm9; a file is named by itself")
         path = Path(what)
-        if what in SOURCES and not path.is_file():
+        if what in DATASETS and not path.is_file():
             raise InputError(f"write `preprocess {what}` first, and its options behind it")
         output = output or Path(path.name.removesuffix(".gz")).with_suffix(".h5")
         allowed = None if elements is None else [name.strip() for name in elements.split(",")]
@@ -155,7 +156,7 @@ def _describe(output: Path) -> None:
     from molgen_energy.elements import symbol
 
     with MoleculeFile(output) as file:
-        counts = ", ".join(f"{name} {len(file.members(name)):,}" for name in SPLITS)
+        counts = ", ".join(f"{name} {len(file.split_indices(name)):,}" for name in SPLITS)
         present: set[int] = set()
         flat = True
         for piece in file.chunks(50_000):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from molgen_energy.cli.console import INTERRUPTED, Occasional, progress_bar, say, stdout, warn
-from molgen_energy.distributed import from_main, is_main, joined, local_device, world_size
+from molgen_energy.cli.console import INTERRUPTED, ThrottledLog, progress_bar, say, stdout, warn
+from molgen_energy.distributed import broadcast, is_main, local_device, process_group, world_size
 from molgen_energy.errors import InputError
 
 if TYPE_CHECKING:
@@ -98,10 +98,10 @@ def command(
     all are there, so that nothing is lost when sampling is broken off, and
     `torchrun --nproc-per-node K -m molgen_energy sample` shares the work.
     """
-    from molgen_energy.parts import parts_folder
+    from molgen_energy.data.shards import shards_folder
     from molgen_energy.systems.registry import system_named
     from molgen_energy.training.checkpoint import load_checkpoint
-    from molgen_energy.training.device import choose_device
+    from molgen_energy.training.devices import choose_device
 
     if checkpoint == Path("list") and not checkpoint.exists():
         _list()
@@ -120,9 +120,9 @@ def command(
     }
     given = {name: value for name, value in values.items() if value is not None}
     chosen = local_device(choose_device(device))
-    with joined(chosen):
+    with process_group(chosen):
         # The first process decides for all: the newest run may be another one a second later.
-        found, path, asked = from_main(
+        found, path, asked = broadcast(
             _asked(given, checkpoint, output, resume) if is_main() else None
         )
         loaded = load_checkpoint(found, weights=["ema"])
@@ -142,8 +142,8 @@ def command(
                 observer = SamplingBar(bar, total, samples, go_on)
                 outcome = generator.write(path, observer, resume is not None)
         except (OSError, RuntimeError, MemoryError):
-            if parts_folder(path).exists():
-                say(f"what is finished stays in {parts_folder(path)}; {go_on}")
+            if shards_folder(path).exists():
+                say(f"what is finished stays in {shards_folder(path)}; {go_on}")
             raise
     if not is_main():
         return
@@ -166,15 +166,15 @@ def _asked(
     given: dict[str, Any], checkpoint: Path | None, output: Path | None, resume: Path | None
 ) -> tuple[Path, Path, dict[str, Any]]:
     """The checkpoint, the file to write, and a value for each option of the system."""
-    from molgen_energy.output import through_links
-    from molgen_energy.parts import parts_folder, read_job
+    from molgen_energy.data.shards import read_sampling_job, shards_folder
+    from molgen_energy.output import resolve_symlink
     from molgen_energy.systems.registry import SYSTEMS, system_named
     from molgen_energy.training.checkpoint import load_checkpoint, newest_run
-    from molgen_energy.training.shipped import DEFAULT, checkpoint_named
+    from molgen_energy.training.pretrained import DEFAULT, resolve_checkpoint
 
     if resume is None:
         chosen = newest_run(Path("runs")) or Path(DEFAULT) if checkpoint is None else checkpoint
-        found = checkpoint_named(chosen)
+        found = resolve_checkpoint(chosen)
         begun = load_checkpoint(found)
         system = system_named(begun.system, str(begun.path))
         for name in given:
@@ -184,24 +184,24 @@ def _asked(
                     f"{_option(name)} has no meaning for {system.samples}, which {chosen} makes; "
                     f"there serve {serve}"
                 )
-        path = through_links(Path(system.output) if output is None else output)
+        path = resolve_symlink(Path(system.output) if output is None else output)
         system.check_output(path)
         return found, path, dict(system.sampling) | given
     if output is not None and output != resume:
         raise InputError(f"--resume {resume} names the file itself; leave out -o {output}")
-    resume = through_links(resume)
-    job = read_job(resume)
+    resume = resolve_symlink(resume)
+    job = read_sampling_job(resume)
     options = SYSTEMS["molecules"].sampling
     for name, value in given.items():
         there = getattr(job, name, None)
         if value != there:
             was = "-".join(map(str, there)) if isinstance(there, tuple) else there
             raise InputError(
-                f"{_option(name)} cannot change: {parts_folder(resume)} was begun with "
+                f"{_option(name)} cannot change: {shards_folder(resume)} was begun with "
                 f"{'the default' if was is None else was}; --resume needs no other option"
             )
     try:
-        found = checkpoint_named(Path(job.checkpoint) if checkpoint is None else checkpoint)
+        found = resolve_checkpoint(Path(job.checkpoint) if checkpoint is None else checkpoint)
     except InputError:
         if checkpoint is not None:
             raise
@@ -214,10 +214,10 @@ def _list() -> None:
     """Print what weights ship."""
     from rich.table import Table
 
-    from molgen_energy.training.shipped import shipped_weights
+    from molgen_energy.training.pretrained import pretrained_weights
 
     table = Table("name", "weights", box=None, pad_edge=False)
-    for name, weights in shipped_weights().items():
+    for name, weights in pretrained_weights().items():
         table.add_row(name, weights.summary)
     stdout.print(table)
 
@@ -235,7 +235,7 @@ class SamplingBar:
     ) -> None:
         self._samples = samples
         self._bar, self._handle = bar, bar.add_task(title, total=max(total, 0), rate="")
-        self._total, self._go_on, self._log = total, go_on, Occasional()
+        self._total, self._go_on, self._log = total, go_on, ThrottledLog()
         self._began, self._before, self._done = time.perf_counter(), 0, 0.0
 
     def found(self, samples: int) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from molgen_energy.cli.console import INTERRUPTED, Occasional, progress_bar, say, warn
-from molgen_energy.distributed import from_main, is_main, joined, local_device, world_size
+from molgen_energy.cli.console import INTERRUPTED, ThrottledLog, progress_bar, say, warn
+from molgen_energy.distributed import broadcast, is_main, local_device, process_group, world_size
 from molgen_energy.errors import InputError
 from molgen_energy.output import check_folder
 
@@ -71,8 +71,8 @@ def command(
     from molgen_energy.config import parse_assignments
     from molgen_energy.systems.registry import SYSTEMS, load_config, system_named
     from molgen_energy.training.checkpoint import load_checkpoint
-    from molgen_energy.training.device import choose_device
-    from molgen_energy.training.loop import Stopped, total_steps, train
+    from molgen_energy.training.devices import choose_device
+    from molgen_energy.training.loop import TrainingInterrupted, total_steps, train
 
     length: dict[str, Any] = {"training.steps": steps, "training.epochs": epochs}
     others: dict[str, Any] = {
@@ -87,7 +87,7 @@ def command(
     if data is not None:
         given["data.path"] = str(data)
     target = local_device(choose_device(device))
-    with joined(target):
+    with process_group(target):
         if resume is not None:
             _only_length(given, config, assignments, output)
             run = resume
@@ -107,7 +107,7 @@ def command(
                 if value is not None and name != "energy":
                     raise InputError(f"{option} goes with --loss energy, not {name}")
             settled = shipped.replaced(changes | given)
-            run = output or from_main(_new_run(settled))
+            run = output or broadcast(_new_run(settled))
             if is_main():
                 _check_new(run)
         system = SYSTEMS[settled.system]
@@ -124,7 +124,7 @@ def command(
                 summary = train(
                     task, run, _BarObserver(bar, handle, system.samples), resume=resume is not None
                 )
-        except Stopped as stopped:
+        except TrainingInterrupted as stopped:
             say(f"{stopped}; go on with: molgen-energy train --resume {shlex.quote(str(run))}")
             sys.exit(INTERRUPTED)
     _conclude(settled, summary)
@@ -153,7 +153,7 @@ class _Preparation:
 
 class _BarObserver:
     def __init__(self, bar: Progress, handle: TaskID, samples: str) -> None:
-        self._bar, self._handle, self._log = bar, handle, Occasional()
+        self._bar, self._handle, self._log = bar, handle, ThrottledLog()
         self._samples = samples
 
     def progress(self, step: int, steps: int, loss: float, samples_per_second: float) -> None:

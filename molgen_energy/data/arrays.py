@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from molgen_energy import __version__
 from molgen_energy.data.hdf5 import (
     SCHEMA,
-    PatientFile,
+    DeferredErrorFile,
     check_columns,
     check_hdf5_name,
     open_store,
 )
 from molgen_energy.data.splits import SPLITS
 from molgen_energy.errors import InputError
-from molgen_energy.output import replacing
+from molgen_energy.output import atomic_replace
 
 Columns = Mapping[str, NDArray[Any]]
 
@@ -107,7 +107,7 @@ class ArrayFile:
         except (KeyError, TypeError, ValueError):  # none, or not of this package
             return {"source": self.source}
 
-    def members(self, split: str) -> NDArray[np.int64]:
+    def split_indices(self, split: str) -> NDArray[np.int64]:
         """Numbers of the samples of `train`, `valid` or `test`; without a split all are `train`."""
         labels = self.columns.get("split", np.zeros(len(self), np.uint8))
         return np.flatnonzero(labels == SPLITS.index(split))
@@ -119,7 +119,7 @@ class ArrayFile:
     def fingerprint(self) -> str:
         """Of the training samples, 16 hexadecimal digits."""
         digest = hashlib.sha256()
-        for name, column in sorted(self.select(self.members("train")).items()):
+        for name, column in sorted(self.select(self.split_indices("train")).items()):
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(column).tobytes())
         return digest.hexdigest()[:16]
@@ -174,7 +174,7 @@ def write_arrays(
         No space is left, or another fault of the disk.
     """
     check_hdf5_name(path)
-    with replacing(path) as output, PatientFile(output.temporary) as raw:
+    with atomic_replace(path) as output, DeferredErrorFile(output.temporary) as raw:
         with h5py.File(raw, "w") as file:
             file.attrs.update(
                 schema=SCHEMA,

@@ -27,15 +27,15 @@ from numpy.typing import NDArray
 from molgen_energy import __version__
 from molgen_energy.data.molecules import (
     Bonds,
+    MoleculeChunk,
     Molecules,
-    Piece,
     Property,
     gather_ragged,
-    offsets_of,
+    offsets_from_sizes,
 )
 from molgen_energy.data.splits import SPLITS
 from molgen_energy.errors import InputError, unknown_name
-from molgen_energy.output import check_writable, replacing
+from molgen_energy.output import atomic_replace, check_writable
 
 SCHEMA = 1
 _CHUNK_ROWS = 65536
@@ -56,7 +56,7 @@ def _room(values: NDArray[Any]) -> int:
     return values.nbytes + texts + _CHUNK_ROWS * row
 
 
-class PatientFile(io.FileIO):
+class DeferredErrorFile(io.FileIO):
     """A file for the HDF5 library, which ends the process where a write fails.
 
     Space is reserved before the library writes, so that a full disk is noticed by `reserve`. What
@@ -188,8 +188,8 @@ class MoleculeWriter:
 
     def __enter__(self) -> MoleculeWriter:
         self._stack = ExitStack()
-        self.output = self._stack.enter_context(replacing(self._path))
-        self._raw = self._stack.enter_context(PatientFile(self.output.temporary))
+        self.output = self._stack.enter_context(atomic_replace(self._path))
+        self._raw = self._stack.enter_context(DeferredErrorFile(self.output.temporary))
         self._file = self._stack.enter_context(h5py.File(self._raw, "w"))
         self._file.attrs.update(
             schema=SCHEMA,
@@ -275,7 +275,7 @@ class MoleculeWriter:
 
 
 @dataclass(frozen=True)
-class Survey:
+class DatasetSummary:
     """What one pass over a file finds, in memory that does not grow with it."""
 
     first_atoms: dict[int, int]
@@ -344,7 +344,7 @@ class MoleculeFile:
     def __len__(self) -> int:
         return len(self.split)
 
-    def members(self, split: str | None) -> NDArray[np.int64]:
+    def split_indices(self, split: str | None) -> NDArray[np.int64]:
         """Numbers of the molecules of a split (`train`, `valid`, `test`), or of all."""
         if split is None:
             return np.arange(len(self), dtype=np.int64)
@@ -355,17 +355,17 @@ class MoleculeFile:
     def load(self, split: str | None = None) -> Molecules:
         """All molecules of a split, or of the file, in memory."""
         molecules = self.slice(0, len(self))
-        return molecules if split is None else molecules.select(self.members(split))
+        return molecules if split is None else molecules.select(self.split_indices(split))
 
     def chunks(
         self, size: int, split: str | None = None, skip_bad: bool = False
-    ) -> Iterator[Piece]:
+    ) -> Iterator[MoleculeChunk]:
         """The molecules of a split in pieces of at most `size`, read one piece at a time.
 
         With `skip_bad`, molecules whose coordinates are not finite are left out and counted in
         `skipped`.
         """
-        wanted = self.members(split)
+        wanted = self.split_indices(split)
         self.skipped = 0
         for start in range(0, len(self), size):
             stop = min(start + size, len(self))
@@ -379,9 +379,9 @@ class MoleculeFile:
             self.skipped += int((~usable).sum())
             chosen = chosen[usable]
             if len(chosen):
-                yield Piece(chosen + 1, molecules.select(chosen - start))
+                yield MoleculeChunk(chosen + 1, molecules.select(chosen - start))
 
-    def survey(self) -> Survey:
+    def summarize(self) -> DatasetSummary:
         """Read the file once and check every molecule.
 
         Raises
@@ -413,7 +413,7 @@ class MoleculeFile:
             start = stop
         sizes = np.flatnonzero(histogram)
         whole = hashlib.sha256(b"".join(digest.digest() for digest in digests))
-        return Survey(
+        return DatasetSummary(
             first_atoms,
             dict(zip(sizes.tolist(), histogram[sizes].tolist(), strict=True)),
             whole.hexdigest()[:16],
@@ -448,7 +448,7 @@ class MoleculeFile:
         InputError
             A position is not a finite number, which names the molecule; or the file breaks off.
         """
-        offsets = offsets_of(self.sizes(which))
+        offsets = offsets_from_sizes(self.sizes(which))
         positions = np.empty((offsets[-1], 3), np.float32)
         atomic_numbers = np.empty(offsets[-1], np.uint8)
         read_bonds = []
@@ -469,7 +469,7 @@ class MoleculeFile:
             found = Bonds(
                 np.concatenate([np.zeros((0, 2), np.uint16), *(b.index for b in read_bonds)]),
                 np.concatenate([np.zeros(0, np.uint8), *(b.order for b in read_bonds)]),
-                offsets_of(
+                offsets_from_sizes(
                     np.concatenate(
                         [np.zeros(0, np.int64), *(np.diff(b.offsets) for b in read_bonds)]
                     )

@@ -77,13 +77,13 @@ class Molecules:
         orders = [m.bond_order for m in molecules if m.bond_order is not None]
         bonds = None
         if molecules and len(indices) == len(orders) == len(molecules):
-            sizes = offsets_of([len(order) for order in orders])
+            sizes = offsets_from_sizes([len(order) for order in orders])
             bonds = Bonds(np.concatenate(indices), np.concatenate(orders), sizes)
         empty = not molecules
         return cls(
             np.zeros((0, 3), "f4") if empty else np.concatenate([m.positions for m in molecules]),
             np.zeros(0, "u1") if empty else np.concatenate([m.atomic_numbers for m in molecules]),
-            offsets_of([len(m) for m in molecules]),
+            offsets_from_sizes([len(m) for m in molecules]),
             np.concatenate(charges) if charges and len(charges) == len(molecules) else None,
             bonds,
         )
@@ -155,7 +155,7 @@ class Molecules:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MoleculeChunk:
     """Some molecules of a file with the numbers of their records, from 1."""
 
     records: NDArray[np.int64]
@@ -164,17 +164,17 @@ class Piece:
     def __len__(self) -> int:
         return len(self.records)
 
-    def parts(self, size: int) -> Iterator[Piece]:
+    def parts(self, size: int) -> Iterator[MoleculeChunk]:
         """The molecules in pieces of at most `size`."""
         for start in range(0, len(self), size):
             yield self.select(np.arange(start, min(start + size, len(self))))
 
-    def select(self, which: NDArray[np.int64]) -> Piece:
+    def select(self, which: NDArray[np.int64]) -> MoleculeChunk:
         """The molecules of these numbers within the piece."""
-        return Piece(self.records[which], self.molecules.select(which))
+        return MoleculeChunk(self.records[which], self.molecules.select(which))
 
 
-def by_size(sizes: NDArray[np.int64], pairs: int) -> Iterator[NDArray[np.int64]]:
+def batch_by_size(sizes: NDArray[np.int64], pairs: int) -> Iterator[NDArray[np.int64]]:
     """Every molecule once, by ascending size, in pieces of at most so many pairs of atoms.
 
     A piece counts as padded to its largest molecule, and holds one molecule at least.
@@ -187,7 +187,7 @@ def by_size(sizes: NDArray[np.int64], pairs: int) -> Iterator[NDArray[np.int64]]
         order = order[count:]
 
 
-def offsets_of(sizes: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
+def offsets_from_sizes(sizes: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
     """Cumulated sizes with a zero in front: (M,) → (M+1,)."""
     return np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64))]).astype(np.int64)
 
@@ -197,6 +197,6 @@ def gather_ragged(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Row numbers of the chosen segments, one after another, and the offsets among them."""
     sizes = np.diff(offsets)[which]
-    chosen = offsets_of(sizes)
+    chosen = offsets_from_sizes(sizes)
     rows = np.arange(chosen[-1]) + np.repeat(offsets[:-1][which] - chosen[:-1], sizes)
     return rows, chosen

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from molgen_energy.diffusion.geometry import on_subspace
 from molgen_energy.diffusion.schedule import PolynomialSchedule
 from molgen_energy.losses import PositionLoss
-from molgen_energy.models.geometry import on_subspace
 
 _DRAWS = 1 << 62  # graphs are taken modulo their number
 

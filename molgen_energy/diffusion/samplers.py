@@ -17,11 +17,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from molgen_energy.diffusion.geometry import on_subspace
 from molgen_energy.diffusion.noise import SeededNoise
 from molgen_energy.diffusion.process import clean_prediction
 from molgen_energy.diffusion.schedule import PolynomialSchedule
 from molgen_energy.errors import InputError, unknown_name
-from molgen_energy.models.geometry import on_subspace
 
 
 def spaced_levels(places: Tensor, steps: int) -> list[int]:

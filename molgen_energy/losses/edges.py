@@ -42,7 +42,7 @@ class Block(ABC):
         """Add the sum of values over ordered pairs to totals, (B,)."""
 
     @abstractmethod
-    def add_pull(self, pull: Tensor) -> None:
+    def accumulate_forces(self, forces: Tensor) -> None:
         """Add Σ_j pull_ij (D, …), which is −pull_ji, to the pull on each atom."""
 
 
@@ -54,8 +54,8 @@ class Pairs(ABC):
         """The pairs; a block may be used until the next one is asked for."""
 
     @abstractmethod
-    def pull(self) -> Tensor:
-        """What the blocks' `add_pull` gave, (B, N, D)."""
+    def forces(self) -> Tensor:
+        """What the blocks' `accumulate_forces` gave, (B, N, D)."""
 
 
 class Edges(ABC):
@@ -131,7 +131,7 @@ class _CompletePairs(Pairs):
                 samples = slice(sample, min(sample + self.together, batch))
                 yield _CompleteBlock(self, samples, slice(row, min(row + self.rows, atoms)))
 
-    def pull(self) -> Tensor:
+    def forces(self) -> Tensor:
         return self.total.movedim(0, -1)
 
 
@@ -158,8 +158,8 @@ class _CompleteBlock(Block):
     def add(self, totals: Tensor, values: Tensor) -> None:
         totals[self.samples].add_(values.sum(dim=(1, 2)))
 
-    def add_pull(self, pull: Tensor) -> None:
-        self.pairs.total[:, self.samples, self.rows] = pull.sum(dim=3)
+    def accumulate_forces(self, forces: Tensor) -> None:
+        self.pairs.total[:, self.samples, self.rows] = forces.sum(dim=3)
 
 
 # ---- sparse --------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ class _CircularPairs(Pairs):
         for place in range(0, self.atoms, width):
             yield _CircularBlock(self, place, min(place + width, self.atoms))
 
-    def pull(self) -> Tensor:
+    def forces(self) -> Tensor:
         # What fell on atoms that stand again belongs to the first ones.
         mask, total = self.samples.mask, self.total
         width = min(self.dimension * self.stride, self.atoms)
@@ -386,12 +386,12 @@ class _CircularBlock(Block):
     def add(self, totals: Tensor, values: Tensor) -> None:
         totals.add_(values.sum(dim=(1, 2)), alpha=2)
 
-    def add_pull(self, pull: Tensor) -> None:
+    def accumulate_forces(self, forces: Tensor) -> None:
         total, stride = self.pairs.total, self.pairs.stride
         for k in range(self.pairs.dimension):
             ahead = (k + 1) * stride
-            total[:, :, self.start : self.stop].add_(pull[:, :, k])
-            total[:, :, self.start + ahead : self.stop + ahead].sub_(pull[:, :, k])
+            total[:, :, self.start : self.stop].add_(forces[:, :, k])
+            total[:, :, self.start + ahead : self.stop + ahead].sub_(forces[:, :, k])
 
 
 # ---- tables of neighbours ------------------------------------------------------------------------
@@ -528,7 +528,7 @@ class _TabulatedPairs(Pairs):
         if self.table.index.shape[-1]:
             yield _TabulatedBlock(self)
 
-    def pull(self) -> Tensor:
+    def forces(self) -> Tensor:
         return self.total.movedim(0, -1)
 
 
@@ -563,8 +563,8 @@ class _TabulatedBlock(Block):
     def add(self, totals: Tensor, values: Tensor) -> None:
         totals += values.sum(dim=(1, 2))
 
-    def add_pull(self, pull: Tensor) -> None:
-        self.pairs.total = pull.sum(dim=3)
+    def accumulate_forces(self, forces: Tensor) -> None:
+        self.pairs.total = forces.sum(dim=3)
 
 
 EDGES: dict[str, type[Edges]] = {

@@ -89,12 +89,12 @@ class PairwiseEnergy(PositionLoss):
                 block.add(energy, extension.mul_(force))
                 if differentiate:
                     # Differences of coincident atoms are 0, whatever they are multiplied by.
-                    block.add_pull(apart.mul_(force.div_(length.clamp_(min=least))))
+                    block.accumulate_forces(apart.mul_(force.div_(length.clamp_(min=least))))
             constant = self.scale / samples.counts
             energy *= 0.5 * constant
             if not differentiate:
                 return energy
-            gradient = pairs.pull().mul_(2 * constant[:, None, None])
+            gradient = pairs.forces().mul_(2 * constant[:, None, None])
         return _with_gradient(samples.prediction, energy, gradient)
 
     def _stiffness(self, block: Block, rest: Tensor, samples: Samples) -> Tensor:

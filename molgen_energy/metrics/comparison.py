@@ -18,7 +18,7 @@ from molgen_energy.metrics.distances import (
     wasserstein_without,
 )
 from molgen_energy.metrics.fcd import Moments
-from molgen_energy.metrics.findings import GROUPS, Findings, Geometry, Values
+from molgen_energy.metrics.findings import GROUPS, EvaluationAccumulator, Geometry, Values
 
 _FEWEST = 2 * GROUPS  # molecules, for an interval
 
@@ -49,7 +49,7 @@ class Distributions:
         return self.geometry.get(kind, {}).get(code_of(kind, name), Values())
 
     @classmethod
-    def of(cls, findings: Findings, moments: Moments | None) -> Distributions:
+    def of(cls, findings: EvaluationAccumulator, moments: Moments | None) -> Distributions:
         """Those of a file."""
         return cls(findings.geometry, findings.sizes, findings.elements, moments)
 

@@ -15,7 +15,7 @@ from rdkit.Chem.Draw import rdMolDraw2D
 
 from molgen_energy.chemistry.geometry import KINDS, UNITS
 from molgen_energy.chemistry.rdkit import CROWD, build, most_neighbours
-from molgen_energy.data.molecules import Molecule, Piece
+from molgen_energy.data.molecules import Molecule, MoleculeChunk
 from molgen_energy.elements import symbol
 from molgen_energy.metrics.judging import unstable_atoms
 from molgen_energy.metrics.report import Report
@@ -208,7 +208,7 @@ def panels_png(shown: list[Panel], names: list[str], data_name: str) -> bytes:
     return buffer.getvalue()
 
 
-def draw_piece(piece: Piece, valence: str | None) -> list[str]:
+def draw_piece(piece: MoleculeChunk, valence: str | None) -> list[str]:
     """Molecules in two dimensions as SVG; empty where RDKit cannot draw one.
 
     Unstable atoms are marked (see `unstable_atoms` for `valence`).
@@ -216,7 +216,7 @@ def draw_piece(piece: Piece, valence: str | None) -> list[str]:
     return [_drawing(molecule, valence) for molecule in piece.molecules]
 
 
-def not_drawn(piece: Piece, reason: str) -> list[str]:
+def not_drawn(piece: MoleculeChunk, reason: str) -> list[str]:
     """Molecules that RDKit came to no end with."""
     return [""] * len(piece)
 

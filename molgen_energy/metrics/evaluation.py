@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from molgen_energy.chemistry.bonds import has_valence
 from molgen_energy.chemistry.geometry import GeometryTypes, code_of
 from molgen_energy.chemistry.rdkit import CROWD
-from molgen_energy.data.molecules import Molecules, Piece
+from molgen_energy.data.molecules import MoleculeChunk, Molecules
 from molgen_energy.elements import symbol
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.metrics.comparison import Comparison, Distributions, Measure
 from molgen_energy.metrics.fcd import ChemNet, Moments
-from molgen_energy.metrics.findings import Distinct, Draw, Findings, Worst
+from molgen_energy.metrics.findings import Distinct, Draw, EvaluationAccumulator, Worst
 from molgen_energy.metrics.judging import (
-    Judgement,
+    ChunkChecks,
     Settings,
     judge_piece,
     judge_without_rdkit,
@@ -37,7 +37,7 @@ from molgen_energy.metrics.judging import (
 from molgen_energy.metrics.plausibility import bust, given_up
 from molgen_energy.metrics.rates import Rate, median_interval
 from molgen_energy.metrics.relaxation import Relaxed, not_relaxed, relax_mmff, relax_xtb
-from molgen_energy.metrics.workers import Workers
+from molgen_energy.workers import Workers
 
 METRIC_GROUPS = ("rates", "geometry", "composition", "strain", "fcd", "posebusters", "xtb")
 """What `--metrics` chooses from; rates are always there."""
@@ -124,7 +124,7 @@ def settings_for(types: GeometryTypes | None, options: Options) -> Settings:
 class Source(Protocol):
     """Molecules that come in pieces, and what is known of them."""
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[MoleculeChunk]:
         """The molecules in pieces, one in memory at a time."""
         ...
 
@@ -138,7 +138,7 @@ class Evaluation:
     rates: dict[str, Rate | None]
     measures: dict[str, Measure] = field(default_factory=dict)
     distributions: Distributions | None = None
-    findings: Findings = field(default_factory=Findings)
+    findings: EvaluationAccumulator = field(default_factory=EvaluationAccumulator)
     comparison: Comparison = field(default_factory=Comparison)
     bonds: str = "perceived from distances"
     skipped: int = 0
@@ -183,7 +183,7 @@ def evaluate(
         A molecule holds an element that the table of valences lacks, and bad records are not to
         be skipped; or the given bonds are to be judged and there are none.
     """
-    findings = Findings(options.drawn)
+    findings = EvaluationAccumulator(options.drawn)
     left_out = _LeftOut(name, options)
     net = ChemNet() if "fcd" in options.usable else None
     settings = options.settings
@@ -226,8 +226,8 @@ def evaluate(
 
 
 def judgements(
-    pieces: Iterable[Piece], settings: Settings, workers: Workers
-) -> Iterator[tuple[Piece, Judgement]]:
+    pieces: Iterable[MoleculeChunk], settings: Settings, workers: Workers
+) -> Iterator[tuple[MoleculeChunk, ChunkChecks]]:
     """Pieces and what is found of them; where RDKit hangs, what can be said without it."""
     return workers.map(
         partial(judge_piece, settings=settings),
@@ -260,7 +260,7 @@ class _LeftOut:
         self._name, self._skip, self.count = name, options.skip_bad, 0
         self._given = options.settings.bonds == "given"
 
-    def without(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+    def without(self, pieces: Iterable[MoleculeChunk]) -> Iterator[MoleculeChunk]:
         for piece in pieces:
             if self._given and piece.molecules.bonds is None:
                 raise InputError(
@@ -314,12 +314,12 @@ def _look_closer(evaluation: Evaluation, options: Options, workers: Workers) -> 
         evaluation.failed_checks = Counter(name for checks in failures for name in checks)
 
 
-def _pieces(drawn: Draw, most: int) -> Iterator[Piece]:
+def _pieces(drawn: Draw, most: int) -> Iterator[MoleculeChunk]:
     specimens = list(drawn)[:most]
     for start in range(0, len(specimens), _SLOW_PIECE):
         part = specimens[start : start + _SLOW_PIECE]
         records = np.array([s.record for s in part], np.int64)
-        yield Piece(records, Molecules.from_list([s.molecule for s in part]))
+        yield MoleculeChunk(records, Molecules.from_list([s.molecule for s in part]))
 
 
 def _add_relaxed(

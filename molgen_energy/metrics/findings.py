@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.data.molecules import Molecule, Piece
-from molgen_energy.metrics.judging import Judgement, name_hash
+from molgen_energy.data.molecules import Molecule, MoleculeChunk
+from molgen_energy.metrics.judging import ChunkChecks, name_hash
 from molgen_energy.metrics.rates import Clusters, Rate
 
 MOST_VALUES = 20_000
@@ -148,7 +148,9 @@ class Draw:
         self._most = most
         self._heap: list[tuple[int, int, Specimen]] = []
 
-    def offer(self, piece: Piece, which: NDArray[np.bool_], describe: Describe | None) -> None:
+    def offer(
+        self, piece: MoleculeChunk, which: NDArray[np.bool_], describe: Describe | None
+    ) -> None:
         """Some molecules of a piece."""
         key = keys(piece.records)
         chosen = np.flatnonzero(which)
@@ -238,7 +240,7 @@ class Counts:
 
 
 @dataclass
-class Findings:
+class EvaluationAccumulator:
     """Everything gathered of one file.
 
     Parameters
@@ -267,7 +269,7 @@ class Findings:
         self.shown_good = Draw(SHOWN)
         self.shown_bad: dict[str, Draw] = {}
 
-    def add(self, found: Judgement) -> None:
+    def add(self, found: ChunkChecks) -> None:
         """Count one piece."""
         piece, counts = found.piece, self.counts
         molecules = piece.molecules
@@ -301,7 +303,7 @@ class Findings:
         self.add_geometry(found)
         self._add_draws(found)
 
-    def _add_reasons(self, found: Judgement) -> None:
+    def _add_reasons(self, found: ChunkChecks) -> None:
         for record, reason in zip(found.piece.records.tolist(), found.reasons, strict=True):
             if reason:
                 general = generalised(reason)
@@ -323,7 +325,7 @@ class Findings:
             _WORST, self.worst + candidates, key=lambda w: (-w.amount, w.record)
         )
 
-    def add_geometry(self, found: Judgement) -> None:
+    def add_geometry(self, found: ChunkChecks) -> None:
         for kind, instances in found.geometry.items():
             by_type = self.geometry.setdefault(kind, {})
             group = groups(instances.record)
@@ -337,13 +339,13 @@ class Findings:
                 part = slice(start, stop)
                 values.add(instances.value[part], key[part], group[part])
 
-    def _add_draws(self, found: Judgement) -> None:
+    def _add_draws(self, found: ChunkChecks) -> None:
         piece = found.piece
         self.any.offer(piece, np.ones(len(piece), bool), None)
         self.whole.offer(piece, found.complete & ~found.hydrogens_added, None)
 
         def described(k: int, specimen: Specimen) -> Specimen:
-            return specimen._replace(reasons=complaints(found, k), name=found.names[k])
+            return specimen._replace(reasons=failure_reasons(found, k), name=found.names[k])
 
         self.shown_good.offer(piece, found.good, described)
         bad = np.flatnonzero(~found.good)
@@ -366,7 +368,7 @@ def _copied(molecule: Molecule) -> Molecule:
     return Molecule(**fields)
 
 
-def _category(found: Judgement, k: int) -> str:
+def _category(found: ChunkChecks, k: int) -> str:
     if found.timed_out[k]:
         return "given up"
     if not found.valid[k]:
@@ -376,7 +378,7 @@ def _category(found: Judgement, k: int) -> str:
     return "unstable" if found.faulty_atoms[k] else "hydrogens missing"
 
 
-def complaints(found: Judgement, k: int) -> tuple[str, ...]:
+def failure_reasons(found: ChunkChecks, k: int) -> tuple[str, ...]:
     """All that is wrong with molecule k of a piece, in words."""
     size = int(found.piece.molecules.sizes[k])
     said = []

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from rdkit import Chem, rdBase
 
 from molgen_energy import __version__
-from molgen_energy.data.molecules import Molecules, Piece
+from molgen_energy.data.molecules import MoleculeChunk, Molecules
 from molgen_energy.elements import symbol
 from molgen_energy.metrics.drawings import (
     SERIES,
@@ -29,8 +29,8 @@ from molgen_energy.metrics.evaluation import Evaluation
 from molgen_energy.metrics.findings import Specimen
 from molgen_energy.metrics.judging import unstable_atoms
 from molgen_energy.metrics.report import Report, as_json, figure_text, findings_text
-from molgen_energy.metrics.workers import Workers
-from molgen_energy.output import printable, write_whole
+from molgen_energy.output import atomic_write, display_path
+from molgen_energy.workers import Workers
 
 PAGE = "report.html"
 
@@ -51,15 +51,15 @@ def write_report(report: Report, folder: Path, files: list[Path], workers: Worke
     shown = panels(report)
     for evaluation, path in zip(report.samples, files, strict=True):
         evaluation.provenance = {
-            "file": printable(Path(path.name)),
+            "file": display_path(Path(path.name)),
             "SHA-256": _sha256(path),
         } | evaluation.provenance
     names = [evaluation.name for evaluation in report.samples]
     for title, found in shown.items():
         picture = panels_png(found, names, f"data: {report.reference.name}")
-        write_whole(folder / f"{title.replace(' ', '_')}.png", picture)
-    write_whole(folder / "report.json", (json.dumps(as_json(report), indent=2) + "\n").encode())
-    write_whole(folder / PAGE, _page(report, shown, workers).encode())
+        atomic_write(folder / f"{title.replace(' ', '_')}.png", picture)
+    atomic_write(folder / "report.json", (json.dumps(as_json(report), indent=2) + "\n").encode())
+    atomic_write(folder / PAGE, _page(report, shown, workers).encode())
     return folder / PAGE
 
 
@@ -146,7 +146,7 @@ def _cards(
     if not chosen:
         return []
     records = np.array([s.record for s in chosen], np.int64)
-    piece = Piece(records, Molecules.from_list([s.molecule for s in chosen]))
+    piece = MoleculeChunk(records, Molecules.from_list([s.molecule for s in chosen]))
     draw = partial(draw_piece, valence=valence)
     drawn: list[str] = []
     for _, part in workers.map(draw, not_drawn, piece.parts(1)):

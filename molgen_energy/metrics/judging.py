@@ -17,8 +17,8 @@ from molgen_energy.chemistry.bonds import (
     valences,
 )
 from molgen_energy.chemistry.geometry import KINDS, measure
-from molgen_energy.chemistry.rdkit import CROWD, Verdict, judge, kekulised
-from molgen_energy.data.molecules import Molecule, Molecules, Piece
+from molgen_energy.chemistry.rdkit import CROWD, SanitizationResult, judge, kekulised
+from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.elements import symbol
 
 BOND_CHOICES = ("perceived", "single", "given")
@@ -66,10 +66,10 @@ class Carried:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class ChunkChecks:
     """What is found of a piece; arrays (M,) unless said otherwise."""
 
-    piece: Piece  # with the bonds that were judged
+    piece: MoleculeChunk  # with the bonds that were judged
     unstable_atoms: NDArray[np.int64]
     valid: NDArray[np.bool_]
     fragments: NDArray[np.int64]
@@ -104,17 +104,17 @@ class Judgement:
         return self.complete & stable & ~self.hydrogens_added
 
 
-def judge_piece(piece: Piece, settings: Settings) -> Judgement:
+def judge_piece(piece: MoleculeChunk, settings: Settings) -> ChunkChecks:
     """Judge molecules; the part that takes RDKit is what can hang."""
     return _judgement(piece, settings, None)
 
 
-def judge_without_rdkit(piece: Piece, settings: Settings, reason: str) -> Judgement:
+def judge_without_rdkit(piece: MoleculeChunk, settings: Settings, reason: str) -> ChunkChecks:
     """What can be said where RDKit did not come to an end: counted as invalid."""
     return _judgement(piece, settings, reason)
 
 
-def _judgement(piece: Piece, settings: Settings, failed: str | None) -> Judgement:
+def _judgement(piece: MoleculeChunk, settings: Settings, failed: str | None) -> ChunkChecks:
     molecules = piece.molecules
     perceived = perceive(molecules)
     given = molecules.bonds is not None and settings.carried
@@ -140,8 +140,8 @@ def _judgement(piece: Piece, settings: Settings, failed: str | None) -> Judgemen
     )
     for (z, valence), count in zip(pairs.tolist(), counts.tolist(), strict=True):
         faults[symbol(z), valence] = count
-    return Judgement(
-        piece=Piece(piece.records, judged),
+    return ChunkChecks(
+        piece=MoleculeChunk(piece.records, judged),
         unstable_atoms=_per_molecule(unstable, molecules),
         valid=np.array([v.valid for v in verdicts], bool),
         fragments=np.array([v.fragments for v in verdicts], np.int64),
@@ -151,17 +151,19 @@ def _judgement(piece: Piece, settings: Settings, failed: str | None) -> Judgemen
         reasons=[v.reason for v in verdicts],
         timed_out=np.full(len(piece), failed is not None),
         faults=faults,
-        geometry=_geometry(Piece(piece.records, judged), crowded, settings),
+        geometry=_geometry(MoleculeChunk(piece.records, judged), crowded, settings),
         crowded=int(crowded.sum()),
         carried=carried,
         by_given_bonds=settings.bonds == "given",
     )
 
 
-def _verdicts(molecules: Molecules, whole: bool, failed: str | None) -> list[Verdict]:
+def _verdicts(molecules: Molecules, whole: bool, failed: str | None) -> list[SanitizationResult]:
     if failed is None:
         return [judge(molecule, whole) for molecule in molecules]
-    return [Verdict(False, count, reason=failed) for count in _fragments(molecules).tolist()]
+    return [
+        SanitizationResult(False, count, reason=failed) for count in _fragments(molecules).tolist()
+    ]
 
 
 def _fragments(molecules: Molecules) -> NDArray[np.int64]:
@@ -178,7 +180,7 @@ def _fragments(molecules: Molecules) -> NDArray[np.int64]:
 
 
 def _carried(
-    molecules: Molecules, settings: Settings, verdicts: list[Verdict], failed: str | None
+    molecules: Molecules, settings: Settings, verdicts: list[SanitizationResult], failed: str | None
 ) -> Carried:
     if failed is not None:
         none = np.zeros(len(molecules), bool)
@@ -222,7 +224,9 @@ def _crowded(molecules: Molecules) -> NDArray[np.bool_]:
     return _per_molecule(bonds > CROWD, molecules) > 0
 
 
-def _geometry(piece: Piece, crowded: NDArray[np.bool_], settings: Settings) -> dict[str, Instances]:
+def _geometry(
+    piece: MoleculeChunk, crowded: NDArray[np.bool_], settings: Settings
+) -> dict[str, Instances]:
     piece = piece.select(np.flatnonzero(~crowded))
     kinds = KINDS if settings.codes is None else [k for k in KINDS if k in settings.codes]
     found = {}

@@ -11,7 +11,7 @@ import numpy as np
 from rdkit import rdBase
 
 from molgen_energy.chemistry.rdkit import CROWD, build, most_neighbours
-from molgen_energy.data.molecules import Piece
+from molgen_energy.data.molecules import MoleculeChunk
 
 # Its check of the energy embeds many conformers: a second and more for each molecule.
 _TOO_SLOW = "energy_ratio"
@@ -27,17 +27,17 @@ def _buster() -> Any:
     return buster
 
 
-def bust(piece: Piece) -> list[list[str]]:
+def bust(piece: MoleculeChunk) -> list[list[str]]:
     """The checks that each molecule fails, with its bonds; none for a plausible one."""
     return [_failed(piece, k) for k in range(len(piece))]
 
 
-def given_up(piece: Piece, reason: str) -> list[list[str]]:
+def given_up(piece: MoleculeChunk, reason: str) -> list[list[str]]:
     """Molecules that came to no end."""
     return [[reason]] * len(piece)
 
 
-def _failed(piece: Piece, k: int) -> list[str]:
+def _failed(piece: MoleculeChunk, k: int) -> list[str]:
     molecule = piece.molecules[k]
     if most_neighbours(molecule) > CROWD:
         return ["sanitization"]

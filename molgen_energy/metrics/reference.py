@@ -19,12 +19,12 @@ from molgen_energy.chemistry.geometry import (
     GEOMETRY_TYPES,
     KINDS,
     GeometryTypes,
+    checkpoint_name,
     code_of,
-    name_of,
 )
 from molgen_energy.chemistry.molfiles import MoleculeReader
 from molgen_energy.data.hdf5 import SCHEMA, MoleculeFile
-from molgen_energy.data.molecules import Molecule, Molecules, Piece
+from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.metrics.comparison import (
     Comparison,
@@ -43,12 +43,12 @@ from molgen_energy.metrics.evaluation import (
     settings_for,
 )
 from molgen_energy.metrics.fcd import Moments
-from molgen_energy.metrics.findings import GROUPS, Findings, Values
+from molgen_energy.metrics.findings import GROUPS, EvaluationAccumulator, Values
 from molgen_energy.metrics.judging import Settings
 from molgen_energy.metrics.rates import Rate
-from molgen_energy.metrics.workers import Workers
-from molgen_energy.output import check_file, replacing
+from molgen_energy.output import atomic_replace, check_file
 from molgen_energy.resources import asset, bundled_sample
+from molgen_energy.workers import Workers
 
 PIECE = 500
 COMPARED = 10_000
@@ -102,7 +102,7 @@ class MoleculeSource:
         if not self.is_hdf5:
             return None
         with _opened(self.path) as file:
-            count = len(file.members(self._existing_split(file)))
+            count = len(file.split_indices(self._existing_split(file)))
         return count if self.most is None else min(count, self.most)
 
     def has_split(self, split: str) -> bool:
@@ -110,7 +110,7 @@ class MoleculeSource:
         if not self.is_hdf5:
             return False
         with _opened(self.path) as file:
-            return len(file.members(split)) > 0
+            return len(file.split_indices(split)) > 0
 
     def carries_bonds(self) -> bool:
         """Whether some of the first molecules have bonds that were not found from distances."""
@@ -122,9 +122,9 @@ class MoleculeSource:
         return bonds is not None and len(bonds.order) > 0
 
     def _existing_split(self, file: MoleculeFile) -> str | None:
-        return self.split if len(file.members(self.split)) else None
+        return self.split if len(file.split_indices(self.split)) else None
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[MoleculeChunk]:
         """The molecules, some hundreds at a time.
 
         Bonds that a record says were found from distances are left out. Molecules with bonds of
@@ -144,17 +144,17 @@ class MoleculeSource:
                 alike = [(k, m) for k, m in part if (m.bond_index is not None) == bonded]
                 if alike:
                     records, molecules = zip(*alike, strict=True)
-                    yield Piece(np.array(records, np.int64), Molecules.from_list(molecules))
+                    yield MoleculeChunk(np.array(records, np.int64), Molecules.from_list(molecules))
         self.skipped = reader.skipped_count
         self.note = _skipped_note(reader)
 
-    def _of_hdf5(self) -> Iterator[Piece]:
+    def _of_hdf5(self) -> Iterator[MoleculeChunk]:
         with _opened(self.path) as file:
             split = self._existing_split(file)
             if split != self.split:
                 self.note = f"it has no {self.split} split; all its molecules are taken"
             self.provenance = file.provenance
-            members = file.members(split)
+            members = file.split_indices(split)
             kept = np.ones(len(file), bool)
             if self.most is not None and len(members) > self.most:
                 kept[:] = False
@@ -208,7 +208,7 @@ class Reference:
 
     def save(self, path: Path, source: str) -> None:
         """Write to HDF5, for `load`."""
-        with replacing(path) as output, h5py.File(output.temporary, "w") as file:
+        with atomic_replace(path) as output, h5py.File(output.temporary, "w") as file:
             file.attrs.update(
                 name=self.name,
                 source=source,
@@ -360,18 +360,18 @@ def reference_of(
 def frequent_types(source: MoleculeSource, options: Options, workers: Workers) -> GeometryTypes:
     """The eight most frequent types of each kind among the first 10,000 molecules."""
     settings = replace(options.settings, codes=None, whole_names=False)
-    first: list[Piece] = []
+    first: list[MoleculeChunk] = []
     for piece in source.pieces():
         first.append(piece)
         if sum(map(len, first)) >= COMPARED:
             break
-    gathered = Findings(0)
+    gathered = EvaluationAccumulator(0)
     for _, found in judgements(first, settings, workers):
         gathered.add_geometry(found)
     chosen = {}
     for kind in KINDS:
         by_type = gathered.geometry.get(kind, {})
-        counts = {name_of(kind, code): values.count for code, values in by_type.items()}
+        counts = {checkpoint_name(kind, code): values.count for code, values in by_type.items()}
         ranked = sorted(counts, key=lambda name: (-counts[name], name))
         chosen[kind] = tuple(ranked[:_FREQUENT])
     return GeometryTypes(f"the {_FREQUENT} most frequent of each kind", chosen)

@@ -15,7 +15,7 @@ from rdkit import Chem, rdBase
 from rdkit.Chem import rdForceFieldHelpers
 
 from molgen_energy.chemistry.rdkit import build
-from molgen_energy.data.molecules import Molecule, Piece
+from molgen_energy.data.molecules import Molecule, MoleculeChunk
 
 _MOST_STEPS_MMFF = 5000
 _MOST_STEPS_XTB = 500
@@ -30,12 +30,12 @@ class Relaxed(NamedTuple):
     reason: str = ""
 
 
-def not_relaxed(piece: Piece, reason: str) -> list[Relaxed]:
+def not_relaxed(piece: MoleculeChunk, reason: str) -> list[Relaxed]:
     """Molecules that were given up."""
     return [Relaxed(None, None, reason)] * len(piece)
 
 
-def relax_mmff(piece: Piece) -> list[Relaxed]:
+def relax_mmff(piece: MoleculeChunk) -> list[Relaxed]:
     """Relax molecules with their bonds in the force field MMFF94."""
     return [_mmff(molecule) for molecule in piece.molecules]
 
@@ -61,7 +61,7 @@ def _mmff(molecule: Molecule) -> Relaxed:
     return _relaxed(before - after, molecule.positions, moved)
 
 
-def relax_xtb(piece: Piece) -> list[Relaxed]:
+def relax_xtb(piece: MoleculeChunk) -> list[Relaxed]:
     """Relax molecules, without regard to bonds, by GFN2-xTB; needs tblite and ASE."""
     return [_xtb(molecule) for molecule in piece.molecules]
 

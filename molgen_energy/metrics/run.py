@@ -29,8 +29,8 @@ from molgen_energy.metrics.reference import (
     types_named,
 )
 from molgen_energy.metrics.report import Report
-from molgen_energy.metrics.workers import Workers
-from molgen_energy.output import printable
+from molgen_energy.output import display_path
+from molgen_energy.workers import Workers
 
 Watched = Callable[[str, int | None], Progress]
 """Begins to show progress of something, of so many molecules; returns what to call then."""
@@ -88,7 +88,7 @@ def run(
         judged = options
         if options.settings.bonds == "given" and not source.carries_bonds():
             judged = replace(options, settings=replace(options.settings, bonds="perceived"))
-        name = printable(reference)
+        name = display_path(reference)
         data = reference_of(reference, name, judged, chosen, known, workers, progress)
     options = replace(options, settings=settings_for(data.types, options))
     samples = []
@@ -122,7 +122,7 @@ def _check_bundled(data: Reference, chosen: GeometryTypes | None, options: Optio
 def _names(files: list[Path]) -> list[str]:
     """File names alone where they tell the files apart."""
     plain = len({path.name for path in files}) == len(files)
-    return [printable(Path(path.name) if plain else path) for path in files]
+    return [display_path(Path(path.name) if plain else path) for path in files]
 
 
 def _known(
@@ -130,7 +130,7 @@ def _known(
 ) -> tuple[NDArray[np.uint64] | None, str]:
     """Hashes of the training molecules' names, and what they are."""
     if train is not None:
-        name = printable(train)
+        name = display_path(train)
         source = MoleculeSource(train, "train")
         if options.settings.bonds == "given" and not source.carries_bonds():
             notes.append(f"novelty is n/a: {name} carries no bonds, and the files' own are judged")

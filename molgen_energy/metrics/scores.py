@@ -20,7 +20,7 @@ from rich.table import Table
 
 from molgen_energy import __version__
 from molgen_energy.metrics.rates import Mean, Rate
-from molgen_energy.output import printable, write_whole
+from molgen_energy.output import atomic_write, display_path
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def write_report(found: Sequence[Scores], folder: Path) -> Path:
         for name, draw in scores.pictures.items():
             content = draw()
             prefix = f"{number + 1}_" if len(found) > 1 else ""
-            write_whole(folder / f"{prefix}{name}.png", content)
+            atomic_write(folder / f"{prefix}{name}.png", content)
             pictures.append({"name": name, "data": base64.b64encode(content).decode()})
         shown.append({"scores": scores, "pictures": pictures})
     loader = jinja2.PackageLoader("molgen_energy.metrics", ".")
@@ -163,11 +163,11 @@ def write_report(found: Sequence[Scores], folder: Path) -> Path:
     )
     environment.filters["cell"] = cell_text
     page = environment.get_template("scores.html.j2").render(files=shown, version=__version__)
-    write_whole(folder / "report.json", (json.dumps(as_json(found), indent=2) + "\n").encode())
-    write_whole(folder / "report.html", page.encode())
+    atomic_write(folder / "report.json", (json.dumps(as_json(found), indent=2) + "\n").encode())
+    atomic_write(folder / "report.html", page.encode())
     return folder / "report.html"
 
 
 def file_name(path: Path) -> str:
     """A file's name as it can be shown."""
-    return printable(Path(path.name))
+    return display_path(Path(path.name))

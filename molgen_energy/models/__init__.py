@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from molgen_energy.models.egnn import EDM
+from molgen_energy.models.edm import EDM
+from molgen_energy.models.gdm import GDM
 from molgen_energy.models.gdm_pairs import GDMPairs
-from molgen_energy.models.gnn import GDM
 from molgen_energy.models.mlp import MLP
 from molgen_energy.models.resnet import ResNet
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molgen_energy.models.geometry import on_subspace, pairs_of
-from molgen_energy.models.pairs import PairNetwork
+from molgen_energy.diffusion.geometry import on_subspace, pair_mask
+from molgen_energy.models.pair_network import PairNetwork
 
 _LEAST = 1e-8  # Å², so that the root has a gradient where atoms coincide
 _NEAREST, _FURTHEST = 0.5, 5.0  # Å, the first and the last of the distances that Gaussians are at
@@ -22,7 +22,7 @@ _GATHERED = 0.25  # what sums over neighbours are multiplied by
 _LATEST = 7.0  # log of t/(1 − t), at most
 
 
-class TimeFeatures(nn.Module):
+class TimeEmbedding(nn.Module):
     """Times (B,) to features (B, W): sin and cos of k/4·log(t/(1−t)), a linear layer, SiLU.
 
     The logarithm goes with that of the ratio of noise and signal, at which a network has different
@@ -44,7 +44,7 @@ class TimeFeatures(nn.Module):
         return F.silu(self.linear(features))
 
 
-class TimedNorm(nn.Module):
+class AdaRMSNorm(nn.Module):
     """x/rms(x), times 1 + a and plus b, where a and b are linear in features of the time."""
 
     def __init__(self, width: int) -> None:
@@ -71,7 +71,7 @@ class PairLayer(nn.Module):
     def __init__(self, width: int, features: int, directions: int, normalization: float) -> None:
         super().__init__()
         self.factor = _GATHERED / normalization
-        self.norm = TimedNorm(width)
+        self.norm = AdaRMSNorm(width)
         self.pairs = PairNetwork(width, features, channels=directions)
         self.update_in = nn.Linear(2 * width + 3 * directions, width)
         self.update_out = nn.Linear(width, width)
@@ -137,13 +137,13 @@ class GDMPairs(nn.Module):
         centres = torch.linspace(_NEAREST, _FURTHEST, distances)
         self.register_buffer("centres", centres, persistent=False)
         self.spread = (_FURTHEST - _NEAREST) / max(1, distances - 1)
-        self.time = TimeFeatures(width)
+        self.time = TimeEmbedding(width)
         self.embed = nn.Linear(3 + features, width)
         self.embed_time = nn.Linear(width, width)
         self.layers = nn.ModuleList(
             PairLayer(width, distances + 2, directions, normalization) for _ in range(layers)
         )
-        self.norm = TimedNorm(width)
+        self.norm = AdaRMSNorm(width)
         self.readout = nn.Linear(width, 3 + features)
         # Small, so that training starts from a prediction of almost nothing.
         nn.init.normal_(self.readout.weight, std=1e-3)
@@ -152,7 +152,7 @@ class GDMPairs(nn.Module):
     def forward(self, noisy: Tensor, time: Tensor, mask: Tensor) -> Tensor:
         """Predict the noise; parameters and result as of `GDM.forward`."""
         noisy = torch.where(mask[..., None], noisy, 0)
-        pairs = pairs_of(mask, noisy.dtype)
+        pairs = pair_mask(mask, noisy.dtype)
         apart = noisy[:, :, None, :3] - noisy[:, None, :, :3]
         distances = (apart.square().sum(dim=-1) + _LEAST).sqrt()
         features = self._radial(distances)

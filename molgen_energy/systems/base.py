@@ -1,8 +1,8 @@
 """What a physical system is to the four verbs.
 
-`preprocess` finds its data in `molgen_energy.data.sources.SOURCES`, `evaluate` its measures in
-`molgen_energy.metrics.JUDGES`; neither needs a network. For `train` and `sample` a `System` joins
-data to a network and a loss.
+A dataset (`molgen_energy.systems.datasets`) makes the data of `preprocess`, an evaluator
+(`molgen_energy.systems.evaluators`) the report of `evaluate`; neither needs a network. For `train`
+and `sample` a `System` joins data, network and loss.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from molgen_energy.training.task import Task
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SamplingResult:
     """What was written where, how many samples were drawn for it now, and how many diverged.
 
     Of several processes the first one alone writes.
@@ -72,7 +72,7 @@ class Generator(Protocol):
         """How samples are made, in a few words."""
         ...
 
-    def write(self, output: Path, observer: Observer, resume: bool = False) -> Outcome:
+    def write(self, output: Path, observer: Observer, resume: bool = False) -> SamplingResult:
         """Make the samples and write them; resumed where this was begun, if the system can."""
         ...
 
@@ -130,7 +130,7 @@ class System(ABC):
         return ""
 
 
-def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
+def build_with_seed(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
     """A network whose weights are drawn with a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

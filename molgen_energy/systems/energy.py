@@ -25,7 +25,7 @@ def build_energy(springs: SpringsConfig, scale: float, edges: Edges) -> Pairwise
     return PairwiseEnergy(springs.family, scale, edges, springs.distance)
 
 
-def settled_scale(springs: SpringsConfig, mean: Callable[[], float]) -> float:
+def resolve_scale(springs: SpringsConfig, mean: Callable[[], float]) -> float:
     """The configured scale, without `auto`, which is 1 over the mean of f over pairs of the data.
 
     Raises
@@ -44,7 +44,7 @@ def settled_scale(springs: SpringsConfig, mean: Callable[[], float]) -> float:
     return scale
 
 
-def in_words(loss: Any) -> str:
+def describe_springs(loss: Any) -> str:
     """The springs of a loss section, where it is the energy."""
     if loss.name != "energy":
         return ""

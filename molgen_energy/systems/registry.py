@@ -7,9 +7,9 @@ from pathlib import Path
 from molgen_energy.config import Config, read_config
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.systems.base import System
-from molgen_energy.systems.molecule_system import MoleculeSystem
-from molgen_energy.systems.shapes import ShapeSystem
-from molgen_energy.systems.spins import SpinSystem
+from molgen_energy.systems.molecules.system import MoleculeSystem
+from molgen_energy.systems.shapes.system import ShapeSystem
+from molgen_energy.systems.spins.system import SpinSystem
 
 SYSTEMS: dict[str, System] = {
     system.name: system for system in (MoleculeSystem(), ShapeSystem(), SpinSystem())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from molgen_energy.config import Config
 from molgen_energy.data.arrays import ArrayFile
 from molgen_energy.data.batches import Batch, batches_per_epoch, epoch_batches
-from molgen_energy.distributed import rank, summed, world_size
+from molgen_energy.distributed import all_reduce_sum, rank, world_size
 from molgen_energy.errors import InputError
 from molgen_energy.training.checkpoint import Checkpoint
 
@@ -84,7 +84,7 @@ class SupervisedTask:
         loss: Callable[[Tensor, Examples, Tensor], Tensor],
         state: dict[str, Any],
     ) -> None:
-        in_train, in_valid = file.members("train"), file.members("valid")
+        in_train, in_valid = file.split_indices("train"), file.split_indices("valid")
         if not len(in_train):
             raise InputError(
                 f"{file.path} holds no training sample; make it with a larger train share"
@@ -148,7 +148,7 @@ class SupervisedTask:
             examples = self._valid.batch(which)
             draws = _draws(len(which), generator)
             total += self._loss(model(examples.inputs), examples, draws).double().sum()
-        return float(summed(total)) / len(self._valid)
+        return float(all_reduce_sum(total)) / len(self._valid)
 
     def close(self) -> None:
         """Nothing is read after the start."""

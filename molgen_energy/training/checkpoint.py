@@ -19,10 +19,10 @@ import yaml
 from torch import Tensor, nn
 
 from molgen_energy import __version__
-from molgen_energy.config import Config, Given, Self, read_config
+from molgen_energy.config import Config, RawConfig, Self, read_config
 from molgen_energy.errors import InputError
-from molgen_energy.output import flush_to_disk, naming, remove
-from molgen_energy.training.shipped import verify
+from molgen_energy.output import flush_to_disk, remove, with_filename
+from molgen_energy.training.pretrained import verify_checksums
 
 FORMAT = 2
 _REMEDY = "train again, or name another checkpoint"
@@ -34,7 +34,7 @@ class Checkpoint:
     """A checkpoint that was found and whose texts were read; weights are read on demand."""
 
     path: Path
-    given: Given
+    given: RawConfig
     """The configuration, not yet checked; `config_as` gives it."""
     state: dict[str, Any]
     read: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
@@ -142,7 +142,7 @@ def save_checkpoint(
     except BaseException as error:
         remove(temporary)
         if isinstance(error, OSError):
-            raise naming(error, path) from None
+            raise with_filename(error, path) from None
         raise
     if path.exists():
         remove(old)
@@ -218,7 +218,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 def _read(folder: Path) -> Checkpoint:
     """The texts of a checkpoint's folder."""
-    verify(folder)
+    verify_checksums(folder)
     try:
         state = yaml.safe_load((folder / "state.yaml").read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -32,9 +32,9 @@ from torch.nn.parallel import DistributedDataParallel
 from molgen_energy import __version__
 from molgen_energy.config import TrainingConfig
 from molgen_energy.data.batches import Batch
-from molgen_energy.distributed import is_main, rank, summed, world_size
-from molgen_energy.errors import InputError, TrainingFailed
-from molgen_energy.output import hold, remove
+from molgen_energy.distributed import all_reduce_sum, is_main, rank, world_size
+from molgen_energy.errors import InputError, TrainingFailedError
+from molgen_energy.output import lock_file, remove
 from molgen_energy.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -57,7 +57,7 @@ class Observer(Protocol):
     def progress(self, step: int, steps: int, loss: float, samples_per_second: float) -> None: ...
 
 
-class Stopped(Exception):
+class TrainingInterrupted(Exception):
     """Training was interrupted and can be resumed; the checkpoint is written."""
 
 
@@ -194,7 +194,7 @@ class _Trainer:
             return
         log = self.folder / "log.txt"
         log.touch()
-        self.lock = hold(log, str(self.folder))
+        self.lock = lock_file(log, str(self.folder))
         (self.folder / "config.yaml").write_text(self.task.config.to_yaml(), encoding="utf-8")
         self.metrics = MetricsLog(self.folder, self.at.step, self.task.parts)
         if not resume:
@@ -311,7 +311,7 @@ class _Trainer:
                 if (stop or alone) and not last:
                     self._save("last")
                     self._log(f"interrupted at step {self.at.step}")
-                    raise Stopped(f"stopped at step {self.at.step} of {self.steps}")
+                    raise TrainingInterrupted(f"stopped at step {self.at.step} of {self.steps}")
         except torch.OutOfMemoryError:
             too_large = batch  # looked into below: only there is free what the step held
         except RuntimeError as error:
@@ -345,7 +345,7 @@ class _Trainer:
         sums = self._backward(self.model, batch, self._generator())
         # One look at the device's results for all decisions, alike in all processes.
         stop = sums.new_tensor([float(interrupted.is_set())])
-        *values, stopped = summed(torch.cat([sums, stop])).tolist()
+        *values, stopped = all_reduce_sum(torch.cat([sums, stop])).tolist()
         values = [value / len(batch) for value in values]
         parameters = list(self.task.model.parameters())
         norm = self.clipper.clip(parameters) if self.training.clip_gradients else _norm(parameters)
@@ -428,7 +428,7 @@ class _Trainer:
     def _fail(self, what: str, remedy: str) -> NoReturn:
         text = f"{what} at step {self.at.step}"
         self._log(text)
-        raise TrainingFailed(
+        raise TrainingFailedError(
             f"{text}; the last good checkpoint is {self.folder / 'checkpoints' / 'last'}; {remedy}"
         )
 

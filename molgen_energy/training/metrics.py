@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from molgen_energy.output import replacing
+from molgen_energy.output import atomic_replace
 
 _BEFORE = ("step", "epoch", "loss")
 _BEHIND = ("valid_loss", "gradient_norm", "lr", "samples_per_second", "seconds", "skipped")
@@ -29,7 +29,7 @@ class MetricsLog:
         for row in rows:  # as this column was called once
             row.setdefault("samples_per_second", row.get("molecules_per_second", ""))
         with (
-            replacing(self._path) as output,
+            atomic_replace(self._path) as output,
             output.temporary.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.writer(file)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molgen_energy.models.pairs import PairNetwork
+from molgen_energy.models.pair_network import PairNetwork
 
 _MOMENTUM = 0.95
 _ITERATIONS = 5

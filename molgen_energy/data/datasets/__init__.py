@@ -1,0 +1,1 @@
+"""Datasets of molecules; `molgen_energy.systems.datasets` registers them."""

@@ -1,0 +1,249 @@
+"""QM9: 134k small organic molecules, B3LYP/6-31G(2df,p) geometries.
+
+Ramakrishnan, Dral, Rupp, von Lilienfeld, Scientific Data 1, 140022 (2014). Of its 133,885
+molecules 3,054 are uncharacterised (the relaxed geometry is another molecule) and left out, as in
+EDM (Hoogeboom et al., ICML 2022), whose split is used.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import lzma
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molgen_energy.data.molecules import Molecules, Property, offsets_from_sizes
+from molgen_energy.elements import atomic_number
+from molgen_energy.errors import InputError
+from molgen_energy.resources import asset
+
+MOLECULES_WITH_UNCHARACTERISED = 133_885
+MOLECULES = 130_831
+TRAIN, VALID = 100_000, 17_748
+
+# Name here, unit, column in qm9pack. The order is that of the second line of a dsgdb9nsd file.
+PROPERTIES = (
+    ("A", "GHz", "RotA_GHz"),
+    ("B", "GHz", "RotB_GHz"),
+    ("C", "GHz", "RotC_GHz"),
+    ("mu", "debye", "Dipole_debye"),
+    ("alpha", "bohr^3", "Polarizability_bohr3"),
+    ("homo", "hartree", "HOMO_au"),
+    ("lumo", "hartree", "LUMO_au"),
+    ("gap", "hartree", "HOMO_LUMO_gap_au"),
+    ("r2", "bohr^2", "R2_bohr2"),
+    ("zpve", "hartree", "ZPVE_au"),
+    ("U0", "hartree", "InternalEnergy_0K_au"),
+    ("U", "hartree", "InternalEnergy_298K_au"),
+    ("H", "hartree", "Enthalphy_298K_au"),
+    ("G", "hartree", "GibbsFreeEnergy_298K_au"),
+    ("Cv", "cal/(mol K)", "Heatcapacity_Cv_cal_mol_K"),
+)
+
+Progress = Callable[[int], None]
+"""Called with the number of molecules read since the last call."""
+
+
+@dataclass
+class _Columns:
+    """What the readers collect: text of the numbers, turned into arrays in one go at the end."""
+
+    index: list[int] = field(default_factory=list)
+    smiles: list[str] = field(default_factory=list)
+    atomic_numbers: bytearray = field(default_factory=bytearray)
+    sizes: list[int] = field(default_factory=list)
+    positions: list[NDArray[np.float32]] = field(default_factory=list)
+    properties: list[list[float]] = field(default_factory=list)
+
+    def molecules(self) -> Molecules:
+        """The collected molecules in index order."""
+        table = np.array(self.properties, np.float64).reshape(-1, len(PROPERTIES))
+        properties = {
+            name: Property(table[:, k].copy(), unit) for k, (name, unit, _) in enumerate(PROPERTIES)
+        }
+        index = np.array(self.index, np.float64)
+        properties["index"] = Property(index, "number in QM9, from 1")
+        molecules = Molecules(
+            np.concatenate(self.positions),
+            np.frombuffer(bytes(self.atomic_numbers), np.uint8),
+            offsets_from_sizes(self.sizes),
+            smiles=np.array(self.smiles, dtype=object),
+            properties=properties,
+        )
+        order = np.argsort(index, kind="stable")
+        return molecules if bool((np.diff(order) == 1).all()) else molecules.select(order)
+
+
+def split_of_edm() -> NDArray[np.uint8]:
+    """EDM's split of the 130,831 molecules in index order: 100,000 / 17,748 / 13,083, (M,)."""
+    order = np.random.RandomState(0).permutation(MOLECULES)
+    split = np.full(MOLECULES, 2, np.uint8)
+    split[order[:TRAIN]] = 0
+    split[order[TRAIN : TRAIN + VALID]] = 1
+    return split
+
+
+def read_qm9(source: Path | None, progress: Progress = lambda _: None) -> Molecules:
+    """All 130,831 molecules in index order, with SMILES and 15 properties.
+
+    Parameters
+    ----------
+    source
+        The archive `dsgdb9nsd.xyz.tar.bz2` or a folder of its `dsgdb9nsd_*.xyz` files; None reads
+        the installed package `qm9pack`.
+
+    Raises
+    ------
+    InputError
+        There is neither, a file is broken, or molecules are missing.
+    """
+    molecules = read_qm9pack(progress) if source is None else read_dsgdb9nsd(source, progress)
+    if len(molecules) != MOLECULES:
+        raise InputError(
+            f"{source or 'qm9pack'} holds {len(molecules):,} characterised molecules of QM9, "
+            f"expected {MOLECULES:,}; EDM's split needs the complete data set"
+        )
+    return molecules
+
+
+def read_qm9pack(progress: Progress = lambda _: None) -> Molecules:
+    """QM9 from the tables inside the installed package qm9pack (its loader is not run)."""
+    spec = importlib.util.find_spec("qm9pack")
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            "QM9 is not here: run `pip install 'molgen-energy[qm9]'` (package qm9pack, 230 MB), "
+            "or name the original archive or folder of dsgdb9nsd_*.xyz files with --source PATH"
+        )
+    folder = Path(next(iter(spec.submodule_search_locations))) / "data"
+    columns = _Columns()
+    for part in sorted(folder.glob("qm9_part*.csv")):
+        with part.open(newline="", encoding="utf-8") as file:
+            _read_table(part, file, columns, progress)
+    if not columns.index:
+        raise InputError(f"no table qm9_part*.csv in {folder}; install qm9pack again")
+    return columns.molecules()
+
+
+def _read_table(path: Path, file: Iterable[str], columns: _Columns, progress: Progress) -> None:
+    rows = csv.reader(file)
+    header = next(rows)
+    where = {name: header.index(name) for name in header}
+    scalars = [where[column] for _, _, column in PROPERTIES]
+    index, smiles = where["Index"], where["SMILES"]
+    elements, positions = where["Elements"], where["XYZ_Ang"]
+    # One letter each in QM9, so a list such as ['C','H'] is read by dropping its punctuation.
+    to_number = {ord(symbol): atomic_number(symbol) for symbol in "HCNOF"} | {
+        ord(mark): None for mark in "[]' ,"
+    }
+    brackets = str.maketrans("", "", "[]")
+    texts: list[str] = []
+    done = 0
+    for row in rows:
+        try:
+            numbers = row[elements].translate(to_number)
+            columns.atomic_numbers += numbers.encode("latin-1")
+            columns.sizes.append(len(numbers))
+            columns.index.append(int(row[index]))
+            columns.smiles.append(row[smiles])
+            columns.properties.append([_number(row[k]) for k in scalars])
+            texts.append(row[positions].translate(brackets))
+        except (ValueError, IndexError) as error:
+            raise InputError(f"{path}: row {len(texts) + 2} is broken ({error})") from error
+        if len(texts) - done == 2000:
+            done = len(texts)
+            progress(2000)
+    flat = np.array(_plain(",".join(texts)).split(","), dtype=np.float32)
+    columns.positions.append(flat.reshape(-1, 3))
+    progress(len(texts) - done)
+
+
+def read_dsgdb9nsd(source: Path, progress: Progress = lambda _: None) -> Molecules:
+    """QM9 from its original files, without the uncharacterised molecules.
+
+    Parameters
+    ----------
+    source
+        A tar archive (any compression) or a folder of `dsgdb9nsd_*.xyz` files.
+
+    Raises
+    ------
+    InputError
+        The source is missing, holds no such file, or one of them is broken; names it.
+    """
+    if not source.exists():
+        raise InputError(f"{source} does not exist; name the archive or the folder of QM9's files")
+    skip = uncharacterised()
+    columns = _Columns()
+    for name, text in _original_files(source):
+        try:
+            number = int(name.removesuffix(".xyz").rsplit("_", 1)[1])
+            if number not in skip:
+                _read_original(number, text, columns)
+        except (ValueError, IndexError) as error:
+            raise InputError(f"{source}: {name} is broken ({error})") from error
+        progress(1)
+    if not columns.index:
+        raise InputError(f"no dsgdb9nsd_*.xyz file in {source}")
+    return columns.molecules()
+
+
+def _original_files(source: Path) -> Iterator[tuple[str, str]]:
+    def wanted(name: str) -> bool:
+        return name.startswith("dsgdb9nsd_") and name.endswith(".xyz")
+
+    if source.is_dir():
+        for path in sorted(source.iterdir()):
+            if wanted(path.name):
+                yield path.name, path.read_text(encoding="utf-8", errors="replace")
+        return
+    try:
+        with tarfile.open(source, "r:*") as archive:
+            for member in archive:
+                name = member.name.rsplit("/", 1)[-1]
+                if wanted(name) and (file := archive.extractfile(member)) is not None:
+                    yield name, file.read().decode("utf-8", "replace")
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise InputError(f"{source} is not a complete tar archive ({error})") from error
+
+
+def _read_original(number: int, text: str, columns: _Columns) -> None:
+    lines = iter(text.splitlines())
+    size = int(next(lines, ""))
+    scalars = next(lines, "").split()[2:]  # behind the tag "gdb" and the number
+    if len(scalars) != len(PROPERTIES):
+        raise ValueError(f"{len(scalars)} properties, expected {len(PROPERTIES)}")
+    atoms = [next(lines, "").split() for _ in range(size)]
+    if any(len(atom) != 5 for atom in atoms):
+        raise ValueError("an atom's line does not hold element, x, y, z, charge")
+    next(lines, "")  # frequencies
+    smiles = next(lines, "").split()
+    if not smiles:
+        raise ValueError("no SMILES line")
+    positions = np.array([[_number(x) for x in atom[1:4]] for atom in atoms], np.float32)
+    columns.atomic_numbers += bytes(atomic_number(atom[0]) for atom in atoms)
+    columns.sizes.append(size)
+    columns.positions.append(positions)
+    columns.properties.append([_number(x) for x in scalars])
+    columns.smiles.append(smiles[0])
+    columns.index.append(number)
+
+
+def _plain(text: str) -> str:
+    """QM9 prints some numbers as Mathematica does, `1.2*^-6`; make it `1.2e-6`."""
+    return text.replace("*^", "e")
+
+
+def _number(text: str) -> float:
+    return float(_plain(text))
+
+
+def uncharacterised() -> frozenset[int]:
+    """Numbers (from 1) of the 3,054 molecules that failed the data set's consistency check."""
+    return frozenset(map(int, asset("qm9_uncharacterized.txt").read_text().split()))

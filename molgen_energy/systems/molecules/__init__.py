@@ -1,0 +1,1 @@
+"""Molecules: configuration, fields, training task and generator."""

@@ -1,0 +1,1 @@
+"""Regular polygons: data, training, sampling and metrics."""

@@ -1,0 +1,1 @@
+"""Spin glasses: data, ground states, training, sampling and metrics."""

@@ -1,0 +1,112 @@
+"""Weights that ship with the package: checkpoints in `assets/weights/`, chosen by name.
+
+Each is a folder such as `assets/weights/qm9_energy`: what sampling needs of a checkpoint, with EMA
+weights in half precision, `SHA256SUMS` of it, and a card, `card.md`, that says how the weights were
+trained and what their samples are like. `scripts/release_weights.py` makes one of a run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from molgen_energy.errors import InputError
+from molgen_energy.resources import resource_directory
+
+DEFAULT = "qm9_energy"
+"""What `sample` takes where there is no run."""
+SUMS = "SHA256SUMS"
+SEALED = ("config.yaml", "ema.safetensors", "state.yaml")
+
+
+@dataclass(frozen=True)
+class PretrainedWeights:
+    """One set of shipped weights."""
+
+    name: str
+    path: Path
+
+    @property
+    def summary(self) -> str:
+        """What they are, in a line, from the head of their card."""
+        head = re.match(r"---\n(.*?)\n---\n", (self.path / "card.md").read_text("utf-8"), re.DOTALL)
+        return "" if head is None else str(yaml.safe_load(head[1])["summary"])
+
+
+def weights_directory() -> Path:
+    """Where the folders of shipped weights are."""
+    return resource_directory("assets") / "weights"
+
+
+def pretrained_weights() -> dict[str, PretrainedWeights]:
+    """All shipped weights by name, the default first."""
+    folders = {file.parent.name: file.parent for file in weights_directory().glob(f"*/{SUMS}")}
+    names = sorted(folders, key=lambda name: (name != DEFAULT, name))
+    return {name: PretrainedWeights(name, folders[name]) for name in names}
+
+
+def resolve_checkpoint(name: Path) -> Path:
+    """The folder that a user means: a run's or a checkpoint's, or the shipped weights of a name.
+
+    A folder comes before shipped weights of the same name.
+
+    Raises
+    ------
+    InputError
+        There is neither.
+    """
+    if name.exists():
+        return name
+    shipped = pretrained_weights()
+    if str(name) in shipped:
+        return shipped[str(name)].path
+    near = difflib.get_close_matches(str(name), shipped, n=1)
+    hint = f" (did you mean '{near[0]}'?)" if near else ""
+    raise InputError(
+        f"--checkpoint {name} does not exist{hint}; name a run's folder, a checkpoint in one, or "
+        f"shipped weights: {', '.join(shipped)}"
+    )
+
+
+def checkpoint_name(path: Path) -> str:
+    """How a checkpoint's folder is named to `resolve_checkpoint`, also from another installation."""
+    path = path.resolve()
+    return path.name if path.parent == weights_directory().resolve() else str(path)
+
+
+def write_checksums(folder: Path) -> None:
+    """Write `SHA256SUMS` of what sampling reads of a folder, as `sha256sum -c` takes it."""
+    lines = [f"{_digest(folder / name)}  {name}\n" for name in SEALED]
+    (folder / SUMS).write_text("".join(lines), encoding="ascii")
+
+
+def verify_checksums(folder: Path) -> None:
+    """Compare a folder's files with its `SHA256SUMS`, where it has one.
+
+    Raises
+    ------
+    InputError
+        A file is missing or another one, or the list cannot be read.
+    """
+    listed = folder / SUMS
+    if not listed.is_file():
+        return
+    for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
+        match = re.fullmatch(r"([0-9a-f]{64})  ([\w.]+)", line)
+        if match is None:
+            raise InputError(f"{listed} is damaged; install molgen-energy again")
+        file = folder / match[2]
+        if not file.is_file() or _digest(file) != match[1]:
+            raise InputError(
+                f"{file} is not the file that was released (its SHA-256 is not the one in "
+                f"{SUMS}); install molgen-energy again, or name another --checkpoint"
+            )
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,466 @@
+"""The four verbs as a user runs them: the main job, and every kind of bad input."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+
+from molgen_energy.cli import app
+from molgen_energy.systems.molecules import sampling
+
+TINY = (
+    "--set", "model.layers=2", "--set", "model.width=16", "--set", "diffusion.steps=10",
+    "--batch-size", "32", "--set", "training.checkpoint_every=10",
+)  # fmt: skip
+WATER = "3\nwater\nO 0 0 0\nH 0.96 0 0\nH -0.24 0.93 0\n"
+
+
+def test_the_main_job(cli, tmp_path):
+    """Train on the bundled sample, sample from the newest run, evaluate."""
+    trained = cli("train", "--loss", "energy", "--steps", "20", *TINY)
+    assert "1,000 training molecules" in trained.stderr
+    assert "qm9_gdm_aug" in trained.stderr  # how to train in full
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("quick-energy-exponential-")
+    sampled = cli("sample", "-n", "12")
+    assert "12 molecules written to samples.sdf" in sampled.stderr
+    assert "molecules/s" in sampled.stderr
+    assert (tmp_path / "samples.sdf").read_text().count("$$$$") == 12
+    shown = cli("evaluate", "samples.sdf").stdout
+    for words in (
+        "molecule stability",
+        "novelty",
+        "data: QM9 test",
+        "samples.sdf",
+        "95.2 [94.8, 95.6]",
+    ):
+        assert words in shown
+    found = json.loads(cli("evaluate", "samples.sdf", "--json").stdout)
+    assert found["files"][0]["molecules"] == 12
+    assert found["reference"]["metrics"]["molecule_stability"]["value"] > 0.9
+
+
+def test_options_of_train(cli, tmp_path, sample_path):
+    cli("train", "--loss", "mse", "--epochs", "1", "--data", sample_path, "--lr", "1e-3",
+        "--seed", "5", "--device", "cpu", "-o", "mine", *TINY)  # fmt: skip
+    with (tmp_path / "mine" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert int(rows[-1]["step"]) == 32  # 1,000 molecules in batches of 32
+    text = (tmp_path / "mine" / "config.yaml").read_text()
+    assert "seed: 5" in text
+    assert "lr: 0.001" in text
+    assert "name: mse" in text
+    assert "is complete" in cli("train", "--resume", "mine").stderr
+    cli("train", "--resume", "mine", "--steps", "34")
+    cli("train", "--springs", "inverse", "--steps", "1", "-o", "inverse", *TINY)
+    assert "family: inverse" in (tmp_path / "inverse" / "config.yaml").read_text()
+    cli("train", "--springs", "lennard_jones", "--edges", "sparse", "--steps", "1", "-o", "lj",
+        "--set", "diffusion.process=flow_matching", *TINY)  # fmt: skip
+    text = (tmp_path / "lj" / "config.yaml").read_text()
+    assert "kind: sparse" in text
+    cli("sample", "-n", "2", "--checkpoint", "lj")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_and_resumed_from_the_shell(cli, tmp_path, number):
+    command = ["train", "--steps", "100000", "-o", "run", *TINY, "--set", "training.log_every=5"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "molgen_energy", *command],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.csv"
+    while not metrics.exists() or metrics.read_text().count("\n") < 5:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    stderr = process.communicate(timeout=60)[1]
+    assert "Traceback" not in stderr
+    if number != signal.SIGKILL:
+        assert process.returncode == 130
+        assert "go on with: molgen-energy train --resume run" in stderr
+    step = int(metrics.read_text().splitlines()[-1].split(",")[0])
+    cli("train", "--resume", "run", "--steps", str(step + 20))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_sampling_that_is_stopped_at_once_leaves_nothing(cli, tmp_path, number):
+    cli("train", "--steps", "1", *TINY, "--set", "diffusion.steps=500")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "molgen_energy", "sample", "-n", "500", "--batch-size", "500"],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "samples.sdf.parts").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(number)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1] == "error: interrupted"
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """The folder that a run of ten steps, nearly untrained, lies in."""
+    folder = tmp_path_factory.mktemp("folder")
+    subprocess.run(
+        [sys.executable, "-m", "molgen_energy", "train", "--steps", "1", "-o", "runs/run", *TINY],
+        cwd=folder, check=True, capture_output=True,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def here(tiny_run, tmp_path, monkeypatch, capfd):
+    """Run a command in this process, beside the run: exit code and standard error."""
+    shutil.copytree(tiny_run / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    terminate = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments):
+        capfd.readouterr()
+        try:
+            app([*map(str, arguments)])
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            signal.signal(signal.SIGTERM, terminate)
+        return code, capfd.readouterr().err
+
+    return run
+
+
+def test_samplers_of_sample(here, tmp_path):
+    code, stderr = here("sample", "-n", 3, "--sampler", "dpm++", "--steps", 4)
+    assert code == 0
+    assert "step 1: dpm++, 4 steps of log spacing, 5 network evaluations each" in stderr
+    text = (tmp_path / "samples.sdf").read_text()
+    assert text.count(">  <sampler>\ndpm++\n\n>  <steps>\n4\n\n>  <spacing>\nlog\n") == 3
+    assert "<eta>" not in text
+    spaced = ("--spacing", "quadratic", "--steps", 3, "-o", "spaced.sdf")
+    code, stderr = here("sample", "-n", 1, *spaced)
+    assert "ancestral, 3 steps of quadratic spacing, 4 network evaluations each" in stderr
+    assert ">  <spacing>\nquadratic\n" in (tmp_path / "spaced.sdf").read_text()
+    for name, more in (("heun", ()), ("ddim", ("--eta", 0.5)), ("ancestral", ("--steps", 3))):
+        path = tmp_path / f"{name}.h5"
+        assert here("sample", "-n", 2, "--sampler", name, *more, "-o", path)[0] == 0
+        with h5py.File(path) as file:
+            origin = json.loads(file.attrs["provenance"])
+        assert origin["sampler"] == name
+        assert origin["steps"] == ("3" if more[:1] == ("--steps",) else "10")
+        assert origin.get("spacing") == ("log" if more[:1] == ("--steps",) else None)
+        assert origin.get("eta") == ("0.5" if name == "ddim" else None)
+    (tmp_path / "a.xyz").symlink_to("target.xyz")
+    stderr = here("sample", "-n", 1, "-o", "a.xyz")[1]
+    assert (tmp_path / "a.xyz").is_symlink()
+    assert (tmp_path / "target.xyz").is_file()
+    assert "step 1: ancestral, 10 steps, 11 network evaluations each" in stderr
+    assert "sampler='ancestral' steps='10'" in (tmp_path / "a.xyz").read_text()
+
+
+BAD_SAMPLE = {
+    "unknown sampler": (("--sampler", "ancestor"), "unknown sampler 'ancestor'; did you mean"),
+    "of another process": (("--sampler", "euler"), "--sampler euler is for networks of flow"),
+    "too many steps": (("--steps", "11"), "--steps 11: the network was trained with 10 steps"),
+    "no steps": (("--steps", "0"), "--steps 0: the network was trained with 10 steps"),
+    "eta of another": (("--eta", "1"), "--eta goes with --sampler ddim, not ancestral"),
+    "eta too large": (("--sampler", "ddim", "--eta", "2"), "--eta 2: expected a number from 0"),
+    "no name": (("-o", ".sdf"), ".sdf: the name must end in .sdf, .xyz, .h5"),
+    "no device": (("--device", "meta"), "--device meta is not available here"),
+    "none": (("-n", "0"), "-n 0: ask for at least one molecule"),
+    "begun before": ((), "or remove that folder"),
+    "another seed": (("--resume", "samples.sdf", "--seed", "1"), "--seed cannot change: samples."),
+    "another count": (("--resume", "samples.sdf", "-n", "9"), "-n cannot change: samples.sdf.par"),
+    "other steps": (("--resume", "samples.sdf", "--steps", "9"), "was begun with 10; --resume"),
+    "other spacing": (("--resume", "samples.sdf", "--spacing", "even"), "--spacing cannot change"),
+    "no such spacing": (("--spacing", "evn"), "unknown spacing 'evn'; did you mean 'even'?"),
+    "other sizes": (("--resume", "samples.sdf", "--n-atoms", "9"), "with the default; --resume"),
+    "rougher": (("--resume", "samples.sdf", "--low-precision"), "--low-precision cannot change"),
+    "another output": (("--resume", "samples.sdf", "-o", "b.sdf"), "leave out -o b.sdf"),
+    "nothing begun": (("--resume", "b.sdf"), "b.sdf.parts does not exist, there is nothing to go"),
+    "weights changed": (("--resume", "samples.sdf"), "holds other weights (run, step 1)"),
+    "checkpoint gone": (("--resume", "samples.sdf"), "does not exist; name its new place with --"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD_SAMPLE)
+def test_bad_requests_of_sample_are_one_line_and_exit_code_2(here, tmp_path, monkeypatch, what):
+    arguments, message = BAD_SAMPLE[what]
+    if what == "begun before" or "--resume" in arguments:
+        parts = tmp_path / "samples.sdf.parts"
+        with monkeypatch.context() as broken:
+            broken.setattr(sampling._Work, "_write", failing)
+            code, stderr = here("sample", "-n", 2)
+        assert code == 2
+        assert f"what is finished stays in {parts.name}; go on with: molgen" in stderr
+        assert len(list(parts.glob("*.part"))) == 1
+    last = tmp_path / "runs" / "run" / "checkpoints" / "last"
+    if what == "weights changed":
+        spoiled = bytearray((last / "ema.safetensors").read_bytes())
+        spoiled[-1] ^= 1
+        (last / "ema.safetensors").write_bytes(spoiled)
+    if what == "checkpoint gone":
+        last.rename(tmp_path / "moved")
+    before = sorted(tmp_path.rglob("*"))
+    code, stderr = here("sample", *arguments)
+    stderr = "".join(line for line in stderr.splitlines(True) if not line.startswith("sampling"))
+    assert code == 2
+    assert message in stderr
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    if what == "checkpoint gone":
+        assert here("sample", "--resume", "samples.sdf", "--checkpoint", "moved")[0] == 0
+        assert (tmp_path / "samples.sdf").read_text().count("$$$$") == 2
+
+
+def failing(*_, **__):
+    raise OSError(28, "No space left on device", "samples.sdf")
+
+
+def test_preprocess_own_molecules(cli, tmp_path, molecules):
+    frames = []
+    for molecule in molecules.select(np.arange(50)):
+        atoms = [f"{z} {x} {y} {w}" for z, (x, y, w) in
+                 zip(molecule.atomic_numbers, molecule.positions, strict=True)]  # fmt: skip
+        frames.append("\n".join([str(len(molecule)), "", *atoms]) + "\n")
+    (tmp_path / "mols.xyz").write_text("".join(frames))
+    done = cli("preprocess", "mols.xyz", "-o", "mine.h5", "--split", "0.6,0.2,0.2", "--seed", "1")
+    assert "50 molecules written to mine.h5" in done.stderr
+    assert "train 30, valid 10, test 10" in done.stderr
+    with h5py.File(tmp_path / "mine.h5") as file:
+        assert file.attrs["schema"] == 1
+        assert np.bincount(file["split"][:]).tolist() == [30, 10, 10]
+    cli("train", "--data", "mine.h5", "--steps", "3", "-o", "run", *TINY)
+    cli("sample", "-n", "2", "--n-atoms", "5-6", "--checkpoint", "run", "-o", "s.xyz")
+    cli("evaluate", "s.xyz", "--train", "mine.h5", "--reference", "mine.h5")
+    cli("preprocess", "mols.xyz")
+    assert (tmp_path / "mols.h5").exists()
+
+
+def test_skip_bad(cli, tmp_path):
+    (tmp_path / "a.xyz").write_text(WATER + "1\n\nQq 0 0 0\n" + WATER)
+    done = cli("preprocess", "a.xyz", "-o", "a.h5", "--skip-bad")
+    assert "left out record 2 (line 6): atom 1 of 1: 'Qq' is no chemical element" in done.stderr
+    found = json.loads(cli("evaluate", "a.xyz", "--skip-bad", "--json").stdout)
+    assert found["files"][0]["molecules"] == 2
+    assert found["files"][0]["skipped"] == 1
+
+
+BAD = {
+    "unknown loss": (("train", "--loss", "enrgy"), "did you mean 'energy'"),
+    "unknown springs": (("train", "--springs", "soft"), "unknown spring family 'soft'"),
+    "springs without energy": (("train", "--loss", "mse", "--springs", "inverse"), "goes with"),
+    "unknown key": (("train", "--set", "model.depth=3"), "unknown config key 'model.depth'"),
+    "unknown config": (("train", "--config", "qm8"), "unknown config 'qm8'"),
+    "no data": (("train", "--config", "qm9_gdm"), "qm9.h5 does not exist; make it with"),
+    "no such device": (("train", "--device", "abacus"), "--device abacus is not available"),
+    "no steps": (("train", "--steps", "0"), "training.steps"),
+    "no run to resume": (("train", "--resume", "nothing"), "does not exist"),
+    "change on resume": (("train", "--resume", "nothing", "--lr", "1"), "cannot change"),
+    "no such checkpoint": (("sample", "--checkpoint", "nothing"), "nothing does not exist; name a"),
+    "almost a name": (("sample", "--checkpoint", "qm9_enrgy"), "did you mean 'qm9_energy'?"),
+    "no atoms": (("sample", "--n-atoms", "0"), "--n-atoms 0: expected"),
+    "descending": (("sample", "--n-atoms", "9-3"), "--n-atoms 9-3: expected"),
+    "words for atoms": (("sample", "--n-atoms", "few"), "--n-atoms few: expected"),
+    "missing file": (("evaluate", "nothing.sdf"), "nothing.sdf does not exist"),
+    "empty file": (("evaluate", "empty.sdf"), "empty.sdf holds no molecule"),
+    "another format": (("evaluate", "a.pdb"), "no SDF or XYZ file"),
+    "broken record": (("evaluate", "bad.xyz"), "bad.xyz: record 2 (line 6): "),
+    "truncated": (("evaluate", "cut.h5"), "cut.h5 is cut off"),
+    "no table": (("evaluate", "salt.xyz"), "record 1 holds Na"),
+    "bad split": (("preprocess", "good.xyz", "--split", "0.5,0.1"), "expected three shares"),
+    "bad shares": (("preprocess", "good.xyz", "--split", "0.5,0.1,0.1"), "add up to 1"),
+    "foreign element": (("preprocess", "good.xyz", "--elements", "H,C"), "(line 1): it holds O"),
+    "no such element": (("preprocess", "good.xyz", "--elements", "H,Xx"), "no chemical element"),
+    "nan": (("preprocess", "nan.xyz"), "record 1 (line 1): the coordinates of atom 2"),
+    "no source": (("preprocess", "qm9", "--source", "nothing"), "nothing does not exist"),
+    "no hdf5 name": (("preprocess", "good.xyz", "-o", "good.xyz"), "must end in .h5"),
+    "nan share": (("preprocess", "good.xyz", "--split", "nan,0,1"), "add up to 1"),
+    "spin loss": (("train", "--loss", "margin"), "'margin' is a loss on spins"),
+    "edges of mse": (("train", "--loss", "mse", "--edges", "sparse"), "--edges goes with"),
+    "no published scale": (
+        ("train", "--springs", "lennard_jones", "--set", "loss.springs.scale=jodo"),
+        "no published scale for 'jodo'",
+    ),
+    "coincident atoms": (
+        ("train", "--data", "twins.h5", "--edges", "symmetrized"),
+        "twins.h5: molecule 1: two atoms are closer than",
+    ),
+    "huge seed": (("train", "--seed", "99999999999999999999"), "training.seed"),
+    "missing second file": (("evaluate", "good.xyz", "nothing.sdf"), "nothing.sdf does not exist"),
+    "missing reference": (("evaluate", "good.xyz", "--reference", "no.h5"), "no.h5 does not exist"),
+    "unknown metric": (("evaluate", "good.xyz", "--metrics", "fdc"), "did you mean 'fcd'"),
+    "unknown valence": (("evaluate", "good.xyz", "--valence", "lax"), "(valid: strict, jodo)"),
+    "no bonds given": (("evaluate", "good.xyz", "--bonds", "given"), "carries no bonds"),
+    "report is a file": (("evaluate", "good.xyz", "--report", "a.pdb"), "a.pdb is a file"),
+    "report nowhere": (("evaluate", "good.xyz", "--report", "no/out"), "no does not exist"),
+    "cut gzip": (("evaluate", "cut.xyz.gz"), "cut.xyz.gz is cut off or no gzip file, behind"),
+    "wrong counts": (("evaluate", "count.xyz"), "count.xyz: record 2 (line 6): the file ends"),
+    "nan in hdf5": (("evaluate", "nan.h5"), "nan.h5: molecule 2 has coordinates that are not"),
+    "checkpoint for a run": (("train", "--resume", "checkpoint"), "is a checkpoint; name its run"),
+    "no folder": (("preprocess", "good.xyz", "-o", "no/a.h5"), "no does not exist; make it first"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(cli, tmp_path, what, sample_path):
+    (tmp_path / "empty.sdf").touch()
+    (tmp_path / "a.pdb").touch()
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "state.yaml").touch()
+    (tmp_path / "good.xyz").write_text(WATER * 5)
+    (tmp_path / "bad.xyz").write_text(WATER + "4\n" + WATER)
+    (tmp_path / "nan.xyz").write_text("2\n\nH 0 0 0\nH nan 0 0\n")
+    (tmp_path / "salt.xyz").write_text("2\n\nNa 0 0 0\nCl 0 0 2.4\n")
+    (tmp_path / "cut.h5").write_bytes(sample_path.read_bytes()[:100_000])
+    (tmp_path / "count.xyz").write_text(WATER + "4\nwater\nO 0 0 0\nH 0.96 0 0\n")
+    (tmp_path / "cut.xyz.gz").write_bytes(gzip.compress(WATER.encode() * 500, mtime=0)[:-20])
+    if "nan.h5" in BAD[what][0]:
+        (tmp_path / "nan.h5").write_bytes(sample_path.read_bytes())
+        with h5py.File(tmp_path / "nan.h5", "r+") as file:
+            file["positions"][int(file["offsets"][1]), 2] = np.nan
+    if "twins.h5" in BAD[what][0]:
+        (tmp_path / "twins.xyz").write_text("3\n\nH 0 0 0\nH 0 0 0.001\nO 1 0 0\n" * 9)
+        cli("preprocess", "twins.xyz", "-o", "twins.h5")
+    before = sorted(tmp_path.rglob("*"))
+    arguments, message = BAD[what]
+    stderr = cli(*arguments, code=2).stderr
+    assert message in stderr
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_evaluation_goes_on_behind_bad_records(cli, tmp_path, sample_path):
+    """With --skip-bad: a cut gzip file, NaN in HDF5, foreign elements; numbers stay those of
+    the file."""
+    (tmp_path / "cut.xyz.gz").write_bytes(gzip.compress(WATER.encode() * 500, mtime=0)[:-20])
+    done = cli("evaluate", "cut.xyz.gz", "--skip-bad", "--json", "--metrics", "rates")
+    (found,) = json.loads(done.stdout)["files"]
+    assert 0 < found["molecules"] <= 500
+    assert found["skipped"] == 1
+    assert "the file is cut off" in done.stderr
+    (tmp_path / "nan.h5").write_bytes(sample_path.read_bytes())
+    with h5py.File(tmp_path / "nan.h5", "r+") as file:
+        file["positions"][int(file["offsets"][1]), 2] = np.nan
+    lines = "1\n\nNa 0 0 0\n" + "2\n\nH 0 0 0\nH 0 0 9\n" + WATER
+    (tmp_path / "salt.xyz").write_text(lines)
+    done = cli(
+        "evaluate", "nan.h5", "salt.xyz", "--skip-bad", "--json", "--metrics", "rates",
+        "--workers", "1",
+    )  # fmt: skip
+    nan, salt = json.loads(done.stdout)["files"]
+    assert (nan["molecules"], nan["skipped"]) == (1999, 1)
+    assert (salt["molecules"], salt["skipped"]) == (2, 1)
+    assert salt["worst"][0]["record"] == 2
+
+
+def test_odd_files_are_evaluated(cli, tmp_path):
+    """One molecule; nothing valid; five hundred atoms in one place and on a line."""
+    (tmp_path / "one.xyz").write_text(WATER)
+    (tmp_path / "crowd.xyz").write_text("500\n\n" + "C 0 0 0\n" * 500)
+    line = "".join(f"C {1.5 * k} 0 0\n" for k in range(500))
+    (tmp_path / "line.xyz").write_text("500\n\n" + line)
+    done = cli("evaluate", "one.xyz", "crowd.xyz", "line.xyz", "--report", "out", "--json")
+    one, crowd, chain = json.loads(done.stdout)["files"]
+    assert one["metrics"]["molecule_stability"]["value"] == 1
+    assert one["metrics"]["mmd_bond_length"]["interval"] is None
+    assert crowd["metrics"]["validity"]["value"] == 0
+    assert crowd["metrics"]["uniqueness"]["value"] is None
+    assert crowd["invalid"][0]["reason"] == "an atom has more than 12 bonds"
+    assert chain["metrics"]["complete"]["value"] == 1
+    assert "RDKit does not draw it" in (tmp_path / "out" / "report.html").read_text()
+    table = cli("evaluate", "crowd.xyz").stdout
+    assert "n/a" in table
+
+
+def test_a_run_is_never_overwritten(cli, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    assert "is not empty" in cli("train", "-o", "run", *TINY, code=2).stderr
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_that_cannot_be_written(cli, tmp_path):
+    (tmp_path / "file").touch()
+    assert "cannot write" in cli("train", "-o", "file/run", *TINY, code=2).stderr
+    (tmp_path / "good.xyz").write_text(WATER)
+    assert "folder" in cli("preprocess", "good.xyz", "-o", tmp_path, code=2).stderr
+
+
+@pytest.mark.parametrize("verb", ["preprocess", "sample.sdf", "sample.h5", "train"])
+def test_a_disk_that_takes_no_more(tmp_path, sample_path, verb):
+    """Files beyond 60 kB fail as on a full disk: one line, exit code 2, nothing half-written."""
+    resource = pytest.importorskip("resource")
+
+    def run(*arguments, limit=None):
+        def limited():
+            if limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        return subprocess.run(
+            [sys.executable, "-m", "molgen_energy", *map(str, arguments)], cwd=tmp_path,
+            capture_output=True, text=True, preexec_fn=limited,
+        )  # fmt: skip
+
+    (tmp_path / "good.xyz").write_text(WATER * 20_000)
+    if verb.startswith("sample"):
+        assert run("train", "--steps", "1", *TINY).returncode == 0
+    before = sorted(tmp_path.rglob("*"))
+    arguments = {
+        "preprocess": ("preprocess", "good.xyz"),
+        "sample.sdf": ("sample", "-n", "200", "-o", "a.sdf"),
+        "sample.h5": ("sample", "-n", "600", "-o", "a.h5"),
+        "train": ("train", "--steps", "5", *TINY, "--set", "model.width=64", "-o", "run"),
+    }[verb]
+    done = run(*arguments, limit=60_000)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    name = {"preprocess": "good.h5", "train": "last"}.get(verb, verb.replace("sample", "a"))
+    assert re.search(rf"^error: File too large: .*{name}$", done.stderr.splitlines()[-1])
+    if verb.startswith("sample"):  # what is finished stays, and is enough
+        assert f"go on with: molgen-energy sample --resume {name}" in done.stderr
+        assert run("sample", "--resume", name).returncode == 0
+        (tmp_path / name).unlink()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_help_is_quick_and_names_the_verbs(cli):
+    began = time.monotonic()
+    shown = cli("--help").stdout
+    assert time.monotonic() - began < 20
+    for verb in ("preprocess", "train", "sample", "evaluate"):
+        assert verb in shown
+        assert "--help" in cli(verb, "--help").stdout
+    assert cli("--version").stdout.startswith("molgen-energy ")
+
+
+@pytest.mark.parametrize(
+    ("module", "never"),
+    [
+        ("molgen_energy.cli", {"torch", "rdkit", "h5py"}),
+        ("molgen_energy.metrics.evaluation", {"torch"}),
+        ("molgen_energy.metrics.reference", {"torch"}),
+        ("molgen_energy.systems.molecules.sampling", {"molgen_energy.training.loop"}),
+    ],
+)
+def test_what_a_verb_does_not_import(module, never):
+    code = f"import sys, {module}; print([m for m in {sorted(never)} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,56 @@
+"""Triton's kernels, by its interpreter, which needs no GPU, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from molgen_energy.models.pair_network import PairNetwork
+
+pytest.importorskip("triton")
+CHECK = Path(__file__).parent / "pair_kernels_check.py"
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+        ),
+    ],
+)
+def test_kernels_are_the_textbook_formula(device: str) -> None:
+    environment = dict(os.environ)
+    environment.pop("TRITON_INTERPRET", None)
+    if device == "cpu":
+        environment["TRITON_INTERPRET"] = "1"
+    done = subprocess.run(
+        [sys.executable, str(CHECK), device], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {len(errors) for errors in found.values()} == {6, 9}
+    for name, errors in found.items():
+        bound = 2e-2 if name == "low precision" else 2e-6
+        assert max(errors) < bound, (name, errors)
+
+
+def test_on_a_cpu_blocks_are_taken() -> None:
+    network = PairNetwork(32, channels=2)
+    assert not pair_network._kernels_serve(network.receiver(torch.randn(2, 5, 32)), None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_kernels_are_taken_where_they_serve() -> None:
+    states = torch.randn(2, 5, 64, device="cuda")
+    assert pair_network._kernels_serve(states, None)
+    assert not pair_network._kernels_serve(states[..., :48].contiguous(), None)
+    wanted = torch.randn(2, 5, 5, 3, device="cuda", requires_grad=True)
+    assert not pair_network._kernels_serve(states, wanted)
