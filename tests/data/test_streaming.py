@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import config_of
-from test_training import CPU, Watcher, assert_same_run, tiny
+from runs import CPU, Watcher, assert_same_run, tiny
 
 from molgen_energy.data import batches as batching
 from molgen_energy.data import hdf5

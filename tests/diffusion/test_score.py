@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-PATH = Path(__file__).parents[1] / "scripts" / "check_score.py"
+PATH = Path(__file__).parents[2] / "scripts" / "check_score.py"
 
 
 @pytest.fixture(scope="module")

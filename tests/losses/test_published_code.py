@@ -19,7 +19,7 @@ from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.metrics.distances import mmd
 from molgen_energy.metrics.judging import Settings, judge_piece
 
-EXPECTED = json.loads((Path(__file__).parent / "data" / "published_code.json").read_text())
+EXPECTED = json.loads((Path(__file__).parents[1] / "data" / "published_code.json").read_text())
 NOISES = list(EXPECTED["edm"])
 
 

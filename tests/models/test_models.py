@@ -10,7 +10,7 @@ from conftest import padded_batch
 from torch import nn
 from torch.nn import functional as F
 
-from molgen_energy.models import EDM, GDM, MODELS, GDMPairs
+from molgen_energy.models import EDM, GDM, MODELS, GDMPairs, pair_network
 from molgen_energy.models.pair_network import PairNetwork
 
 

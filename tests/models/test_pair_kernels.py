@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from molgen_energy.models import pair_network
 from molgen_energy.models.pair_network import PairNetwork
 
 pytest.importorskip("triton")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training import CPU, Watcher, tiny
+from runs import CPU, Watcher, tiny
 
 from molgen_energy.chemistry.molfiles import MoleculeReader, MoleculeTextWriter
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter

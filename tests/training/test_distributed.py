@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import config_of, torchrun, torchrun_to_end
-from test_training import CPU, Watcher
+from runs import CPU, Watcher
 
 from molgen_energy.systems.molecules.task import MoleculeTask
 from molgen_energy.systems.registry import load_config

@@ -29,7 +29,7 @@ from molgen_energy.training.pretrained import (
 )
 
 NAMES = ["qm9_energy", "qm9_mse"]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import config_of
+from runs import CPU, Watcher, assert_same_run, tiny, weights
 
-from molgen_energy.config import Config
 from molgen_energy.diffusion.geometry import centred
 from molgen_energy.diffusion.process import PROCESSES
 from molgen_energy.errors import InputError, TrainingFailedError
@@ -36,54 +36,6 @@ from molgen_energy.training.clipping import GradientClipper
 from molgen_energy.training.ema import ExponentialMovingAverage
 from molgen_energy.training.loop import TrainingInterrupted, learning_rate, total_steps, train
 from molgen_energy.training.metrics import MetricsLog, read_metrics
-
-CPU = torch.device("cpu")
-TINY = {
-    "model.layers": 2,
-    "model.width": 16,
-    "training.steps": 12,
-    "training.batch_size": 16,
-    "training.log_every": 3,
-    "training.validate_every": 6,
-    "training.validation_molecules": 32,
-    "training.checkpoint_every": 4,
-    "training.low_precision": False,
-}
-
-
-class Watcher:
-    """Counts steps, and runs `at[step]` when it comes."""
-
-    def __init__(self, at=None):
-        self.steps, self.losses, self.at = [], [], at or {}
-
-    def progress(self, step, steps, loss, samples_per_second):
-        self.steps.append(step)
-        self.losses.append(loss)
-        self.at.get(step, lambda: None)()
-
-
-def tiny(**changes) -> Config:
-    return load_config("quick").replaced(
-        TINY | {k.replace("__", "."): v for k, v in changes.items()}
-    )
-
-
-def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_checkpoint(run).tensors(name)
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """All tensors and all rows, but for times and speeds."""
-    for name in ("model", "ema", "optimizer"):
-        theirs, ours = weights(a, name), weights(b, name)
-        assert theirs.keys() == ours.keys()
-        for key in theirs:
-            assert torch.equal(theirs[key], ours[key]), (name, key)
-    rows = [read_metrics(run / "metrics.csv") for run in (a, b)]
-    for row in (*rows[0], *rows[1]):
-        del row["seconds"], row["samples_per_second"]
-    assert rows[0] == rows[1]
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +112,9 @@ SCRIPT = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
-from test_training import *
+from runs import *
+from molgen_energy.systems.molecules.task import MoleculeTask
+from molgen_energy.training.loop import train
 train(MoleculeTask(tiny(training__steps=100000, training__checkpoint_every=1), CPU),
       Path(sys.argv[1]), Watcher())
 """
@@ -170,7 +124,7 @@ train(MoleculeTask(tiny(training__steps=100000, training__checkpoint_every=1), C
 def test_killed_at_any_moment_it_resumes(tmp_path, delay):
     """SIGKILL while a checkpoint is written at every step: the run goes on from a whole one."""
     run = tmp_path / "run"
-    code = SCRIPT.format(tests=str(Path(__file__).parent))
+    code = SCRIPT.format(tests=str(Path(__file__).parents[1]))
     process = subprocess.Popen([sys.executable, "-c", code, str(run)])
     state = run / "checkpoints" / "last" / "state.yaml"
     while not (run / "checkpoints" / "best").exists():  # at least six checkpoints were written
@@ -688,7 +642,7 @@ def test_products_by_onednn(monkeypatch, processor, capability, amx, expected):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     try:
         torch.set_float32_matmul_precision("highest")
-        device.choose_device("cpu")
+        devices.choose_device("cpu")
         assert torch.get_float32_matmul_precision() == expected
     finally:
         torch.set_float32_matmul_precision(before)
@@ -697,8 +651,8 @@ def test_products_by_onednn(monkeypatch, processor, capability, amx, expected):
 def test_products_on_this_processor_are_float32():
     before = torch.get_float32_matmul_precision()
     try:
-        device.choose_device("cpu")
-        device.lower_precision(CPU)  # is for GPUs
+        devices.choose_device("cpu")
+        devices.lower_precision(CPU)  # is for GPUs
         left, right = (
             torch.randn(300, 300, generator=torch.Generator().manual_seed(s)) for s in (0, 1)
         )

@@ -1,0 +1,60 @@
+"""Short runs on molecules that several tests train, watch and compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from molgen_energy.config import Config
+from molgen_energy.systems.registry import load_config
+from molgen_energy.training.checkpoint import load_checkpoint
+from molgen_energy.training.metrics import read_metrics
+
+CPU = torch.device("cpu")
+TINY = {
+    "model.layers": 2,
+    "model.width": 16,
+    "training.steps": 12,
+    "training.batch_size": 16,
+    "training.log_every": 3,
+    "training.validate_every": 6,
+    "training.validation_molecules": 32,
+    "training.checkpoint_every": 4,
+    "training.low_precision": False,
+}
+
+
+class Watcher:
+    """Counts steps, and runs `at[step]` when it comes."""
+
+    def __init__(self, at=None):
+        self.steps, self.losses, self.at = [], [], at or {}
+
+    def progress(self, step, steps, loss, samples_per_second):
+        self.steps.append(step)
+        self.losses.append(loss)
+        self.at.get(step, lambda: None)()
+
+
+def tiny(**changes) -> Config:
+    return load_config("quick").replaced(
+        TINY | {k.replace("__", "."): v for k, v in changes.items()}
+    )
+
+
+def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_checkpoint(run).tensors(name)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """All tensors and all rows, but for times and speeds."""
+    for name in ("model", "ema", "optimizer"):
+        theirs, ours = weights(a, name), weights(b, name)
+        assert theirs.keys() == ours.keys()
+        for key in theirs:
+            assert torch.equal(theirs[key], ours[key]), (name, key)
+    rows = [read_metrics(run / "metrics.csv") for run in (a, b)]
+    for row in (*rows[0], *rows[1]):
+        del row["seconds"], row["samples_per_second"]
+    assert rows[0] == rows[1]
