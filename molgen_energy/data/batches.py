@@ -1,16 +1,17 @@
 """Training data as batches of molecules of about the same size, resident or streamed.
 
 Training molecules come in *windows*: sets of molecules that are in memory as a whole, on the
-device, with what a loss needs besides. Data that fits is one window, made at the start. Of a larger
-file, each epoch is a new sequence of windows, each of many short runs of the file, read while the
-one before it is trained on. A batch names its window and the molecules within it.
+device, with the other inputs of a loss. Data that fits in memory is one window, made at the start.
+Of a larger file, each epoch is a new sequence of windows, each of many short runs of the file; a
+thread reads the next window during training on the present one. A `BatchIndex` names its window and
+the molecules in it.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar, overload
@@ -34,8 +35,8 @@ Window_co = TypeVar("Window_co", covariant=True)
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Which training molecules to take together.
+class BatchIndex:
+    """Which training molecules a batch holds.
 
     window
         Number of the window that holds them.
@@ -52,76 +53,149 @@ class Batch:
     def __len__(self) -> int:
         return len(self.which)
 
-    def share(self, rank: int, world: int) -> Batch:
-        """What process `rank` of `world` takes of it; nothing, where there are more processes."""
-        return Batch(self.window, self.which[rank::world], self.sizes[rank::world])
+    def shard(self, rank: int, world: int) -> BatchIndex:
+        """The part of process `rank` of `world`; empty for more processes than molecules."""
+        return BatchIndex(self.window, self.which[rank::world], self.sizes[rank::world])
 
-    def largest(self, count: int) -> Batch:
+    def largest(self, count: int) -> BatchIndex:
         """So many of its largest molecules."""
         order = np.argsort(-self.sizes, kind="stable")[:count]
-        return Batch(self.window, self.which[order], self.sizes[order])
+        return BatchIndex(self.window, self.which[order], self.sizes[order])
 
 
-class MoleculeBatch(NamedTuple):
-    """Padded molecules: positions (B, N, 3) Å, types (B, N), mask (B, N) true at real atoms."""
+@dataclass(frozen=True)
+class MoleculeBatch:
+    """Padded molecules: B of them, N atoms of the largest; zero at padding.
 
-    positions: Tensor
-    types: Tensor
+    mask
+        (B, N), true at real atoms.
+    data
+        `positions` (B, N, 3) float32 in Å, `atomic_numbers` (B, N) uint8, and of the optional
+        columns that were asked for `formal_charges` (B, N) int8 and `bond_orders` (B, N, N) uint8.
+    properties
+        (B,) float64 by name, NaN where missing.
+    bonds
+        Bonded pairs as an edge list (3, E): the molecule in the batch and two atoms of it.
+    groups
+        (B,) int64.
+    smiles
+        (B,) texts, on the CPU.
+    """
+
     mask: Tensor
+    data: dict[str, Tensor]
+    properties: dict[str, Tensor]
+    bonds: Tensor | None = None
+    groups: Tensor | None = None
+    smiles: NDArray[np.object_] | None = None
 
 
-class ResidentMolecules:
-    """Molecules that stay on the device, unpadded; a batch is an index into them.
+class DeviceMolecules:
+    """Molecules on a device, unpadded; a batch is an index into them.
 
     Parameters
     ----------
     molecules
-        Positions are kept as they are, 12 bytes an atom; types take 1 byte, offsets 8 a molecule.
-    type_lookup
-        Type by atomic number, (256,).
+        With the optional columns that batches should have. Positions take 12 bytes an atom,
+        elements and charges 1 each, a bond 9 bytes, offsets and properties 8 bytes a molecule.
     device
         Where they are kept.
+    dense_bonds
+        Whether batches hold `bond_orders`, besides the list of bonds.
     """
 
-    def __init__(self, molecules: Molecules, type_lookup: Tensor, device: torch.device) -> None:
+    def __init__(
+        self, molecules: Molecules, device: torch.device, dense_bonds: bool = False
+    ) -> None:
         self.sizes = molecules.sizes
-        types = type_lookup.clamp(min=0).to(torch.uint8).numpy()[molecules.atomic_numbers]
-        self._positions = torch.from_numpy(molecules.positions).to(device)
-        self._types = torch.from_numpy(types).to(device)
         self._offsets = torch.from_numpy(molecules.offsets).to(device)
+        atoms = {
+            "positions": molecules.positions,
+            "atomic_numbers": molecules.atomic_numbers,
+            "formal_charges": molecules.formal_charges,
+        }
+        self._atoms = {
+            name: torch.from_numpy(values).to(device)
+            for name, values in atoms.items()
+            if values is not None
+        }
+        self._properties = {
+            name: torch.from_numpy(p.values).to(device) for name, p in molecules.properties.items()
+        }
+        self._groups = None
+        if molecules.groups is not None:
+            self._groups = torch.from_numpy(molecules.groups).to(device)
+        self._smiles = molecules.smiles
+        self._dense_bonds = dense_bonds
+        self._bond_counts: NDArray[np.int64] | None = None
+        if (bonds := molecules.bonds) is not None:
+            self._bond_counts = np.diff(bonds.offsets)
+            self._bond_offsets = torch.from_numpy(bonds.offsets).to(device)
+            self._bond_index = torch.from_numpy(bonds.index.astype(np.int32)).to(device)
+            self._bond_order = torch.from_numpy(bonds.order).to(device)
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def batch(self, which: NDArray[np.int64]) -> MoleculeBatch:
-        """The chosen molecules, padded with zeros to the largest of them."""
+        """The chosen molecules (B,), padded to the largest of them."""
         largest = int(self.sizes[which].max())
         index = torch.from_numpy(which).to(self._offsets.device)
         atoms = self._offsets[index, None] + torch.arange(largest, device=index.device)
         mask = atoms < self._offsets[index + 1, None]
         atoms = torch.where(mask, atoms, 0)
-        positions = torch.where(mask[..., None], self._positions[atoms], 0)
-        return MoleculeBatch(positions, torch.where(mask, self._types[atoms].long(), 0), mask)
+        data = {}
+        for name, values in self._atoms.items():
+            inside = mask.view(*mask.shape, *[1] * (values.ndim - 1))
+            data[name] = torch.where(inside, values[atoms], 0)
+        bonds = None
+        if self._bond_counts is not None:
+            bonds, order = self._bonds_of(index, self._bond_counts[which])
+            if self._dense_bonds:
+                dense = order.new_zeros(len(which), largest, largest)
+                molecule, i, j = bonds
+                dense[molecule, i, j] = dense[molecule, j, i] = order
+                data["bond_orders"] = dense
+        properties = {name: values[index] for name, values in self._properties.items()}
+        return MoleculeBatch(
+            mask,
+            data,
+            properties,
+            bonds,
+            None if self._groups is None else self._groups[index],
+            None if self._smiles is None else self._smiles[which],
+        )
+
+    def _bonds_of(self, index: Tensor, counts: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Edge list (3, E) and orders (E,) of the chosen molecules, of which the sizes are known."""
+        device, total = index.device, int(counts.sum())
+        repeats = torch.from_numpy(counts).to(device)
+        place = torch.arange(len(counts), device=device)
+        molecule = torch.repeat_interleave(place, repeats, output_size=total)
+        first = self._bond_offsets[index] - (repeats.cumsum(0) - repeats)
+        rows = torch.arange(total, device=device) + first[molecule]
+        pairs = self._bond_index[rows].long()
+        return torch.cat([molecule[None], pairs.t()]), self._bond_order[rows]
 
 
 class TrainingData(Protocol[Window_co]):
-    """Where batches come from."""
+    """Batches of training molecules, epoch by epoch."""
 
     batches_per_epoch: int
     seconds_waited: float
     """Time that `window` has waited for data, the first window included."""
 
-    def epoch(self, epoch: int) -> Sequence[Batch]:
+    def epoch(self, epoch: int) -> Sequence[BatchIndex]:
         """The batches of an epoch: every training molecule once, by seed and `epoch` alone."""
 
     def window(self, number: int) -> Window_co:
-        """The window that batches of this number index; reads it where it is not there."""
+        """The window that batches of this number index."""
 
     def sample(self, molecules: int) -> Window_co:
-        """Some training molecules to take averages over: about so many, or more at no cost."""
+        """About so many training molecules, or more if they are in memory, for averages."""
 
     def close(self) -> None:
-        """Read no more; windows are not to be had after that."""
+        """Stop reading; no window is available after that."""
 
 
 class ResidentData(Generic[Window]):
@@ -130,7 +204,7 @@ class ResidentData(Generic[Window]):
     Parameters
     ----------
     window
-        The molecules, with what goes with them.
+        The molecules, with the other inputs of a loss.
     sizes
         Atoms of each, (M,).
     batch_size, seed
@@ -145,10 +219,10 @@ class ResidentData(Generic[Window]):
         self.batches_per_epoch = batches_per_epoch(len(sizes), batch_size)
         self.seconds_waited = 0.0
 
-    def epoch(self, epoch: int) -> list[Batch]:
+    def epoch(self, epoch: int) -> list[BatchIndex]:
         """The batches of an epoch: every training molecule once, by seed and `epoch` alone."""
         batches = epoch_batches(self._sizes, self._batch_size, self._seed, epoch)
-        return [Batch(0, which, self._sizes[which]) for which in batches]
+        return [BatchIndex(0, which, self._sizes[which]) for which in batches]
 
     def window(self, number: int) -> Window:
         """All molecules."""
@@ -163,13 +237,12 @@ class ResidentData(Generic[Window]):
 
 
 class StreamedData(Generic[Window]):
-    """Training data of a file that need not fit in memory, in windows that are read ahead.
+    """Training data of a file that need not fit in memory, in windows read in advance.
 
     The file's training molecules are cut into short runs. An epoch puts the runs in random order
-    and makes a window of every few; within a window molecules meet in batches as those of resident
-    data do. Window k of epoch e has the number e·windows + k, from which what it holds follows. At
-    most two windows are in memory: the one asked for last, and the one behind it, which a thread
-    reads meanwhile.
+    and makes a window of every few; within a window batches are made as for resident data. Window
+    k of epoch e has the number e·windows + k, which determines its molecules. At most two windows
+    are in memory: the present one, and the next one, which a thread reads meanwhile.
 
     Parameters
     ----------
@@ -178,14 +251,14 @@ class StreamedData(Generic[Window]):
         are all that grows with it in memory.
     make
         Makes a window of molecules, given their numbers in the file and among the training
-        molecules (M,), and a function to call now and then, which raises when the window is not
-        wanted any more. Called in the reading thread.
+        molecules (M,), and `check_cancelled`, which raises once the window is not needed any more.
+        Called in the reading thread.
     molecules
         In a window, at most, but at least a batch.
     batch_size, seed
         Of the batches.
-    bonds
-        Whether molecules are read with the bonds that the file has.
+    columns
+        Optional columns of the file that molecules are read with.
     """
 
     def __init__(
@@ -198,9 +271,9 @@ class StreamedData(Generic[Window]):
         molecules: int,
         batch_size: int,
         seed: int,
-        bonds: bool = False,
+        columns: Collection[str] = (),
     ) -> None:
-        self._file, self._make, self._bonds = file, make, bonds
+        self._file, self._make, self._columns = file, make, columns
         self._batch_size, self._seed = batch_size, seed
         # Runs are whole batches, but for the last, so that every epoch has as many batches
         # whichever runs meet, and no window ends in a small one.
@@ -211,11 +284,11 @@ class StreamedData(Generic[Window]):
         self.seconds_waited = 0.0
         self._present: tuple[int, Window] | None = None
         self._following: tuple[int, Future[Window]] | None = None
-        self._unwanted = threading.Event()
+        self._cancelled = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="molecules")
 
     def _cut(self) -> tuple[NDArray[np.int64], int]:
-        """Where runs start in the file, with the file's end behind, and all training molecules."""
+        """Starts of the runs, then the file's end; and the number of training molecules."""
         starts, total = [], 0
         for begin in range(0, len(self._file), _BLOCK):
             split = self._file.split[begin : begin + _BLOCK]
@@ -250,24 +323,24 @@ class StreamedData(Generic[Window]):
         epoch, place = divmod(window, self._windows)
         return self._members(self._runs(epoch)[place])
 
-    def _batches(self, window: int) -> list[Batch]:
+    def _batches(self, window: int) -> list[BatchIndex]:
         sizes = self._file.sizes(self._content(window)[0])
         batches = epoch_batches(sizes, self._batch_size, self._seed, window)
-        return [Batch(window, which, sizes[which]) for which in batches]
+        return [BatchIndex(window, which, sizes[which]) for which in batches]
 
-    def epoch(self, epoch: int) -> Sequence[Batch]:
+    def epoch(self, epoch: int) -> Sequence[BatchIndex]:
         """The batches of an epoch: every training molecule once, by seed and `epoch` alone.
 
-        Found when asked for, window by window; nothing is read.
+        Batches of a window are made when the first of them is used; nothing is read.
         """
         last, whole = len(self._starts) - 2, self._run // self._batch_size
         short = (last + 1) * whole - self.batches_per_epoch  # batches that the last run lacks
         counts = [len(runs) * whole - short * int(runs[-1] == last) for runs in self._runs(epoch)]
         first = epoch * self._windows
-        return _Batches(self._batches, range(first, first + self._windows), counts)
+        return _BatchSequence(self._batches, range(first, first + self._windows), counts)
 
     def window(self, number: int) -> Window:
-        """The molecules that batches of this number index; has the following one read meanwhile.
+        """The molecules that batches of this window index; starts reading the next window.
 
         Raises
         ------
@@ -286,21 +359,19 @@ class StreamedData(Generic[Window]):
 
     def _read_ahead(self, number: int) -> None:
         if self._following is not None and not self._following[1].done():
-            self._unwanted.set()  # another window is being read than the one that is wanted
+            self._cancelled.set()  # the thread is reading another window than the next one
             self._following[1].exception()
-            self._unwanted.clear()
-        self._following = (
-            None  # what was read for nothing goes first, so that there are never three
-        )
+            self._cancelled.clear()
+        self._following = None  # freed first, so that there are never three windows in memory
         self._following = number, self._thread.submit(self._read, *self._content(number))
 
     def _read(self, numbers: NDArray[np.int64], ranks: NDArray[np.int64]) -> Window:
-        molecules = self._file.read(numbers, self._bonds, self._go_on)
-        return self._make(molecules, numbers, ranks, self._go_on)
+        molecules = self._file.read(numbers, self._columns, self._check_cancelled)
+        return self._make(molecules, numbers, ranks, self._check_cancelled)
 
-    def _go_on(self) -> None:
-        if self._unwanted.is_set():
-            raise _Unwanted
+    def _check_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise _Cancelled
 
     def sample(self, molecules: int) -> Window:
         """About so many training molecules, in runs that the seed chooses."""
@@ -308,23 +379,23 @@ class StreamedData(Generic[Window]):
         return self._read(*self._members(np.sort(runs)))
 
     def close(self) -> None:
-        """End the reading thread and close the file; windows are not to be had after that."""
-        self._unwanted.set()
+        """End the reading thread and close the file."""
+        self._cancelled.set()
         self._thread.shutdown(cancel_futures=True)
         self._present = self._following = None
         self._file.close()
 
 
-class _Unwanted(Exception):
-    """Nobody waits for the window that is being read."""
+class _Cancelled(Exception):
+    """The window that is being read is not needed any more."""
 
 
-class _Batches(Sequence[Batch]):
-    """The batches of several windows, those of a window made when one of them is asked for."""
+class _BatchSequence(Sequence[BatchIndex]):
+    """The batches of several windows; those of a window are made when one of them is used."""
 
     def __init__(
         self,
-        make: Callable[[int], list[Batch]],
+        make: Callable[[int], list[BatchIndex]],
         windows: Sequence[int],
         counts: Sequence[int],
         at: range | None = None,
@@ -332,20 +403,20 @@ class _Batches(Sequence[Batch]):
         self._make, self._windows, self._counts = make, windows, counts
         self._ends = np.cumsum(counts)
         self._at = range(sum(counts)) if at is None else at
-        self._made: tuple[int, list[Batch]] | None = None
+        self._made: tuple[int, list[BatchIndex]] | None = None
 
     def __len__(self) -> int:
         return len(self._at)
 
     @overload
-    def __getitem__(self, at: int) -> Batch: ...
+    def __getitem__(self, at: int) -> BatchIndex: ...
 
     @overload
-    def __getitem__(self, at: slice) -> _Batches: ...
+    def __getitem__(self, at: slice) -> _BatchSequence: ...
 
-    def __getitem__(self, at: int | slice) -> Batch | _Batches:
+    def __getitem__(self, at: int | slice) -> BatchIndex | _BatchSequence:
         if isinstance(at, slice):
-            return _Batches(self._make, self._windows, self._counts, self._at[at])
+            return _BatchSequence(self._make, self._windows, self._counts, self._at[at])
         number = self._at[at]
         place = int(np.searchsorted(self._ends, number, "right"))
         window = self._windows[place]
@@ -365,8 +436,8 @@ def epoch_batches(
     """Every molecule once in random batches of similar size; depends on seed and epoch alone.
 
     A random order is cut into blocks of 32 batches; within a block molecules are sorted by size
-    and dealt into batches, whose order is random again. Padding stays small, and which molecules
-    meet in a batch still changes from epoch to epoch.
+    and cut into batches, whose order is random again. Padding stays small, and batches still hold
+    other molecules in each epoch.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(sizes))
@@ -381,15 +452,15 @@ def epoch_batches(
 
 
 class Padding(NamedTuple):
-    """Which part of a padded batch is padding, from 0 to 1."""
+    """Share of a padded batch that is padding, from 0 to 1."""
 
     atoms: float
-    """Of the N places of B molecules."""
+    """Of B·N atoms."""
     pairs: float
-    """Of the N² pairs of places."""
+    """Of B·N² pairs."""
 
 
-def padding(batches: Iterable[Batch]) -> Padding:
+def padding(batches: Iterable[BatchIndex]) -> Padding:
     """The share of padding in all batches together."""
     real, padded = np.zeros(2), np.zeros(2)
     for batch in batches:

@@ -1,39 +1,71 @@
-"""What a network gives, turned into the noise that objectives and samplers work with."""
+"""What a denoiser predicts, converted between noise, velocity and clean data."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-from molgen_energy.diffusion.schedule import PolynomialSchedule
+from torch import Tensor
+
+from molgen_energy.diffusion.state import State
+
+if TYPE_CHECKING:
+    from molgen_energy.diffusion.process import Process
 
 
-class VelocityPrediction(nn.Module):
-    """ε̂ = σ_t x_t + α_t v̂ of a network that gives v̂, for v = α_t ε − σ_t x.
+class Prediction:
+    """A denoiser's output for a noisy state x_t = α_t x + σ_t ε, as each of three parametrisations.
 
-    Salimans and Ho, ICLR 2022. Then x̂ = α_t x_t − σ_t v̂: almost without noise, a network that gives
-    nothing leaves the sample as it is, and almost without signal it gives the data itself. One that
-    gives ε̂ has to give back x_t there, and its errors come out multiplied by σ_t/α_t.
+    ε̂ is the noise, x̂ the clean data and v̂ the velocity: v = α_t ε − σ_t x of a diffusion (Salimans
+    and Ho, ICLR 2022), v = ε − x of flow matching. Each is computed when it is first used.
 
     Parameters
     ----------
-    network
-        Called as network(noisy, time, mask).
-    schedule
+    process
         Of the training.
+    noisy
+        x_t.
+    level
+        Of the noise, (B,) int64.
+    output
+        What the denoiser returned, in the parametrisation `process.prediction`.
     """
 
-    def __init__(self, network: nn.Module, schedule: PolynomialSchedule) -> None:
-        super().__init__()
-        self.network, self.schedule = network, schedule
+    def __init__(self, process: Process, noisy: State, level: Tensor, output: State) -> None:
+        self.process, self.noisy, self.output = process, noisy, output
+        self._kind = process.prediction
+        self._alpha, self._sigma = process.alpha(level), process.sigma(level)
 
-    def forward(self, noisy: Tensor, time: Tensor, mask: Tensor) -> Tensor:
-        """The noise (B, N, 3+F), zero at padding; `time` (B,) is one of the schedule's.
+    @cached_property
+    def noise(self) -> State:
+        """ε̂."""
+        if self._kind == "noise":
+            return self.output
+        if self._kind == "velocity":
+            return self.process.noise_of_velocity(
+                self.noisy, self.output, self._alpha, self._sigma
+            )
+        return (self.noisy - self._alpha * self.output) / self._sigma
 
-        That of positions has zero mean where they have.
-        """
-        step = (time * self.schedule.steps).round().long()
-        alpha = self.schedule.alpha(step).to(noisy.dtype)[:, None, None]
-        sigma = self.schedule.sigma(step).to(noisy.dtype)[:, None, None]
-        velocity: Tensor = self.network(noisy, time, mask)
-        return torch.where(mask[..., None], sigma * noisy + alpha * velocity, 0)
+    @cached_property
+    def clean(self) -> State:
+        """x̂ = (x_t − σ_t ε̂)/α_t."""
+        if self._kind == "clean":
+            return self.output
+        if self._kind == "velocity":
+            return self.process.clean_of_velocity(
+                self.noisy, self.output, self._alpha, self._sigma
+            )
+        return (self.noisy - self._sigma * self.output) / self._alpha
+
+    @cached_property
+    def velocity(self) -> State:
+        """v̂."""
+        if self._kind == "velocity":
+            return self.output
+        return self.process.velocity(self.clean, self.noise, self._alpha, self._sigma)
+
+    @property
+    def target(self) -> State:
+        """The parametrisation whose error the process weights alike at all levels."""
+        return self.noise if self.process.target == "noise" else self.velocity

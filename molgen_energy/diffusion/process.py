@@ -1,257 +1,252 @@
-"""The forward processes and their training objectives."""
+"""The forward processes: how data become noise, and what a denoiser predicts at a noise level."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from pydantic import Field as Option
+from torch import Tensor
 
-from molgen_energy.diffusion.geometry import on_subspace
+from molgen_energy.config import Section
+from molgen_energy.diffusion.prediction import Prediction
 from molgen_energy.diffusion.schedule import PolynomialSchedule
-from molgen_energy.losses import PositionLoss
+from molgen_energy.diffusion.state import State
 
-_DRAWS = 1 << 62  # graphs are taken modulo their number
-
-
-class Terms(NamedTuple):
-    """The objective of each sample and its two parts, each (B,)."""
-
-    total: Tensor
-    positions: Tensor
-    features: Tensor
+Denoise = Callable[..., State]
+"""A denoiser, called as `denoiser(state, time, mask, condition, self_condition)`."""
 
 
-class Share(NamedTuple):
-    """The samples of a batch that a process has: `first`, `first` + `every`, … of all.
+class ProcessConfig(Section):
+    """Forward process, told apart by `name`."""
 
-    Random numbers are drawn for the whole batch and the own ones taken, so that several processes
-    together do what one would do.
-    """
+    name: str
+    steps: Annotated[int, Option(ge=2)] = 1000
+    """T; noise levels are 0 … T."""
 
-    samples: int
-    """Of the whole batch."""
-    atoms: int
-    """N of the whole batch."""
-    first: int = 0
-    every: int = 1
-
-    def integers(self, below: int, generator: torch.Generator, device: torch.device) -> Tensor:
-        """Random numbers of the own samples, (B,) int64."""
-        drawn = torch.randint(below, (self.samples,), generator=generator, device=device)
-        return drawn[self.first :: self.every]
-
-    def uniform(self, generator: torch.Generator, device: torch.device, spread: bool) -> Tensor:
-        """Random numbers in [0, 1) of the own samples, (B,).
-
-        Where they are spread, one of the whole batch lies in each B-th of the interval.
-        """
-        drawn = torch.rand(self.samples, generator=generator, device=device)
-        if spread:
-            order = torch.randperm(self.samples, generator=generator, device=device)
-            drawn = (order + drawn) / self.samples
-        return drawn[self.first :: self.every]
-
-    def normal(self, atoms: int, channels: int, generator: torch.Generator) -> Tensor:
-        """Standard normal numbers of the own samples, (B, atoms, channels)."""
-        shape = (self.samples, self.atoms, channels)
-        drawn = torch.randn(shape, generator=generator, device=generator.device)
-        return drawn[self.first :: self.every, :atoms]
+    def build(self) -> Process:
+        """The configured process."""
+        raise NotImplementedError
 
 
-class Times(NamedTuple):
-    """How often a network is trained at which noise levels.
-
-    Level number ⌊levels·u^power⌋ for u uniform in [0, 1): with a power above 1, little noise is
-    more frequent than much.
-    """
-
-    power: float = 1.0
-    spread: bool = False
-    """Whether the u of a batch are spread evenly; their mean loss varies less then."""
-
-    def draw(
-        self, levels: int, share: Share, generator: torch.Generator, device: torch.device
-    ) -> Tensor:
-        """Numbers of levels, from 0, of the own samples, (B,) int64."""
-        if self == Times():
-            return share.integers(levels, generator, device)
-        uniform = share.uniform(generator, device, self.spread)
-        return (levels * uniform**self.power).long().clamp(max=levels - 1)
-
-
-def molecule_noise(
-    mask: Tensor, channels: int, generator: torch.Generator, share: Share | None = None
-) -> Tensor:
-    """Standard normal noise (B, N, channels), positions (the first 3) with zero mean; 0 outside."""
-    share = share or Share(*mask.shape)
-    return on_subspace(share.normal(mask.shape[1], channels, generator), mask)
-
-
-def clean_prediction(noisy: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """x̂ = (x_t − σ_t ε̂)/α_t for (B, N, C) and levels (B,)."""
-    return (noisy - sigma[:, None, None] * noise) / alpha[:, None, None]
-
-
-class Objective(ABC):
-    """½·[w·W(t)·L(s·x̂, s·x) + Σ|h − ĥ|^p / (n·(3+F))] for each sample, p the degree of L.
-
-    Section 4.2 of Kaba et al., NeurIPS 2025. L is a loss on clean positions and ĥ what the network
-    predicts of the features. The weight W makes a small error of the network's prediction cost the
-    same at every time, as it does with the squared error of the prediction itself. The scale s
-    takes positions from the diffusion's unit to Å, in which springs are defined.
+class Process(ABC):
+    """x_t = α_t x + σ_t ε for every field, at noise levels 0 … T.
 
     Parameters
     ----------
-    schedule
-        Times that the network is trained at.
-    position_loss
-        L, called with clean positions in Å; one degree for a squared error, an absolute one for 1.
-    position_weight
-        w.
-    position_scale
-        s, Å in one unit of the diffusion.
-    times
-        How often which level is taken.
+    steps
+        T.
+    prediction
+        What the denoiser predicts: `noise`, `velocity` or `clean`.
+
+    Raises
+    ------
+    ValueError
+        The process has no such prediction.
     """
 
-    def __init__(
-        self,
-        schedule: PolynomialSchedule,
-        position_loss: PositionLoss,
-        position_weight: float,
-        position_scale: float = 1.0,
-        times: Times | None = None,
-    ) -> None:
-        self.schedule = schedule
-        self.position_loss = position_loss
-        self.position_weight = position_weight
-        self.position_scale = position_scale
-        self.times = Times() if times is None else times
+    Config: ClassVar[type[ProcessConfig]]
+    """The section that configures it."""
+    name: ClassVar[str]
+    predictions: ClassVar[tuple[str, ...]]
+    """What a denoiser may predict."""
+    target: ClassVar[Literal["noise", "velocity"]]
+    """The parametrisation whose squared error counts the same at every level, see `Objective`."""
+    first_level: ClassVar[int]
+    """The lowest level that denoisers are trained at."""
 
-    def __call__(
-        self,
-        model: nn.Module,
-        clean: Tensor,
-        mask: Tensor,
-        generator: torch.Generator,
-        given: Mapping[str, Any] = MappingProxyType({}),
-        share: Share | None = None,
-    ) -> Terms:
-        """Draw a time and noise for each sample, and judge the model's prediction.
+    def __init__(self, steps: int, prediction: str) -> None:
+        if prediction not in self.predictions:
+            raise ValueError(
+                f"{self.name} has no prediction '{prediction}' (valid: "
+                f"{', '.join(self.predictions)})"
+            )
+        self.steps, self.prediction = steps, prediction
+
+    @abstractmethod
+    def alpha(self, level: Tensor) -> Tensor:
+        """α of levels (any shape), float32."""
+
+    @abstractmethod
+    def sigma(self, level: Tensor) -> Tensor:
+        """σ of levels (any shape), float32."""
+
+    @abstractmethod
+    def velocity(self, clean: State, noise: State, alpha: Tensor, sigma: Tensor) -> State:
+        """The velocity of clean data and noise."""
+
+    @abstractmethod
+    def noise_of_velocity(
+        self, noisy: State, velocity: State, alpha: Tensor, sigma: Tensor
+    ) -> State:
+        """The noise, from a noisy state and its velocity."""
+
+    @abstractmethod
+    def clean_of_velocity(
+        self, noisy: State, velocity: State, alpha: Tensor, sigma: Tensor
+    ) -> State:
+        """The clean data, from a noisy state and its velocity."""
+
+    def time(self, level: Tensor) -> Tensor:
+        """Diffusion time t/T in [0, 1], float32."""
+        return level.float() / self.steps
+
+    def add_noise(self, clean: State, noise: State, level: Tensor) -> State:
+        """x_t = α_t x + σ_t ε.
 
         Parameters
         ----------
-        model
-            Called as model(noisy, time, mask).
-        clean
-            (B, N, 3+F), positions with zero mean first.
-        mask
-            (B, N), true at real atoms.
-        generator
-            Source of randomness, on the device of the data.
-        given
-            What else the loss is to be called with, such as bonds.
-        share
-            Which samples of a larger batch these are; None where they are all.
+        clean, noise
+            x and ε.
+        level
+            (B,) int64.
         """
-        share = share or Share(*mask.shape)
-        guess = self._guess(model, clean, mask, generator, share)
-        draws = share.integers(_DRAWS, generator, clean.device)
-        scale, degree = self.position_scale, self.position_loss.degree
-        loss = self.position_loss(
-            scale * guess.clean, scale * clean[..., :3], mask, generator=draws, **given
-        )
-        weight = self.position_weight * (guess.weight / scale) ** degree
-        positions = 0.5 * weight * loss
-        difference = torch.where(mask[..., None], guess.features - guess.wanted, 0)
-        error = difference.square() if degree == 2 else difference.abs() ** degree
-        count = mask.sum(dim=1).clamp(min=1) * clean.shape[-1]
-        features = 0.5 * error.sum(dim=(1, 2)) / count
-        return Terms(positions + features, positions, features)
+        return self.alpha(level) * clean + self.sigma(level) * noise
 
-    @abstractmethod
-    def _guess(
+    def true_target(self, clean: State, noise: State, level: Tensor) -> State:
+        """What `Prediction.target` is of a perfect denoiser."""
+        if self.target == "noise":
+            return noise
+        return self.velocity(clean, noise, self.alpha(level), self.sigma(level))
+
+    def predict(
         self,
-        model: nn.Module,
-        clean: Tensor,
-        mask: Tensor,
-        generator: torch.Generator,
-        share: Share,
-    ) -> Guess:
-        """What the model predicts at random times."""
+        denoiser: Denoise,
+        noisy: State,
+        level: Tensor,
+        condition: Tensor | None = None,
+        self_condition: State | None = None,
+    ) -> Prediction:
+        """Evaluate a denoiser at a noisy state.
+
+        Parameters
+        ----------
+        denoiser
+            Predicts what `prediction` says.
+        noisy
+            x_t.
+        level
+            (B,) int64.
+        condition
+            (B, K), or None.
+        self_condition
+            The previous clean prediction, or None.
+        """
+        output = denoiser(noisy, self.time(level), noisy.mask, condition, self_condition)
+        return Prediction(self, noisy, level, output)
 
 
-class Guess(NamedTuple):
-    """A prediction of the network."""
+class DiffusionConfig(ProcessConfig):
+    """Variance-preserving diffusion with EDM's polynomial schedule."""
 
-    clean: Tensor
-    """Clean positions (B, N, 3)."""
-    weight: Tensor
-    """√W or, for a loss of degree p, W^(1/p), (B,)."""
-    features: Tensor
-    """Predicted noise or velocity of the features, (B, N, F)."""
-    wanted: Tensor
-    """What it should be."""
+    name: str = "diffusion"
+    precision: Annotated[float, Option(gt=0, lt=0.5)] = 1e-5
+    """Noise variance at level 0."""
+    prediction: Literal["noise", "velocity", "clean"] = "noise"
+    """What the denoiser predicts: ε, α ε − σ x, or x."""
+
+    def build(self) -> Diffusion:
+        return Diffusion(self.steps, self.precision, self.prediction)
 
 
-class DiffusionObjective(Objective):
-    """x_t = α_t x + σ_t ε; the network predicts ε, x̂ = (x_t − σ_t ε̂)/α_t and W = (α_t/σ_t)^p.
+class Diffusion(Process):
+    """Variance-preserving diffusion, α² + σ² = 1, trained at levels 0 … T.
 
-    Then W·MSE(x̂, x) is the squared error of the noise. The time is drawn from the steps t = 0 … T,
-    uniformly unless `times` say otherwise.
+    A clean prediction x̂ = (x_t − σ_t ε̂)/α_t with weight (α_t/σ_t)² costs the squared error of the
+    noise. Equation 2 of Hoogeboom et al., ICML 2022.
+
+    Parameters
+    ----------
+    steps, precision
+        T and s of `PolynomialSchedule`.
+    prediction
+        `noise`, `velocity` or `clean`.
     """
 
-    def _guess(
-        self,
-        model: nn.Module,
-        clean: Tensor,
-        mask: Tensor,
-        generator: torch.Generator,
-        share: Share,
-    ) -> Guess:
-        schedule = self.schedule
-        levels = schedule.steps + 1
-        step = self.times.draw(levels, share, generator, clean.device)
-        alpha, sigma = schedule.alpha(step), schedule.sigma(step)
-        noise = molecule_noise(mask, clean.shape[-1], generator, share)
-        noisy = alpha[:, None, None] * clean + sigma[:, None, None] * noise
-        predicted = model(noisy, schedule.time(step), mask)
-        position = clean_prediction(noisy[..., :3], predicted[..., :3], alpha, sigma)
-        return Guess(position, alpha / sigma, predicted[..., 3:], noise[..., 3:])
+    Config = DiffusionConfig
+    name = "diffusion"
+    predictions = ("noise", "velocity", "clean")
+    target = "noise"
+    first_level = 0
+
+    def __init__(
+        self, steps: int = 1000, precision: float = 1e-5, prediction: str = "noise"
+    ) -> None:
+        super().__init__(steps, prediction)
+        self.schedule = PolynomialSchedule(steps, precision)
+
+    def alpha(self, level: Tensor) -> Tensor:
+        return self.schedule.alpha(level)
+
+    def sigma(self, level: Tensor) -> Tensor:
+        return self.schedule.sigma(level)
+
+    def velocity(self, clean: State, noise: State, alpha: Tensor, sigma: Tensor) -> State:
+        return alpha * noise - sigma * clean
+
+    def noise_of_velocity(
+        self, noisy: State, velocity: State, alpha: Tensor, sigma: Tensor
+    ) -> State:
+        return sigma * noisy + alpha * velocity
+
+    def clean_of_velocity(
+        self, noisy: State, velocity: State, alpha: Tensor, sigma: Tensor
+    ) -> State:
+        return alpha * noisy - sigma * velocity
 
 
-class FlowMatchingObjective(Objective):
-    """x_t = (1−t) x + t ε; the network predicts u = ε − x, x̂ = x_t − t û and W = 1/t^p.
+class FlowMatchingConfig(ProcessConfig):
+    """Flow matching along straight lines from data to noise."""
 
-    Appendix A.7 of Kaba et al., NeurIPS 2025. Then W·MSE(x̂, x) is the squared error of the
-    velocity. The time is drawn from the steps t/T = 1/T … 1, uniformly unless `times` say
-    otherwise.
+    name: str = "flow_matching"
+    prediction: Literal["velocity", "clean"] = "velocity"
+    """What the denoiser predicts: ε − x, or x."""
+
+    def build(self) -> FlowMatching:
+        return FlowMatching(self.steps, self.prediction)
+
+
+class FlowMatching(Process):
+    """x_t = (1 − t) x + t ε, trained at t = 1/T … 1; the velocity is u = ε − x.
+
+    A clean prediction x̂ = x_t − t û with weight 1/t² costs the squared error of the velocity
+    (appendix A.7 of Kaba et al., NeurIPS 2025; Lipman et al., ICLR 2023).
     """
 
-    def _guess(
-        self,
-        model: nn.Module,
-        clean: Tensor,
-        mask: Tensor,
-        generator: torch.Generator,
-        share: Share,
-    ) -> Guess:
-        steps = self.schedule.steps
-        step = self.times.draw(steps, share, generator, clean.device)
-        time = self.schedule.time(step + 1)
-        noise = molecule_noise(mask, clean.shape[-1], generator, share)
-        part = time[:, None, None]
-        noisy = (1 - part) * clean + part * noise
-        velocity = model(noisy, time, mask)
-        position = noisy[..., :3] - part * velocity[..., :3]
-        return Guess(position, 1 / time, velocity[..., 3:], (noise - clean)[..., 3:])
+    Config = FlowMatchingConfig
+    name = "flow_matching"
+    predictions = ("velocity", "clean")
+    target = "velocity"
+    first_level = 1
+
+    def __init__(self, steps: int = 1000, prediction: str = "velocity") -> None:
+        super().__init__(steps, prediction)
+
+    def alpha(self, level: Tensor) -> Tensor:
+        return 1 - self.time(level)
+
+    def sigma(self, level: Tensor) -> Tensor:
+        return self.time(level)
+
+    def velocity(self, clean: State, noise: State, alpha: Tensor, sigma: Tensor) -> State:
+        return noise - clean
+
+    def noise_of_velocity(
+        self, noisy: State, velocity: State, alpha: Tensor, sigma: Tensor
+    ) -> State:
+        return noisy + alpha * velocity
+
+    def clean_of_velocity(
+        self, noisy: State, velocity: State, alpha: Tensor, sigma: Tensor
+    ) -> State:
+        return noisy - sigma * velocity
 
 
-PROCESSES: dict[str, type[Objective]] = {
-    "diffusion": DiffusionObjective,
-    "flow_matching": FlowMatchingObjective,
-}
+PROCESSES: dict[str, type[Process]] = {"diffusion": Diffusion, "flow_matching": FlowMatching}
+
+
+def levels_of(count: int, level: int, device: torch.device) -> Tensor:
+    """The same level for so many samples, (B,) int64."""
+    return torch.full((count,), level, dtype=torch.long, device=device)

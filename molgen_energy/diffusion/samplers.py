@@ -1,8 +1,8 @@
-"""From noise to molecules, in as many steps as there is time for.
+"""Samplers: from noise to samples, in any number of steps up to the training's.
 
-All samplers serve the networks that training makes, at the noise levels t = 0 … T that these were
-trained at. With S steps they visit S + 1 of the levels, T first and 0 last, equally far apart in
-log(σ/α) for a diffusion and in t for a flow, or as is asked.
+A sampler evaluates the denoiser at noise levels t = 0 … T of its training. With S steps it visits
+S + 1 of the levels, T first and 0 last, equally far apart in log(σ/α) for a diffusion and in t for
+flow matching, or with another spacing.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from molgen_energy.diffusion.geometry import on_subspace
-from molgen_energy.diffusion.noise import SeededNoise
-from molgen_energy.diffusion.process import clean_prediction
-from molgen_energy.diffusion.schedule import PolynomialSchedule
+from molgen_energy.diffusion.guidance import SamplingHook
+from molgen_energy.diffusion.noise import RandomNumbers
+from molgen_energy.diffusion.prediction import Prediction
+from molgen_energy.diffusion.process import Diffusion, Process, levels_of
+from molgen_energy.diffusion.state import Layout, State
 from molgen_energy.errors import InputError, unknown_name
+
 
 
 def spaced_levels(places: Tensor, steps: int) -> list[int]:
@@ -47,200 +48,228 @@ def spaced_levels(places: Tensor, steps: int) -> list[int]:
     return [int(level) for level in levels.flip(0)]
 
 
-def _log_ratios(schedule: PolynomialSchedule) -> Tensor:
+def _log_ratios(process: Process) -> Tensor:
     """log(σ_t/α_t)."""
-    return (schedule.sigma2 / schedule.alpha2).log() / 2
+    assert isinstance(process, Diffusion)
+    return (process.schedule.sigma2 / process.schedule.alpha2).log() / 2
 
 
-def _times(schedule: PolynomialSchedule) -> Tensor:
+def _times(process: Process) -> Tensor:
     """t."""
-    return torch.arange(schedule.steps + 1, dtype=torch.float64)
+    return torch.arange(process.steps + 1, dtype=torch.float64)
 
 
-def _root_times(schedule: PolynomialSchedule) -> Tensor:
+def _root_times(process: Process) -> Tensor:
     """√t: levels are t = T·(k/S)²."""
-    return _times(schedule).sqrt()
+    return _times(process).sqrt()
 
 
-SPACINGS: dict[str, Callable[[PolynomialSchedule], Tensor]] = {
+SPACINGS: dict[str, Callable[[Process], Tensor]] = {
     "log": _log_ratios,
     "even": _times,
     "quadratic": _root_times,
 }
-"""In what the levels that a sampler visits are equally far apart, (T+1,) ascending, by name."""
+"""The quantity in which the levels that a sampler visits are equally far apart, (T+1,), by name."""
 
-# Equally far apart in log(σ/α) is where few steps of a diffusion go furthest with known scores:
-# each sampler here comes nearer to the data than with equal or quadratic times.
+# Equal steps in log(σ/α) are best where few steps of a diffusion use exact scores: every sampler
+# here comes closer to the data than with even or quadratic spacing.
 DEFAULT_SPACINGS = {"diffusion": "log", "flow_matching": "even"}
-"""By the process that the network was trained for."""
+"""By the process that the denoiser was trained with."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What samples are drawn from.
+class SamplerContext:
+    """A batch of samples in a sampler: the denoiser, its inputs, and the random numbers.
 
     Parameters
     ----------
     model
-        Called as model(noisy, time, mask), returns what it was trained to predict.
-    noise
-        Source of randomness, one stream for each sample.
+        Denoiser, called as model(state, time, mask, condition, self_condition). If its attribute
+        `self_conditioned` is true, it gets the previous clean prediction.
+    process
+        That it was trained with.
+    random
+        Random numbers of the samples.
+    layout
+        Fields of the states.
     mask
         (B, N), true at real atoms.
-    channels
-        3 + F.
-    top
-        T.
+    condition
+        (B, K), or None.
+    hook
+        Guidance and constraints.
     advance
-        Called behind each call of the model.
+        Called after each evaluation of the model.
     """
 
-    model: nn.Module
-    noise: SeededNoise
-    mask: Tensor
-    channels: int
-    top: int
-    advance: Callable[[], None]
+    def __init__(
+        self,
+        model: nn.Module,
+        process: Process,
+        random: RandomNumbers,
+        layout: Layout,
+        mask: Tensor,
+        condition: Tensor | None = None,
+        hook: SamplingHook | None = None,
+        advance: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model, self.process, self.random = model, process, random
+        self.layout, self.mask, self.condition = layout, mask, condition
+        self.hook = SamplingHook() if hook is None else hook
+        self.advance = advance
+        self._previous: State | None = None
 
-    def start(self) -> Tensor:
-        """Noise of level T, (B, N, 3+F), the same whatever the sampler."""
-        return self.draw(self.top + 1)
+    def start(self) -> State:
+        """Noise of level T, the same for every sampler."""
+        return self.noise(self.process.steps + 1)
 
-    def draw(self, number: int) -> Tensor:
-        """Noise (B, N, 3+F) on the subspace, numbered by the level that it is added on leaving."""
-        return self.project(self.noise.normal(number, self.mask.shape[1], self.channels))
+    def noise(self, level: int) -> State:
+        """Standard normal noise, numbered by the level that the sampler leaves."""
+        return self.random.noise(self.layout, self.mask, level)
 
-    def predict(self, x: Tensor, level: int) -> Tensor:
-        """What the network says of x (B, N, 3+F) at a level."""
-        time = torch.full((len(self.mask),), level / self.top, device=self.mask.device)
-        predicted: Tensor = self.model(x, time, self.mask)
+    def predict(self, state: State, level: int) -> Prediction:
+        """Evaluate the model at a level."""
+        levels = levels_of(len(self.mask), level, self.mask.device)
+        prediction = self.process.predict(
+            self.model, state, levels, self.condition, self._previous
+        )
         self.advance()
-        return predicted
+        prediction = self.hook.after_prediction(prediction, level)
+        if getattr(self.model, "self_conditioned", False):
+            self._previous = prediction.clean.projected()
+        return prediction
 
-    def project(self, x: Tensor) -> Tensor:
-        """x on the subspace: rounding would let the centre drift over the steps."""
-        return on_subspace(x, self.mask)
+    def finish_step(self, state: State, level: int) -> State:
+        """The state after a step, projected: rounding would move the centre over many steps."""
+        return self.hook.after_step(state.projected(), level)
 
 
 class Sampler(ABC):
-    """From noise to samples, with a network that was trained at the levels of a schedule.
+    """From noise to samples, with a denoiser that was trained with a process.
 
     Parameters
     ----------
-    schedule
-        Of the training.
     process
-        What the network was trained for, one of `processes`.
+        Of the training.
     steps
-        S, 1 to T; None takes all levels.
+        S, 1 to T; None visits all levels.
     spacing
-        One of `SPACINGS`; None takes the process's own.
+        One of `SPACINGS`; None takes the default of the process.
 
     Raises
     ------
     InputError
-        There are not so many levels, or no such spacing for the process.
+        S is out of range, or the process has no such spacing.
     """
 
     processes: ClassVar[tuple[str, ...]]
-    """Those whose networks it can draw with."""
+    """Processes whose denoisers it can use."""
     eta: float | None = None
     """η, of a sampler that has one."""
 
     def __init__(
-        self,
-        schedule: PolynomialSchedule,
-        process: str = "diffusion",
-        steps: int | None = None,
-        spacing: str | None = None,
+        self, process: Process, steps: int | None = None, spacing: str | None = None
     ) -> None:
-        steps = schedule.steps if steps is None else steps
-        if not 1 <= steps <= schedule.steps:
+        steps = process.steps if steps is None else steps
+        if not 1 <= steps <= process.steps:
             raise InputError(
-                f"--steps {steps}: the network was trained with {schedule.steps:,} steps; ask for "
-                f"1 to {schedule.steps:,}"
+                f"--steps {steps}: the network was trained with {process.steps:,} steps; choose "
+                f"1 to {process.steps:,}"
             )
-        self.schedule, self.process, self.steps = schedule, process, steps
-        own = DEFAULT_SPACINGS[process]
-        serving = [name for name in SPACINGS if name != "log" or own == "log"]
-        if spacing is not None and spacing not in serving:
-            raise InputError(unknown_name("spacing", spacing, serving))
-        spacing = spacing or own
-        self.levels = spaced_levels(SPACINGS[spacing](schedule), steps)
-        self.spacing = None if steps == schedule.steps else spacing
-        """None where all levels are visited."""
+        self.process, self.steps = process, steps
+        default = DEFAULT_SPACINGS[process.name]
+        valid = [name for name in SPACINGS if name != "log" or default == "log"]
+        if spacing is not None and spacing not in valid:
+            raise InputError(unknown_name("spacing", spacing, valid))
+        spacing = spacing or default
+        self.levels = spaced_levels(SPACINGS[spacing](process), steps)
+        self.spacing = None if steps == process.steps else spacing
+        """None if all levels are visited."""
 
     @property
     @abstractmethod
     def evaluations(self) -> int:
-        """Calls of the network for each sample."""
+        """Evaluations of the model for each sample."""
 
     @torch.no_grad()
     def sample(
         self,
         model: nn.Module,
-        noise: SeededNoise,
+        random: RandomNumbers,
+        layout: Layout,
         mask: Tensor,
-        channels: int,
+        condition: Tensor | None = None,
+        hook: SamplingHook | None = None,
         advance: Callable[[], None] = lambda: None,
-    ) -> Tensor:
-        """Draw samples (B, N, channels) in the diffusion's scale; parameters as of `Batch`."""
-        batch = Batch(model, noise, mask, channels, self.schedule.steps, advance)
-        return torch.where(mask[..., None], self._draw(batch), 0)
+    ) -> State:
+        """Draw samples in the units of the state; parameters as of `SamplerContext`."""
+        context = SamplerContext(
+            model, self.process, random, layout, mask, condition, hook, advance
+        )
+        return self._sample(context).projected()
 
     @abstractmethod
-    def _draw(self, batch: Batch) -> Tensor:
-        """Draw samples (B, N, 3+F)."""
-
-    def _finish(self, x: Tensor, batch: Batch, spread: float = 0.0) -> Tensor:
-        """The end of a diffusion: positions x̂ + spread·(σ_0/α_0)·ε, features those of x_0 itself.
-
-        What noise is left of the features is far below half a unit of type, and goes as they are
-        rounded.
-        """
-        alpha = float(self.schedule.alpha2[0].sqrt())
-        sigma = float(self.schedule.sigma2[0].sqrt())
-        levels = x.new_tensor([alpha]), x.new_tensor([sigma])
-        positions = clean_prediction(x, batch.predict(x, 0), *levels)
-        if spread:
-            positions = positions + spread * sigma / alpha * batch.draw(0)
-        return torch.cat([positions[..., :3], x[..., 3:]], dim=-1)
+    def _sample(self, context: SamplerContext) -> State:
+        """Draw the samples."""
 
 
-class AncestralSampler(Sampler):
-    """Ancestral sampling of EDM (Hoogeboom et al., ICML 2022, algorithm 2).
-
-    x_s = x_t/α_{t|s} − σ²_{t|s}/(α_{t|s} σ_t)·ε̂ + (σ_{t|s} σ_s/σ_t)·ε from each level t to the next
-    one s, with α_{t|s} = α_t/α_s and σ²_{t|s} = σ²_t − α²_{t|s} σ²_s. At the end positions are
-    drawn from N(x̂, σ_0²/α_0²), and features are those of x_0 itself.
-    """
+class DiffusionSampler(Sampler):
+    """A sampler of denoisers that were trained by diffusion."""
 
     processes = ("diffusion",)
+    process: Diffusion
 
     @property
     def evaluations(self) -> int:
         return self.steps + 1
 
-    def _draw(self, batch: Batch) -> Tensor:
-        alpha2, sigma2 = self.schedule.alpha2, self.schedule.sigma2
-        x = batch.start()
+    def _last_step(self, x: State, context: SamplerContext, spread: float = 0.0) -> State:
+        """x̂ + spread·(σ_0/α_0)·ε of continuous fields, and x_0 itself of discrete ones.
+
+        The remaining noise of discrete fields is far below half a unit, so rounding removes it.
+        """
+        return last_step(self.process, x, context, spread)
+
+
+def last_step(process: Diffusion, x: State, context: SamplerContext, spread: float) -> State:
+    """The end of a diffusion, from level 0 to data; see `DiffusionSampler`."""
+    clean = context.predict(x, 0).clean
+    if spread:
+        schedule = process.schedule
+        ratio = float(schedule.sigma2[0].sqrt()) / float(schedule.alpha2[0].sqrt())
+        clean = clean + spread * ratio * context.noise(0)
+    names = [name for name, field in x.layout.fields.items() if not field.discrete]
+    return context.finish_step(x.replace(**{name: clean[name] for name in names}), 0)
+
+
+class AncestralSampler(DiffusionSampler):
+    """Ancestral sampling of EDM (Hoogeboom et al., ICML 2022, algorithm 2).
+
+    x_s = x_t/α_{t|s} − σ²_{t|s}/(α_{t|s} σ_t)·ε̂ + (σ_{t|s} σ_s/σ_t)·ε from each level t to the next
+    level s, with α_{t|s} = α_t/α_s and σ²_{t|s} = σ²_t − α²_{t|s} σ²_s. In the end positions are
+    drawn from N(x̂, σ_0²/α_0²), and discrete fields are those of x_0 itself.
+    """
+
+    def _sample(self, context: SamplerContext) -> State:
+        alpha2, sigma2 = self.process.schedule.alpha2, self.process.schedule.sigma2
+        x = context.start()
         for t, s in pairwise(self.levels):
             ratio2 = alpha2[t] / alpha2[s]
             step_variance = sigma2[t] - ratio2 * sigma2[s]
             toward = float(step_variance / (ratio2 * sigma2[t]).sqrt())
             spread = float((step_variance * sigma2[s] / sigma2[t]).sqrt())
-            x = x / float(ratio2.sqrt()) - toward * batch.predict(x, t) + spread * batch.draw(t)
-            x = batch.project(x)
-        return self._finish(x, batch, spread=1.0)
+            noise = context.predict(x, t).noise
+            x = x / float(ratio2.sqrt()) - toward * noise + spread * context.noise(t)
+            x = context.finish_step(x, s)
+        return self._last_step(x, context, spread=1.0)
 
 
-class DDIMSampler(Sampler):
+class DDIMSampler(DiffusionSampler):
     """Denoising diffusion implicit models (Song, Meng, Ermon, ICLR 2021, equations 12 and 16).
 
     x_s = α_s x̂ + √(σ_s² − c²)·ε̂ + c·ε with c = η σ_{t|s} σ_s/σ_t and σ_{t|s} as of
-    `AncestralSampler`, whose steps come back at η = 1. At η = 0 only the start is random, and the
-    steps are Euler's on the probability-flow ODE d(x/α)/d(σ/α) = ε̂: of first order in 1/S. At the
-    end positions are x̂, and features those of x_0 itself.
+    `AncestralSampler`, whose steps are those at η = 1. At η = 0 only the start is random, and the
+    steps are Euler's on the probability-flow ODE d(x/α)/d(σ/α) = ε̂: of first order in 1/S. In the
+    end positions are x̂, and discrete fields are those of x_0 itself.
 
     Parameters
     ----------
@@ -248,71 +277,60 @@ class DDIMSampler(Sampler):
         η in [0, 1]; other parameters as of `Sampler`.
     """
 
-    processes = ("diffusion",)
     eta: float
 
     def __init__(
         self,
-        schedule: PolynomialSchedule,
-        process: str = "diffusion",
+        process: Process,
         steps: int | None = None,
         spacing: str | None = None,
         eta: float = 0.0,
     ) -> None:
-        super().__init__(schedule, process, steps, spacing)
+        super().__init__(process, steps, spacing)
         if not 0 <= eta <= 1:
             raise InputError(f"--eta {eta:g}: expected a number from 0 (no noise) to 1 (ancestral)")
         self.eta = eta
 
-    @property
-    def evaluations(self) -> int:
-        return self.steps + 1
-
-    def _draw(self, batch: Batch) -> Tensor:
-        alpha2, sigma2 = self.schedule.alpha2, self.schedule.sigma2
-        x = batch.start()
+    def _sample(self, context: SamplerContext) -> State:
+        alpha2, sigma2 = self.process.schedule.alpha2, self.process.schedule.sigma2
+        x = context.start()
         for t, s in pairwise(self.levels):
             ratio2 = alpha2[t] / alpha2[s]
             spread2 = self.eta**2 * (sigma2[t] - ratio2 * sigma2[s]) * sigma2[s] / sigma2[t]
             toward = float((sigma2[t] / ratio2).sqrt() - (sigma2[s] - spread2).sqrt())
-            x = x / float(ratio2.sqrt()) - toward * batch.predict(x, t)
+            x = x / float(ratio2.sqrt()) - toward * context.predict(x, t).noise
             if self.eta:
-                x = x + float(spread2.sqrt()) * batch.draw(t)
-            x = batch.project(x)
-        return self._finish(x, batch)
+                x = x + float(spread2.sqrt()) * context.noise(t)
+            x = context.finish_step(x, s)
+        return self._last_step(x, context)
 
 
-class DPMSolverSampler(Sampler):
+class DPMSolverSampler(DiffusionSampler):
     """DPM-Solver++(2M) (Lu et al., 2022, arXiv:2211.01095, algorithm 2).
 
     x_s = (σ_s/σ_t) x_t − α_s (e^{−h} − 1) D with λ = log(α/σ), h = λ_s − λ_t, and
     D = (1 + 1/(2r)) x̂_t − 1/(2r) x̂_{t'}, where t' is the level before t and r = (λ_t − λ_{t'})/h.
-    The first step has D = x̂_t. Of second order in 1/S, with one call of the network for each step.
-    At the end positions are x̂, and features those of x_0 itself.
+    The first step has D = x̂_t. Of second order in 1/S, with one evaluation of the model for each
+    step. In the end positions are x̂, and discrete fields are those of x_0 itself.
     """
 
-    processes = ("diffusion",)
-
-    @property
-    def evaluations(self) -> int:
-        return self.steps + 1
-
-    def _draw(self, batch: Batch) -> Tensor:
-        alpha, sigma = self.schedule.alpha2.sqrt(), self.schedule.sigma2.sqrt()
+    def _sample(self, context: SamplerContext) -> State:
+        alpha = self.process.schedule.alpha2.sqrt()
+        sigma = self.process.schedule.sigma2.sqrt()
         log_snr = (alpha / sigma).log()
-        x = batch.start()
-        before: tuple[Tensor, float] | None = None
+        x = context.start()
+        before: tuple[State, float] | None = None
         for t, s in pairwise(self.levels):
             h = float(log_snr[s] - log_snr[t])
-            clean = (x - float(sigma[t]) * batch.predict(x, t)) / float(alpha[t])
-            towards = clean
+            clean = context.predict(x, t).clean
+            toward = clean
             if before is not None:
                 r = before[1] / h
-                towards = clean + (clean - before[0]) / (2 * r)
-            x = float(sigma[s] / sigma[t]) * x - float(alpha[s]) * math.expm1(-h) * towards
-            x = batch.project(x)
+                toward = clean + (clean - before[0]) / (2 * r)
+            x = float(sigma[s] / sigma[t]) * x - float(alpha[s]) * math.expm1(-h) * toward
+            x = context.finish_step(x, s)
             before = clean, h
-        return self._finish(x, batch)
+        return self._last_step(x, context)
 
 
 class HeunSampler(Sampler):
@@ -321,39 +339,39 @@ class HeunSampler(Sampler):
     In y = x/α_t and τ = σ_t/α_t the ODE is dy/dτ = ε̂ (equation 4 there, with s(t) = α and
     σ(t) = τ); of a flow y = x, τ = t/T, and dy/dτ = û. A step goes to y + (τ_s − τ_t)·d_t, and then
     from y again with the mean of d_t and the slope there. Of second order in 1/S. Only the start is
-    random. A diffusion ends with positions x̂ and features of x_0; a flow's last step, to t = 0
-    where the network was never trained, is Euler's.
+    random. A diffusion ends with positions x̂ and discrete fields of x_0; a flow's last step, to
+    t = 0 where the network was never trained, is Euler's.
     """
 
     processes = ("diffusion", "flow_matching")
 
     @property
     def evaluations(self) -> int:
-        return 2 * self.steps + (1 if self.process == "diffusion" else -1)
+        return 2 * self.steps + (1 if isinstance(self.process, Diffusion) else -1)
 
-    def _draw(self, batch: Batch) -> Tensor:
-        diffusion = self.process == "diffusion"
-        if diffusion:
-            alpha = self.schedule.alpha2.sqrt()
-            tau = self.schedule.sigma2.sqrt() / alpha
+    def _sample(self, context: SamplerContext) -> State:
+        process = self.process
+        if isinstance(process, Diffusion):
+            alpha = process.schedule.alpha2.sqrt()
+            tau = process.schedule.sigma2.sqrt() / alpha
         else:
-            tau = torch.arange(batch.top + 1, dtype=torch.float64) / batch.top
+            tau = torch.arange(process.steps + 1, dtype=torch.float64) / process.steps
             alpha = torch.ones_like(tau)
-        x = batch.start()
+        x = context.start()
         for t, s in pairwise(self.levels):
             scaled, step = float(alpha[s] / alpha[t]) * x, float(alpha[s] * (tau[s] - tau[t]))
-            slope = batch.predict(x, t)
-            x = batch.project(scaled + step * slope)
-            if diffusion or s:
-                slope = (slope + batch.predict(x, s)) / 2
-                x = batch.project(scaled + step * slope)
-        return self._finish(x, batch) if diffusion else x
+            slope = context.predict(x, t).target
+            x = context.finish_step(scaled + step * slope, s)
+            if s >= process.first_level:
+                slope = (slope + context.predict(x, s).target) / 2
+                x = context.finish_step(scaled + step * slope, s)
+        return last_step(process, x, context, 0.0) if isinstance(process, Diffusion) else x
 
 
 class EulerSampler(Sampler):
     """dx/dt = û(x, t) from noise at t = 1 to data at t = 0, by Euler's method.
 
-    Equation 1 of Lipman et al., ICLR 2023, with time from data to noise. For networks that were
+    Equation 1 of Lipman et al., ICLR 2023, with time from data to noise. For denoisers that were
     trained by flow matching. Of first order in 1/S. Only the start is random.
     """
 
@@ -363,10 +381,11 @@ class EulerSampler(Sampler):
     def evaluations(self) -> int:
         return self.steps
 
-    def _draw(self, batch: Batch) -> Tensor:
-        x = batch.start()
+    def _sample(self, context: SamplerContext) -> State:
+        x = context.start()
         for t, s in pairwise(self.levels):
-            x = batch.project(x - batch.predict(x, t) * (t - s) / batch.top)
+            step = (t - s) / self.process.steps
+            x = context.finish_step(x - context.predict(x, t).velocity * step, s)
         return x
 
 
@@ -379,42 +398,41 @@ SAMPLERS: dict[str, type[Sampler]] = {
 }
 
 DEFAULT_SAMPLERS = {"diffusion": "ancestral", "flow_matching": "euler"}
-"""By the process that the network was trained for."""
+"""By the process that the denoiser was trained with."""
 
 
 def samplers_for(process: str) -> list[str]:
-    """Names of the samplers that serve a process."""
+    """Names of the samplers for a process."""
     return [name for name, sampler in SAMPLERS.items() if process in sampler.processes]
 
 
 def build_sampler(
-    schedule: PolynomialSchedule,
-    process: str,
+    process: Process,
     name: str | None = None,
     steps: int | None = None,
     eta: float | None = None,
     spacing: str | None = None,
 ) -> Sampler:
-    """The sampler of a name; None takes the process's own, all levels, and η = 0.
+    """The sampler of a name; None takes the default of the process, all levels, and η = 0.
 
     Raises
     ------
     InputError
-        There is no such sampler for the process, it takes no η, or a number is out of range.
+        The process has no such sampler, the sampler has no η, or a number is out of range.
     """
-    name = DEFAULT_SAMPLERS[process] if name is None else name
-    serving = samplers_for(process)
-    if name in SAMPLERS and name not in serving:
+    name = DEFAULT_SAMPLERS[process.name] if name is None else name
+    valid = samplers_for(process.name)
+    if name in SAMPLERS and name not in valid:
         others = " or ".join(SAMPLERS[name].processes)
         raise InputError(
-            f"--sampler {name} is for networks of {others}, this one is of {process}; take "
-            f"{' or '.join(serving)}"
+            f"--sampler {name} is for networks trained with {others}; this one was trained with "
+            f"{process.name}; choose {' or '.join(valid)}"
         )
-    if name not in serving:
-        raise InputError(unknown_name("sampler", name, serving))
-    kind = SAMPLERS[name]
-    if issubclass(kind, DDIMSampler):
-        return kind(schedule, process, steps, spacing, 0.0 if eta is None else eta)
+    if name not in valid:
+        raise InputError(unknown_name("sampler", name, valid))
+    sampler = SAMPLERS[name]
+    if issubclass(sampler, DDIMSampler):
+        return sampler(process, steps, spacing, 0.0 if eta is None else eta)
     if eta is not None:
         raise InputError(f"--eta goes with --sampler ddim, not {name}")
-    return kind(schedule, process, steps, spacing)
+    return sampler(process, steps, spacing)

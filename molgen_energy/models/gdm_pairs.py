@@ -1,9 +1,8 @@
-"""GDM that is told distances and directions of pairs, for short training.
+"""GDM with pair distances and directions as features, for short training.
 
-GDM finds out from coordinates how far apart atoms are; a small one takes most of its training to
-learn it. Here every layer is given the distances of the noisy positions, and gathers directions to
-other atoms, so that it can say where an atom is to move. It is still no equivariant network: the
-coordinates themselves go in as well, and the states of atoms depend on them.
+GDM has to learn the distances of atoms from their coordinates, which takes a small network most of
+its training. Here every layer takes the distances of the noisy positions as features of pairs, and
+sums directions to other atoms. The network is not equivariant: coordinates are inputs as well.
 """
 
 from __future__ import annotations
@@ -12,21 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molgen_energy.diffusion.geometry import on_subspace, pair_mask
+from molgen_energy.diffusion.state import Layout, State
+from molgen_energy.models.base import AtomNetworkConfig, Denoiser, embed_condition, pair_mask
+from molgen_energy.models.gdm import PUBLISHED_GDM
 from molgen_energy.models.pair_network import PairNetwork
 
-_LEAST = 1e-8  # Å², so that the root has a gradient where atoms coincide
-_NEAREST, _FURTHEST = 0.5, 5.0  # Å, the first and the last of the distances that Gaussians are at
+_EPSILON = 1e-8  # Å², so that the root has a gradient at coincident atoms
+_FIRST_CENTRE, _LAST_CENTRE = 0.5, 5.0  # Å, of the Gaussians of the distance
 _FREQUENCIES = 16  # k/4, less than one period apart over all times
-_GATHERED = 0.25  # what sums over neighbours are multiplied by
-_LATEST = 7.0  # log of t/(1 − t), at most
+_SUM_SCALE = 0.25  # factor of sums over neighbours
+_LARGEST_LOGIT = 7.0  # of the time
 
 
 class TimeEmbedding(nn.Module):
     """Times (B,) to features (B, W): sin and cos of k/4·log(t/(1−t)), a linear layer, SiLU.
 
-    The logarithm goes with that of the ratio of noise and signal, at which a network has different
-    things to do at t = 0.01 and 0.02.
+    The logit follows the logarithm of the noise-to-signal ratio, which resolves small times.
     """
 
     frequencies: Tensor
@@ -39,7 +39,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: Tensor) -> Tensor:
         log_ratio = torch.logit(time.double(), eps=1e-6).to(time.dtype)
-        angles = log_ratio.clamp(-_LATEST, _LATEST)[:, None] * self.frequencies
+        angles = log_ratio.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)[:, None] * self.frequencies
         features = torch.cat([angles.sin(), angles.cos(), time[:, None]], dim=-1)
         return F.silu(self.linear(features))
 
@@ -61,7 +61,7 @@ class AdaRMSNorm(nn.Module):
 
 
 class PairLayer(nn.Module):
-    """h_i ← h_i + φ_h(x_i, Σ_j g_ij m_ij, Σ_j s_ij ⊗ u_ij), with x_i = TimedNorm(h_i).
+    """h_i ← h_i + φ_h(x_i, Σ_j g_ij m_ij, Σ_j s_ij ⊗ u_ij), with x_i = AdaRMSNorm(h_i).
 
     m_ij and g_ij are as in `MessageLayer`, of x and the features of pairs; s_ij are C numbers,
     linear in m_ij, and u_ij = (p_i − p_j)/(1 + d_ij) of the positions p. Both sums are multiplied
@@ -70,7 +70,7 @@ class PairLayer(nn.Module):
 
     def __init__(self, width: int, features: int, directions: int, normalization: float) -> None:
         super().__init__()
-        self.factor = _GATHERED / normalization
+        self.factor = _SUM_SCALE / normalization
         self.norm = AdaRMSNorm(width)
         self.pairs = PairNetwork(width, features, channels=directions)
         self.update_in = nn.Linear(2 * width + 3 * directions, width)
@@ -84,87 +84,114 @@ class PairLayer(nn.Module):
         time: Tensor,
         pairs: Tensor,
         features: Tensor,
-        towards: Tensor,
+        unit_vectors: Tensor,
         low_precision: bool,
     ) -> Tensor:
-        """States (B, N, W) to new ones.
+        """New states (B, N, W).
 
-        `time` are features of it (B, W), `pairs` and `features` as of `PairNetwork.gated_sum`, and
-        `towards` u (B, N, N, 3), zero where there is no pair.
+        `time` is the embedded time (B, W), `pairs` and `features` as of `PairNetwork.gated_sum`, and
+        `unit_vectors` u (B, N, N, 3), zero where there is no pair.
         """
         x = self.norm(h, time)
-        gathered, numbers = self.pairs.gated_sum_and_channels(x, pairs, features, low_precision)
-        vectors = torch.matmul(numbers.transpose(2, 3), towards).flatten(2)
-        update = self.update_in(torch.cat([x, self.factor * gathered, self.factor * vectors], -1))
+        summed, coefficients = self.pairs.gated_sum_and_channels(x, pairs, features, low_precision)
+        vectors = torch.matmul(coefficients.transpose(2, 3), unit_vectors).flatten(2)
+        update = self.update_in(torch.cat([x, self.factor * summed, self.factor * vectors], -1))
         change: Tensor = self.update_out(F.silu(update))
         return h + change
 
 
-class GDMPairs(nn.Module):
-    """Noise (or what else is to be predicted) of positions and features, from a noisy molecule.
+class GDMPairsConfig(AtomNetworkConfig):
+    """GDM with distances and directions of pairs."""
+
+    name: str = "gdm_pairs"
+    conditional = True
+    published = PUBLISHED_GDM  # not measured for this network; those of the nearest one
+
+    def build(self, layout: Layout, condition_channels: int, low_precision: bool) -> GDMPairs:
+        return GDMPairs(
+            layout, self.layers, self.width, self.normalization, low_precision, condition_channels
+        )
+
+
+class GDMPairs(Denoiser):
+    """A prediction of all fields of atoms from their noisy values.
 
     Parameters
     ----------
-    features
-        F, channels of an atom besides its position.
+    layout
+        Fields, all of atoms, positions first.
     layers, width
         Depth and width of the network.
     normalization
         Sums over neighbours are divided by it.
     low_precision
         Run the work on pairs in bfloat16; parameters, states and the result stay float32.
+    condition_channels
+        K, numbers of a condition.
     distances
-        Gaussians of the distance that a layer is told, besides 1/(1 + d) and d.
+        Gaussians of the distance in the features of a pair, besides 1/(1 + d) and d.
     directions
-        C, of directions that an atom gathers in a layer.
+        C, directions that a layer sums for each atom.
     """
 
-    equivariant = False
+    Config = GDMPairsConfig
     centres: Tensor
 
     def __init__(
         self,
-        features: int,
+        layout: Layout,
         layers: int = 9,
         width: int = 256,
         normalization: float = 1.0,
         low_precision: bool = False,
+        condition_channels: int = 0,
         distances: int = 10,
         directions: int = 8,
     ) -> None:
-        super().__init__()
+        super().__init__(layout)
+        channels = layout.channels["atom"]
         self.low_precision = low_precision
-        centres = torch.linspace(_NEAREST, _FURTHEST, distances)
+        centres = torch.linspace(_FIRST_CENTRE, _LAST_CENTRE, distances)
         self.register_buffer("centres", centres, persistent=False)
-        self.spread = (_FURTHEST - _NEAREST) / max(1, distances - 1)
+        self.spread = (_LAST_CENTRE - _FIRST_CENTRE) / max(1, distances - 1)
         self.time = TimeEmbedding(width)
-        self.embed = nn.Linear(3 + features, width)
+        self.embed = nn.Linear(channels, width)
         self.embed_time = nn.Linear(width, width)
+        self.embed_condition = embed_condition(condition_channels, width)
         self.layers = nn.ModuleList(
             PairLayer(width, distances + 2, directions, normalization) for _ in range(layers)
         )
         self.norm = AdaRMSNorm(width)
-        self.readout = nn.Linear(width, 3 + features)
+        self.readout = nn.Linear(width, channels)
         # Small, so that training starts from a prediction of almost nothing.
         nn.init.normal_(self.readout.weight, std=1e-3)
         nn.init.zeros_(self.readout.bias)
 
-    def forward(self, noisy: Tensor, time: Tensor, mask: Tensor) -> Tensor:
-        """Predict the noise; parameters and result as of `GDM.forward`."""
-        noisy = torch.where(mask[..., None], noisy, 0)
+    def forward(
+        self,
+        state: State,
+        time: Tensor,
+        mask: Tensor,
+        condition: Tensor | None = None,
+        self_condition: State | None = None,
+    ) -> State:
+        noisy = torch.where(mask[..., None], state.atoms, 0)
         pairs = pair_mask(mask, noisy.dtype)
-        apart = noisy[:, :, None, :3] - noisy[:, None, :, :3]
-        distances = (apart.square().sum(dim=-1) + _LEAST).sqrt()
-        features = self._radial(distances)
-        towards = apart * (pairs / (1 + distances))[..., None]
-        timed = self.time(time)
-        h = self.embed(noisy) + self.embed_time(timed)[:, None]
+        relative_positions = noisy[:, :, None, :3] - noisy[:, None, :, :3]
+        distances = (relative_positions.square().sum(dim=-1) + _EPSILON).sqrt()
+        features = self._radial_basis(distances)
+        directions = relative_positions * (pairs / (1 + distances))[..., None]
+        embedded_time = self.time(time)
+        h = self.embed(noisy) + self.embed_time(embedded_time)[:, None]
+        if self.embed_condition is not None:
+            assert condition is not None
+            h = h + self.embed_condition(condition)[:, None]
         for layer in self.layers:
-            h = layer(h, timed, pairs, features, towards, self.low_precision)
-        return on_subspace(self.readout(self.norm(h, timed)), mask)
+            h = layer(h, embedded_time, pairs, features, directions, self.low_precision)
+        return state.with_atoms(self.readout(self.norm(h, embedded_time))).projected()
 
-    def _radial(self, distances: Tensor) -> Tensor:
-        """What a layer is told of distances (B, N, N): (B, N, N, K)."""
+    def _radial_basis(self, distances: Tensor) -> Tensor:
+        """Features (B, N, N, K) of distances (B, N, N)."""
         d = distances[..., None]
         gaussians = torch.exp(-0.5 * ((d - self.centres) / self.spread).square())
-        return torch.cat([gaussians, 1 / (1 + d), d / _FURTHEST], dim=-1)
+        return torch.cat([gaussians, 1 / (1 + d), d / _LAST_CENTRE], dim=-1)

@@ -1,8 +1,8 @@
-"""What a physical system is to the four verbs.
+"""What a physical system is to the commands `train` and `sample`.
 
-A dataset (`molgen_energy.systems.datasets`) makes the data of `preprocess`, an evaluator
-(`molgen_energy.systems.evaluators`) the report of `evaluate`; neither needs a network. For `train`
-and `sample` a `System` joins data, network and loss.
+`preprocess` finds its data sets in `molgen_energy.systems.datasets`, `evaluate` its evaluator in
+`molgen_energy.systems.evaluators`; neither needs a network. For `train` and `sample`, a `System`
+joins data, network and loss.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from torch import nn
 
 from molgen_energy.config import Config
 from molgen_energy.data.hdf5 import check_hdf5_name
+from molgen_energy.progress import ProgressCallback
 from molgen_energy.training.checkpoint import Checkpoint
 from molgen_energy.training.task import Task
 
 
 @dataclass(frozen=True)
 class SamplingResult:
-    """What was written where, how many samples were drawn for it now, and how many diverged.
+    """What was written where, how many samples were drawn now, and how many diverged.
 
-    Of several processes the first one alone writes.
+    Only the first of several processes writes a file.
     """
 
     path: Path | None
@@ -36,65 +37,80 @@ class SamplingResult:
     interrupted: bool = False
 
 
-class Observer(Protocol):
-    """Who is told how sampling goes."""
+class SamplingCallback(Protocol):
+    """Receives the progress of sampling."""
 
     def found(self, samples: int) -> None:
-        """So many were finished before."""
+        """Called at the start of a resumed job with the number of finished samples."""
         ...
 
     def advance(self, samples: int, share: float) -> None:
-        """The network was called for so many samples, a share of all its calls for them."""
+        """Called after an evaluation of the network for some samples, a share of all theirs."""
         ...
 
     def interrupted(self, samples: int) -> None:
-        """So many are finished and kept; now they are written where they can be used."""
+        """Called after an interruption with the number of finished samples, before writing them."""
         ...
 
 
+class NoCallback:
+    """A `SamplingCallback` that ignores progress."""
+
+    def found(self, samples: int) -> None:
+        pass
+
+    def advance(self, samples: int, share: float) -> None:
+        pass
+
+    def interrupted(self, samples: int) -> None:
+        pass
+
+
 class Generator(Protocol):
-    """A checkpoint, ready to make samples."""
+    """A checkpoint, ready to draw samples."""
 
     count: int
-    """How many will be made."""
+    """Samples to draw."""
     inputs: tuple[Path, ...]
-    """Files that are read, over which nothing must be written."""
-    shared: bool
+    """Files that it reads, which the output must not replace."""
+    distributed: bool
     """Whether several processes share the work; else the first one does all of it."""
 
     @property
     def origin(self) -> str:
-        """The run and the step that the weights are of."""
+        """Run and step of the weights."""
         ...
 
     @property
     def method(self) -> str:
-        """How samples are made, in a few words."""
+        """How samples are drawn, in a few words."""
         ...
 
-    def write(self, output: Path, observer: Observer, resume: bool = False) -> SamplingResult:
-        """Make the samples and write them; resumed where this was begun, if the system can."""
+    def write(
+        self, output: Path, callback: SamplingCallback, resume: bool = False
+    ) -> SamplingResult:
+        """Draw the samples and write them; with `resume`, continue an interrupted job."""
         ...
 
 
 class System(ABC):
-    """A physical system: what the four verbs do with it. Registered in `SYSTEMS`."""
+    """A physical system, registered in `SYSTEMS`."""
 
     name: ClassVar[str]
     samples: ClassVar[str]
-    """What there are many of: molecules, lattices, polygons."""
+    """Plural noun for its samples: molecules, lattices, polygons."""
     config: ClassVar[type[Config]]
-    """All sections with their defaults; `system` among them."""
+    """All sections with their defaults."""
     sampling: ClassVar[Mapping[str, Any]]
     """The options of `sample` that this system takes, by parameter name, with their defaults."""
     output: ClassVar[str]
-    """The file that `sample` writes where none is named."""
+    """Default file of `sample`."""
+    default_config: ClassVar[str | None] = None
+    """The configuration of `train` without `--config`; None if there must be one."""
 
     @abstractmethod
-    def task(self, config: Any, device: torch.device, progress: Callable[[int, int], None]) -> Task:
+    def task(self, config: Any, device: torch.device, progress: ProgressCallback) -> Task:
         """What the training loop needs, from a configuration of this system.
-
-        `progress` is told how many of how many samples are prepared, where that takes long.
 
         Raises
         ------
@@ -104,29 +120,43 @@ class System(ABC):
 
     @abstractmethod
     def generator(
-        self, checkpoint: Checkpoint, device: torch.device, asked: Mapping[str, Any]
+        self, checkpoint: Checkpoint, device: torch.device, options: Mapping[str, Any]
     ) -> Generator:
-        """What makes samples with a checkpoint of this system; `asked` has a value for each option.
+        """What draws samples with a checkpoint of this system; `options` has every option.
 
         Raises
         ------
         InputError
-            The checkpoint is damaged or an option does not serve.
+            The checkpoint is damaged, or an option is not valid.
         """
 
     def check_output(self, path: Path) -> None:
-        """Raise `InputError` unless samples can be written to a path; HDF5 it is here."""
+        """Raise `InputError` unless samples can be written to a path; by default HDF5."""
         check_hdf5_name(path)
 
+    def sampling_options(self, output: Path) -> Mapping[str, Any] | None:
+        """Options of the interrupted job of a file, with `checkpoint`; None if it cannot resume.
+
+        Raises
+        ------
+        InputError
+            There is no interrupted job, or it is damaged.
+        """
+        return None
+
     def describe(self, config: Any, parameters: int) -> str:
-        """Network and loss of a run, in a line for the user."""
+        """Network and loss of a run, in one line."""
         return (
             f"{config.model.name} {config.model.layers}×{config.model.width}, "
             f"{parameters:,} parameters, loss {config.loss.name}{self.details(config)}"
         )
 
     def details(self, config: Any) -> str:
-        """What else there is to say."""
+        """Further words of `describe`."""
+        return ""
+
+    def after_training(self, config: Any) -> str:
+        """What to suggest after a run, in addition to sampling; empty for nothing."""
         return ""
 
 

@@ -1,4 +1,4 @@
-"""The physical systems that there are, by name, and configurations of theirs."""
+"""The physical systems, by name, and their configurations."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from molgen_energy.systems.base import System
 from molgen_energy.systems.molecules.system import MoleculeSystem
 from molgen_energy.systems.shapes.system import ShapeSystem
 from molgen_energy.systems.spins.system import SpinSystem
+from molgen_energy.training.checkpoint import Checkpoint
 
 SYSTEMS: dict[str, System] = {
-    system.name: system for system in (MoleculeSystem(), ShapeSystem(), SpinSystem())
+    "molecules": MoleculeSystem(),
+    "shapes": ShapeSystem(),
+    "spins": SpinSystem(),
 }
+
+DEFAULT_SYSTEM = "molecules"
 
 
 def system_named(name: str, where: str) -> System:
-    """A physical system; `where` it is named begins the message where there is none.
+    """A physical system; the error message begins with `where` the name comes from.
 
     Raises
     ------
@@ -35,7 +40,12 @@ def load_config(name: str | Path) -> Config:
     Raises
     ------
     InputError
-        There is no such configuration, it is no YAML, or a key or value is not valid.
+        There is no such configuration, it is not YAML, or a key or value is not valid.
     """
-    given = read_config(name)
-    return system_named(given.system, given.where).config.of(given)
+    raw = read_config(name)
+    return system_named(raw.system, raw.where).config.of(raw)
+
+
+def system_of_checkpoint(checkpoint: Checkpoint) -> System:
+    """The physical system of a checkpoint."""
+    return system_named(checkpoint.system, str(checkpoint.path))

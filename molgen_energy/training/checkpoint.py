@@ -1,8 +1,11 @@
 """Checkpoints: safetensors and YAML in one folder, enough to sample from.
 
 `model.safetensors`, `ema.safetensors`, `optimizer.safetensors`, `config.yaml`, `state.yaml`. No
-pickles: loading one runs no code. A folder appears under its name only when it is complete; while
-a new one takes the place of an old one, the old one is kept as `<name>.old`.
+pickles: loading runs no code. A folder appears under its name only when it is complete; while a new
+one replaces an old one, the old one is kept as `<name>.old`.
+
+Checkpoints of format 2 are read as well: `Config.upgrade` translates their configuration, and
+`network.` at the start of a tensor's name, of networks that predict the velocity, is removed.
 """
 
 from __future__ import annotations
@@ -24,30 +27,41 @@ from molgen_energy.errors import InputError
 from molgen_energy.output import flush_to_disk, remove, with_filename
 from molgen_energy.training.pretrained import verify_checksums
 
-FORMAT = 2
+FORMAT = 3
+_OLDEST = 2
 _REMEDY = "train again, or name another checkpoint"
 _ATTEMPTS = 5  # to read a checkpoint that a trainer replaces meanwhile
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found and whose texts were read; weights are read on demand."""
+    """A checkpoint whose configuration and state were read; weights are read on demand."""
 
     path: Path
-    given: RawConfig
-    """The configuration, not yet checked; `config_as` gives it."""
+    raw_config: RawConfig
+    """The configuration, not yet validated; see `config_as`."""
     state: dict[str, Any]
     read: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    """Weights that were read together with the texts, by name."""
+    """Weights that were read together with configuration and state, by name."""
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """Tensors of `model`, `ema` or `optimizer`, on the CPU.
+    def tensors(self, name: str, model: nn.Module) -> dict[str, Tensor]:
+        """Tensors of `model`, `ema` or `optimizer`, on the CPU, by the names of a model.
 
         Raises
         ------
         InputError
             The file is missing or cut off.
         """
+        tensors = self._read_tensors(name)
+        if self.state["format"] < FORMAT:
+            own = model.state_dict().keys()
+            return {
+                key if key.split("/")[0] in own else key.removeprefix("network."): value
+                for key, value in tensors.items()
+            }
+        return tensors
+
+    def _read_tensors(self, name: str) -> dict[str, Tensor]:
         if name in self.read:
             return dict(self.read[name])
         path = self.path / f"{name}.safetensors"
@@ -61,7 +75,7 @@ class Checkpoint:
     @property
     def system(self) -> str:
         """The physical system of the run."""
-        return self.given.system
+        return self.raw_config.system
 
     def config_as(self, schema: type[Self]) -> Self:
         """The configuration of the run, as one of a physical system.
@@ -73,24 +87,27 @@ class Checkpoint:
         """
         if self.system != schema.of_system():
             raise InputError(f"{self.path} is no checkpoint of a run on {schema.of_system()}")
-        return schema.of(self.given)
+        raw = self.raw_config
+        if self.state["format"] < FORMAT:
+            raw = raw._replace(values=schema.upgrade(dict(raw.values)))
+        return schema.of(raw)
 
     @property
     def origin(self) -> str:
-        """The run and the step that the weights are of; `runs/x/checkpoints/last` is of run x."""
+        """Run and step of the weights; `runs/x/checkpoints/last` is of run x."""
         path = self.path.resolve()
         run = path.parents[1].name if path.parent.name == "checkpoints" else path.name
         return f"{run}, step {self.state['progress']['step']}"
 
     def load_weights(self, model: nn.Module, name: str) -> None:
-        """Put the weights `model` or `ema` into a model of the same architecture.
+        """Load the weights `model` or `ema` into a model of the same architecture.
 
         Raises
         ------
         InputError
             Names or shapes differ; names the first.
         """
-        load_weights(model, self.tensors(name), self.path)
+        load_weights(model, self.tensors(name, model), self.path)
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
@@ -113,15 +130,15 @@ def save_checkpoint(
     state: Mapping[str, Any],
     weights: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
-    """Write a checkpoint folder at `path`, in place of the one that is there.
+    """Write a checkpoint folder, which replaces the one at `path`.
 
-    Killed at any moment, it leaves the old one or the new one whole. `state` must hold what YAML
-    can; format and versions are added to it.
+    A kill at any moment leaves either the old or the new checkpoint complete. `state` must hold
+    YAML types; format and versions are added to it.
 
     Raises
     ------
     OSError
-        It cannot be written, as when no space is left; the old checkpoint stands.
+        It cannot be written, for example on a full disk; the old checkpoint stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = path.with_name(f"{path.name}.tmp"), path.with_name(f"{path.name}.old")
@@ -152,7 +169,7 @@ def save_checkpoint(
 
 
 def find_checkpoint(path: Path, which: str = "last") -> Path:
-    """The checkpoint folder that `path`, itself one or a run's folder, stands for.
+    """The checkpoint folder at `path`, which is one itself or a run's folder.
 
     Raises
     ------
@@ -166,7 +183,7 @@ def find_checkpoint(path: Path, which: str = "last") -> Path:
                 return folder
     if not path.exists():
         raise InputError(f"{path} does not exist; name a run's folder or a checkpoint in one")
-    raise InputError(f"{path} holds no checkpoint (it is no run, or was stopped before the first)")
+    raise InputError(f"{path} holds no checkpoint (it is no run, or stopped before the first)")
 
 
 def newest_run(root: Path) -> Path | None:
@@ -180,15 +197,24 @@ def newest_run(root: Path) -> Path | None:
 
 
 def load_checkpoint(path: Path, which: str = "last", weights: Sequence[str] = ()) -> Checkpoint:
-    """Read a checkpoint's texts, and the weights that are named, from its own folder or a run's.
+    """Read a checkpoint from its own folder or a run's.
 
-    What is read together is of one checkpoint, even while a trainer puts others in its place.
+    Parameters
+    ----------
+    path
+        A checkpoint's folder, or a run's.
+    which
+        `last` or `best` of a run.
+    weights
+        Names of the weights to read now; others are read on demand.
+
+    Everything read here is of one checkpoint, even while a trainer replaces it.
 
     Raises
     ------
     InputError
-        There is none, it is cut off or of another format, or its files are not those that its
-        `SHA256SUMS` was made of.
+        There is none, it is cut off or of another format, or its files do not match its
+        `SHA256SUMS`.
     """
     for attempt in range(_ATTEMPTS):
         identity = None
@@ -196,10 +222,10 @@ def load_checkpoint(path: Path, which: str = "last", weights: Sequence[str] = ()
             folder = find_checkpoint(path, which)
             identity = _identity(folder)
             loaded = _read(folder)
-            loaded = replace(loaded, read={name: loaded.tensors(name) for name in weights})
+            loaded = replace(loaded, read={name: loaded._read_tensors(name) for name in weights})
         except (InputError, OSError):
-            replaced = identity is None or _identity(folder) != identity
-            if attempt + 1 == _ATTEMPTS or not replaced:
+            changed = identity is None or _identity(folder) != identity
+            if attempt + 1 == _ATTEMPTS or not changed:
                 raise
             continue
         if _identity(folder) == identity:
@@ -208,7 +234,7 @@ def load_checkpoint(path: Path, which: str = "last", weights: Sequence[str] = ()
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another that took its name; None where there is none."""
+    """Tells a folder from another that took its name; None if there is none."""
     try:
         found = folder.stat()
     except FileNotFoundError:
@@ -217,7 +243,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _read(folder: Path) -> Checkpoint:
-    """The texts of a checkpoint's folder."""
+    """Configuration and state of a checkpoint's folder."""
     verify_checksums(folder)
     try:
         state = yaml.safe_load((folder / "state.yaml").read_text(encoding="utf-8"))
@@ -225,9 +251,9 @@ def _read(folder: Path) -> Checkpoint:
         raise InputError(f"{folder / 'state.yaml'} is damaged; {_REMEDY}") from error
     if not isinstance(state, dict) or "format" not in state:
         raise InputError(f"{folder} is no checkpoint of molgen-energy")
-    if state["format"] != FORMAT:
+    if not _OLDEST <= state["format"] <= FORMAT:
         raise InputError(
-            f"{folder} has checkpoint format {state['format']}, this version reads {FORMAT}; "
-            f"{'upgrade molgen-energy' if state['format'] > FORMAT else _REMEDY}"
+            f"{folder} has checkpoint format {state['format']}, this version reads {_OLDEST} to "
+            f"{FORMAT}; {'upgrade molgen-energy' if state['format'] > FORMAT else _REMEDY}"
         )
     return Checkpoint(folder, read_config(folder / "config.yaml"), state)

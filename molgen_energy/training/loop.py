@@ -1,12 +1,12 @@
 """The training loop: one for every physical system.
 
-A run's folder holds `config.yaml` (resolved), `metrics.csv`, `log.txt` and
-`checkpoints/{last,best}`. All randomness of step k is drawn from a generator seeded with (seed, k),
-and the batches of an epoch follow from (seed, epoch), so there is no random state to save, and a
-resumed run takes the steps that an unbroken one would have taken.
+A run's folder holds `config.yaml` (without `auto`), `metrics.csv`, `log.txt` and
+`checkpoints/{last,best}`. Random numbers of step k depend on (seed, k) alone, and the batches of an
+epoch on (seed, epoch), so there is no random state to save, and a resumed run takes the steps that
+an uninterrupted one would have taken.
 
-Several processes (`molgen_energy.distributed`) each take a share of every batch and the mean of
-their gradients, so that K of them take the steps that one would take. Process 0 alone writes.
+Several processes (`molgen_energy.distributed`) each take a shard of every batch and average their
+gradients, so that K of them take the steps that one would take. Only process 0 writes.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from molgen_energy import __version__
-from molgen_energy.config import TrainingConfig
-from molgen_energy.data.batches import Batch
+from molgen_energy.config import Config, TrainingConfig
+from molgen_energy.data.batches import BatchIndex
 from molgen_energy.distributed import all_reduce_sum, is_main, rank, world_size
 from molgen_energy.errors import InputError, TrainingFailedError
 from molgen_energy.output import lock_file, remove
 from molgen_energy.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
-    load_weights,
     save_checkpoint,
 )
 from molgen_energy.training.clipping import GradientClipper
@@ -51,19 +50,27 @@ _MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
 _PEER_LOST = re.compile("(closed|reset) by peer|broken pipe|remote process", re.IGNORECASE)
 
 
-class Observer(Protocol):
-    """Who is told how training goes."""
+class TrainingCallback(Protocol):
+    """Receives the progress of training."""
 
-    def progress(self, step: int, steps: int, loss: float, samples_per_second: float) -> None: ...
+    def __call__(self, step: int, steps: int, loss: float, samples_per_second: float) -> None: ...
+
+
+def no_callback(step: int, steps: int, loss: float, samples_per_second: float) -> None:
+    """Ignore the progress of training."""
 
 
 class TrainingInterrupted(Exception):
-    """Training was interrupted and can be resumed; the checkpoint is written."""
+    """Training was interrupted after writing a checkpoint, and can be resumed from its run."""
+
+    def __init__(self, message: str, run: Path) -> None:
+        super().__init__(message)
+        self.run = run
 
 
 @dataclass(frozen=True)
-class Summary:
-    """How a run ended."""
+class TrainingSummary:
+    """The end of a run."""
 
     run: Path
     steps: int
@@ -71,20 +78,24 @@ class Summary:
     valid_loss: float | None
     skipped: int
     """Steps whose loss or gradient was not finite."""
+    config: Config
+    """Without `auto`."""
+    already_complete: bool = False
+    """Whether a resumed run had no step left."""
 
 
 @dataclass
 class _Progress:
-    """What the loop carries from step to step besides weights; written to `state.yaml`."""
+    """What the loop keeps from step to step besides weights; written to `state.yaml`."""
 
     step: int = 0
     seconds: float = 0.0
     best_valid: float | None = None
     last_valid: float | None = None
-    # Sums since the last row of metrics.csv, so that a row does not depend on where a run broke.
+    # Sums since the last row of metrics.csv: a row does not depend on interruptions.
     sums: tuple[float, ...] = ()
     count: int = 0
-    # Steps that were skipped because their loss or gradient was not finite, in all and of late.
+    # Skipped steps, whose loss or gradient was not finite: all, and the last in a row.
     skipped: int = 0
     skipped_in_row: int = 0
 
@@ -98,7 +109,7 @@ def total_steps(training: TrainingConfig, batches_per_epoch: int) -> int:
         The configuration gives both steps and epochs, or neither.
     """
     if (training.steps is None) == (training.epochs is None):
-        raise InputError("give either training.steps or training.epochs, not both and not neither")
+        raise InputError("set exactly one of training.steps and training.epochs")
     if training.steps is not None:
         return training.steps
     assert training.epochs is not None
@@ -117,58 +128,58 @@ def learning_rate(training: TrainingConfig, step: int, steps: int) -> float:
     return rate
 
 
-def train(task: Task, run: Path, observer: Observer, resume: bool = False) -> Summary:
+def train(task: Task, run: Path, callback: TrainingCallback = no_callback, resume: bool = False) -> TrainingSummary:
     """Train until the configured step, writing the run's folder.
 
     Parameters
     ----------
     task
-        Physical system with its resolved configuration; closed at the end, however that comes.
+        Physical system with its resolved configuration; closed at the end.
     run
         Folder of the run; when `resume` is false, a new one or an empty one.
-    observer
-        Told of progress.
+    callback
+        Receives progress.
     resume
-        Go on from `run/checkpoints/last`; with the same task it takes the very steps that an
-        unbroken run would have taken.
+        Continue from `run/checkpoints/last`; with the same task it takes the steps that an
+        uninterrupted run would have taken.
 
     Raises
     ------
     InputError
-        The checkpoint does not fit the task, or data that is read on the way is broken.
+        The checkpoint does not fit the task, or streamed data is damaged.
     Stopped
-        Interrupted by SIGINT or SIGTERM, behind a checkpoint.
+        Interrupted by SIGINT or SIGTERM, after writing a checkpoint.
     TrainingFailed
         Loss or gradient were not finite for ten steps in a row, memory does not suffice, or
         another process of the job ended.
     """
     with closing(task):
-        trainer = _Trainer(task, run, observer)
+        trainer = _Trainer(task, run, callback)
         made = not resume and is_main() and _make_folder(run)
         try:
             trainer.start(resume)
         except BaseException:
             if made:
-                remove(run)  # without its first checkpoint it is no run
+                remove(run)  # it has no checkpoint yet
             raise
         with _interruptible() as interrupted:
             return trainer.run(interrupted)
 
 
 def _make_folder(run: Path) -> bool:
-    """Make a run's folder, or take an empty one; returns whether it was made here."""
+    """Make a run's folder, or use an empty one; returns whether it was made."""
     try:
         run.mkdir(parents=True)
     except FileExistsError:
         if not run.is_dir() or any(run.iterdir()):
-            raise InputError(f"{run} is there and not empty; name another --output") from None
+            raise InputError(f"{run} exists and is not empty; name another --output") from None
         return False
     return True
 
 
 class _Trainer:
-    def __init__(self, task: Task, run: Path, observer: Observer) -> None:
-        self.task, self.folder, self.observer = task, run, observer
+    def __init__(self, task: Task, run: Path, callback: TrainingCallback) -> None:
+        self.task, self.folder, self.callback = task, run, callback
         self.training = task.config.training
         self.steps = total_steps(self.training, task.batches_per_epoch)
         self.model: nn.Module = task.model
@@ -177,13 +188,13 @@ class _Trainer:
         assert not isinstance(self.training.lr, str)
         self._muon_ratio = self.training.muon_lr / self.training.lr
         self.optimizers = _optimizers(self.training, task.model, task.device)
-        self.at = _Progress(sums=self._nothing())
+        self.at = _Progress(sums=self._zero_sums())
         self.metrics: MetricsLog | None = None
         self.lock: IO[bytes] | None = None
 
-    def _nothing(self) -> tuple[float, ...]:
-        """Sums of objective, parts and norm of the gradient over no steps."""
-        return (0.0,) * (2 + len(self.task.parts))
+    def _zero_sums(self) -> tuple[float, ...]:
+        """Sums of loss, its terms and gradient norm, over no steps."""
+        return (0.0,) * (2 + len(self.task.loss_terms))
 
     # -- the run's folder ----------------------------------------------------------------------
 
@@ -196,7 +207,7 @@ class _Trainer:
         log.touch()
         self.lock = lock_file(log, str(self.folder))
         (self.folder / "config.yaml").write_text(self.task.config.to_yaml(), encoding="utf-8")
-        self.metrics = MetricsLog(self.folder, self.at.step, self.task.parts)
+        self.metrics = MetricsLog(self.folder, self.at.step, self.task.loss_terms)
         if not resume:
             self._save("last")
         verb = "resume" if resume else "start"
@@ -213,11 +224,11 @@ class _Trainer:
             file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
 
     def _save(self, which: str) -> None:
-        """Write a checkpoint, unless something is wrong: the one that is there is better then.
+        """Write a checkpoint, unless weights are not finite or the last steps were skipped.
 
-        It leads to the same steps again.
+        Then the previous checkpoint is kept; resuming from it takes the same steps again.
         """
-        if not self._sound() or (self.at.skipped_in_row and self.at.step < self.steps):
+        if not self._is_finite() or (self.at.skipped_in_row and self.at.step < self.steps):
             self._log(f"no checkpoint at step {self.at.step}: steps are not finite")
             return
         if not is_main():
@@ -234,7 +245,7 @@ class _Trainer:
         path = self.folder / "checkpoints" / which
         save_checkpoint(path, self.task.config, state | self.task.state, weights)
 
-    def _sound(self) -> bool:
+    def _is_finite(self) -> bool:
         """Whether all weights are finite."""
         models = (self.task.model, self.ema.model)
         return all(bool(torch.isfinite(p).all()) for model in models for p in model.parameters())
@@ -252,21 +263,21 @@ class _Trainer:
         if theirs.get("fingerprint") != ours["fingerprint"]:
             raise InputError(
                 f"{checkpoint.path} was trained on other data ({theirs.get('source')}, "
-                f"{theirs.get('training_samples')} samples) than is given now "
-                f"({ours['source']}, {ours['training_samples']}); name its data with --data"
+                f"{theirs.get('training_samples')} samples) than {ours['source']} "
+                f"({ours['training_samples']}); name its data with --data"
             )
         checkpoint.load_weights(self.task.model, "model")
-        load_weights(self.ema.model, checkpoint.tensors("ema"), checkpoint.path)
-        tensors = checkpoint.tensors("optimizer")
+        checkpoint.load_weights(self.ema.model, "ema")
+        tensors = checkpoint.tensors("optimizer", self.task.model)
         self.clipper.load(tensors.pop("clipper/norms"))
-        having = {
+        optimizer_of = {
             parameter: optimizer
             for optimizer in self.optimizers
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
         for name, parameter in self.task.model.named_parameters():
-            optimizer = having[parameter]
+            optimizer = optimizer_of[parameter]
             own = {k.rsplit("/", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{name}/")}
             for key, value in own.items():
                 device = "cpu" if key == "step" and not _fused(optimizer) else parameter.device
@@ -276,11 +287,11 @@ class _Trainer:
 
     # -- the loop ------------------------------------------------------------------------------
 
-    def run(self, interrupted: threading.Event) -> Summary:
+    def run(self, interrupted: threading.Event) -> TrainingSummary:
         began = time.perf_counter()
         before = self.at.seconds
         row_began, row_samples = began, 0
-        too_large: Batch | None = None
+        too_large: BatchIndex | None = None
         self.task.model.train()
         try:
             if world_size() > 1:
@@ -290,7 +301,7 @@ class _Trainer:
                 row_samples += len(batch)
                 now = time.perf_counter()
                 self.at.seconds = before + now - began
-                self.observer.progress(
+                self.callback(
                     self.at.step,
                     self.steps,
                     self.at.sums[0] / self.at.count if self.at.count else math.nan,
@@ -303,24 +314,26 @@ class _Trainer:
                 if validate or self.at.step % self.training.log_every == 0:
                     self._write_row(row_samples / (now - row_began))
                     row_began, row_samples = time.perf_counter(), 0
-                if last and not self._sound():
-                    self._fail("the weights are not finite", "train anew with a lower --lr")
+                if last and not self._is_finite():
+                    self._fail("the weights are not finite", "train again with a lower --lr")
                 if last or self.at.step % self.training.checkpoint_every == 0:
                     self._save("last")
-                alone = world_size() == 1 and interrupted.is_set()  # no one to agree with
+                alone = world_size() == 1 and interrupted.is_set()
                 if (stop or alone) and not last:
                     self._save("last")
                     self._log(f"interrupted at step {self.at.step}")
-                    raise TrainingInterrupted(f"stopped at step {self.at.step} of {self.steps}")
+                    raise TrainingInterrupted(
+                        f"stopped at step {self.at.step} of {self.steps}", self.folder
+                    )
         except torch.OutOfMemoryError:
-            too_large = batch  # looked into below: only there is free what the step held
+            too_large = batch  # handled below, where the memory of the step is free
         except RuntimeError as error:
             if world_size() == 1 or not _PEER_LOST.search(str(error)):
                 raise
-            what = "another process of the job ended, for the reason that it gives"
+            what = "another process of the job ended, see its message"
             self._fail(what, f"then: molgen-energy train --resume {shlex.quote(str(self.folder))}")
         finally:
-            self.model = self.task.model  # the wrapper holds the group of processes
+            self.model = self.task.model  # the wrapper holds the process group
             if self.metrics is not None:
                 self.metrics.close()
             if self.lock is not None:
@@ -329,10 +342,12 @@ class _Trainer:
             self._fail(*self._out_of_memory(too_large))
         self._log(f"finished at step {self.at.step}, {self.at.seconds:.0f} s of training")
         at = self.at
-        return Summary(self.folder, at.step, at.seconds, at.last_valid, at.skipped)
+        return TrainingSummary(
+            self.folder, at.step, at.seconds, at.last_valid, at.skipped, self.task.config
+        )
 
-    def _batches(self) -> Iterator[Batch]:
-        """The batches from the present step to the last."""
+    def _batches(self) -> Iterator[BatchIndex]:
+        """The batches from the current step to the last."""
         while self.at.step < self.steps:
             epoch, done = divmod(self.at.step, self.task.batches_per_epoch)
             for batch in self.task.epoch(epoch)[done:]:
@@ -340,10 +355,10 @@ class _Trainer:
                     return
                 yield batch
 
-    def _step(self, batch: Batch, interrupted: threading.Event) -> bool:
-        """One update, or none where it would spoil the weights; returns whether to stop."""
-        sums = self._backward(self.model, batch, self._generator())
-        # One look at the device's results for all decisions, alike in all processes.
+    def _step(self, batch: BatchIndex, interrupted: threading.Event) -> bool:
+        """One update, or none if loss or gradient are not finite; returns whether to stop."""
+        sums = self._backward(self.model, batch)
+        # One transfer from the device for all decisions, the same in all processes.
         stop = sums.new_tensor([float(interrupted.is_set())])
         *values, stopped = all_reduce_sum(torch.cat([sums, stop])).tolist()
         values = [value / len(batch) for value in values]
@@ -361,23 +376,21 @@ class _Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def _generator(self) -> torch.Generator:
-        generator = torch.Generator(self.task.device)
-        return generator.manual_seed(_step_seed(self.training.seed, self.at.step))
+    def _backward(self, model: nn.Module, batch: BatchIndex) -> Tensor:
+        """Gradients of the mean over the batch; returns the shard's sums of the loss and its terms.
 
-    def _backward(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Gradients of the mean over the batch; returns the own samples' sums of each term.
-
-        A process that has no sample of a small batch takes one with weight 0, so that all take part
-        in the mean of gradients.
+        A process without a sample of a small batch takes one with weight 0, so that all processes
+        take part in averaging gradients.
         """
-        share = min(rank(), len(batch) - 1)
-        terms = self.task.loss(model, batch, generator, share, world_size())
+        seed = _step_seed(self.training.seed, self.at.step)
+        place = min(rank(), len(batch) - 1)
+        losses = self.task.loss(model, batch, seed, place, world_size())
         weight = float(rank() < len(batch))
-        # The mean over processes is taken behind.
-        loss = terms[0].sum() * (weight * world_size() / len(batch))
+        # Gradients are averaged over processes afterwards.
+        loss = losses["loss"].sum() * (weight * world_size() / len(batch))
         loss.backward()  # type: ignore[no-untyped-call]
-        return weight * torch.stack([term.detach().sum() for term in terms])
+        names = ("loss", *self.task.loss_terms)
+        return weight * torch.stack([losses[name].detach().sum() for name in names])
 
     def _update(self, values: list[float], norm: float) -> None:
         rate = learning_rate(self.training, self.at.step - 1, self.steps)
@@ -400,30 +413,30 @@ class _Trainer:
         if self.at.skipped_in_row == _MOST_SKIPPED:
             what = "loss" if not math.isfinite(loss) else "gradient's norm"
             text = f"the {what} was not finite for {_MOST_SKIPPED} steps in a row"
-            self._fail(text, "train anew with a lower --lr")
+            self._fail(text, "train again with a lower --lr")
 
-    def _out_of_memory(self, batch: Batch) -> tuple[str, str]:
-        """What to say, with the batch size that fits the largest molecules, found by trying."""
+    def _out_of_memory(self, batch: BatchIndex) -> tuple[str, str]:
+        """Message and remedy, with the batch size that fits the largest samples, found by trying."""
         largest, every = len(batch), world_size()
         self._zero_grad()
         epoch = self.task.epoch(self.at.step // self.task.batches_per_epoch)
-        alike = (other for other in epoch if other.window == batch.window)
-        batch = max(alike, key=lambda other: float(other.sizes.sum()))
+        in_window = (other for other in epoch if other.window == batch.window)
+        batch = max(in_window, key=lambda other: float(other.sizes.sum()))
         size = largest
         while size > every:
             size = max(every, size // 2)
             if self.task.device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
-                # Not through the model that waits for other processes.
-                self._backward(self.task.model, batch.largest(size), self._generator())
+                # Not through the wrapper, which waits for other processes.
+                self._backward(self.task.model, batch.largest(size))
             except torch.OutOfMemoryError:
                 continue
             finally:
                 self._zero_grad()
-            remedy = f"{size} fit: train anew with --batch-size {size}"
+            remedy = f"{size} fit: train again with --batch-size {size}"
             return f"out of memory with batches of {largest}", remedy
-        return f"out of memory with batches of {largest}", "not even one molecule fits"
+        return f"out of memory with batches of {largest}", "not even one sample fits"
 
     def _fail(self, what: str, remedy: str) -> NoReturn:
         text = f"{what} at step {self.at.step}"
@@ -451,7 +464,7 @@ class _Trainer:
                 step=at.step,
                 epoch=(at.step - 1) // self.task.batches_per_epoch,
                 loss=loss,
-                **dict(zip(self.task.parts, parts, strict=True)),
+                **dict(zip(self.task.loss_terms, parts, strict=True)),
                 valid_loss=at.last_valid if validated else None,
                 gradient_norm=norm,
                 lr=learning_rate(self.training, at.step - 1, self.steps),
@@ -459,13 +472,13 @@ class _Trainer:
                 seconds=at.seconds,
                 skipped=at.skipped,
             )
-        at.sums, at.count = self._nothing(), 0
+        at.sums, at.count = self._zero_sums(), 0
 
 
 def _optimizers(
     training: TrainingConfig, model: nn.Module, device: torch.device
 ) -> list[torch.optim.Optimizer]:
-    """What updates the model, each a part of its parameters; rates are set at each step."""
+    """Optimizers of disjoint parts of the parameters; learning rates are set at each step."""
     matrices = hidden_matrices(model) if training.optimizer == "muon" else []
     if training.optimizer == "muon" and not matrices:
         raise InputError("training.optimizer: muon has no matrices in this network; take adamw")
@@ -494,9 +507,9 @@ def _step_seed(seed: int, step: int) -> int:
 
 @contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, so that the step in hand is finished first.
+    """An event that SIGINT and SIGTERM set, so that the loop finishes its step first.
 
-    A second SIGINT is not waited for.
+    A second SIGINT raises KeyboardInterrupt.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""`metrics.csv` of a run, and TensorBoard where it is installed."""
+"""`metrics.csv` of a run, and TensorBoard if it is installed."""
 
 from __future__ import annotations
 
@@ -11,36 +11,35 @@ from typing import Any
 from molgen_energy.output import atomic_replace
 
 _BEFORE = ("step", "epoch", "loss")
-_BEHIND = ("valid_loss", "gradient_norm", "lr", "samples_per_second", "seconds", "skipped")
-"""Columns, with the parts of the loss between. `seconds` is training time, all parts of a resumed
-run together; `skipped` counts the run's steps whose loss or gradient was not finite."""
+_AFTER = ("valid_loss", "gradient_norm", "lr", "samples_per_second", "seconds", "skipped")
+"""Columns before and after the terms of the loss. `seconds` is training time, over all resumptions;
+`skipped` counts steps whose loss or gradient was not finite."""
 
 
 class MetricsLog:
-    """Append rows to `metrics.csv`; a resumed run first drops the rows behind its checkpoint.
+    """Append rows to `metrics.csv`; a resumed run first drops the rows after its checkpoint.
 
-    `parts` are the columns of the parts of the loss.
+    `loss_terms` are the columns of the terms of the loss.
     """
 
-    def __init__(self, run: Path, step: int, parts: Sequence[str]) -> None:
+    def __init__(self, run: Path, step: int, loss_terms: Sequence[str]) -> None:
         self._path = run / "metrics.csv"
-        self._columns = (*_BEFORE, *parts, *_BEHIND)
+        self._columns = (*_BEFORE, *loss_terms, *_AFTER)
         rows = read_metrics(self._path) if self._path.exists() else []
-        for row in rows:  # as this column was called once
-            row.setdefault("samples_per_second", row.get("molecules_per_second", ""))
         with (
             atomic_replace(self._path) as output,
             output.temporary.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.writer(file)
             writer.writerow(self._columns)
-            # A kill can leave half a last line; it lies behind the checkpoint.
+            # A kill can leave half a last line; it is after the checkpoint.
             whole = [row for row in rows if row.get("skipped") and int(row["step"]) <= step]
-            writer.writerows([row[name] for name in self._columns] for row in whole)
+            # Runs of older versions have other columns.
+            writer.writerows([row.get(name, "") for name in self._columns] for row in whole)
         self._board = _tensorboard(run, step)
 
     def write(self, **values: float | int | None) -> None:
-        """Add a row; a column that is not given stays empty."""
+        """Append a row; missing columns stay empty."""
         row = ["" if values.get(name) is None else _text(values[name]) for name in self._columns]
         with self._path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(row)
@@ -56,7 +55,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Rows of a `metrics.csv` as texts by column; an empty text where nothing was measured."""
+    """Rows of a `metrics.csv` as texts by column; an empty text where there is no value."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

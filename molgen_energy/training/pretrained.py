@@ -1,8 +1,8 @@
-"""Weights that ship with the package: checkpoints in `assets/weights/`, chosen by name.
+"""Pretrained weights that ship with the package: checkpoints in `assets/weights/`, by name.
 
-Each is a folder such as `assets/weights/qm9_energy`: what sampling needs of a checkpoint, with EMA
-weights in half precision, `SHA256SUMS` of it, and a card, `card.md`, that says how the weights were
-trained and what their samples are like. `scripts/release_weights.py` makes one of a run.
+Each is a folder such as `assets/weights/qm9_energy`: the part of a checkpoint that sampling needs,
+with EMA weights in half precision, its `SHA256SUMS`, and a card, `card.md`, with the training and
+the measured quality of the samples. `scripts/release_weights.py` makes one from a run.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ from molgen_energy.errors import InputError
 from molgen_energy.resources import resource_directory
 
 DEFAULT = "qm9_energy"
-"""What `sample` takes where there is no run."""
+"""The weights of `sample` without a run."""
 SUMS = "SHA256SUMS"
-SEALED = ("config.yaml", "ema.safetensors", "state.yaml")
+CHECKED = ("config.yaml", "ema.safetensors", "state.yaml")
 
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """One set of shipped weights."""
+    """One set of pretrained weights."""
 
     name: str
     path: Path
 
     @property
     def summary(self) -> str:
-        """What they are, in a line, from the head of their card."""
+        """One line about them, from the head of their card."""
         head = re.match(r"---\n(.*?)\n---\n", (self.path / "card.md").read_text("utf-8"), re.DOTALL)
         return "" if head is None else str(yaml.safe_load(head[1])["summary"])
 
 
 def weights_directory() -> Path:
-    """Where the folders of shipped weights are."""
+    """The folder of all pretrained weights."""
     return resource_directory("assets") / "weights"
 
 
 def pretrained_weights() -> dict[str, PretrainedWeights]:
-    """All shipped weights by name, the default first."""
+    """All pretrained weights by name, the default first."""
     folders = {file.parent.name: file.parent for file in weights_directory().glob(f"*/{SUMS}")}
     names = sorted(folders, key=lambda name: (name != DEFAULT, name))
     return {name: PretrainedWeights(name, folders[name]) for name in names}
 
 
 def resolve_checkpoint(name: Path) -> Path:
-    """The folder that a user means: a run's or a checkpoint's, or the shipped weights of a name.
+    """The folder of a run or checkpoint, or of the pretrained weights of a name.
 
-    A folder comes before shipped weights of the same name.
+    A folder takes precedence over pretrained weights of the same name.
 
     Raises
     ------
@@ -69,29 +69,29 @@ def resolve_checkpoint(name: Path) -> Path:
     hint = f" (did you mean '{near[0]}'?)" if near else ""
     raise InputError(
         f"--checkpoint {name} does not exist{hint}; name a run's folder, a checkpoint in one, or "
-        f"shipped weights: {', '.join(shipped)}"
+        f"pretrained weights: {', '.join(shipped)}"
     )
 
 
 def checkpoint_name(path: Path) -> str:
-    """How a checkpoint's folder is named to `resolve_checkpoint`, also from another installation."""
+    """Name of a checkpoint's folder for `resolve_checkpoint`, valid in every installation."""
     path = path.resolve()
     return path.name if path.parent == weights_directory().resolve() else str(path)
 
 
 def write_checksums(folder: Path) -> None:
-    """Write `SHA256SUMS` of what sampling reads of a folder, as `sha256sum -c` takes it."""
-    lines = [f"{_digest(folder / name)}  {name}\n" for name in SEALED]
+    """Write `SHA256SUMS` of the files that sampling reads, in the format of `sha256sum -c`."""
+    lines = [f"{_digest(folder / name)}  {name}\n" for name in CHECKED]
     (folder / SUMS).write_text("".join(lines), encoding="ascii")
 
 
 def verify_checksums(folder: Path) -> None:
-    """Compare a folder's files with its `SHA256SUMS`, where it has one.
+    """Compare a folder's files with its `SHA256SUMS`, if it has them.
 
     Raises
     ------
     InputError
-        A file is missing or another one, or the list cannot be read.
+        A file is missing or differs, or the list cannot be read.
     """
     listed = folder / SUMS
     if not listed.is_file():

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from molgen_energy.config import Config
-from molgen_energy.data.batches import Batch
+from molgen_energy.data.batches import BatchIndex
 
 
 class Task(Protocol):
-    """What the loop needs of a physical system."""
+    """Data, model and loss of a run."""
 
     @property
     def config(self) -> Config:
@@ -23,22 +23,23 @@ class Task(Protocol):
     device: torch.device
     model: nn.Module
     state: dict[str, Any]
-    """What a checkpoint carries so that it can be sampled from. Under `data`: `source` in words,
-    the number of `training_samples`, and the `fingerprint` of what is trained on."""
-    parts: tuple[str, ...]
-    """Columns of `metrics.csv` for the parts of the objective."""
+    """What a checkpoint needs for sampling. Under `data`: `source` in words, the number of
+    `training_samples`, and the `fingerprint` of the training data."""
+    loss_terms: tuple[str, ...]
+    """Names of the parts of the loss: keys of `loss`, and columns of `metrics.csv`."""
 
     @property
     def batches_per_epoch(self) -> int: ...
 
-    def epoch(self, epoch: int) -> Sequence[Batch]: ...
+    def epoch(self, epoch: int) -> Sequence[BatchIndex]: ...
 
     def loss(
-        self, model: nn.Module, batch: Batch, generator: torch.Generator, rank: int, world: int
-    ) -> tuple[Tensor, ...]:
-        """The objective of the samples that process `rank` of `world` takes of a batch, (B,).
+        self, model: nn.Module, batch: BatchIndex, seed: int, rank: int = 0, world: int = 1
+    ) -> dict[str, Tensor]:
+        """The loss of the samples of process `rank`'s shard of a batch, (B,), as `loss`.
 
-        Behind it the parts that it is the sum of, if `parts` names any.
+        After it the terms that it is the sum of, by name, if `loss_terms` has any. Random numbers
+        depend on the seed and on the place of a sample in the whole batch.
         """
         ...
 

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator
+from pydantic import Field as Option
 
 from molgen_energy.config import (
     Auto,
     Config,
     DataConfig,
-    EdgesConfig,
+    OneOf,
     PositiveFloat,
     PositiveInt,
     PositiveOrAuto,
     Section,
-    SpringsConfig,
     TrainingConfig,
-    loss_on,
-    one_of,
 )
-from molgen_energy.diffusion.process import PROCESSES
+from molgen_energy.diffusion.process import PROCESSES, Diffusion, ProcessConfig
 from molgen_energy.elements import atomic_number
-from molgen_energy.losses import LOSSES, SPIN_LOSSES
-from molgen_energy.models import MODELS
+from molgen_energy.losses import LOSSES, SPIN_LOSSES, LossConfig, PairwiseEnergy
+from molgen_energy.models import GDM, MODELS
+from molgen_energy.models.base import DenoiserConfig
+from molgen_energy.systems.molecules.condition import CONDITIONS, NoConditionConfig
+from molgen_energy.systems.molecules.fields import ScalesConfig
 
 
-def _symbols(value: list[str] | Auto) -> list[str] | Auto:
+def _check_symbols(value: list[str] | Auto) -> list[str] | Auto:
     if value != "auto":
         for symbol in value:
             atomic_number(symbol)
@@ -34,77 +35,91 @@ def _symbols(value: list[str] | Auto) -> list[str] | Auto:
 
 
 class MoleculeDataConfig(DataConfig):
-    """What to train on; without a path it is the bundled sample of QM9."""
+    """Training data; without a path the bundled sample of QM9."""
 
-    elements: Annotated[list[str] | Auto, AfterValidator(_symbols)] = "auto"
-    """Symbols of the vocabulary; `auto` takes those of the file."""
+    elements: Annotated[list[str] | Auto, AfterValidator(_check_symbols)] = "auto"
+    """Symbols of the elements; `auto` takes those of the file."""
     in_memory: bool | Auto = "auto"
-    """Whether all training molecules stay in memory, on the device, or are streamed in windows;
-    `auto` keeps them there unless that takes more than a quarter of the memory available."""
+    """Whether training molecules stay in memory, on the device, or are streamed in windows; `auto`
+    streams them if they would take more than a quarter of the available memory."""
     window: PositiveInt = 200_000
-    """Training molecules in a window, where they are streamed; two windows are in memory."""
+    """Training molecules in a window of streamed data; two windows are in memory."""
 
 
-class ModelConfig(Section):
-    """Network that predicts the noise."""
+class ObjectiveConfig(Section):
+    """Weights of the loss, and the noise levels that training draws."""
 
-    name: Annotated[str, one_of("model", MODELS)] = "gdm"
-    layers: PositiveInt = 9
-    width: PositiveInt = 256
-    normalization: PositiveFloat = 1.0
-    """Sums over an atom's neighbours are divided by it."""
-
-
-class DiffusionConfig(Section):
-    """Forward process, and the scale that positions and features are divided by."""
-
-    process: Annotated[str, one_of("process", PROCESSES)] = "diffusion"
-    """`diffusion` predicts noise, `flow_matching` the velocity from data to noise."""
-    prediction: Literal["noise", "velocity"] = "noise"
-    """What the network gives of a diffusion: ε, or v = α ε − σ x, of which ε is made."""
-    steps: Annotated[int, Field(ge=2)] = 1000
-    precision: Annotated[float, Field(gt=0, lt=0.5)] = 1e-5
-    time_power: PositiveFloat = 1.0
-    """Training draws times as u to this power, u uniform: above 1, little noise is frequent."""
-    spread_times: bool = False
-    """Whether the times of a batch are spread evenly rather than independent."""
-    position_scale: PositiveFloat = 1.0
-    type_scale: PositiveFloat = 4.0
-    charge_scale: PositiveFloat = 10.0
-
-    @model_validator(mode="after")
-    def _one_velocity(self) -> DiffusionConfig:
-        if self.process != "diffusion" and self.prediction != "noise":
-            raise ValueError("prediction is of the process diffusion; a flow has its own velocity")
-        return self
-
-
-class LossConfig(Section):
-    """Loss on positions; features have the squared (`mae`: absolute) error of what is predicted."""
-
-    name: Annotated[str, loss_on("molecules", LOSSES, {"spins": SPIN_LOSSES})] = "energy"
-    springs: SpringsConfig = SpringsConfig()
-    edges: EdgesConfig = EdgesConfig()
     position_weight: PositiveOrAuto = "auto"
-    """w; `auto` takes the paper's, converted to the run's springs and edges for the energy."""
+    """w of the loss on positions; `auto` takes the published one, converted to the run's springs
+    and edges for the energy."""
+    field_weights: dict[str, Annotated[float, Option(ge=0, allow_inf_nan=False)]] = {}
+    """Weights of the errors of the other fields; 1 for fields that are not named."""
+    weighting: Literal["auto", "noise", "clean"] = "auto"
+    """`noise` weights errors of the noise alike at all levels; `clean` takes errors of clean data,
+    weighted by √(α/σ). `auto` is `clean` for models that predict clean data, else `noise`."""
+    time_power: PositiveFloat = 1.0
+    """Training draws times u^power, u uniform: a power above 1 draws low noise more often."""
+    stratified_timesteps: bool = False
+    """Whether a batch has one time in each of its equal parts of [0, 1)."""
+    self_condition_probability: Annotated[float, Option(ge=0, le=1)] = 0.5
+    """How often a self-conditioned model gets its own first prediction in training."""
 
 
 class MoleculeTrainingConfig(TrainingConfig):
-    """Optimisation. Either `steps` or `epochs` says how long."""
+    """Optimisation. Either `steps` or `epochs` sets the length."""
 
     augment_rotations: bool = False
     low_precision: bool | Literal["auto"] = "auto"
-    """bfloat16 on pairs; `auto` uses it where the processor has units for it (AMX, a GPU)."""
+    """bfloat16 for pairs; `auto` uses it on devices with units for it (AMX, a GPU)."""
     validation_molecules: PositiveInt = 2048
-    """How many molecules of the validation split the validation loss is taken over, at most."""
+    """Molecules of the validation split over which the validation loss is taken, at most."""
 
 
 class MoleculeConfig(Config):
-    """A run on molecules: a diffusion model."""
+    """A run on molecules: a diffusion model or a flow."""
 
     system: str = "molecules"
     data: MoleculeDataConfig = MoleculeDataConfig()
-    model: ModelConfig = ModelConfig()
-    diffusion: DiffusionConfig = DiffusionConfig()
-    loss: LossConfig = LossConfig()
+    model: Annotated[DenoiserConfig, OneOf("model", MODELS)] = GDM.Config()
+    process: Annotated[ProcessConfig, OneOf("process", PROCESSES)] = Diffusion.Config()
+    scales: ScalesConfig = ScalesConfig()
+    loss: Annotated[LossConfig, OneOf("loss", LOSSES, {"spins": SPIN_LOSSES})] = (
+        PairwiseEnergy.Config()
+    )
+    objective: ObjectiveConfig = ObjectiveConfig()
+    condition: Annotated[Section, OneOf("condition", CONDITIONS)] = NoConditionConfig()
     training: MoleculeTrainingConfig = MoleculeTrainingConfig()
+
+    @classmethod
+    def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Today's keys: `diffusion` became `process`, `scales` and a part of `objective`."""
+        values = dict(values)
+        old = dict(values.pop("diffusion", {}))
+        loss = dict(values.get("loss", {}))
+        flow = old.get("process") == "flow_matching"
+        process = {"name": "flow_matching" if flow else "diffusion"}
+        for key in ("steps", "precision", "prediction"):
+            if key in old and not (flow and key != "steps"):
+                process[key] = old[key]
+        objective = {
+            new: section[key]
+            for section, key, new in (
+                (loss, "position_weight", "position_weight"),
+                (old, "time_power", "time_power"),
+                (old, "spread_times", "stratified_timesteps"),
+            )
+            if key in section
+        }
+        loss.pop("position_weight", None)
+        if loss.get("name", "energy") != "energy":
+            loss = {"name": loss["name"]}
+        scales = {
+            new: old[key]
+            for key, new in (
+                ("position_scale", "positions"),
+                ("type_scale", "elements"),
+                ("charge_scale", "nuclear_charges"),
+            )
+            if key in old
+        }
+        return values | {"process": process, "scales": scales, "loss": loss, "objective": objective}

@@ -1,4 +1,4 @@
-"""What losses on molecules are called with besides positions, found once for a whole data set."""
+"""Further inputs of losses on molecules, prepared once for a data set."""
 
 from __future__ import annotations
 
@@ -8,217 +8,173 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from molgen_energy.chemistry.bonds import perceive
+from molgen_energy.data.batches import MoleculeBatch
 from molgen_energy.data.molecules import Molecules, batch_by_size
+from molgen_energy.diffusion.state import State
 from molgen_energy.errors import InputError
-from molgen_energy.losses import (
-    BondEdges,
-    Neighbours,
-    PairwiseEnergy,
-    PositionLoss,
-    SymmetrizedEdges,
-)
-from molgen_energy.losses.base import Bonds as BondedPairs
-
-Progress = Callable[[int, int], None]
+from molgen_energy.losses import Edges, LossConfig, Neighbours
+from molgen_energy.progress import ProgressCallback, no_progress
 
 _PAIRS_AT_ONCE = 300_000
-_MOLECULES_AT_ONCE = 5_000
 
 # Molecules by number, and for each of their atoms the neighbours and their weights, (b, n, k).
-MoleculeChunk = tuple[NDArray[np.int64], NDArray[np.integer[Any]], NDArray[np.float32] | None]
+_Table = tuple[NDArray[np.int64], NDArray[np.integer[Any]], NDArray[np.float32]]
+
+
+def with_required_bonds(molecules: Molecules, loss: LossConfig) -> Molecules:
+    """The molecules, with bonds perceived from distances if the loss needs bonds and has none."""
+    if "bonds" in loss.requires and molecules.bonds is None:
+        return perceive(molecules)
+    return molecules
 
 
 class LossInputs:
-    """Bonds, features and symmetrized edges of molecules, as far as a loss asks for them.
+    """What a loss requires besides positions: bonds, features, or tables of neighbours.
 
     Parameters
     ----------
     loss
-        Whose needs are met.
+        Its attribute `requires` says what it needs.
+    seed
+        Of the graphs that edges draw.
     molecules
-        Their bonds, where the data has none, are perceived from distances.
+        Of the data set.
     device
         Where tables are kept.
     name, numbers
         Of the data, and of the molecules in it, for messages.
     ranks
-        Numbers of the molecules among all of their kind (M,), by which symmetrized edges choose
-        their graphs; None is 0, 1, 2 and so on.
+        Numbers of the molecules among all training molecules (M,), which select their random
+        graphs; None is 0, 1, 2 and so on.
     progress
-        Told how many of how many molecules are done, where symmetries are searched for.
-    go_on
-        Called now and then; may raise, so that no more is done.
+        Reports molecules whose symmetries are found.
+    check_cancelled
+        Called between steps; may raise to stop.
 
     Raises
     ------
     InputError
-        Symmetries are asked for, and two atoms of a molecule coincide.
+        The loss uses symmetries, and two atoms of a molecule coincide.
     """
 
     def __init__(
         self,
-        loss: PositionLoss,
+        loss: LossConfig,
+        seed: int,
         molecules: Molecules,
         device: torch.device,
         name: str = "data",
         numbers: NDArray[np.int64] | None = None,
         ranks: NDArray[np.int64] | None = None,
-        progress: Progress = lambda done, total: None,
-        go_on: Callable[[], None] = lambda: None,
+        progress: ProgressCallback = no_progress,
+        check_cancelled: Callable[[], None] = lambda: None,
     ) -> None:
-        self._features = False
-        self._bonds: Tensor | None = None
+        self._requires = loss.requires
         self._neighbours: Neighbours | None = None
-        if not isinstance(loss, PairwiseEnergy):
-            return
-        self._features = loss.distance == "features"
-        if needs_bonds(loss):
-            self._bonds = torch.from_numpy(_bond_table(molecules, go_on)).to(device)
-        if isinstance(loss.edges, SymmetrizedEdges):
+        if "neighbours" in loss.requires:
             order = np.arange(len(molecules))
-            index, weight = _symmetrized_table(
-                loss.edges,
+            edges = loss.build_edges(seed)
+            assert edges is not None
+            index, weight = _neighbour_table(
+                edges,
                 molecules,
                 name,
                 order if numbers is None else numbers,
                 order if ranks is None else ranks,
                 progress,
-                go_on,
+                check_cancelled,
             )
             self._neighbours = Neighbours(
                 torch.from_numpy(index).to(device), torch.from_numpy(weight).to(device)
             )
 
-    def of(self, which: NDArray[np.int64], features: Tensor) -> dict[str, Any]:
-        """Arguments of the loss for molecules of these numbers, given their features (B, N, F)."""
-        atoms = features.shape[1]
-        given: dict[str, Any] = {}
-        at = torch.from_numpy(which).to(features.device)
-        if self._features:
-            given["features"] = features
-        if self._bonds is not None:
-            other = self._bonds[at, :atoms].long().clamp(max=max(0, atoms - 1))
-            adjacency = torch.zeros(len(at), atoms, atoms, dtype=torch.bool, device=at.device)
-            adjacency.scatter_(2, other, True)
-            own = torch.arange(atoms, device=at.device)
-            adjacency[:, own, own] = False  # stands where a row has fewer bonds
-            given["bonds"] = adjacency
+    def of(
+        self, which: NDArray[np.int64], batch: MoleculeBatch, state: State
+    ) -> dict[str, Any]:
+        """Arguments of the loss for a batch of the molecules with these numbers (B,)."""
+        atoms = batch.mask.shape[1]
+        inputs: dict[str, Any] = {}
+        if "features" in self._requires:
+            inputs["features"] = state.atoms[..., state.layout.fields["positions"].channels :]
+        if "bonds" in self._requires:
+            inputs["bonds"] = batch.bonds
         if self._neighbours is not None:
+            at = torch.from_numpy(which).to(batch.mask.device)
             index, weight = self._neighbours.index[at, :atoms], self._neighbours.weight
             assert weight is not None
-            weight = weight[at, :atoms]
-            given["neighbours"] = Neighbours(index.long().clamp(max=max(0, atoms - 1)), weight)
-        return given
+            # Padding names atoms beyond the batch's largest molecule.
+            index = index.long().clamp(max=max(0, atoms - 1))
+            inputs["neighbours"] = Neighbours(index, weight[at, :atoms])
+        return inputs
 
 
-def needs_bonds(loss: PositionLoss) -> bool:
-    """Whether a loss asks which atoms are bonded."""
-    return isinstance(loss, PairwiseEnergy) and (
-        loss.family.needs_bonds or isinstance(loss.edges, BondEdges)
-    )
+def table_bytes(loss: LossConfig, molecules: int, largest: int) -> int:
+    """Memory that `LossInputs` takes at most, for molecules of at most so many atoms.
 
-
-def table_bytes(loss: PositionLoss, molecules: int, largest: int) -> int:
-    """Memory that `LossInputs` may take while it is made, for molecules of at most so many atoms.
-
-    Symmetries may join an atom to all others, a number of 1 byte and a weight of 4 each; few atoms
-    have more than 8 bonds. Tables are there twice while pieces are put together.
+    Symmetries may join an atom to all others, with a number of 1 byte and a weight of 4 each. The
+    table is in memory twice while it is put together.
     """
-    row = 8 if needs_bonds(loss) else 0
-    if isinstance(loss, PairwiseEnergy) and isinstance(loss.edges, SymmetrizedEdges):
-        row += 5 * largest
-    return 2 * row * molecules * largest
+    return 2 * 5 * molecules * largest**2 if "neighbours" in loss.requires else 0
 
 
 def _index_type(molecules: Molecules) -> type[np.integer[Any]]:
     return np.uint8 if molecules.sizes.max(initial=0) < 256 else np.int16
 
 
-def _bond_table(molecules: Molecules, go_on: Callable[[], None]) -> NDArray[np.integer[Any]]:
-    """Atoms bonded to each atom, (M, N, K), its own number where there are fewer than K."""
-    pieces: list[MoleculeChunk] = []
-    for start in range(0, len(molecules), _MOLECULES_AT_ONCE):
-        go_on()
-        which = np.arange(start, min(start + _MOLECULES_AT_ONCE, len(molecules)))
-        index = _bonded(molecules.select(which))
-        pieces.append((which, index.astype(_index_type(molecules)), None))
-    return _together(molecules, pieces)
-
-
-def _bonded(molecules: Molecules) -> NDArray[np.int64]:
-    """As `_bond_table`, of molecules that are few."""
-    atoms = int(molecules.sizes.max(initial=0))
-    bonds = molecules.bonds or perceive(molecules).bonds
-    assert bonds is not None
-    molecule = np.repeat(np.arange(len(molecules)), np.diff(bonds.offsets))
-    i, j = bonds.index.astype(np.int64).T
-    triples = np.concatenate(
-        [np.stack([molecule, i, j], axis=1), np.stack([molecule, j, i], axis=1)]
-    )
-    pairs = np.unique((triples[:, 0] * atoms + triples[:, 1]) * atoms + triples[:, 2])
-    table = BondedPairs(atoms, None, torch.from_numpy(pairs)).neighbours(len(molecules))
-    found: NDArray[np.int64] = table.index.numpy()
-    return found
-
-
-def _symmetrized_table(
-    edges: SymmetrizedEdges,
+def _neighbour_table(
+    edges: Edges,
     molecules: Molecules,
     name: str,
     numbers_in_data: NDArray[np.int64],
     ranks: NDArray[np.int64],
-    progress: Progress,
-    go_on: Callable[[], None],
+    progress: ProgressCallback,
+    check_cancelled: Callable[[], None],
 ) -> tuple[NDArray[np.integer[Any]], NDArray[np.float32]]:
-    """Neighbours and weights of each atom, (M, N, K)."""
-    pieces: list[MoleculeChunk] = []
+    """Neighbours and weights of each atom, (M, N, K); an atom with fewer than K names itself."""
+    tables: list[_Table] = []
     done = 0
     for which in batch_by_size(molecules.sizes, _PAIRS_AT_ONCE):
-        go_on()
+        check_cancelled()
         positions, numbers = molecules.select(which).padded()
         mask = torch.from_numpy(numbers > 0)
         try:
-            table = edges.neighbours(torch.from_numpy(positions), mask, numbers=ranks[which])
+            table = edges.prepare_neighbours(torch.from_numpy(positions), mask, ranks[which])
         except ValueError as error:
-            at = _first_too_close(molecules, which, edges.tolerance)
-            where = name if at is None else f"{name}: molecule {numbers_in_data[at] + 1}"
-            raise InputError(
-                f"{where}: {error} (loss.edges.tolerance = {edges.tolerance} Å); leave it out, or "
-                "lower that"
-            ) from None
+            raise _too_close(molecules, which, name, numbers_in_data, edges, error) from None
         assert table.weight is not None
         index = table.index.numpy().astype(_index_type(molecules))
-        pieces.append((which, index, table.weight.numpy()))
+        tables.append((which, index, table.weight.numpy()))
         done += len(which)
         progress(done, len(molecules))
-    indices = _together(molecules, pieces)
+    atoms = int(molecules.sizes.max(initial=0))
+    width = max((index.shape[2] for _, index, _ in tables), default=0)
+    own = np.arange(atoms, dtype=_index_type(molecules))[None, :, None]
+    indices = np.broadcast_to(own, (len(molecules), atoms, width)).copy()
     weights = np.zeros(indices.shape, np.float32)
-    for which, index, weight in pieces:
+    for which, index, weight in tables:
+        indices[which, : index.shape[1], : index.shape[2]] = index
         weights[which, : index.shape[1], : index.shape[2]] = weight
     return indices, weights
 
 
-def _together(molecules: Molecules, pieces: list[MoleculeChunk]) -> NDArray[np.integer[Any]]:
-    """One table of neighbours, (M, N, K); an atom with fewer than K stands there itself."""
-    atoms = int(molecules.sizes.max(initial=0))
-    width = max((index.shape[2] for _, index, _ in pieces), default=0)
-    own = np.arange(atoms, dtype=_index_type(molecules))[None, :, None]
-    indices = np.broadcast_to(own, (len(molecules), atoms, width)).copy()
-    for which, index, _ in pieces:
-        indices[which, : index.shape[1], : index.shape[2]] = index
-    return indices
-
-
-def _first_too_close(
-    molecules: Molecules, which: NDArray[np.int64], tolerance: float
-) -> int | None:
-    """The first of these molecules that holds two atoms too close to tell symmetries apart."""
+def _too_close(
+    molecules: Molecules,
+    which: NDArray[np.int64],
+    name: str,
+    numbers_in_data: NDArray[np.int64],
+    edges: Edges,
+    error: ValueError,
+) -> InputError:
+    """The error of the first molecule whose neighbours cannot be found."""
+    where = name
     for number in which.tolist():
-        positions = molecules[number].positions.astype(np.float64)
-        i, j = np.triu_indices(len(positions), k=1)
-        if (np.linalg.norm(positions[i] - positions[j], axis=1) < 4 * tolerance).any():
-            return int(number)
-    return None
+        positions = torch.from_numpy(molecules[number].positions)[None]
+        mask = torch.ones(positions.shape[:2], dtype=torch.bool)
+        try:
+            edges.prepare_neighbours(positions, mask, np.zeros(1, np.int64))
+        except ValueError as own:
+            where, error = f"{name}: molecule {numbers_in_data[number] + 1}", own
+            break
+    return InputError(f"{where}: {error} (loss.edges.tolerance); remove it, or lower the tolerance")

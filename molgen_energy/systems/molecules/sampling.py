@@ -1,8 +1,8 @@
 """Sample molecules into a file, in memory that does not grow with their number.
 
-Molecules are drawn in batches, each of which is kept on disk as it is finished (`parts`), by one
-process or several. When all are there they are written into the file in order of their numbers. So
-sampling can be broken off at any moment, and goes on to the same file.
+Molecules are drawn in batches by one process or several, and each finished batch is stored as a
+shard. When all are there, they are written into the file in the order of their numbers. Sampling
+can be interrupted at any moment, and resumes to the same file.
 """
 
 from __future__ import annotations
@@ -23,41 +23,46 @@ from torch import Tensor
 from molgen_energy import __version__
 from molgen_energy.chemistry.molfiles import MoleculeTextWriter, count_records
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
-from molgen_energy.data.molecules import Molecules, batch_by_size, offsets_from_sizes
-from molgen_energy.data.shards import Batch, MoleculeShards, SamplingJob, check_same
+from molgen_energy.data.molecules import Molecules, batch_by_size
 from molgen_energy.distributed import barrier, is_main, rank, world_size
 from molgen_energy.errors import InputError
 from molgen_energy.output import check_writable
-from molgen_energy.systems.base import Observer, SamplingResult
-from molgen_energy.systems.molecules.task import MoleculeGenerator
+from molgen_energy.systems.base import SamplingCallback, SamplingResult
+from molgen_energy.systems.molecules.generate import MoleculeGenerator
+from molgen_energy.systems.molecules.shards import (
+    MoleculeShards,
+    SamplingJob,
+    Shard,
+    check_same,
+)
 from molgen_energy.training.pretrained import checkpoint_name
 
 SUFFIXES = (".sdf", ".xyz", ".h5")
 
-# Batches are made up by size within a window of molecules: of about one size they waste little on
-# padding, and memory is that of a window. On a CPU a batch is small, so the window may be.
+# The molecules of a window are sorted by size and cut into batches: molecules of similar size need
+# little padding, and memory is that of a window. On a CPU batches are small, so windows may be.
 _WINDOW_CPU, _WINDOW_GPU = 1024, 4096
 # Pairs of atoms in a batch. On a CPU more than its cache holds is slower, not faster.
 _PAIRS_CPU, _PAIRS_GPU = 20_000, 1_000_000
-_LOOK = 0.2  # seconds between looks at what other processes have finished
+_POLL = 0.2  # seconds between checks whether other processes have finished
 
 
 def sample_to_file(
     generator: MoleculeGenerator,
     count: int,
     output: Path,
-    observer: Observer,
+    callback: SamplingCallback,
     batch_size: int | None = None,
     resume: bool = False,
 ) -> SamplingResult:
     """Draw molecules 0 … count−1 of the generator's seed and write them in this order.
 
     Of several processes (`molgen_energy.distributed`) each draws its share of the batches, and the
-    first one writes the file; the others return when their share is done.
+    first one writes the file; the others return when they have finished their share.
 
-    Broken off in any way, it leaves finished batches beside the output. On SIGINT they are also
-    written under a name with `.partial` in it, and the outcome says so; where nothing is finished,
-    nothing is left.
+    When interrupted in any way, it leaves finished batches beside the output. On SIGINT it also
+    writes them under a name with `.partial` in it, which the result names; if no batch is finished,
+    it leaves nothing.
 
     Parameters
     ----------
@@ -67,22 +72,22 @@ def sample_to_file(
         How many, at least 1.
     output
         Ends in .sdf, .xyz or .h5.
-    observer
-        Told of progress.
+    callback
+        Receives progress.
     batch_size
-        Molecules at once; None takes what suits their size and the device, or, when resuming,
-        what was begun with.
+        Molecules in a batch; None chooses by their size and the device, or, when resuming, keeps
+        the batch size of the job.
     resume
-        Go on with what was broken off; the file is that of an unbroken run, bit for bit on a CPU
+        Continue an interrupted job; the file is that of an uninterrupted one, bit for bit on a CPU
         with the same number of threads.
 
     Raises
     ------
     InputError
-        A number is below 1, the output cannot be written, something was broken off there and is
-        not to be resumed, or was begun otherwise.
+        A number is below 1, the output cannot be written, there is an interrupted job and `resume`
+        is false, or it has other options.
     OSError
-        The disk takes no more; what is finished stays.
+        The disk is full; finished batches stay.
     """
     if count < 1:
         raise InputError(f"-n {count}: ask for at least one molecule")
@@ -90,8 +95,8 @@ def sample_to_file(
         raise InputError(f"--batch-size {batch_size}: a batch holds at least one molecule")
     check_name(output)
     job = _job(generator, count, batch_size)
-    with _begun(output, job, resume) as parts:
-        work = _Work(generator, parts, output, observer)
+    with _open_shards(output, job, generator.units, resume) as shards:
+        work = _SamplingRun(generator, shards, output, callback)
         try:
             return work.draw_and_write()
         except KeyboardInterrupt:
@@ -99,12 +104,12 @@ def sample_to_file(
                 raise
             return work.write_finished()
         finally:
-            if is_main() and parts.folder.exists() and not work.finished():
-                parts.remove()
+            if is_main() and shards.folder.exists() and not work.finished():
+                shards.remove()
 
 
 def check_name(output: Path) -> None:
-    """Raise `InputError` unless the name is that of a kind of file that can be written."""
+    """Raise `InputError` unless the name ends in one of `SUFFIXES`."""
     if output.suffix.lower() not in SUFFIXES:
         raise InputError(f"{output}: the name must end in {', '.join(SUFFIXES)}")
 
@@ -112,7 +117,7 @@ def check_name(output: Path) -> None:
 def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> SamplingJob:
     on_cpu = generator.device.type == "cpu"
     path = generator.checkpoint.path.resolve()
-    # While a trainer replaces a checkpoint the old one has this name for a moment.
+    # While a trainer replaces a checkpoint, the old one has this name for a moment.
     path = path.with_name(path.name.removesuffix(".old"))
     return SamplingJob(
         count=count,
@@ -122,6 +127,7 @@ def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> Sa
         spacing=generator.sampler.spacing,
         eta=generator.sampler.eta,
         n_atoms=generator.n_atoms,
+        condition=None if generator.condition is None else dict(generator.condition),
         low_precision=generator.low_precision,
         batch_size=batch_size,
         pairs=_PAIRS_CPU if on_cpu else _PAIRS_GPU,
@@ -133,157 +139,161 @@ def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> Sa
     )
 
 
-def _begun(output: Path, job: SamplingJob, resume: bool) -> MoleculeShards:
-    """The folder of finished batches, made by the first process."""
-    parts = None
+def _open_shards(
+    output: Path, job: SamplingJob, units: dict[str, str], resume: bool
+) -> MoleculeShards:
+    """The folder of finished shards, made by the first process."""
+    shards = None
     if is_main():
-        parts = (
-            MoleculeShards.open(output, lead=True) if resume else MoleculeShards.create(output, job)
+        shards = (
+            MoleculeShards.open(output, lead=True) if resume else MoleculeShards.create(output, job, units)
         )
     barrier()
-    if parts is None:
+    if shards is None:
         try:
-            parts = MoleculeShards.open(output, lead=False)
+            shards = MoleculeShards.open(output, lead=False)
         except InputError as error:
             raise InputError(
                 f"{error} (all processes must see the folder that the file is written into)"
             ) from error
-    # How batches are made up is as it was begun, on whatever device.
-    begun = parts.job
+    # Batches are cut as when the job began, on any device.
+    begun = shards.job
     size = begun.batch_size if job.batch_size is None else job.batch_size
     job = replace(job, batch_size=size, window=begun.window, pairs=begun.pairs)
     try:
         check_same(begun, job, output)
     except InputError:
-        parts.close()
+        shards.close()
         raise
-    return parts
+    return shards
 
 
-class _Work:
-    """A job on its way into a file."""
+class _SamplingRun:
+    """A job that writes a file."""
 
     def __init__(
-        self, generator: MoleculeGenerator, parts: MoleculeShards, output: Path, observer: Observer
+        self, generator: MoleculeGenerator, shards: MoleculeShards, output: Path, callback: SamplingCallback
     ) -> None:
-        self._generator, self._parts, self._observer = generator, parts, observer
-        self._output, self._job = output, parts.job
+        self._generator, self._shards, self._callback = generator, shards, callback
+        self._output, self._job = output, shards.job
 
-    def windows(self) -> Iterator[list[Batch]]:
-        """The batches of each window, by ascending size; the same in every process."""
+    def windows(self) -> Iterator[list[Shard]]:
+        """The shards of each window, by ascending size; the same in every process."""
         job = self._job
         for window, start in enumerate(range(0, job.count, job.window)):
             numbers = torch.arange(start, min(start + job.window, job.count))
             sizes = self._generator.sizes(numbers).numpy()
             yield [
-                Batch(window, place, numbers.numpy()[which])
+                Shard(window, place, numbers.numpy()[which])
                 for place, which in enumerate(_by_size(sizes, job))
             ]
 
-    def in_turn(self) -> Iterator[Batch]:
-        """All batches, those of a window mixed.
+    def in_turn(self) -> Iterator[Shard]:
+        """All shards, those of a window mixed.
 
-        So what is finished at any moment has about the sizes of the whole, and processes that draw
-        every K-th have about the same to do.
+        So finished shards have about the sizes of the whole at any moment, and processes that draw
+        every K-th have about the same work.
         """
-        for batches in self.windows():
-            # Multiples of the golden ratio, modulo 1, are spread evenly however few are taken.
-            spread = (0.5 + np.arange(len(batches)) * (5**0.5 - 1) / 2) % 1
+        for shards in self.windows():
+            # Multiples of the golden ratio, modulo 1, are evenly spread for any number of them.
+            spread = (0.5 + np.arange(len(shards)) * (5**0.5 - 1) / 2) % 1
             for place in np.argsort(np.argsort(spread)):
-                yield batches[place]
+                yield shards[place]
 
     def finished(self) -> int:
-        """Molecules in finished batches."""
-        return sum(len(batch.numbers) for batch in self.in_turn() if self._parts.has(batch))
+        """Molecules in finished shards."""
+        return sum(len(shard.numbers) for shard in self.in_turn() if self._shards.has(shard))
 
     def draw_and_write(self) -> SamplingResult:
-        """Draw what is missing; in the first process, wait for the others and write the file."""
+        """Draw missing shards; in the first process, wait for the others and write the file."""
         before = self.finished()
         if before:
-            self._observer.found(before)
-        for place, batch in enumerate(self.in_turn()):
-            if place % world_size() == rank() and self._parts.read(batch) is None:
-                self._draw(batch)
+            self._callback.found(before)
+        for place, shard in enumerate(self.in_turn()):
+            if place % world_size() == rank() and self._shards.read(shard) is None:
+                self._draw(shard)
         drawn = self._job.count - before
         if not is_main():
-            self._parts.say_done(rank())
+            self._shards.mark_done(rank())
             return SamplingResult(None, 0, drawn)
-        # Without the limit in time of a barrier: a process that fails ends the job for all.
+        # A barrier would time out; a process that fails ends the job for all.
         for other in range(1, world_size()):
-            while not self._parts.is_done(other):
-                time.sleep(_LOOK)
+            while not self._shards.is_done(other):
+                time.sleep(_POLL)
         written, not_finite = self._write(self._output, complete=True)
-        self._parts.remove()
+        self._shards.remove()
         if before:
             self._partial().unlink(missing_ok=True)
         return SamplingResult(self._output, written, drawn, not_finite)
 
     def _partial(self) -> Path:
-        """Where what is finished is written when it is broken off."""
+        """Where finished molecules are written after an interruption."""
         return self._output.with_name(f"{self._output.stem}.partial{self._output.suffix}")
 
     def write_finished(self) -> SamplingResult:
-        """Write what is finished into a file of its own; a second SIGINT, or a full disk, skip it.
+        """Write finished molecules into a file of their own, unless a second SIGINT comes.
 
-        Batches stay, to go on with.
+        Shards stay, to resume the job.
         """
         target = self._partial()
         finished, path, not_finite = self.finished(), None, 0
         with contextlib.suppress(KeyboardInterrupt, OSError):
-            self._observer.interrupted(finished)
+            self._callback.interrupted(finished)
             _, not_finite = self._write(target, complete=False)
             path = target
         return SamplingResult(path, finished, 0, not_finite, interrupted=True)
 
-    def _draw(self, batch: Batch) -> Molecules:
-        molecules = self._in_memory(torch.from_numpy(batch.numbers))
-        self._parts.write(batch, molecules)
+    def _draw(self, shard: Shard) -> Molecules:
+        molecules = self._in_memory(torch.from_numpy(shard.numbers))
+        self._shards.write(shard, molecules)
         return molecules
 
     def _in_memory(self, numbers: Tensor) -> Molecules:
-        """Draw, in halves where memory does not suffice: molecules do not depend on the batch."""
-        # The first process shows the progress of all, at its own pace.
+        """Draw, in halves when out of memory: molecules do not depend on the batch."""
+        # The first process reports the progress of all, assuming equal speed.
         size, share = len(numbers) * world_size(), 1 / self._generator.sampler.evaluations
 
         def advance() -> None:
-            self._observer.advance(size, share)
+            self._callback.advance(size, share)
 
         try:
             return self._generator.draw(numbers, advance)
         except torch.OutOfMemoryError:
             if len(numbers) == 1:
                 raise
-        # Only here, behind the exception, is what the attempt held free.
+        # Only here, after the exception, is the memory of the attempt free.
         half = len(numbers) // 2
-        return _concatenate([self._in_memory(numbers[:half]), self._in_memory(numbers[half:])])
+        return Molecules.concatenate(
+            [self._in_memory(numbers[:half]), self._in_memory(numbers[half:])]
+        )
 
     def _write(self, target: Path, complete: bool) -> tuple[int, int]:
-        """Write all molecules, or the finished ones, in order; how many, and how many diverged."""
-        # Written in the folder of the parts, so that a kill leaves nothing elsewhere.
+        """Write all molecules, or the finished ones, in order; returns their number, and the diverged."""
+        # Written in the folder of the shards, so that a kill leaves no file elsewhere.
         check_writable(target)
-        merged, not_finite, in_order = self._parts.folder / target.name, 0, True
+        merged, not_finite, in_order = self._shards.folder / target.name, 0, True
         with _writer(merged, self._job, self._generator.config.to_yaml()) as writer:
-            for batches in self.windows():
-                pieces, numbers = [], []
-                for batch in batches:
-                    piece = self._parts.read(batch)
-                    if piece is None and complete:  # damaged or lost since it was drawn
-                        piece = self._draw(batch)
-                    if piece is not None:
-                        pieces.append(piece)
-                        numbers.append(batch.numbers)
-                if pieces:
+            for shards in self.windows():
+                drawn, numbers = [], []
+                for shard in shards:
+                    molecules = self._shards.read(shard)
+                    if molecules is None and complete:  # damaged or lost since it was drawn
+                        molecules = self._draw(shard)
+                    if molecules is not None:
+                        drawn.append(molecules)
+                        numbers.append(shard.numbers)
+                if drawn:
                     every = np.concatenate(numbers)
                     expected = np.arange(writer.count, writer.count + len(every))
                     in_order &= np.array_equal(np.sort(every), expected)
-                    not_finite += _append(writer, pieces, every)
+                    not_finite += _append(writer, drawn, every)
             written = writer.count
         readable = _count(merged)
         if readable != written or (complete and (written != self._job.count or not in_order)):
             raise OSError(
                 errno.EIO,
                 f"of {self._job.count:,} molecules {written:,} were written and {readable:,} can "
-                "be read back; what is finished stays, sample again with --resume",
+                "be read back; finished shards stay, sample again with --resume",
                 str(target),
             )
         merged.replace(target)
@@ -321,37 +331,29 @@ def _writer(
 
 def _append(
     writer: MoleculeTextWriter | MoleculeWriter,
-    pieces: list[Molecules],
+    drawn: list[Molecules],
     numbers: NDArray[np.int64],
 ) -> int:
-    """Write molecules of a window in order of their numbers; how many of them diverged."""
+    """Write molecules of a window in the order of their numbers; returns how many diverged."""
     order = np.argsort(numbers)
-    drawn = _concatenate(pieces).select(order)
-    finite = drawn.finite()
+    molecules = Molecules.concatenate(drawn).select(order)
+    finite = molecules.finite()
     if isinstance(writer, MoleculeWriter):
-        writer.append(_at_origin(drawn, ~finite))  # the text formats say so in a field
+        writer.append(_at_origin(molecules, ~finite))  # the text formats have a field for it
     else:
-        writer.append(drawn, numbers[order])
+        writer.append(molecules, numbers[order])
     return int((~finite).sum())
 
 
 def _count(path: Path) -> int:
-    """Molecules of a file that was written, counted by reading it."""
+    """Molecules of a written file, counted by reading it."""
     if path.suffix.lower() == ".h5":
         with MoleculeFile(path) as file:
             return len(file)
     return count_records(path)
 
 
-def _concatenate(pieces: list[Molecules]) -> Molecules:
-    return Molecules(
-        np.concatenate([p.positions for p in pieces]),
-        np.concatenate([p.atomic_numbers for p in pieces]),
-        offsets_from_sizes(np.concatenate([p.sizes for p in pieces])),
-    )
-
-
 def _at_origin(molecules: Molecules, which: NDArray[np.bool_]) -> Molecules:
-    """The molecules with the atoms of some put at the origin, for lack of finite coordinates."""
+    """The molecules with the atoms of some at the origin, which have no finite coordinates."""
     atoms = np.repeat(which, molecules.sizes)[:, None]
     return replace(molecules, positions=np.where(atoms, np.float32(0), molecules.positions))

@@ -1,8 +1,7 @@
-"""Molecules: what the trainer needs to train on them, and how a checkpoint generates them."""
+"""Training a denoiser of molecules: data, model and objective for the training loop."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,115 +13,72 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from molgen_energy.data.batches import (
-    Batch,
+    BatchIndex,
+    DeviceMolecules,
     MoleculeBatch,
     ResidentData,
-    ResidentMolecules,
     StreamedData,
     TrainingData,
 )
 from molgen_energy.data.hdf5 import DatasetSummary, MoleculeFile
-from molgen_energy.data.molecules import Molecules, batch_by_size, offsets_from_sizes
-from molgen_energy.diffusion.geometry import random_rotations, rotated
-from molgen_energy.diffusion.noise import SeededNoise
-from molgen_energy.diffusion.prediction import VelocityPrediction
-from molgen_energy.diffusion.process import PROCESSES, Share, Terms, Times
-from molgen_energy.diffusion.samplers import DEFAULT_SAMPLERS, build_sampler
-from molgen_energy.diffusion.schedule import PolynomialSchedule
-from molgen_energy.distributed import all_reduce_sum, broadcast, local_world_size, rank, world_size
-from molgen_energy.elements import atomic_number, symbol
-from molgen_energy.errors import InputError
-from molgen_energy.losses import (
-    POINTWISE_LOSSES,
-    CompleteEdges,
-    PositionLoss,
-    mean_stiffness,
+from molgen_energy.data.molecules import AROMATIC, Molecules, batch_by_size
+from molgen_energy.diffusion.geometry import rotated, rotations_from_quaternions
+from molgen_energy.diffusion.noise import RandomNumbers
+from molgen_energy.diffusion.objective import Objective, Terms, TimestepDistribution, Weights
+from molgen_energy.diffusion.state import Layout, State
+from molgen_energy.distributed import (
+    all_reduce_sum,
+    broadcast,
+    local_world_size,
+    rank,
+    world_size,
 )
-from molgen_energy.models import MODELS
+from molgen_energy.elements import atomic_number, symbol
+from molgen_energy.errors import InputError, unknown_name
+from molgen_energy.losses import PositionLoss
+from molgen_energy.models import Denoiser
+from molgen_energy.models.base import Published
+from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.resources import bundled_sample
 from molgen_energy.systems.base import build_with_seed
-from molgen_energy.systems.energy import build_edges, build_energy, resolve_scale
+from molgen_energy.systems.molecules.condition import PropertyCondition
 from molgen_energy.systems.molecules.config import MoleculeConfig
-from molgen_energy.systems.molecules.encoding import MoleculeEncoding, vocabulary
-from molgen_energy.systems.molecules.loss_inputs import LossInputs, needs_bonds, table_bytes
-from molgen_energy.training.checkpoint import Checkpoint
+from molgen_energy.systems.molecules.fields import (
+    MoleculeStatistics,
+    build_layout,
+    field_columns,
+)
+from molgen_energy.systems.molecules.loss_inputs import (
+    LossInputs,
+    table_bytes,
+    with_required_bonds,
+)
 from molgen_energy.training.devices import available_memory, lower_precision
 
-_SAMPLE = 100_000  # streamed molecules that means are taken over
-_SMALL = 256_000_000  # bytes of training molecules that always fit
+_SAMPLE = 100_000  # streamed molecules over which means are taken
+_SMALL = 256_000_000  # bytes of training molecules that always stay in memory
 
 
-class Defaults(NamedTuple):
-    """Learning rate and position weight w that `auto` stands for, w for springs of mean 1."""
+def build_model(config: MoleculeConfig, layout: Layout, condition_channels: int = 0) -> Denoiser:
+    """The configured network, its weights drawn with the run's seed.
 
-    lr: float
-    position_weight: float
-
-
-# Kaba et al., NeurIPS 2025, for Lennard-Jones springs their code; for 9 layers of width 256 and
-# batches of 512 (GDM) and 400 (EDM). There w = 0.05 (EDM, inverse square: 0.1) goes with springs
-# whose mean on QM9's positions is 3.25 (exponential, c = 42), 1.87 (inverse, 5), 2.81 (inverse
-# square, 16), 1.94 (Lennard-Jones, 9) and 1 (constant), and with features averaged over 29 padded
-# atoms where we take the 18 real ones, a factor of 1.6; the product of the three stands here.
-PAPER = {
-    "gdm": {
-        ("energy", "exponential"): Defaults(4e-4, 0.26),
-        ("energy", "inverse"): Defaults(7e-4, 0.15),
-        ("energy", "inverse_square"): Defaults(6e-4, 0.23),
-        ("energy", "constant"): Defaults(9e-4, 0.08),
-        ("energy", "lennard_jones"): Defaults(1.5e-3, 0.15),
-        ("mse", None): Defaults(1e-3, 1.5),
-        ("mae", None): Defaults(1e-3, 0.8),
-        ("kabsch", None): Defaults(8e-4, 0.8),
-    },
-    "edm": {
-        ("energy", "exponential"): Defaults(1e-4, 0.26),
-        ("energy", "inverse"): Defaults(1e-4, 0.15),
-        ("energy", "inverse_square"): Defaults(1e-4, 0.45),
-        ("energy", "constant"): Defaults(1e-4, 0.08),
-        ("energy", "lennard_jones"): Defaults(1.6e-4, 0.15),
-        ("mse", None): Defaults(3e-4, 1.0),
-        ("mae", None): Defaults(3e-4, 1.0),
-        ("kabsch", None): Defaults(3e-4, 0.8),
-    },
-}
-PAPER["gdm_pairs"] = PAPER["gdm"]  # not the paper's; the nearest
-
-
-def build_model(config: MoleculeConfig, encoding: MoleculeEncoding) -> nn.Module:
-    """The configured network, its weights drawn with the run's seed; what it gives is noise."""
-    network = build_with_seed(
+    Raises
+    ------
+    InputError
+        The network accepts no condition, and there is one.
+    """
+    if condition_channels and not config.model.conditional:
+        raise InputError(
+            f"model {config.model.name} accepts no condition; choose another model, or set "
+            "condition.name=none"
+        )
+    low_precision = config.training.low_precision is True
+    model = build_with_seed(
         config.training.seed,
-        lambda: MODELS[config.model.name](
-            features=encoding.features,
-            layers=config.model.layers,
-            width=config.model.width,
-            normalization=config.model.normalization,
-            low_precision=config.training.low_precision is True,
-        ),
+        lambda: config.model.build(layout, condition_channels, low_precision),
     )
-    if config.diffusion.prediction == "velocity":
-        schedule = PolynomialSchedule(config.diffusion.steps, config.diffusion.precision)
-        return VelocityPrediction(network, schedule)
-    return network
-
-
-def build_loss(config: MoleculeConfig, encoding: MoleculeEncoding) -> PositionLoss:
-    """The configured loss on positions; needs a config without `auto`."""
-    section = config.loss
-    if section.name == "energy":
-        assert not isinstance(section.springs.scale, str)
-        edges = build_edges(section.edges, config.training.seed)
-        return build_energy(section.springs, section.springs.scale, edges)
-    # One mean over positions and features together, of which this is the positions' part.
-    return POINTWISE_LOSSES[section.name](channels=3 + encoding.features)
-
-
-def _encoding(config: MoleculeConfig, elements: Sequence[int]) -> MoleculeEncoding:
-    diffusion = config.diffusion
-    return MoleculeEncoding(
-        tuple(elements), diffusion.position_scale, diffusion.type_scale, diffusion.charge_scale
-    )
+    assert isinstance(model, Denoiser)
+    return model
 
 
 def has_native_bfloat16(device: torch.device) -> bool:
@@ -138,200 +94,179 @@ def has_native_bfloat16(device: torch.device) -> bool:
 
 
 class _Split(NamedTuple):
-    """Molecules on the device and what the loss is called with besides them."""
+    """Molecules on the device, and the further inputs of the loss for them."""
 
-    data: ResidentMolecules
+    data: DeviceMolecules
     inputs: LossInputs
 
 
 class MoleculeTask:
-    """Training molecules with a diffusion model, as the training loop wants it.
+    """Training a denoiser of molecules.
 
     Parameters
     ----------
     config
-        The run; what is `auto` is settled here and stands in `self.config`.
+        Of the run; `self.config` is the same without `auto`.
     device
-        Where data and model live.
+        Of data and model.
     progress
-        Told how many of how many molecules are prepared, where that takes long.
+        Reports prepared molecules, if the preparation takes long.
 
     Raises
     ------
     InputError
-        The data is missing or broken, has no molecule to train on, or holds an element outside
-        the configured vocabulary.
+        The data is missing or broken, has no training molecule or not the columns that the model,
+        the loss or the condition need, or holds an element outside `data.elements`.
     """
-
-    parts: tuple[str, ...] = ("position_loss", "feature_loss")
 
     def __init__(
         self,
         config: MoleculeConfig,
         device: torch.device,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: ProgressCallback = no_progress,
     ) -> None:
         self.device = device
         path = Path(config.data.path) if config.data.path else bundled_sample()
         with ExitStack() as stack:
             file = stack.enter_context(MoleculeFile(path))
-            self.source = file.source
-            summary = file.summarize()
-            elements = _elements(config, summary, file)
+            source, summary = file.source, file.summarize()
             if not summary.training_molecules:
                 raise InputError(
                     f"{path} holds no training molecule; make it with a larger train share"
                 )
-            self.encoding = _encoding(config, elements)
-            # Every loss needs the same inputs whatever its scale.
-            unscaled = build_loss(config.replaced({"loss.springs.scale": 1.0}), self.encoding)
+            columns = _required_columns(config, file)
+            statistics = _statistics(file, _elements(config, summary, file), columns)
+            self.layout = build_layout(config.model.fields, config.scales, statistics)
+            self._condition = _fit_condition(config, file)
             config = config.replaced(
-                {"data.in_memory": broadcast(_in_memory(config, summary, unscaled, device))}
+                {"data.in_memory": broadcast(_in_memory(config, summary, columns, device))}
             )
-            self._open(config, file, unscaled, progress)
-            # Processes on unlike machines must not settle it differently.
-            self.config = broadcast(self._settle(config))
+            self._train, self._valid = self._open(config, file, columns, progress)
+            # Processes on different machines must agree.
+            self.config: MoleculeConfig = broadcast(self._resolve_auto(config))
             if self.config.training.low_precision is True:
                 lower_precision(device)
             if not config.data.in_memory:
-                stack.pop_all()  # read until `close`
-        self._schedule = PolynomialSchedule(
-            self.config.diffusion.steps, self.config.diffusion.precision
-        )
-        weight = self.config.loss.position_weight
-        assert not isinstance(weight, str)
-        self._objective = PROCESSES[self.config.diffusion.process](
-            self._schedule,
-            build_loss(self.config, self.encoding),
-            weight,
-            self.config.diffusion.position_scale,
-            Times(self.config.diffusion.time_power, self.config.diffusion.spread_times),
-        )
-        self.model = build_model(self.config, self.encoding).to(device)
+                stack.pop_all()  # stays open until `close`
+        self._objective = _build_objective(self.config, self.layout)
+        self.loss_terms: tuple[str, ...] = tuple(f"{name}_loss" for name in self.layout.fields)
+        channels = 0 if self._condition is None else self._condition.channels
+        self.model: nn.Module = build_model(self.config, self.layout, channels).to(device)
         self.state: dict[str, Any] = {
-            "elements": [symbol(z) for z in elements],
+            "elements": [symbol(z) for z in statistics.elements],
+            "statistics": statistics.to_dict(),
             "size_histogram": summary.size_histogram,
             "data": {
-                "source": self.source,
+                "source": source,
                 "training_samples": summary.training_molecules,
                 "fingerprint": summary.fingerprint,
             },
         }
+        if self._condition is not None:
+            self.state["condition"] = self._condition.to_dict()
 
     def _open(
         self,
         config: MoleculeConfig,
         file: MoleculeFile,
-        loss: PositionLoss,
-        progress: Callable[[int, int], None],
-    ) -> None:
-        """Make training data and validation molecules, with what the loss needs."""
-        training, lookup = config.training, self.encoding.type_lookup()
-        bonds = needs_bonds(loss)
+        columns: frozenset[str],
+        progress: ProgressCallback,
+    ) -> tuple[TrainingData[_Split], _Split | None]:
+        """Training data and validation molecules, with the further inputs of the loss."""
+        training = config.training
+        dense_bonds = "bonds" in field_columns(self.layout)
 
         def split(
             molecules: Molecules,
             numbers: NDArray[np.int64],
             ranks: NDArray[np.int64] | None,
-            **told: Any,
+            **options: Any,
         ) -> _Split:
-            name = str(file.path)
-            inputs = LossInputs(loss, molecules, self.device, name, numbers, ranks, **told)
-            return _Split(ResidentMolecules(molecules, lookup, self.device), inputs)
+            molecules = with_required_bonds(molecules, config.loss)
+            inputs = LossInputs(
+                config.loss, training.seed, molecules, self.device, str(file.path), numbers,
+                ranks, **options,
+            )  # fmt: skip
+            return _Split(DeviceMolecules(molecules, self.device, dense_bonds), inputs)
 
         def window(
             molecules: Molecules,
             numbers: NDArray[np.int64],
             ranks: NDArray[np.int64],
-            go_on: Callable[[], None],
+            check_cancelled: Callable[[], None],
         ) -> _Split:
-            return split(molecules, numbers, ranks, go_on=go_on)
+            return split(molecules, numbers, ranks, check_cancelled=check_cancelled)
 
-        self._train: TrainingData[_Split]
+        train: TrainingData[_Split]
         if config.data.in_memory:
             numbers = file.split_indices("train")
-            whole = split(file.read(numbers, bonds), numbers, None, progress=progress)
-            self._train = ResidentData(whole, whole.data.sizes, training.batch_size, training.seed)
+            whole = split(file.read(numbers, columns), numbers, None, progress=progress)
+            train = ResidentData(whole, whole.data.sizes, training.batch_size, training.seed)
         else:
-            self._train = StreamedData(
+            train = StreamedData(
                 file,
                 window,
                 molecules=config.data.window,
                 batch_size=training.batch_size,
                 seed=training.seed,
-                bonds=bonds,
+                columns=columns,
             )
-        # Files are often sorted by size, so the molecules to validate on are drawn at random.
+        # Files are often sorted by size, so the validation molecules are chosen at random.
         in_valid = file.split_indices("valid")
         order = np.random.default_rng(training.seed).permutation(len(in_valid))
         in_valid = in_valid[order[: training.validation_molecules]]
-        self._valid: _Split | None = None
-        if len(in_valid):
-            ascending = np.argsort(in_valid)
-            molecules = file.read(in_valid[ascending], bonds).select(np.argsort(ascending))
-            self._valid = split(molecules, in_valid, None, progress=progress)
+        if not len(in_valid):
+            return train, None
+        ascending = np.argsort(in_valid)
+        molecules = file.read(in_valid[ascending], columns).select(np.argsort(ascending))
+        return train, split(molecules, in_valid, None, progress=progress)
 
-    def _settle(self, config: MoleculeConfig) -> MoleculeConfig:
-        """Replace every `auto` by what it stands for.
+    def _resolve_auto(self, config: MoleculeConfig) -> MoleculeConfig:
+        """Replace every `auto` by its value.
 
-        What is a mean over the training molecules is one over a sample of them where they are
-        streamed: runs of the file, chosen by the seed, of 100,000 molecules or less.
+        Means over the training molecules are taken over a sample of them if they are streamed:
+        runs of the file, chosen by the seed, of 100,000 molecules or less.
         """
-        springs, training = config.loss.springs, config.training
-        weight, family, stiffness = config.loss.position_weight, None, 1.0
-        changes: dict[str, Any] = {"data.elements": [symbol(z) for z in self.encoding.elements]}
-        if config.data.path is not None:  # a run is resumed from any folder
+        training, objective = config.training, config.objective
+        changes: dict[str, Any] = {
+            "data.elements": [symbol(z) for z in self.layout.fields["elements"].elements]  # type: ignore[attr-defined]
+        }
+        if config.data.path is not None:  # a run can be resumed from any folder
             changes["data.path"] = str(Path(config.data.path).resolve())
-        if config.loss.name == "energy":
-            family = springs.family
-            if isinstance(springs.scale, str) or weight == "auto":  # a resumed run has both
-                sample = self._train.sample(_SAMPLE)
-                complete = build_energy(springs, 1.0, CompleteEdges())
-                stiffness = mean_stiffness(complete, self._pieces(sample))
-            mean = stiffness
-            scale = resolve_scale(springs, lambda: mean)
-            changes["loss.springs.scale"] = scale
-            stiffness *= scale
-            if weight == "auto" and config.loss.edges.kind != "complete":
-                stiffness *= self._share_of_springs(config, sample)
-        if "auto" in (weight, training.lr):
-            # The registries and the configuration allow no other names than are here.
-            paper = PAPER[config.model.name][config.loss.name, family]
-            if weight == "auto":
-                changes["loss.position_weight"] = paper.position_weight / stiffness
-            if training.lr == "auto":
-                changes["training.lr"] = paper.lr
+        resolved = config.loss.resolve(self._samples, training.seed)
+        config = config.model_copy(update={"loss": resolved.config})
+        if objective.position_weight == "auto":
+            weight = _published(config, "objective.position_weight").position_weight
+            changes["objective.position_weight"] = weight / resolved.stiffness
+        if objective.weighting == "auto":
+            clean = getattr(config.process, "prediction", None) == "clean"
+            changes["objective.weighting"] = "clean" if clean else "noise"
+        if training.lr == "auto":
+            changes["training.lr"] = _published(config, "training.lr").lr
         if training.low_precision == "auto":
             changes["training.low_precision"] = has_native_bfloat16(self.device)
         return config.replaced(changes)
 
-    def _share_of_springs(self, config: MoleculeConfig, sample: _Split) -> float:
-        """Energy of the configured edges for small random errors, as a share of all pairs'."""
-        generator = torch.Generator().manual_seed(config.training.seed)
-        totals = []
-        configured = build_edges(config.loss.edges, config.training.seed)
-        for edges in (configured, CompleteEdges()):
-            energy, total = build_energy(config.loss.springs, 1.0, edges), 0.0
-            for piece in self._pieces(sample):
-                stiffness = energy.total_stiffness(**piece, generator=generator).total
-                total += float((stiffness / piece["mask"].sum(dim=1)).sum())
-            totals.append(total)
-        return totals[0] / totals[1] if all(totals) else 1.0
-
-    def _pieces(self, split: _Split) -> Iterator[dict[str, Any]]:
-        """Molecules in pieces, as arguments of `total_stiffness`."""
+    def _samples(self) -> Iterator[dict[str, Any]]:
+        """Training molecules in chunks, as arguments of `PairwiseEnergy.total_stiffness`."""
+        split = self._train.sample(_SAMPLE)
         for which in batch_by_size(split.data.sizes, pairs=1_000_000):
-            positions, types, mask = split.data.batch(which)
-            features = self.encoding.encode(positions, types, mask)[..., 3:]
-            yield {
-                "target": positions.double(),
-                "mask": mask,
-                **split.inputs.of(which, features.double()),
-            }
+            batch = split.data.batch(which)
+            inputs = split.inputs.of(which, batch, self._encode(batch))
+            if "features" in inputs:
+                inputs["features"] = inputs["features"].double()
+            yield {"target": batch.data["positions"].double(), "mask": batch.mask, **inputs}
+
+    def _encode(self, batch: MoleculeBatch) -> State:
+        """The state of a batch's molecules."""
+        values = {name: field.encode(batch.data) for name, field in self.layout.fields.items()}
+        return State.from_fields(self.layout, batch.mask, values)
+
+    # -- what the training loop calls ----------------------------------------------------------
 
     @property
     def batches_per_epoch(self) -> int:
-        """Steps that show every training molecule once."""
+        """Steps in which every training molecule occurs once."""
         return self._train.batches_per_epoch
 
     @property
@@ -339,87 +274,194 @@ class MoleculeTask:
         """Time that steps have waited for molecules to be read."""
         return self._train.seconds_waited
 
-    def epoch(self, epoch: int) -> Sequence[Batch]:
+    def epoch(self, epoch: int) -> Sequence[BatchIndex]:
         """The batches of an epoch; depends on the seed and `epoch` alone."""
         return self._train.epoch(epoch)
 
     def loss(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        generator: torch.Generator,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Terms:
-        """The objective of the molecules that process `rank` of `world` takes of a batch, (B,).
+        self, model: nn.Module, batch: BatchIndex, seed: int, rank: int = 0, world: int = 1
+    ) -> dict[str, Tensor]:
+        """The objective of process `rank`'s shard of a batch, and its parts, (B,) each.
 
-        What is random is drawn for the whole batch, so that all processes together do what one
-        would do.
+        Random numbers depend on the seed and the place of a molecule in the whole batch, so that K
+        processes together do what one would do.
 
         Raises
         ------
         InputError
-            The molecules are read only now, and the file breaks off or is damaged.
+            The file of streamed molecules is damaged.
         """
-        augment = self.config.training.augment_rotations
         split = self._train.window(batch.window)
-        share = Share(len(batch), int(batch.sizes.max()), rank, world)
-        own = batch.share(rank, world)
-        return self._loss(model, split, own.which, generator, augment, share)
+        shard = batch.shard(rank, world)
+        places = torch.arange(len(batch), device=self.device)[rank::world]
+        random = RandomNumbers(seed, places, len(batch))
+        augment = self.config.training.augment_rotations
+        terms = self._loss(model, split, shard.which, random, augment)
+        return {"loss": terms.total} | {
+            f"{name}_loss": values for name, values in terms.fields.items()
+        }
 
-    def molecules(self, batch: Batch) -> MoleculeBatch:
+    def molecules(self, batch: BatchIndex) -> MoleculeBatch:
         """The molecules of a batch, padded."""
         return self._train.window(batch.window).data.batch(batch.which)
 
     def close(self) -> None:
-        """Stop reading, where training molecules are streamed: they are not to be had any more."""
+        """Stop reading streamed molecules; no batch is available after that."""
         self._train.close()
 
     @torch.no_grad()
     def validation_loss(self, model: nn.Module) -> float | None:
-        """Mean objective over validation molecules, at the same noise each time; None without.
+        """Mean objective over validation molecules, with the same noise each time; None without.
 
-        Several processes share the work.
+        The processes of a job share the work.
         """
         if self._valid is None:
             return None
-        training = self.config.training
+        training, count = self.config.training, len(self._valid.data)
         total = torch.zeros((), device=self.device, dtype=torch.float64)
-        pieces = list(batch_by_size(self._valid.data.sizes, pairs=training.batch_size * 400))
-        for number in range(rank(), len(pieces), world_size()):
-            which = pieces[number]
-            # Each piece has its own noise, whoever takes it.
-            generator = torch.Generator(self.device).manual_seed(training.seed + number)
-            share = Share(len(which), int(self._valid.data.sizes[which].max()))
-            terms = self._loss(model, self._valid, which, generator, False, share)
-            total += terms.total.double().sum()
-        return float(all_reduce_sum(total)) / len(self._valid.data)
+        chunks = list(batch_by_size(self._valid.data.sizes, pairs=training.batch_size * 400))
+        for which in chunks[rank() :: world_size()]:
+            samples = torch.from_numpy(which).to(self.device)
+            random = RandomNumbers(training.seed, samples, count)
+            total += self._loss(model, self._valid, which, random, False).total.double().sum()
+        return float(all_reduce_sum(total)) / count
 
     def _loss(
         self,
         model: nn.Module,
         split: _Split,
         which: NDArray[np.int64],
-        generator: torch.Generator,
+        random: RandomNumbers,
         augment: bool,
-        share: Share,
     ) -> Terms:
-        positions, types, mask = split.data.batch(which)
+        batch = split.data.batch(which)
         if augment:
-            rotations = random_rotations(share.samples, generator, positions)
-            rotations = rotations[share.first :: share.every]
-            positions = rotated(positions, rotations)
-        clean = self.encoding.encode(positions, types, mask)
-        given = split.inputs.of(which, clean[..., 3:])
-        return self._objective(model, clean, mask, generator, given, share)
+            rotations = rotations_from_quaternions(random.quaternions())
+            batch.data["positions"] = rotated(batch.data["positions"], rotations)
+        clean = self._encode(batch)
+        condition = None
+        if self._condition is not None:
+            values = [batch.properties[name] for name in self._condition.names]
+            condition = self._condition.encode(
+                torch.stack(values, dim=1), random if model.training else None
+            )
+        inputs = split.inputs.of(which, batch, clean)
+        return self._objective(model, clean, random, condition, inputs)
+
+
+def _build_objective(config: MoleculeConfig, layout: Layout) -> Objective:
+    """The objective of a configuration without `auto`."""
+    section = config.objective
+    assert not isinstance(section.position_weight, str) and section.weighting != "auto"
+    unknown = section.field_weights.keys() - layout.fields.keys() | (
+        {"positions"} & section.field_weights.keys()
+    )
+    if unknown:
+        others = ", ".join(name for name in layout.fields if name != "positions")
+        raise InputError(
+            f"objective.field_weights: {min(unknown)} is none of the fields {others}; the weight "
+            "of positions is objective.position_weight"
+        )
+    # Pointwise losses average over positions and other fields together, as EDM's objective does.
+    channels = layout.channels["atom"]
+    loss = config.loss.build(seed=config.training.seed, channels=channels)
+    assert isinstance(loss, PositionLoss)
+    return Objective(
+        config.process.build(),
+        loss,
+        Weights(section.position_weight, section.field_weights),
+        TimestepDistribution(section.time_power, section.stratified_timesteps),
+        section.weighting,
+        section.self_condition_probability,
+    )
+
+
+def _published(config: MoleculeConfig, key: str) -> Published:
+    """The published learning rate and weight of a model with a loss."""
+    loss = config.loss
+    published = type(config.model).published
+    if (loss.name, loss.variant) in published:
+        return published[loss.name, loss.variant]
+    variant = f" with {loss.variant} springs" if loss.variant else ""
+    raise InputError(
+        f"{key}: there is no published value for model {config.model.name} and loss "
+        f"{loss.name}{variant}; set a number with --set {key}=…"
+    )
+
+
+def _required_columns(config: MoleculeConfig, file: MoleculeFile) -> frozenset[str]:
+    """Optional columns of the file that model, loss and condition need.
+
+    Bonds that only the loss needs may be missing: they are perceived from distances then.
+    """
+    layout = build_layout(config.model.fields, config.scales, MoleculeStatistics((1,)))
+    needed = field_columns(layout)
+    for name in sorted(needed - file.columns):
+        raise InputError(
+            f"{file.path} has no column {name}, which model {config.model.name} generates; "
+            "preprocess a file that holds it, such as an SDF"
+        )
+    properties = getattr(config.condition, "properties", ())
+    known = sorted(name.removeprefix("properties/") for name in file.columns if "/" in name)
+    for name in properties:
+        if f"properties/{name}" not in file.columns:
+            raise InputError(f"{file.path}: {unknown_name('property', name, known)}")
+    if "bonds" in config.loss.requires and "bonds" in file.columns:
+        needed |= {"bonds"}
+    return needed | {f"properties/{name}" for name in properties}
+
+
+def _statistics(
+    file: MoleculeFile, elements: tuple[int, ...], columns: frozenset[str]
+) -> MoleculeStatistics:
+    """Elements, range of formal charges and kinds of bonds; reads charges and bonds if needed."""
+    wanted = columns & {"formal_charges", "bonds"}
+    low = high = 0
+    aromatic = False
+    train = file.split_indices("train")
+    for chunk in _chunks(file, train, wanted) if wanted else ():
+        if chunk.formal_charges is not None and len(chunk.formal_charges):
+            low = min(low, int(chunk.formal_charges.min()))
+            high = max(high, int(chunk.formal_charges.max()))
+        if chunk.bonds is not None:
+            aromatic = aromatic or bool((chunk.bonds.order == AROMATIC).any())
+    return MoleculeStatistics(elements, (low, high), aromatic)
+
+
+def _chunks(
+    file: MoleculeFile, which: NDArray[np.int64], columns: frozenset[str]
+) -> Iterator[Molecules]:
+    """Some molecules of a file with optional columns, in chunks of bounded memory."""
+    for start in range(0, len(which), _SAMPLE):
+        yield file.read(which[start : start + _SAMPLE], columns)
+
+
+def _fit_condition(config: MoleculeConfig, file: MoleculeFile) -> PropertyCondition | None:
+    """The condition, normalised over the training molecules; None without."""
+    section = config.condition
+    names = getattr(section, "properties", ())
+    if not names:
+        return None
+    columns = frozenset(f"properties/{name}" for name in names)
+    rows = [
+        np.stack([chunk.properties[name].values for name in names], axis=1)
+        for chunk in _chunks(file, file.split_indices("train"), columns)
+    ]
+    values = np.concatenate(rows)
+    units = [file.property_units[name] for name in names]
+    dropout = getattr(section, "dropout", 0.0)
+    return PropertyCondition.fit(names, units, values, dropout, config.training.seed)
 
 
 def _in_memory(
-    config: MoleculeConfig, summary: DatasetSummary, loss: PositionLoss, device: torch.device
+    config: MoleculeConfig,
+    summary: DatasetSummary,
+    columns: frozenset[str],
+    device: torch.device,
 ) -> bool:
-    """Whether training molecules stay in memory; `auto` wants them to take a quarter at most.
+    """Whether training molecules stay in memory; `auto` allows a quarter of it at most.
 
-    What is small stays there in any case, so that a run does not depend on what else is running.
+    Small data stay there in any case, so that a run does not depend on other processes.
     """
     if config.data.in_memory != "auto":
         return config.data.in_memory
@@ -428,140 +470,29 @@ def _in_memory(
         return True
     atoms = sum(size * count for size, count in summary.size_histogram.items())
     molecules, largest = summary.training_molecules, max(summary.size_histogram)
-    # Positions and a type for each atom; sizes, offsets and numbers in the file for each molecule.
-    needed = 13 * atoms + 40 * molecules + table_bytes(loss, molecules, largest)
+    # Positions, an element and a charge for each atom, about one bond; offsets, sizes, numbers in
+    # the file and properties for each molecule.
+    per_atom = 13 + int("formal_charges" in columns) + 9 * int("bonds" in columns)
+    per_molecule = 40 + 8 * sum("/" in name for name in columns)
+    needed = per_atom * atoms + per_molecule * molecules
+    needed += table_bytes(config.loss, molecules, largest)
     return needed <= _SMALL or 4 * needed * local_world_size() <= available
 
 
 def _elements(
     config: MoleculeConfig, summary: DatasetSummary, file: MoleculeFile
 ) -> tuple[int, ...]:
-    """The vocabulary; every atom of the file must be in it."""
-    present = vocabulary(list(summary.first_atoms))
+    """Atomic numbers of the configured elements, ascending; the file must hold no others."""
+    present = tuple(sorted(summary.first_atoms))
     if config.data.elements == "auto":
         return present
-    elements = vocabulary([atomic_number(name) for name in config.data.elements])
+    elements = tuple(sorted({atomic_number(name) for name in config.data.elements}))
     foreign = [(atom, z) for z, atom in summary.first_atoms.items() if z not in elements]
     if foreign:
         atom, z = min(foreign)
         number = int(np.searchsorted(file.offsets, atom, side="right"))
         raise InputError(
-            f"{file.path}: molecule {number} holds {symbol(z)}, which is outside the vocabulary "
+            f"{file.path}: molecule {number} holds {symbol(z)}, which is not among the elements "
             f"{', '.join(symbol(z) for z in elements)}; add it with --set data.elements=[...]"
         )
     return elements
-
-
-class MoleculeGenerator:
-    """Draws molecules from a checkpoint; needs no data set.
-
-    Molecule i of a seed is the same whichever batch it is drawn in, to float tolerance.
-
-    Parameters
-    ----------
-    checkpoint
-        Of a run on molecules; its EMA weights are used.
-    device
-        Where to run the network.
-    seed
-        Together with a molecule's number it settles its size and all its noise.
-    sizes
-        Fewest and most atoms of a molecule, each size in the range as frequent as the others;
-        None draws from the training molecules' histogram.
-    low_precision
-        Run the work on pairs in bfloat16.
-    sampler
-        One of `SAMPLERS` that serves the process; None takes the process's own.
-    steps
-        Of the sampler, at most those of the training; None takes those that shipped weights
-        were judged with, else all.
-    eta
-        Noise of the sampler `ddim`, 0 to 1; None elsewhere.
-    spacing
-        Of the levels that the sampler visits, one of `SPACINGS`; None takes that which shipped
-        weights were judged with, else the process's own.
-
-    Raises
-    ------
-    InputError
-        The checkpoint is damaged or of another model, a size is below 1, or the sampler does not
-        serve.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        device: torch.device,
-        seed: int = 0,
-        sizes: tuple[int, int] | None = None,
-        low_precision: bool = False,
-        sampler: str | None = None,
-        steps: int | None = None,
-        eta: float | None = None,
-        spacing: str | None = None,
-    ) -> None:
-        self.config, state = checkpoint.config_as(MoleculeConfig), checkpoint.state
-        if not {"elements", "size_histogram"} <= state.keys():
-            raise InputError(f"{checkpoint.path} is no checkpoint of a run on molecules")
-        if sizes is not None and not 1 <= sizes[0] <= sizes[1]:
-            raise InputError(f"sizes {sizes[0]}-{sizes[1]}: expected 1 or more atoms, ascending")
-        elements = [atomic_number(name) for name in state["elements"]]
-        self.encoding = _encoding(self.config, elements)
-        if low_precision:
-            lower_precision(device)
-        config = self.config.replaced({"training.low_precision": low_precision})
-        self.model = build_model(config, self.encoding)
-        checkpoint.load_weights(self.model, "ema")
-        self.model.to(device).eval()
-        self.checkpoint, self.device, self.seed = checkpoint, device, seed
-        self.n_atoms, self.low_precision = sizes, low_precision
-        histogram = (
-            state["size_histogram"]
-            if sizes is None
-            else dict.fromkeys(range(sizes[0], sizes[1] + 1), 1)
-        )
-        self._sizes = torch.tensor(list(histogram))
-        counts = torch.tensor(list(histogram.values()), dtype=torch.float64)
-        self._cumulated = counts.cumsum(0) / counts.sum()
-        schedule = PolynomialSchedule(config.diffusion.steps, config.diffusion.precision)
-        process = config.diffusion.process
-        self.sampler_name = DEFAULT_SAMPLERS[process] if sampler is None else sampler
-        judged_with = state.get("sampling", {})
-        steps = judged_with.get("steps") if steps is None else steps
-        spacing = judged_with.get("spacing") if spacing is None else spacing
-        self.sampler = build_sampler(schedule, process, self.sampler_name, steps, eta, spacing)
-
-    def fingerprint(self) -> str:
-        """Of everything in the checkpoint that the molecules depend on, 32 hexadecimal digits."""
-        state = self.checkpoint.state
-        digest = hashlib.sha256(self.config.to_yaml().encode())
-        digest.update(repr((state["elements"], list(state["size_histogram"].items()))).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:32]
-
-    def sizes(self, numbers: Tensor) -> Tensor:
-        """Atoms of the molecules with the given numbers, (B,)."""
-        uniform = SeededNoise(self.seed, numbers).uniform().cpu().double()
-        place = torch.searchsorted(self._cumulated, uniform, right=True)
-        return self._sizes[place.clamp(max=len(self._sizes) - 1)]
-
-    @torch.no_grad()
-    def draw(self, numbers: Tensor, advance: Any = lambda: None) -> Molecules:
-        """The molecules with the given numbers (B,), in their order.
-
-        `advance` is called behind each evaluation of the network. Positions that are not finite
-        (the network diverged) are returned as they are.
-        """
-        sizes = self.sizes(numbers).to(self.device)
-        largest = int(sizes.max())
-        mask = torch.arange(largest, device=self.device)[None] < sizes[:, None]
-        noise = SeededNoise(self.seed, numbers.to(self.device))
-        clean = self.sampler.sample(self.model, noise, mask, 3 + self.encoding.features, advance)
-        positions, atomic_numbers = self.encoding.decode(clean, mask)
-        return Molecules(
-            positions[mask].cpu().numpy().astype(np.float32),
-            atomic_numbers[mask].cpu().numpy(),
-            offsets_from_sizes(sizes.cpu().numpy()),
-        )

@@ -1,0 +1,27 @@
+"""Load a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from molgen_energy.training.checkpoint import Checkpoint
+from molgen_energy.training.checkpoint import load_checkpoint as load
+from molgen_energy.training.pretrained import resolve_checkpoint
+
+
+def load_checkpoint(checkpoint: str | Path, which: str = "last") -> Checkpoint:
+    """The checkpoint of a run or of pretrained weights; weights are read on demand.
+
+    Parameters
+    ----------
+    checkpoint
+        Folder of a run or checkpoint, or the name of pretrained weights.
+    which
+        `last` or `best` of a run.
+
+    Raises
+    ------
+    InputError
+        There is none, or it is damaged.
+    """
+    return load(resolve_checkpoint(Path(checkpoint)), which)

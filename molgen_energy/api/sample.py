@@ -1,0 +1,240 @@
+"""Draw samples: the function behind `molgen-energy sample`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from molgen_energy.data.shards import shards_folder
+from molgen_energy.distributed import broadcast, is_main, local_device, process_group
+from molgen_energy.errors import InputError
+from molgen_energy.output import resolve_symlink
+from molgen_energy.systems.base import (
+    Generator,
+    NoCallback,
+    SamplingCallback,
+    SamplingResult,
+    System,
+)
+from molgen_energy.systems.registry import system_of_checkpoint
+from molgen_energy.training.checkpoint import load_checkpoint, newest_run
+from molgen_energy.training.devices import choose_device
+from molgen_energy.training.pretrained import DEFAULT, resolve_checkpoint
+
+
+@dataclass(frozen=True)
+class SamplingJobInfo:
+    """A job that is about to sample."""
+
+    system: System
+    generator: Generator
+    output: Path
+
+
+def sample_to(
+    output: str | Path | None = None,
+    count: int | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    seed: int | None = None,
+    n_atoms: int | tuple[int, int] | None = None,
+    condition: Mapping[str, float] | None = None,
+    sampler: str | None = None,
+    steps: int | None = None,
+    spacing: str | None = None,
+    eta: float | None = None,
+    batch_size: int | None = None,
+    low_precision: bool | None = None,
+    data: str | Path | None = None,
+    device: str = "auto",
+    resume: str | Path | None = None,
+    callback: SamplingCallback | None = None,
+    on_start: Callable[[SamplingJobInfo], SamplingCallback | None] = lambda job: None,
+) -> SamplingResult | None:
+    """Draw samples into a file.
+
+    Parameters
+    ----------
+    output
+        The file; by default that of the physical system, such as `samples.sdf`.
+    count
+        How many; by default 100, of spins all lattices.
+    checkpoint
+        Folder of a run or checkpoint, or the name of pretrained weights; by default the newest run
+        in `runs/`, else the pretrained weights of QM9.
+    seed
+        Of the samples, by default 0.
+    n_atoms
+        Number of atoms, or lowest and highest; by default as in the training data.
+    condition
+        Values of properties on which the model was conditioned.
+    sampler, steps, spacing, eta
+        See `molgen_energy.diffusion.samplers`.
+    batch_size
+        Samples in a batch; chosen by size and device by default.
+    low_precision
+        Run the work on pairs of atoms in bfloat16.
+    data
+        Couplings of spins to predict ground states for.
+    device
+        `auto`, `cpu`, `cuda` or `cuda:1`.
+    resume
+        File of an interrupted job to continue.
+    callback
+        Receives progress.
+    on_start
+        Called when the model is ready; may return a callback.
+
+    Returns
+    -------
+    The file and what was written; None in processes that take no part.
+
+    Raises
+    ------
+    InputError
+        The checkpoint or an option is not valid, or the output cannot be written.
+    OSError
+        The disk is full; finished batches stay, and `resume` continues the job.
+    """
+    sizes = (n_atoms, n_atoms) if isinstance(n_atoms, int) else n_atoms
+    values = {
+        "count": count,
+        "n_atoms": sizes,
+        "seed": seed,
+        "condition": None if condition is None else dict(condition),
+        "sampler": sampler,
+        "steps": steps,
+        "spacing": spacing,
+        "eta": eta,
+        "batch_size": batch_size,
+        "low_precision": low_precision or None,
+        "data": None if data is None else Path(data),
+    }
+    given = {name: value for name, value in values.items() if value is not None}
+    target = local_device(choose_device(device))
+    with process_group(target):
+        # The first process decides for all: another run may be the newest one a second later.
+        found, path, options = broadcast(
+            _options(
+                given,
+                None if checkpoint is None else Path(checkpoint),
+                None if output is None else Path(output),
+                None if resume is None else Path(resume),
+            )
+            if is_main()
+            else None
+        )
+        loaded = load_checkpoint(found, weights=["ema"])
+        system = system_of_checkpoint(loaded)
+        generator = system.generator(loaded, target, options)
+        if path.resolve() in [source.resolve() for source in generator.inputs]:
+            raise InputError(f"-o {path} is an input of this command; name another file")
+        if not generator.distributed and not is_main():
+            return None
+        callback = on_start(SamplingJobInfo(system, generator, path)) or callback or NoCallback()
+        return generator.write(path, callback, resume is not None)
+
+
+def _options(
+    given: dict[str, Any], checkpoint: Path | None, output: Path | None, resume: Path | None
+) -> tuple[Path, Path, dict[str, Any]]:
+    """The checkpoint, the file to write, and a value for each option of the system."""
+    if resume is not None:
+        return _resumed_options(given, checkpoint, output, resolve_symlink(resume))
+    chosen = checkpoint
+    if chosen is None:
+        chosen = newest_run(Path("runs")) or Path(DEFAULT)
+    found = resolve_checkpoint(chosen)
+    system = system_of_checkpoint(load_checkpoint(found))
+    for name in given:
+        if name not in system.sampling:
+            valid = ", ".join(map(option_name, system.sampling))
+            raise InputError(
+                f"{option_name(name)} is not an option for {system.samples}, which {chosen} "
+                f"generates (valid: {valid})"
+            )
+    path = resolve_symlink(Path(system.output) if output is None else output)
+    system.check_output(path)
+    return found, path, dict(system.sampling) | given
+
+
+def _resumed_options(
+    given: dict[str, Any], checkpoint: Path | None, output: Path | None, resume: Path
+) -> tuple[Path, Path, dict[str, Any]]:
+    from molgen_energy.systems.registry import SYSTEMS
+
+    if output is not None and resolve_symlink(output) != resume:
+        raise InputError(f"--resume {resume} names the output; leave out -o {output}")
+    begun = next(
+        options
+        for system in SYSTEMS.values()
+        if (options := system.sampling_options(resume)) is not None
+    )
+    options = dict(begun)
+    origin = options.pop("checkpoint")
+    for name, value in given.items():
+        there = options.get(name)
+        if value != there:
+            was = "-".join(map(str, there)) if isinstance(there, tuple) else there
+            raise InputError(
+                f"{option_name(name)} cannot change: {shards_folder(resume)} was begun with "
+                f"{'the default' if was is None else was}; --resume needs no other option"
+            )
+    try:
+        found = resolve_checkpoint(Path(origin) if checkpoint is None else checkpoint)
+    except InputError:
+        if checkpoint is not None:
+            raise
+        raise InputError(
+            f"{origin} does not exist; name its new place with --checkpoint"
+        ) from None
+    return found, resume, options
+
+
+def option_name(name: str) -> str:
+    """The command-line option of a parameter."""
+    return {"count": "-n"}.get(name, f"--{name.replace('_', '-')}")
+
+
+def sample(
+    count: int | None = None,
+    output: str | Path | None = None,
+    **options: Any,
+) -> Any:
+    """Draw samples, into a file or in memory.
+
+    Parameters
+    ----------
+    count
+        How many, by default 100.
+    output
+        File to write; None returns the molecules themselves.
+    **options
+        Those of `sample_to`.
+
+    Returns
+    -------
+    With an output, its `SamplingResult`. Without, a list of RDKit molecules with their conformers,
+    and the bonds and formal charges that the model generates, or bonds perceived from distances.
+
+    Raises
+    ------
+    InputError
+        The checkpoint or an option is not valid.
+    """
+    if output is not None or "resume" in options:
+        return sample_to(output, count, **options)
+    import tempfile
+
+    from molgen_energy.chemistry.bonds import perceive
+    from molgen_energy.chemistry.convert import to_rdkit
+    from molgen_energy.data.hdf5 import MoleculeFile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "samples.h5"
+        sample_to(path, count, **options)
+        with MoleculeFile(path) as file:
+            molecules = file.load()
+    return to_rdkit(perceive(molecules) if molecules.bonds is None else molecules)

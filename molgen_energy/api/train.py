@@ -1,0 +1,205 @@
+"""Train a model: the function behind `molgen-energy train`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from molgen_energy.config import Config
+from molgen_energy.distributed import broadcast, is_main, local_device, process_group
+from molgen_energy.errors import InputError
+from molgen_energy.output import check_folder
+from molgen_energy.progress import ProgressCallback, no_progress
+from molgen_energy.systems.base import System
+from molgen_energy.systems.registry import (
+    DEFAULT_SYSTEM,
+    SYSTEMS,
+    load_config,
+    system_of_checkpoint,
+)
+from molgen_energy.training.checkpoint import load_checkpoint
+from molgen_energy.training.devices import choose_device
+from molgen_energy.training.loop import (
+    TrainingCallback,
+    TrainingSummary,
+    no_callback,
+    total_steps,
+)
+from molgen_energy.training.loop import train as run_loop
+from molgen_energy.training.task import Task
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run that is about to train."""
+
+    folder: Path
+    system: System
+    task: Task
+    steps: int
+    """Length of the whole run."""
+
+
+def train(
+    config: str | Path | Config | None = None,
+    *,
+    data: str | Path | None = None,
+    loss: str | None = None,
+    springs: str | None = None,
+    edges: str | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    seed: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    output: str | Path | None = None,
+    resume: str | Path | None = None,
+    callback: TrainingCallback = no_callback,
+    progress: ProgressCallback = no_progress,
+    on_start: Callable[[TrainingRun], None] = lambda run: None,
+) -> TrainingSummary:
+    """Train a model, or resume an interrupted run.
+
+    Parameters
+    ----------
+    config
+        Name of a shipped configuration, a YAML file, or a configuration; by default `quick`.
+    data
+        HDF5 file of `preprocess`.
+    loss, springs, edges
+        Names of the loss, and of the springs and edges of the energy.
+    steps, epochs
+        Length of the run; set one of them.
+    batch_size, lr, seed
+        Of the training.
+    changes
+        Other values by dotted key, such as ``{"model.layers": 6}``.
+    device
+        `auto`, `cpu`, `cuda` or `cuda:1`.
+    output
+        Folder of the run; by default a new one under `runs/`.
+    resume
+        Folder of a run to continue; only `steps`, `epochs`, `data` and `device` can be set then.
+    callback
+        Receives progress after each step.
+    progress
+        Receives the progress of preparing data, if that takes long.
+    on_start
+        Called when data and model are ready.
+
+    Returns
+    -------
+    The run's folder, its length, training time, and validation loss.
+
+    Raises
+    ------
+    InputError
+        An option, the configuration, the data or the checkpoint is not valid.
+    TrainingInterrupted
+        SIGINT or SIGTERM stopped the run after a checkpoint; `resume` continues it.
+    TrainingFailedError
+        Training diverged or ran out of memory.
+    """
+    length = {"training.steps": steps, "training.epochs": epochs}
+    options = {
+        "loss.name": loss,
+        "loss.springs.family": springs,
+        "loss.edges.kind": edges,
+        "training.batch_size": batch_size,
+        "training.lr": lr,
+        "training.seed": seed,
+    }
+    given = {key: value for key, value in (options | length).items() if value is not None}
+    if data is not None:
+        given["data.path"] = str(data)
+    target = local_device(choose_device(device))
+    with process_group(target):
+        progress_of_run = None
+        if resume is not None:
+            run = Path(resume)
+            _check_resumable(given, run, config, changes, output)
+            checkpoint = load_checkpoint(run)
+            system = system_of_checkpoint(checkpoint)
+            settings: Config = checkpoint.config_as(system.config).replaced(given)
+            progress_of_run = checkpoint.state["progress"]
+        else:
+            settings = _configuration(config, dict(changes or {}), given)
+            system = SYSTEMS[settings.system]
+            run = Path(output) if output is not None else broadcast(_new_folder(settings))
+            if is_main():
+                _check_new(run)
+        task = system.task(settings, target, progress)
+        total = total_steps(task.config.training, task.batches_per_epoch)
+        if progress_of_run is not None and progress_of_run["step"] >= total:
+            task.close()
+            return TrainingSummary(
+                run, progress_of_run["step"], 0.0, progress_of_run["last_valid"],
+                progress_of_run["skipped"], task.config, already_complete=True,
+            )  # fmt: skip
+        on_start(TrainingRun(run, system, task, total))
+        return run_loop(task, run, callback, resume=resume is not None)
+
+
+def _configuration(
+    config: str | Path | Config | None, changes: dict[str, Any], options: dict[str, Any]
+) -> Config:
+    """A configuration with changes, and options that take precedence over them."""
+    if isinstance(config, Config):
+        base = config
+    else:
+        base = load_config(config or str(SYSTEMS[DEFAULT_SYSTEM].default_config))
+    loss = options.get("loss.name", changes.get("loss.name", loss_name(base)))
+    for name, key in (("springs", "loss.springs.family"), ("edges", "loss.edges.kind")):
+        if key in options and loss != "energy":
+            raise InputError(f"--{name} goes with --loss energy, not {loss}")
+    return base.replaced(changes | options)
+
+
+def _check_resumable(
+    given: Mapping[str, Any],
+    run: Path,
+    config: str | Path | Config | None,
+    changes: Mapping[str, Any] | None,
+    output: str | Path | None,
+) -> None:
+    refused = sorted(given.keys() - {"training.steps", "training.epochs", "data.path"})
+    if refused or config is not None or changes or output is not None:
+        what = refused[0] if refused else "its configuration or folder"
+        raise InputError(
+            f"--resume continues a run as it is, so {what} cannot change; only --steps, --epochs, "
+            "--data (if it was moved) and --device can"
+        )
+    if (run / "state.yaml").is_file():
+        raise InputError(f"--resume {run} is a checkpoint; name its run, {run.parent.parent}")
+
+
+def _new_folder(config: Config) -> Path:
+    """A new folder under `runs/`, named after configuration, loss and time."""
+    section = getattr(config, "loss", None)
+    parts = [config.name, loss_name(config)]
+    if getattr(section, "variant", None):
+        parts.append(section.variant)  # type: ignore[union-attr]
+    edges = getattr(section, "edges", None)
+    if edges is not None and edges.kind != "complete":
+        parts.append(edges.kind)
+    name = "-".join([*parts, f"{datetime.now():%Y%m%d-%H%M%S}"])
+    others = len(list(Path("runs").glob(f"{name}*")))
+    return Path("runs") / (f"{name}-{others + 1}" if others else name)
+
+
+def _check_new(run: Path) -> None:
+    if run.is_dir() and any(run.iterdir()):
+        raise InputError(f"{run} is not empty; name another --output, or continue with --resume {run}")
+    # The folder is made when training starts, so that a start that fails leaves nothing.
+    existing = next(path for path in (run, *run.resolve().parents) if path.exists())
+    check_folder(existing)
+
+
+def loss_name(config: Config) -> str:
+    """Name of the loss; a system may have no section for it."""
+    return str(getattr(getattr(config, "loss", None), "name", "custom"))

@@ -1,0 +1,23 @@
+"""The hook through which guidance and constraints enter a sampler."""
+
+from __future__ import annotations
+
+from molgen_energy.diffusion.prediction import Prediction
+from molgen_energy.diffusion.state import State
+
+
+class SamplingHook:
+    """Changes predictions and states while a sampler runs; this one leaves both unchanged.
+
+    Guidance overrides `after_prediction`, for example to add the gradient of a function of the
+    clean prediction. Inpainting overrides `after_step` to set fixed atoms to their values with the
+    noise of the level. The sampler projects what a hook returns on the subspaces of the fields.
+    """
+
+    def after_prediction(self, prediction: Prediction, level: int) -> Prediction:
+        """The prediction that the sampler uses at a level."""
+        return prediction
+
+    def after_step(self, state: State, level: int) -> State:
+        """The state from which the sampler goes on, after a step to a level."""
+        return state

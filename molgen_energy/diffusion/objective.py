@@ -1,0 +1,222 @@
+"""The training objective: a weighted sum of losses, one for each field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from molgen_energy.diffusion.noise import RandomNumbers, Stream
+from molgen_energy.diffusion.prediction import Prediction
+from molgen_energy.diffusion.process import Process
+from molgen_energy.diffusion.state import Domain, State, pairs_inside
+from molgen_energy.losses import PositionLoss
+
+
+class TimestepDistribution(NamedTuple):
+    """How often each noise level is drawn in training.
+
+    Level number ⌊levels·u^power⌋ for u uniform in [0, 1): a power above 1 draws low noise levels
+    more often.
+    """
+
+    power: float = 1.0
+    stratified: bool = False
+    """Whether one u of a batch lies in each of its equal parts of [0, 1), which reduces the
+    variance of the batch's mean loss."""
+
+    def draw(self, levels: int, random: RandomNumbers) -> Tensor:
+        """Numbers of levels, from 0, (B,) int64."""
+        draw = random.stratified if self.stratified else random.uniform
+        uniform = draw(Stream.LEVEL)
+        return (levels * uniform**self.power).long().clamp(max=levels - 1)
+
+
+class Terms(NamedTuple):
+    """The objective of each sample, (B,), and its parts by field."""
+
+    total: Tensor
+    fields: dict[str, Tensor]
+
+
+class Weights(NamedTuple):
+    """Weights of an objective.
+
+    Parameters
+    ----------
+    positions
+        w, of the loss on positions.
+    fields
+        Of the errors of the other fields, by name; 1 where a field is missing.
+    """
+
+    positions: float
+    fields: Mapping[str, float] = MappingProxyType({})
+
+
+class Objective:
+    """½·[w·W(t)·L(s·x̂, s·x) + Σ_f w_f·|f − f̂|^p / (n·C)] for each sample, p the degree of L.
+
+    Section 4.2 of Kaba et al., NeurIPS 2025. L is a loss on clean positions, and f̂ the prediction
+    of every other field. The error of a field of atoms is averaged over the n atoms and the C
+    channels of all fields of atoms, that of a field of pairs over pairs and channels of fields of
+    pairs.
+
+    Parameters
+    ----------
+    process
+        Adds the noise.
+    position_loss
+        L, called with clean positions in Å.
+    weights
+        w and w_f.
+    timesteps
+        How often each level is drawn.
+    weighting
+        `noise`: f is the process's target (noise of a diffusion, velocity of a flow) and
+        W = (α/σ)^p, or 1/t^p of a flow, so that a small error of the target costs the same at every
+        level. `clean`: f is clean data, and all terms have the weight √(α/σ) (JODO: Huang et al.,
+        2023), which suits denoisers that predict clean data.
+    self_condition_probability
+        How often a self-conditioned denoiser gets its own first prediction; for the whole batch.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        position_loss: PositionLoss,
+        weights: Weights,
+        timesteps: TimestepDistribution | None = None,
+        weighting: Literal["noise", "clean"] = "noise",
+        self_condition_probability: float = 0.5,
+    ) -> None:
+        self.process = process
+        self.position_loss = position_loss
+        self.weights = weights
+        self.timesteps = TimestepDistribution() if timesteps is None else timesteps
+        self.weighting = weighting
+        self.self_condition_probability = self_condition_probability
+
+    def __call__(
+        self,
+        model: nn.Module,
+        clean: State,
+        random: RandomNumbers,
+        condition: Tensor | None = None,
+        loss_inputs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Terms:
+        """Draw a level and noise for each sample, and take the losses of the model's prediction.
+
+        Parameters
+        ----------
+        model
+            A denoiser, called as model(state, time, mask, condition, self_condition).
+        clean
+            The data.
+        random
+            Of the samples.
+        condition
+            (B, K), or None.
+        loss_inputs
+            Further arguments of the loss on positions, such as bonds.
+        """
+        process, first = self.process, self.process.first_level
+        level = first + self.timesteps.draw(process.steps + 1 - first, random)
+        noise = random.noise(clean.layout, clean.mask, 0)
+        noisy = process.add_noise(clean, noise, level)
+        previous = self._first_prediction(model, noisy, level, condition, random)
+        prediction = process.predict(model, noisy, level, condition, previous)
+        fields = {
+            "positions": self._position_term(prediction, clean, level, random, loss_inputs),
+            **self._error_terms(prediction, clean, noise, level),
+        }
+        return Terms(torch.stack(list(fields.values())).sum(dim=0), fields)
+
+    def _first_prediction(
+        self,
+        model: nn.Module,
+        noisy: State,
+        level: Tensor,
+        condition: Tensor | None,
+        random: RandomNumbers,
+    ) -> State | None:
+        """A clean prediction without gradient for self-conditioned denoisers, or None."""
+        if not getattr(getattr(model, "module", model), "self_conditioned", False):
+            return None
+        # One draw for the batch, the same in all processes.
+        coin = RandomNumbers(random.seed, random.samples.new_zeros(1))
+        if float(coin.uniform(Stream.SELF_CONDITION)) >= self.self_condition_probability:
+            return None
+        with torch.no_grad():
+            return self.process.predict(model, noisy, level, condition).clean.projected().detach()
+
+    def _signal_to_noise(self, level: Tensor) -> Tensor:
+        """α/σ, of flow matching 1/t, (B,)."""
+        if self.process.target == "velocity":
+            return 1 / self.process.sigma(level)
+        return self.process.alpha(level) / self.process.sigma(level)
+
+    def _clean_weight(self, level: Tensor) -> Tensor:
+        return (self.process.alpha(level) / self.process.sigma(level)).sqrt()
+
+    def _position_term(
+        self,
+        prediction: Prediction,
+        clean: State,
+        level: Tensor,
+        random: RandomNumbers,
+        loss_inputs: Mapping[str, Any],
+    ) -> Tensor:
+        scale, degree = clean.layout.fields["positions"].scale, self.position_loss.degree
+        loss = self.position_loss(
+            scale * prediction.clean["positions"],
+            scale * clean["positions"],
+            clean.mask,
+            generator=random.integers(Stream.EDGES),
+            **loss_inputs,
+        )
+        if self.weighting == "noise":
+            weight = (self._signal_to_noise(level) / scale) ** degree
+        else:
+            weight = self._clean_weight(level)
+        return 0.5 * self.weights.positions * weight * loss
+
+    def _error_terms(
+        self, prediction: Prediction, clean: State, noise: State, level: Tensor
+    ) -> dict[str, Tensor]:
+        """Errors of all fields but the positions."""
+        if self.weighting == "noise":
+            predicted, true = prediction.target, self.process.true_target(clean, noise, level)
+            weight = torch.ones_like(self.process.sigma(level))
+        else:
+            predicted, true, weight = prediction.clean, clean, self._clean_weight(level)
+        degree, terms = self.position_loss.degree, {}
+        for name, field in clean.layout.fields.items():
+            if name == "positions":
+                continue
+            difference = _without_padding(
+                field.domain, predicted[name] - true[name], clean.mask
+            ).flatten(1)
+            error = difference.square() if degree == 2 else difference.abs() ** degree
+            count = _places(field.domain, clean.mask) * clean.layout.channels[field.domain]
+            own = self.weights.fields.get(name, 1.0)
+            terms[name] = 0.5 * own * weight * error.sum(dim=1) / count
+        return terms
+
+
+def _without_padding(domain: Domain, values: Tensor, mask: Tensor) -> Tensor:
+    """Values with zero at padding, even where it holds NaN."""
+    if domain == "graph":
+        return values
+    inside = mask if domain == "atom" else pairs_inside(mask)
+    return torch.where(inside[..., None], values, 0)
+
+
+def _places(domain: Domain, mask: Tensor) -> Tensor:
+    """Atoms, or ordered pairs of atoms, of each sample, at least 1, (B,)."""
+    atoms = mask.sum(dim=1)
+    count = {"atom": atoms, "pair": atoms * (atoms - 1), "graph": torch.ones_like(atoms)}[domain]
+    return count.clamp(min=1)

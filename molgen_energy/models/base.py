@@ -1,0 +1,122 @@
+"""What every denoiser shares: its call, and the section that configures it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from molgen_energy.config import PositiveFloat, PositiveInt, Section
+from molgen_energy.diffusion.state import Layout, State, pairs_inside
+
+
+class Denoiser(nn.Module, ABC):
+    """A network that predicts noise, velocity or clean data of every field of a noisy state.
+
+    Which of these it predicts is a property of the process that trains it
+    (`molgen_energy.diffusion.process.Process.prediction`), not of the network.
+
+    Parameters
+    ----------
+    layout
+        Fields of the states.
+    """
+
+    Config: ClassVar[type[DenoiserConfig]]
+    """The section that configures it."""
+    equivariant: ClassVar[bool] = False
+    """Whether rotating, reflecting or translating the positions does the same to the output."""
+    self_conditioned: ClassVar[bool] = False
+    """Whether it uses its previous clean prediction (Chen, Zhang, Hinton, ICLR 2023)."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    @abstractmethod
+    def forward(
+        self,
+        state: State,
+        time: Tensor,
+        mask: Tensor,
+        condition: Tensor | None = None,
+        self_condition: State | None = None,
+    ) -> State:
+        """Predict every field.
+
+        Parameters
+        ----------
+        state
+            The noisy state; values at padding have no effect.
+        time
+            (B,), diffusion time in [0, 1].
+        mask
+            (B, N), true at real atoms.
+        condition
+            (B, K) properties of the samples, normalised; None without conditions.
+        self_condition
+            The previous clean prediction; None in the first evaluation.
+
+        Returns
+        -------
+        A state of the same layout, on the subspaces of its fields.
+        """
+
+
+class Published(NamedTuple):
+    """Learning rate and weight of the loss on positions that `auto` stands for.
+
+    The weight goes with springs of mean 1 over all pairs, and with errors of features averaged over
+    real atoms.
+    """
+
+    lr: float
+    position_weight: float
+
+
+class DenoiserConfig(Section):
+    """Network, told apart by `name`."""
+
+    name: str
+    fields: ClassVar[tuple[str, ...]] = ("positions", "elements", "nuclear_charges")
+    """Fields of a molecule that the network predicts, names of `MOLECULE_FIELDS`."""
+    conditional: ClassVar[bool] = False
+    """Whether the network accepts a condition."""
+    published: ClassVar[Mapping[tuple[str, str | None], Published]] = {}
+    """By name and variant of the loss, such as the spring family of the energy."""
+
+    def build(self, layout: Layout, condition_channels: int, low_precision: bool) -> Denoiser:
+        """The network with random weights.
+
+        Parameters
+        ----------
+        layout
+            Fields of the states.
+        condition_channels
+            K, numbers of a condition; 0 without.
+        low_precision
+            Whether to run the work on pairs in bfloat16.
+        """
+        raise NotImplementedError
+
+
+class AtomNetworkConfig(DenoiserConfig):
+    """Network whose state is one vector for each atom."""
+
+    layers: PositiveInt = 9
+    width: PositiveInt = 256
+    normalization: PositiveFloat = 1.0
+    """Sums over an atom's neighbours are divided by it."""
+
+
+def pair_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, N, N) from (B, N): 1 where two different real atoms meet, else 0."""
+    return pairs_inside(mask).to(dtype)
+
+
+def embed_condition(channels: int, width: int) -> nn.Linear | None:
+    """A linear layer from a condition (B, K) to a bias of the atoms' states, None without one."""
+    return nn.Linear(channels, width) if channels else None

@@ -1,0 +1,149 @@
+"""Properties of molecules as conditions of a denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field as Option
+from torch import Tensor
+
+from molgen_energy.config import Section
+from molgen_energy.diffusion.noise import RandomNumbers, Stream
+from molgen_energy.errors import InputError, unknown_name
+
+_STORED = 1000  # training molecules whose properties a checkpoint keeps, to sample conditions from
+
+
+class NoConditionConfig(Section):
+    """No condition."""
+
+    name: str = "none"
+
+
+class PropertyConditionConfig(Section):
+    """Properties of the data file."""
+
+    name: str = "properties"
+    properties: Annotated[list[str], Option(min_length=1)] = ["gap"]
+    """Names of the properties."""
+    dropout: Annotated[float, Option(ge=0, le=1)] = 0.1
+    """Share of training molecules whose properties are withheld, for classifier-free guidance."""
+
+
+class NoCondition:
+    """Row of `CONDITIONS` for models without a condition."""
+
+    Config: ClassVar[type[Section]] = NoConditionConfig
+
+
+@dataclass(frozen=True)
+class PropertyCondition:
+    """Properties, normalised over the training molecules.
+
+    A denoiser gets two numbers for each property: its normalised value, and 1 if it is known; both
+    are 0 for a missing or withheld value.
+    """
+
+    Config: ClassVar[type[Section]] = PropertyConditionConfig
+
+    names: tuple[str, ...]
+    units: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    values: NDArray[np.float64]
+    """Of some training molecules, (≤1000, P), from which sampling draws."""
+    dropout: float = 0.0
+
+    @property
+    def channels(self) -> int:
+        """Numbers that a denoiser gets, 2P."""
+        return 2 * len(self.names)
+
+    @classmethod
+    def fit(
+        cls,
+        names: Sequence[str],
+        units: Sequence[str],
+        values: NDArray[np.float64],
+        dropout: float,
+        seed: int,
+    ) -> PropertyCondition:
+        """Means and standard deviations of training properties (M, P); NaN counts as missing.
+
+        Raises
+        ------
+        InputError
+            A property is missing for all molecules, or the same for all.
+        """
+        complete = values[np.isfinite(values).all(axis=1)]
+        for name, column in zip(names, values.T, strict=True):
+            known = column[np.isfinite(column)]
+            if not len(complete) or not len(known) or float(known.std()) == 0:
+                raise InputError(
+                    f"condition.properties: {name} has no two different values in the training "
+                    "molecules; choose other properties"
+                )
+        chosen = np.random.default_rng(seed).permutation(len(complete))[:_STORED]
+        mean, std = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+        return cls(
+            tuple(names), tuple(units), tuple(mean.tolist()), tuple(std.tolist()),
+            complete[np.sort(chosen)], dropout,
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a checkpoint's `state.yaml` holds it."""
+        return {
+            "names": list(self.names), "units": list(self.units),
+            "mean": list(self.mean), "std": list(self.std),
+            "values": self.values.tolist(),
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> PropertyCondition:
+        """What `to_dict` gave."""
+        names = tuple(state["names"])
+        values = np.array(state["values"], np.float64).reshape(-1, len(names))
+        return cls(names, tuple(state["units"]), tuple(state["mean"]), tuple(state["std"]), values)
+
+    def encode(self, values: Tensor, random: RandomNumbers | None = None) -> Tensor:
+        """What a denoiser gets, (B, 2P), for properties (B, P), NaN where missing.
+
+        With random numbers, the properties of some molecules are withheld.
+        """
+        known = torch.isfinite(values)
+        if random is not None and self.dropout:
+            withheld = random.uniform(Stream.CONDITION_DROPOUT) < self.dropout
+            known = known & ~withheld[:, None]
+        mean, std = values.new_tensor(self.mean), values.new_tensor(self.std)
+        normalised = torch.where(known, (values - mean) / std, 0)
+        return torch.cat([normalised, known.to(values.dtype)], dim=1).float()
+
+    def draw(self, random: RandomNumbers) -> Tensor:
+        """Properties (B, P) float64 of random training molecules, one for each sample."""
+        rows = random.integers(Stream.CONDITION).cpu() % len(self.values)
+        return torch.from_numpy(self.values[rows.numpy()])
+
+    def given(self, wanted: Mapping[str, float], count: int) -> Tensor:
+        """The same properties (B, P) float64 for so many samples, NaN where not given.
+
+        Raises
+        ------
+        InputError
+            The model has no such condition.
+        """
+        for name in wanted:
+            if name not in self.names:
+                raise InputError(unknown_name("condition", name, self.names))
+        row = [wanted.get(name, float("nan")) for name in self.names]
+        return torch.tensor(row, dtype=torch.float64).expand(count, -1)
+
+
+CONDITIONS: dict[str, type[NoCondition] | type[PropertyCondition]] = {
+    "none": NoCondition,
+    "properties": PropertyCondition,
+}

@@ -1,0 +1,216 @@
+"""The fields of a molecule: how its data become a state of the diffusion, and a state a molecule.
+
+`MOLECULE_FIELDS` holds them by name. A model lists the fields that it predicts
+(`DenoiserConfig.fields`); `build_layout` makes them for the molecules of a data set.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import field as attribute
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from molgen_energy.config import PositiveFloat, Section
+from molgen_energy.data.molecules import AROMATIC
+from molgen_energy.diffusion.state import Field, Layout
+from molgen_energy.errors import InputError, unknown_name
+
+
+class ScalesConfig(Section):
+    """What each field is divided by.
+
+    Small classes keep the noise of level 0 far below half a unit, so that rounding removes it (EDM:
+    Hoogeboom et al., ICML 2022).
+    """
+
+    positions: PositiveFloat = 1.0
+    """Å."""
+    elements: PositiveFloat = 4.0
+    nuclear_charges: PositiveFloat = 10.0
+    formal_charges: PositiveFloat = 4.0
+    bonds: PositiveFloat = 4.0
+
+
+@dataclass(frozen=True)
+class MoleculeStatistics:
+    """What fields need to know of the training molecules."""
+
+    elements: tuple[int, ...]
+    """Atomic numbers, ascending."""
+    charges: tuple[int, int] = (0, 0)
+    """Lowest and highest formal charge."""
+    aromatic: bool = False
+    """Whether there are aromatic bonds."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As YAML holds it; elements are stored by symbol elsewhere."""
+        return {"charges": list(self.charges), "aromatic": self.aromatic}
+
+
+@dataclass(frozen=True)
+class MoleculeField(Field):
+    """A field of a molecule. `encode` reads a batch's named data, see `MoleculeBatch.data`."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, scale: float, statistics: MoleculeStatistics) -> MoleculeField:
+        """The field for the molecules of a data set."""
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Optional columns of the data file that the field needs."""
+        return frozenset()
+
+
+@dataclass(frozen=True)
+class Positions(MoleculeField):
+    """Positions, centred, from and to `positions` (B, N, 3) in Å."""
+
+    @classmethod
+    def build(cls, scale: float, statistics: MoleculeStatistics) -> Positions:
+        return cls("positions", "atom", 3, scale, "zero_mean")
+
+
+@dataclass(frozen=True)
+class Elements(MoleculeField):
+    """One-hot elements, from and to `atomic_numbers` (B, N)."""
+
+    elements: tuple[int, ...] = ()
+
+    @classmethod
+    def build(cls, scale: float, statistics: MoleculeStatistics) -> Elements:
+        elements = statistics.elements
+        return cls("elements", "atom", len(elements), scale, discrete=True, elements=elements)
+
+    def encode(self, data: Mapping[str, Tensor]) -> Tensor:
+        numbers = data["atomic_numbers"].long()
+        index = _element_index(self.elements, numbers.device)[numbers]
+        return F.one_hot(index, self.channels).to(data["positions"].dtype) / self.scale
+
+    def decode(self, values: Tensor) -> dict[str, Tensor]:
+        numbers = torch.tensor(self.elements, dtype=torch.uint8, device=values.device)
+        return {"atomic_numbers": numbers[values.argmax(dim=-1)]}
+
+
+@lru_cache
+def _element_index(elements: tuple[int, ...], device: torch.device) -> Tensor:
+    """Place of an atomic number among the elements, (256,)."""
+    index = torch.zeros(256, dtype=torch.long)
+    index[list(elements)] = torch.arange(len(elements))
+    return index.to(device)
+
+
+@dataclass(frozen=True)
+class NuclearCharges(MoleculeField):
+    """Atomic numbers as numbers, from `atomic_numbers`; `Elements` decodes them."""
+
+    @classmethod
+    def build(cls, scale: float, statistics: MoleculeStatistics) -> NuclearCharges:
+        return cls("nuclear_charges", "atom", 1, scale, discrete=True)
+
+    def encode(self, data: Mapping[str, Tensor]) -> Tensor:
+        numbers = data["atomic_numbers"].to(data["positions"].dtype)
+        return numbers[..., None] / self.scale
+
+    def decode(self, values: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
+@dataclass(frozen=True)
+class FormalCharges(MoleculeField):
+    """Formal charges as numbers, from and to `formal_charges` (B, N), within the data's range."""
+
+    lowest: int = 0
+    highest: int = 0
+
+    @classmethod
+    def build(cls, scale: float, statistics: MoleculeStatistics) -> FormalCharges:
+        low, high = statistics.charges
+        return cls("formal_charges", "atom", 1, scale, discrete=True, lowest=low, highest=high)
+
+    @property
+    def columns(self) -> frozenset[str]:
+        return frozenset({"formal_charges"})
+
+    def encode(self, data: Mapping[str, Tensor]) -> Tensor:
+        return data["formal_charges"].to(data["positions"].dtype)[..., None] / self.scale
+
+    def decode(self, values: Tensor) -> dict[str, Tensor]:
+        charges = (values[..., 0] * self.scale).round().clamp(self.lowest, self.highest)
+        return {"formal_charges": charges.nan_to_num().to(torch.int8)}
+
+
+@dataclass(frozen=True)
+class Bonds(MoleculeField):
+    """One-hot bond orders of pairs, from and to `bond_orders` (B, N, N), 0 without a bond."""
+
+    orders: tuple[int, ...] = attribute(default=(0, 1, 2, 3))
+
+    @classmethod
+    def build(cls, scale: float, statistics: MoleculeStatistics) -> Bonds:
+        orders = (0, 1, 2, 3, AROMATIC) if statistics.aromatic else (0, 1, 2, 3)
+        return cls(
+            "bonds", "pair", len(orders), scale, "symmetric", discrete=True, orders=orders
+        )
+
+    @property
+    def columns(self) -> frozenset[str]:
+        return frozenset({"bonds"})
+
+    def encode(self, data: Mapping[str, Tensor]) -> Tensor:
+        orders = torch.tensor(self.orders, device=data["bond_orders"].device)
+        one_hot = data["bond_orders"][..., None] == orders
+        return one_hot.to(data["positions"].dtype) / self.scale
+
+    def decode(self, values: Tensor) -> dict[str, Tensor]:
+        orders = torch.tensor(self.orders, dtype=torch.uint8, device=values.device)
+        decoded = orders[values.argmax(dim=-1)]
+        atoms = decoded.shape[1]
+        decoded[:, range(atoms), range(atoms)] = 0
+        return {"bond_orders": decoded}
+
+
+MOLECULE_FIELDS: dict[str, type[MoleculeField]] = {
+    "positions": Positions,
+    "elements": Elements,
+    "nuclear_charges": NuclearCharges,
+    "formal_charges": FormalCharges,
+    "bonds": Bonds,
+}
+"""Fields by name. A field of your own is a subclass of `MoleculeField` and a row here."""
+
+DEFAULT_SCALE = 1.0
+"""Of fields that `ScalesConfig` does not name."""
+
+
+def build_layout(
+    names: Sequence[str], scales: ScalesConfig, statistics: MoleculeStatistics
+) -> Layout:
+    """The named fields for the molecules of a data set.
+
+    Raises
+    ------
+    InputError
+        There is no such field, or positions do not come first.
+    """
+    fields = []
+    for name in names:
+        if name not in MOLECULE_FIELDS:
+            raise InputError(unknown_name("field", name, MOLECULE_FIELDS))
+        scale = getattr(scales, name, DEFAULT_SCALE)
+        fields.append(MOLECULE_FIELDS[name].build(scale, statistics))
+    if not fields or fields[0].name != "positions":
+        raise InputError("the fields of a model of molecules must begin with positions")
+    return Layout(fields)
+
+
+def field_columns(layout: Layout) -> frozenset[str]:
+    """Optional columns of the data file that the fields of a layout need."""
+    return frozenset().union(*(field.columns for field in layout.fields.values()))

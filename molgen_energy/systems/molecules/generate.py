@@ -1,0 +1,209 @@
+"""Draw molecules with the denoiser of a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from molgen_energy.data.molecules import Bonds, Molecules, Property, offsets_from_sizes
+from molgen_energy.diffusion.guidance import SamplingHook
+from molgen_energy.diffusion.noise import RandomNumbers, Stream
+from molgen_energy.diffusion.samplers import DEFAULT_SAMPLERS, build_sampler
+from molgen_energy.elements import atomic_number
+from molgen_energy.errors import InputError
+from molgen_energy.systems.molecules.condition import PropertyCondition
+from molgen_energy.systems.molecules.config import MoleculeConfig
+from molgen_energy.systems.molecules.fields import MoleculeStatistics, build_layout
+from molgen_energy.systems.molecules.task import build_model
+from molgen_energy.training.checkpoint import Checkpoint
+from molgen_energy.training.devices import lower_precision
+
+
+class MoleculeGenerator:
+    """Draws molecules with a checkpoint; needs no data set.
+
+    Molecule i of a seed is the same in every batch, to floating-point tolerance.
+
+    Parameters
+    ----------
+    checkpoint
+        Of a run on molecules; its EMA weights are used.
+    device
+        Of the network.
+    seed
+        With a molecule's number, it determines the size and all noise of the molecule.
+    sizes
+        Fewest and most atoms of a molecule, all sizes in the range equally frequent; None draws
+        sizes from the training molecules' histogram.
+    low_precision
+        Run the work on pairs in bfloat16.
+    sampler
+        One of `SAMPLERS` for the process; None takes the default of the process.
+    steps
+        Of the sampler, at most those of the training; None takes those that pretrained weights were
+        evaluated with, else all.
+    eta
+        Noise of the sampler `ddim`, 0 to 1; None for other samplers.
+    spacing
+        Of the levels that the sampler visits, one of `SPACINGS`; None takes that which pretrained
+        weights were evaluated with, else the default of the process.
+    condition
+        Values of properties on which the model was conditioned, by name; properties without a
+        value are unconditional. None draws them from the training molecules.
+    hook
+        Guidance and constraints.
+
+    Raises
+    ------
+    InputError
+        The checkpoint is damaged or of another model, a size is below 1, the model has no such
+        condition, or the sampler is not for its process.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        seed: int = 0,
+        sizes: tuple[int, int] | None = None,
+        low_precision: bool = False,
+        sampler: str | None = None,
+        steps: int | None = None,
+        eta: float | None = None,
+        spacing: str | None = None,
+        condition: Mapping[str, float] | None = None,
+        hook: SamplingHook | None = None,
+    ) -> None:
+        self.config, state = checkpoint.config_as(MoleculeConfig), checkpoint.state
+        if not {"elements", "size_histogram"} <= state.keys():
+            raise InputError(f"{checkpoint.path} is no checkpoint of a run on molecules")
+        if sizes is not None and not 1 <= sizes[0] <= sizes[1]:
+            raise InputError(f"sizes {sizes[0]}-{sizes[1]}: expected 1 or more atoms, ascending")
+        self.layout = build_layout(
+            self.config.model.fields, self.config.scales, _statistics_of(state)
+        )
+        self.condition, self._condition = condition, None
+        if "condition" in state:
+            self._condition = PropertyCondition.from_dict(state["condition"])
+        if condition:
+            if self._condition is None:
+                raise InputError(f"{checkpoint.path} has no condition; leave out --condition")
+            self._condition.given(condition, 1)
+        if low_precision:
+            lower_precision(device)
+        config = self.config.replaced({"training.low_precision": low_precision})
+        channels = 0 if self._condition is None else self._condition.channels
+        self.model = build_model(config, self.layout, channels)
+        checkpoint.load_weights(self.model, "ema")
+        self.model.to(device).eval()
+        self.checkpoint, self.device, self.seed, self.hook = checkpoint, device, seed, hook
+        self.n_atoms, self.low_precision = sizes, low_precision
+        histogram = (
+            state["size_histogram"]
+            if sizes is None
+            else dict.fromkeys(range(sizes[0], sizes[1] + 1), 1)
+        )
+        self._sizes = torch.tensor(list(histogram))
+        counts = torch.tensor(list(histogram.values()), dtype=torch.float64)
+        self._cumulated = counts.cumsum(0) / counts.sum()
+        process = config.process.build()
+        self.sampler_name = DEFAULT_SAMPLERS[process.name] if sampler is None else sampler
+        evaluated_with = state.get("sampling", {})
+        steps = evaluated_with.get("steps") if steps is None else steps
+        spacing = evaluated_with.get("spacing") if spacing is None else spacing
+        self.sampler = build_sampler(process, self.sampler_name, steps, eta, spacing)
+
+    @property
+    def units(self) -> dict[str, str]:
+        """Units of the properties that molecules get, by name."""
+        if self._condition is None:
+            return {}
+        names = (f"condition_{name}" for name in self._condition.names)
+        return dict(zip(names, self._condition.units, strict=True))
+
+    def fingerprint(self) -> str:
+        """Hash of everything in the checkpoint that molecules depend on, 32 hexadecimal digits."""
+        state = self.checkpoint.state
+        digest = hashlib.sha256(self.config.to_yaml().encode())
+        digest.update(repr((state["elements"], list(state["size_histogram"].items()))).encode())
+        digest.update(repr((state.get("statistics"), state.get("condition"))).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def sizes(self, numbers: Tensor) -> Tensor:
+        """Atoms of the molecules with the given numbers, (B,)."""
+        uniform = RandomNumbers(self.seed, numbers).uniform(Stream.SIZE).cpu().double()
+        place = torch.searchsorted(self._cumulated, uniform, right=True)
+        return self._sizes[place.clamp(max=len(self._sizes) - 1)]
+
+    @torch.no_grad()
+    def draw(self, numbers: Tensor, advance: Callable[[], None] = lambda: None) -> Molecules:
+        """The molecules with the given numbers (B,), in their order.
+
+        Formal charges and bonds are those that the model generates, if it does. The values of a
+        condition become properties `condition_<name>`. `advance` is called after each evaluation
+        of the network. If the network diverged, positions are not finite.
+        """
+        sizes = self.sizes(numbers).to(self.device)
+        largest = int(sizes.max())
+        mask = torch.arange(largest, device=self.device)[None] < sizes[:, None]
+        random = RandomNumbers(self.seed, numbers.to(self.device))
+        properties: dict[str, Property] = {}
+        condition = None
+        if self._condition is not None:
+            if self.condition is None:
+                values = self._condition.draw(random)
+            else:
+                values = self._condition.given(self.condition, len(numbers))
+            condition = self._condition.encode(values).to(self.device)
+            for name, unit, column in zip(
+                self._condition.names, self._condition.units, values.T.numpy(), strict=True
+            ):
+                properties[f"condition_{name}"] = Property(np.ascontiguousarray(column), unit)
+        state = self.sampler.sample(
+            self.model, random, self.layout, mask, condition, self.hook, advance
+        )
+        return _molecules(state.decode(), mask, properties)
+
+
+def _statistics_of(state: Mapping[str, Any]) -> MoleculeStatistics:
+    """What a checkpoint's state says of its training molecules."""
+    elements = tuple(atomic_number(name) for name in state["elements"])
+    rest = state.get("statistics", {})
+    low, high = rest.get("charges", (0, 0))
+    return MoleculeStatistics(elements, (low, high), rest.get("aromatic", False))
+
+
+def _molecules(
+    data: Mapping[str, Tensor], mask: Tensor, properties: Mapping[str, Property]
+) -> Molecules:
+    """Ragged molecules of decoded fields, without padding."""
+    charges = data.get("formal_charges")
+    orders = data.get("bond_orders")
+    return Molecules(
+        data["positions"][mask].cpu().numpy().astype(np.float32),
+        data["atomic_numbers"][mask].cpu().numpy(),
+        offsets_from_sizes(mask.sum(dim=1).cpu().numpy()),
+        formal_charges=None if charges is None else charges[mask].cpu().numpy(),
+        bonds=None if orders is None else bonds_of(orders, mask),
+        properties=properties,
+    )
+
+
+def bonds_of(orders: Tensor, mask: Tensor) -> Bonds:
+    """Ragged bonds of symmetric bond orders (B, N, N), 0 without a bond, between real atoms."""
+    inside = torch.triu(mask[:, :, None] & mask[:, None, :], diagonal=1)
+    molecule, i, j = torch.nonzero((orders > 0) & inside, as_tuple=True)
+    index: NDArray[np.int64] = torch.stack([i, j], dim=1).cpu().numpy()
+    counts = torch.bincount(molecule, minlength=len(mask)).cpu().numpy()
+    return Bonds(
+        index.astype(np.uint32), orders[molecule, i, j].cpu().numpy(), offsets_from_sizes(counts)
+    )
