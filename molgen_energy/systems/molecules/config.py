@@ -10,19 +10,18 @@ from molgen_energy.config import (
     Auto,
     Config,
     DataConfig,
-    EdgesConfig,
+    OneOf,
     PositiveFloat,
     PositiveInt,
     PositiveOrAuto,
     Section,
-    SpringsConfig,
     TrainingConfig,
-    loss_on,
     one_of,
 )
 from molgen_energy.diffusion.process import PROCESSES
 from molgen_energy.elements import atomic_number
-from molgen_energy.losses import LOSSES, SPIN_LOSSES
+from molgen_energy.losses import LOSSES, SPIN_LOSSES, EdgesConfig, EnergyConfig, SpringsConfig
+from molgen_energy.losses.base import LossConfig
 from molgen_energy.models import MODELS
 
 
@@ -79,14 +78,26 @@ class DiffusionConfig(Section):
         return self
 
 
-class LossConfig(Section):
+def _loss_name(name: str) -> str:
+    OneOf("loss", LOSSES, {"spins": SPIN_LOSSES}).section(name)
+    return name
+
+
+class MoleculeLossConfig(Section):
     """Loss on positions; features have the squared (`mae`: absolute) error of what is predicted."""
 
-    name: Annotated[str, loss_on("molecules", LOSSES, {"spins": SPIN_LOSSES})] = "energy"
+    name: Annotated[str, AfterValidator(_loss_name)] = "energy"
     springs: SpringsConfig = SpringsConfig()
     edges: EdgesConfig = EdgesConfig()
     position_weight: PositiveOrAuto = "auto"
     """w; `auto` takes the paper's, converted to the run's springs and edges for the energy."""
+
+    @property
+    def section(self) -> LossConfig:
+        """The section of the named loss."""
+        if self.name == "energy":
+            return EnergyConfig(springs=self.springs, edges=self.edges)
+        return LOSSES[self.name].Config()  # type: ignore[call-arg]
 
 
 class MoleculeTrainingConfig(TrainingConfig):
@@ -106,5 +117,5 @@ class MoleculeConfig(Config):
     data: MoleculeDataConfig = MoleculeDataConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
-    loss: LossConfig = LossConfig()
+    loss: MoleculeLossConfig = MoleculeLossConfig()
     training: MoleculeTrainingConfig = MoleculeTrainingConfig()

@@ -13,14 +13,8 @@ from torch import Tensor
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.data.molecules import Molecules, batch_by_size
 from molgen_energy.errors import InputError
-from molgen_energy.losses import (
-    BondEdges,
-    Neighbours,
-    PairwiseEnergy,
-    PositionLoss,
-    SymmetrizedEdges,
-)
-from molgen_energy.losses.base import Bonds as BondedPairs
+from molgen_energy.losses import Neighbours, PositionLoss
+from molgen_energy.losses.base import BondedPairs
 
 Progress = Callable[[int, int], None]
 
@@ -69,18 +63,15 @@ class LossInputs:
         progress: Progress = lambda done, total: None,
         go_on: Callable[[], None] = lambda: None,
     ) -> None:
-        self._features = False
+        self._features = "features" in loss.requires
         self._bonds: Tensor | None = None
         self._neighbours: Neighbours | None = None
-        if not isinstance(loss, PairwiseEnergy):
-            return
-        self._features = loss.distance == "features"
         if needs_bonds(loss):
             self._bonds = torch.from_numpy(_bond_table(molecules, go_on)).to(device)
-        if isinstance(loss.edges, SymmetrizedEdges):
+        if "neighbours" in loss.requires:
             order = np.arange(len(molecules))
             index, weight = _symmetrized_table(
-                loss.edges,
+                loss,
                 molecules,
                 name,
                 order if numbers is None else numbers,
@@ -116,9 +107,7 @@ class LossInputs:
 
 def needs_bonds(loss: PositionLoss) -> bool:
     """Whether a loss asks which atoms are bonded."""
-    return isinstance(loss, PairwiseEnergy) and (
-        loss.family.needs_bonds or isinstance(loss.edges, BondEdges)
-    )
+    return "bonds" in loss.requires
 
 
 def table_bytes(loss: PositionLoss, molecules: int, largest: int) -> int:
@@ -128,7 +117,7 @@ def table_bytes(loss: PositionLoss, molecules: int, largest: int) -> int:
     have more than 8 bonds. Tables are there twice while pieces are put together.
     """
     row = 8 if needs_bonds(loss) else 0
-    if isinstance(loss, PairwiseEnergy) and isinstance(loss.edges, SymmetrizedEdges):
+    if "neighbours" in loss.requires:
         row += 5 * largest
     return 2 * row * molecules * largest
 
@@ -159,13 +148,13 @@ def _bonded(molecules: Molecules) -> NDArray[np.int64]:
         [np.stack([molecule, i, j], axis=1), np.stack([molecule, j, i], axis=1)]
     )
     pairs = np.unique((triples[:, 0] * atoms + triples[:, 1]) * atoms + triples[:, 2])
-    table = BondedPairs(atoms, None, torch.from_numpy(pairs)).neighbours(len(molecules))
+    table = BondedPairs(atoms, torch.from_numpy(pairs)).neighbours(len(molecules))
     found: NDArray[np.int64] = table.index.numpy()
     return found
 
 
 def _symmetrized_table(
-    edges: SymmetrizedEdges,
+    loss: PositionLoss,
     molecules: Molecules,
     name: str,
     numbers_in_data: NDArray[np.int64],
@@ -181,13 +170,12 @@ def _symmetrized_table(
         positions, numbers = molecules.select(which).padded()
         mask = torch.from_numpy(numbers > 0)
         try:
-            table = edges.neighbours(torch.from_numpy(positions), mask, numbers=ranks[which])
+            table = loss.prepare_neighbours(torch.from_numpy(positions), mask, ranks[which])
         except ValueError as error:
-            at = _first_too_close(molecules, which, edges.tolerance)
+            at = _first_too_close(loss, molecules, which)
             where = name if at is None else f"{name}: molecule {numbers_in_data[at] + 1}"
             raise InputError(
-                f"{where}: {error} (loss.edges.tolerance = {edges.tolerance} Å); leave it out, or "
-                "lower that"
+                f"{where}: {error} (loss.edges.tolerance); leave it out, or lower that"
             ) from None
         assert table.weight is not None
         index = table.index.numpy().astype(_index_type(molecules))
@@ -213,12 +201,12 @@ def _together(molecules: Molecules, pieces: list[MoleculeChunk]) -> NDArray[np.i
 
 
 def _first_too_close(
-    molecules: Molecules, which: NDArray[np.int64], tolerance: float
+    loss: PositionLoss, molecules: Molecules, which: NDArray[np.int64]
 ) -> int | None:
     """The first of these molecules that holds two atoms too close to tell symmetries apart."""
     for number in which.tolist():
-        positions = molecules[number].positions.astype(np.float64)
-        i, j = np.triu_indices(len(positions), k=1)
-        if (np.linalg.norm(positions[i] - positions[j], axis=1) < 4 * tolerance).any():
+        try:
+            loss.prepare_neighbours(torch.from_numpy(molecules[number].positions)[None])
+        except ValueError:  # noqa: PERF203
             return int(number)
     return None

@@ -11,7 +11,6 @@ import torch
 
 from molgen_energy.output import check_writable
 from molgen_energy.systems.base import Observer, SamplingResult, System
-from molgen_energy.systems.energy import describe_springs
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.sampling import check_name, sample_to_file
 from molgen_energy.systems.molecules.task import MoleculeGenerator, MoleculeTask
@@ -93,4 +92,4 @@ class MoleculeSystem(System):
     def details(self, config: Any) -> str:
         """Springs, and the process where it is not diffusion."""
         process = "" if config.diffusion.process == "diffusion" else ", by flow matching"
-        return f"{describe_springs(config.loss)}{process}"
+        return f"{config.loss.section.describe()}{process}"

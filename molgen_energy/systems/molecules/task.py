@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,16 +33,10 @@ from molgen_energy.diffusion.schedule import PolynomialSchedule
 from molgen_energy.distributed import all_reduce_sum, broadcast, local_world_size, rank, world_size
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
-from molgen_energy.losses import (
-    POINTWISE_LOSSES,
-    CompleteEdges,
-    PositionLoss,
-    mean_stiffness,
-)
+from molgen_energy.losses import PositionLoss
 from molgen_energy.models import MODELS
 from molgen_energy.resources import bundled_sample
 from molgen_energy.systems.base import build_with_seed
-from molgen_energy.systems.energy import build_edges, build_energy, resolve_scale
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.encoding import MoleculeEncoding, vocabulary
 from molgen_energy.systems.molecules.loss_inputs import LossInputs, needs_bonds, table_bytes
@@ -109,13 +104,10 @@ def build_model(config: MoleculeConfig, encoding: MoleculeEncoding) -> nn.Module
 
 def build_loss(config: MoleculeConfig, encoding: MoleculeEncoding) -> PositionLoss:
     """The configured loss on positions; needs a config without `auto`."""
-    section = config.loss
-    if section.name == "energy":
-        assert not isinstance(section.springs.scale, str)
-        edges = build_edges(section.edges, config.training.seed)
-        return build_energy(section.springs, section.springs.scale, edges)
     # One mean over positions and features together, of which this is the positions' part.
-    return POINTWISE_LOSSES[section.name](channels=3 + encoding.features)
+    loss = config.loss.section.build(seed=config.training.seed, channels=3 + encoding.features)
+    assert isinstance(loss, PositionLoss)
+    return loss
 
 
 def _encoding(config: MoleculeConfig, elements: Sequence[int]) -> MoleculeEncoding:
@@ -277,46 +269,25 @@ class MoleculeTask:
         What is a mean over the training molecules is one over a sample of them where they are
         streamed: runs of the file, chosen by the seed, of 100,000 molecules or less.
         """
-        springs, training = config.loss.springs, config.training
-        weight, family, stiffness = config.loss.position_weight, None, 1.0
+        section, training = config.loss.section, config.training
+        weight = config.loss.position_weight
         changes: dict[str, Any] = {"data.elements": [symbol(z) for z in self.encoding.elements]}
         if config.data.path is not None:  # a run is resumed from any folder
             changes["data.path"] = str(Path(config.data.path).resolve())
-        if config.loss.name == "energy":
-            family = springs.family
-            if isinstance(springs.scale, str) or weight == "auto":  # a resumed run has both
-                sample = self._train.sample(_SAMPLE)
-                complete = build_energy(springs, 1.0, CompleteEdges())
-                stiffness = mean_stiffness(complete, self._pieces(sample))
-            mean = stiffness
-            scale = resolve_scale(springs, lambda: mean)
-            changes["loss.springs.scale"] = scale
-            stiffness *= scale
-            if weight == "auto" and config.loss.edges.kind != "complete":
-                stiffness *= self._share_of_springs(config, sample)
+        sample = cache(lambda: self._train.sample(_SAMPLE))
+        resolved = section.resolve(lambda: self._pieces(sample()), training.seed)
+        if "springs" in type(resolved.config).model_fields:
+            changes["loss.springs"] = resolved.config.model_dump()["springs"]
         if "auto" in (weight, training.lr):
             # The registries and the configuration allow no other names than are here.
-            paper = PAPER[config.model.name][config.loss.name, family]
+            paper = PAPER[config.model.name][config.loss.name, section.variant]
             if weight == "auto":
-                changes["loss.position_weight"] = paper.position_weight / stiffness
+                changes["loss.position_weight"] = paper.position_weight / resolved.stiffness
             if training.lr == "auto":
                 changes["training.lr"] = paper.lr
         if training.low_precision == "auto":
             changes["training.low_precision"] = has_native_bfloat16(self.device)
         return config.replaced(changes)
-
-    def _share_of_springs(self, config: MoleculeConfig, sample: _Split) -> float:
-        """Energy of the configured edges for small random errors, as a share of all pairs'."""
-        generator = torch.Generator().manual_seed(config.training.seed)
-        totals = []
-        configured = build_edges(config.loss.edges, config.training.seed)
-        for edges in (configured, CompleteEdges()):
-            energy, total = build_energy(config.loss.springs, 1.0, edges), 0.0
-            for piece in self._pieces(sample):
-                stiffness = energy.total_stiffness(**piece, generator=generator).total
-                total += float((stiffness / piece["mask"].sum(dim=1)).sum())
-            totals.append(total)
-        return totals[0] / totals[1] if all(totals) else 1.0
 
     def _pieces(self, split: _Split) -> Iterator[dict[str, Any]]:
         """Molecules in pieces, as arguments of `total_stiffness`."""
