@@ -9,6 +9,7 @@ the values that were used.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -274,7 +275,7 @@ def _assign(schema: type[Section], values: dict[str, Any], key: str, value: Any)
         field = schema.model_fields.get(section)
         inner = None if field is None else _section_class(field, values.get(section))
         if field is None or inner is None:
-            raise InputError(unknown_name("config key", key, _dotted(schema, sections[:depth])))
+            raise InputError(_unknown_key(key, schema, sections[:depth]))
         if not isinstance(values.get(section), dict):
             default = field.get_default(call_default_factory=True)
             is_section = isinstance(default, Section)
@@ -283,7 +284,7 @@ def _assign(schema: type[Section], values: dict[str, Any], key: str, value: Any)
             values[section] = _switched(field, inner, values[section], key, value)
         schema, values = inner, values[section]
     if last not in schema.model_fields:
-        raise InputError(unknown_name("config key", key, _dotted(schema, sections)))
+        raise InputError(_unknown_key(key, schema, sections))
     values[last] = value
 
 
@@ -306,9 +307,13 @@ def _switched(
     return kept | {"name": name}
 
 
-def _dotted(schema: type[Section], parents: list[str]) -> list[str]:
-    """Full names of the keys of a section under its parents."""
-    return [".".join([*parents, key]) for key in schema.model_fields]
+def _unknown_key(key: str, section: type[Section], parents: list[str]) -> str:
+    """Message for a dotted key that is not among those of a section under its parents."""
+    part = key.split(".")[len(parents)]
+    near = difflib.get_close_matches(part, section.model_fields, n=1)
+    hint = f"; did you mean '{'.'.join([*parents, near[0]])}'?" if near else ""
+    valid = ", ".join(".".join([*parents, name]) for name in section.model_fields)
+    return f"unknown config key '{key}'{hint} (valid: {valid})"
 
 
 def config_names() -> list[str]:
@@ -392,8 +397,7 @@ def _validated(schema: type[Self], values: Mapping[str, Any], where: str) -> Sel
         section, known = _located(schema, values, first["loc"])
         if first["type"] == "extra_forbidden":
             key = ".".join(map(str, first["loc"]))
-            message = unknown_name("config key", key, _dotted(section, known))
-            raise InputError(f"{where}: {message}") from error
+            raise InputError(f"{where}: {_unknown_key(key, section, known)}") from error
         message = first["msg"].removeprefix("Value error, ")
         shown = "" if first["type"] == "value_error" else f" (it is {first['input']!r})"
         raise InputError(f"{where}: {'.'.join(known)}: {message}{shown}") from error
