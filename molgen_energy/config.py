@@ -1,14 +1,18 @@
-"""The configuration of a run: a typed schema, YAML, and `--set key=value`.
+"""The configuration of a run: typed sections, YAML, and `--set key=value`.
 
-Each physical system has its own sections (`molgen_energy.systems`); what all share stands here.
-Unknown keys and names fail and say which are valid. A value `auto` is replaced by a number before
-training starts, so the `config.yaml` of a run holds what was used.
+Each physical system has a `Config` of its own (`molgen_energy.systems`); this module holds what all
+of them share. A section that several classes can fill, such as `model` or `loss`, is a union told
+apart by its key `name`: see `OneOf`. Unknown keys and names are refused with the valid ones. A
+value `auto` is replaced by a number before training starts, so the `config.yaml` of a run holds
+the values that were used.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import yaml
@@ -17,13 +21,15 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     ValidationError,
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema
 
 from molgen_energy.errors import InputError, unknown_name
-from molgen_energy.losses import EDGES, PUBLISHED_SCALES, SPRINGS
 from molgen_energy.resources import resource_directory
 
 Auto = Literal["auto"]
@@ -31,9 +37,14 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Self = TypeVar("Self", bound="Config")
 
+_OPTIONS = "the given options"  # where a change of `replaced` comes from, in messages
+
 
 def one_of(kind: str, names: Any) -> AfterValidator:
-    """A check that a text is among names, for an annotated field."""
+    """A check that a string is one of the names, for an annotated field.
+
+    `names` is looked up at each validation, so a registry may grow.
+    """
 
     def check(name: str) -> str:
         if name not in names:
@@ -43,53 +54,126 @@ def one_of(kind: str, names: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
-def loss_on(what: str, names: Any, elsewhere: Mapping[str, Any]) -> AfterValidator:
-    """A check that a loss is among those on something, and not on something else."""
+def positive_or(*names: str) -> AfterValidator:
+    """A check that a value is a finite number above 0 or one of the names, for `float | str`."""
 
-    def check(name: str) -> str:
-        for other, foreign in elsewhere.items():
-            if name in foreign and name not in names:
-                raise ValueError(
-                    f"'{name}' is a loss on {other}; {what} are trained with {', '.join(names)}"
-                )
-        if name not in names:
-            raise ValueError(unknown_name("loss", name, names))
-        return name
+    def check(value: float | str) -> float | str:
+        if isinstance(value, str):
+            if value not in names:
+                raise ValueError(f"expected a number above 0 or {', '.join(names)}, not '{value}'")
+        elif not 0 < value < float("inf"):
+            raise ValueError(f"expected a number greater than 0, not {value}")
+        return value
 
     return AfterValidator(check)
 
 
-def _positive_or(names: tuple[str, ...], value: float | str) -> float | str:
-    if isinstance(value, str):
-        if value not in names:
-            raise ValueError(f"expected a number above 0 or {', '.join(names)}, not '{value}'")
-    elif not 0 < value < float("inf"):
-        raise ValueError(f"expected a number greater than 0, not {value}")
-    return value
-
-
-def _positive_or_auto(value: float | str) -> float | str:
-    return _positive_or(("auto",), value)
-
-
-def _spring_scale(value: float | str) -> float | str:
-    return _positive_or(("auto", *PUBLISHED_SCALES), value)
-
-
-PositiveOrAuto = Annotated[float | str, AfterValidator(_positive_or_auto)]
+PositiveOrAuto = Annotated[float | str, positive_or("auto")]
 
 
 class Section(BaseModel):
-    """Some keys of a configuration, under one name."""
+    """A named group of keys of a configuration."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _no_value(cls, values: Any) -> Any:
+    def _complete(cls, values: Any) -> Any:
+        """Refuse a plain value, and write the default name into unions without one."""
         if isinstance(values, (str, int, float, list)):
             raise ValueError(f"holds {', '.join(cls.model_fields)}; set one of these")
-        return values
+        if not isinstance(values, Mapping):
+            return values
+        completed = dict(values)
+        for key, field in cls.model_fields.items():
+            section = completed.get(key)
+            default = getattr(field.default, "name", None)
+            if _union(field) and isinstance(section, Mapping) and default is not None:
+                completed[key] = {"name": default, **section}
+        return completed
+
+
+class OneOf:
+    """Metadata of a field whose section class is chosen by the section's key `name`.
+
+    ``model: Annotated[Section, OneOf("model", MODELS)] = GDM.Config()`` is validated by
+    ``MODELS[name].Config``, with the name of the default where none is given.
+
+    Parameters
+    ----------
+    kind
+        What the names are names of, for messages.
+    registry
+        Classes by name, each with its section class as the attribute `Config`. It is looked up at
+        each validation, so rows may be added.
+    elsewhere
+        Registries of other systems, by what these are trained on, for the message about a name
+        that is valid there.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        registry: Mapping[str, Any],
+        elsewhere: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    ) -> None:
+        self.kind = kind
+        self.registry = registry
+        self.elsewhere = elsewhere
+
+    def section(self, name: Any) -> type[Section]:
+        """The section class of a name.
+
+        Raises
+        ------
+        ValueError
+            The registry has no such name.
+        """
+        if isinstance(name, str) and name in self.registry:
+            section: type[Section] = self.registry[name].Config
+            return section
+        for other, registry in self.elsewhere.items():
+            if name in registry:
+                raise ValueError(
+                    f"'{name}' is a {self.kind} on {other} (valid here: {', '.join(self.registry)})"
+                )
+        raise ValueError(unknown_name(self.kind, str(name), self.registry))
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._validate)
+
+    def _validate(self, value: Any) -> Section:
+        if isinstance(value, Section):
+            section = self.section(getattr(value, "name", None))
+            if type(value) is not section:
+                raise ValueError(f"expected a {section.__name__}, not a {type(value).__name__}")
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"expected the keys of a {self.kind}, such as name")
+        return self.section(value.get("name")).model_validate(value)
+
+
+def _union(field: FieldInfo) -> OneOf | None:
+    """The metadata of a field that is a union of sections; None of any other field."""
+    return next((item for item in field.metadata if isinstance(item, OneOf)), None)
+
+
+def _section_class(field: FieldInfo, values: Any) -> type[Section] | None:
+    """The section class that a field's values are validated by; None of a plain value.
+
+    Raises
+    ------
+    ValueError
+        The field is a union, and the values have a name that is not valid.
+    """
+    union = _union(field)
+    if union is not None:
+        name = values.get("name") if isinstance(values, Mapping) else None
+        return union.section(getattr(field.default, "name", None) if name is None else name)
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
 class DataConfig(Section):
@@ -100,42 +184,21 @@ class DataConfig(Section):
     ] = None
 
 
-class SpringsConfig(Section):
-    """Springs of the energy loss."""
-
-    family: Annotated[str, one_of("spring family", SPRINGS)] = "exponential"
-    scale: Annotated[float | str, AfterValidator(_spring_scale)] = "auto"
-    """c of k_ij = (c/n)·f(d_ij); `auto` makes c·f of mean 1 over the training pairs, a model's name
-    takes the published c that goes with it."""
-    distance: Literal["positions", "features"] = "positions"
-    """What f takes: distances of positions, or of positions and encoded features together."""
-
-
-class EdgesConfig(Section):
-    """Pairs that springs join, in the energy loss."""
-
-    kind: Annotated[str, one_of("edges", EDGES)] = "complete"
-    pool: Annotated[int, Field(gt=0, le=10_000)] = 100
-    """Random graphs to draw from for each number of atoms; `sparse` and `symmetrized`."""
-    tolerance: PositiveFloat = 0.01
-    """Distances in Å that differ by less count as equal by symmetry; `symmetrized`."""
-
-
 class TrainingConfig(Section):
-    """Optimisation. Either `steps` or `epochs` says how long."""
+    """Optimisation. Exactly one of `steps` and `epochs` sets the length."""
 
     steps: PositiveInt | None = None
     epochs: PositiveInt | None = None
     batch_size: PositiveInt = 64
     lr: PositiveFloat | Auto = "auto"
-    """`auto` takes what goes with the model and the loss, where there is such a value."""
+    """`auto` takes the published value for the model and the loss, where there is one."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon` makes updates of matrices between states orthogonal; all else has AdamW."""
+    """`muon` orthogonalises the updates of hidden matrices; AdamW updates all other parameters."""
     muon_lr: PositiveFloat = 0.01
-    """Learning rate of the matrices that `muon` has; `lr` is that of all else."""
+    """Learning rate of the matrices that `muon` updates; `lr` is that of all other parameters."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     decay: Literal["none", "cosine"] = "none"
-    """Learning rate behind the warm-up: constant, or a half cosine to zero at the last step."""
+    """Learning rate after the warm-up: constant, or a half cosine to zero at the last step."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-12
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     clip_gradients: bool = True
@@ -146,11 +209,11 @@ class TrainingConfig(Section):
 
 
 class Config(Section):
-    """A whole run: what all systems have. Each adds `model`, `loss` and what else it needs."""
+    """The configuration of a run. Each system adds `model`, `loss` and further sections."""
 
     name: str
     system: str
-    """Key of `molgen_energy.systems.registry.SYSTEMS`; a subclass has its own as the default."""
+    """Key of `molgen_energy.systems.registry.SYSTEMS`; a subclass sets its own as the default."""
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
 
@@ -164,62 +227,93 @@ class Config(Section):
 
     @classmethod
     def of_system(cls) -> str:
-        """The system that this is the configuration of."""
+        """The system that this class configures."""
         return str(cls.model_fields["system"].default)
 
     @classmethod
-    def of(cls: type[Self], given: RawConfig) -> Self:
-        """Check what a file holds.
+    def of(cls: type[Self], raw: RawConfig) -> Self:
+        """Validate the contents of a file.
 
         Raises
         ------
         InputError
             A key or a value is not valid.
         """
-        return _validated(cls, given.values, given.where)
+        return _validated(cls, raw.values, raw.where)
 
     def to_yaml(self) -> str:
-        """All values, defaults too."""
+        """All values, including defaults."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
     def replaced(self: Self, changes: Mapping[str, Any]) -> Self:
-        """A copy with values changed, by dotted key: ``{"model.layers": 6}``.
+        """A copy with changed values, by dotted key: ``{"model.layers": 6}``.
+
+        A change of the name of a union, such as ``loss.name``, comes before the others. Of the
+        section's previous keys those that both classes have keep their values, where these were
+        set; all others take the defaults of the new class.
 
         Raises
         ------
         InputError
             A key or a value is not valid.
         """
-        values = self.model_dump()
-        for key, value in changes.items():
-            *sections, last = key.split(".")
-            place = values
-            for section in sections:
-                inner = place.get(section)
-                if not isinstance(inner, dict):
-                    raise InputError(unknown_name("config key", key, _keys_near(values, sections)))
-                place = inner
-            if last not in place:
-                raise InputError(unknown_name("config key", key, _keys_near(values, sections)))
-            place[last] = value
-        # Of the two ways to say how long, the one that was changed holds.
+        values = self.model_dump(exclude_unset=True)
+        for key in sorted(changes, key=lambda key: not key.endswith(".name")):
+            _assign(type(self), values, key, changes[key])
+        # Of the two ways to set the length, the changed one holds.
         if "training.steps" in changes and "training.epochs" not in changes:
             values["training"]["epochs"] = None
         if "training.epochs" in changes and "training.steps" not in changes:
             values["training"]["steps"] = None
-        return _validated(type(self), values, "the given options")
+        return _validated(type(self), values, _OPTIONS)
 
 
-def _keys_near(values: Mapping[str, Any], sections: list[str]) -> list[str]:
-    """Full names of the keys of the deepest section that exists."""
-    prefix: list[str] = []
-    place: Any = values
-    for section in sections:
-        if not isinstance(place.get(section), dict):
-            break
-        place = place[section]
-        prefix.append(section)
-    return [".".join([*prefix, key]) for key in place]
+def _assign(schema: type[Section], values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value of a dotted key in place."""
+    *sections, last = key.split(".")
+    for depth, section in enumerate(sections):
+        field = schema.model_fields.get(section)
+        inner = None if field is None else _section_class(field, values.get(section))
+        if field is None or inner is None:
+            raise InputError(_unknown_key(key, schema, sections[:depth]))
+        if not isinstance(values.get(section), dict):
+            default = field.get_default(call_default_factory=True)
+            is_section = isinstance(default, Section)
+            values[section] = default.model_dump(exclude_unset=True) if is_section else {}
+        if last == "name" and depth + 1 == len(sections) and _union(field) is not None:
+            values[section] = _switched(field, inner, values[section], key, value)
+        schema, values = inner, values[section]
+    if last not in schema.model_fields:
+        raise InputError(_unknown_key(key, schema, sections))
+    values[last] = value
+
+
+def _switched(
+    field: FieldInfo, before: type[Section], values: dict[str, Any], key: str, name: Any
+) -> dict[str, Any]:
+    """The values of a section of another name: its keys that both section classes have."""
+    union = _union(field)
+    assert union is not None
+    try:
+        after = union.section(name)
+    except ValueError as error:
+        raise InputError(f"{_OPTIONS}: {key}: {error}") from None
+    kept = {
+        own: value
+        for own, value in values.items()
+        if own in after.model_fields
+        and after.model_fields[own].annotation == before.model_fields[own].annotation
+    }
+    return kept | {"name": name}
+
+
+def _unknown_key(key: str, section: type[Section], parents: list[str]) -> str:
+    """Message for a dotted key that is not among those of a section under its parents."""
+    part = key.split(".")[len(parents)]
+    near = difflib.get_close_matches(part, section.model_fields, n=1)
+    hint = f"; did you mean '{'.'.join([*parents, near[0]])}'?" if near else ""
+    valid = ", ".join(".".join([*parents, name]) for name in section.model_fields)
+    return f"unknown config key '{key}'{hint} (valid: {valid})"
 
 
 def config_names() -> list[str]:
@@ -228,14 +322,14 @@ def config_names() -> list[str]:
 
 
 class RawConfig(NamedTuple):
-    """What a file of configuration holds, not yet checked."""
+    """The contents of a configuration file, not yet validated."""
 
     where: str
     values: Mapping[str, Any]
 
     @property
     def system(self) -> str:
-        """Which system it is of."""
+        """The physical system that it configures."""
         return str(self.values["system"])
 
 
@@ -245,7 +339,7 @@ def read_config(name: str | Path) -> RawConfig:
     Raises
     ------
     InputError
-        There is no such configuration, or it is no YAML.
+        There is no such configuration, or the file is not YAML.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
@@ -259,19 +353,19 @@ def read_config(name: str | Path) -> RawConfig:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} does not hold keys and values")
     return RawConfig(str(path), {"name": path.stem, "system": "molecules"} | values)
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """`key=value` texts as a dictionary; values are read as YAML.
+    """Parse `key=value` strings into a dictionary; values are read as YAML.
 
     Raises
     ------
     InputError
-        A text has no `=`, or its value is no YAML.
+        A string has no `=`, or its value is not YAML.
     """
     changes = {}
     for text in assignments:
@@ -281,14 +375,14 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         try:
             changes[key.strip()] = _yaml_scalar(value)
         except yaml.YAMLError as error:
-            raise InputError(f"--set {text}: the value is no YAML") from error
+            raise InputError(f"--set {text}: the value is not YAML") from error
     return changes
 
 
 def _yaml_scalar(text: str) -> Any:
     value = yaml.safe_load(text)
     if isinstance(value, str):
-        try:  # YAML 1.1 takes 1e-4, without a dot, for a text
+        try:  # YAML 1.1 takes 1e-4, without a dot, for a string
             return float(value)
         except ValueError:
             return value
@@ -300,22 +394,35 @@ def _validated(schema: type[Self], values: Mapping[str, Any], where: str) -> Sel
         return schema.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        known = schema.model_validate({"name": ""}).model_dump()
+        section, known = _located(schema, values, first["loc"])
         if first["type"] == "extra_forbidden":
             key = ".".join(map(str, first["loc"]))
-            valid = _keys_near(known, list(map(str, first["loc"][:-1])))
-            raise InputError(f"{where}: {unknown_name('config key', key, valid)}") from error
+            raise InputError(f"{where}: {_unknown_key(key, section, known)}") from error
         message = first["msg"].removeprefix("Value error, ")
         shown = "" if first["type"] == "value_error" else f" (it is {first['input']!r})"
-        raise InputError(f"{where}: {_key(first['loc'], known)}: {message}{shown}") from error
+        raise InputError(f"{where}: {'.'.join(known)}: {message}{shown}") from error
 
 
-def _key(location: tuple[int | str, ...], known: Any) -> str:
-    """The dotted key of a place of an error; pydantic appends the branch of a union, dropped."""
-    key = []
+def _located(
+    schema: type[Section], values: Any, location: tuple[int | str, ...]
+) -> tuple[type[Section], list[str]]:
+    """The innermost section of an error's location, and the keys of the location.
+
+    Pydantic appends the branch of a union of plain types to a location; it is left out.
+    """
+    keys: list[str] = []
     for part in location:
-        if not isinstance(known, dict) or part not in known:
+        field = schema.model_fields.get(str(part))
+        if field is None:
             break
-        key.append(str(part))
-        known = known[part]
-    return ".".join(key)
+        keys.append(str(part))
+        values = values.get(part) if isinstance(values, Mapping) else None
+        try:
+            inner = _section_class(field, values)
+        except ValueError:  # the error is about the name
+            keys.append("name")
+            break
+        if inner is None:
+            break
+        schema = inner
+    return schema, keys

@@ -1,9 +1,20 @@
 from __future__ import annotations
 
+import pickle
+from typing import Annotated
+
 import pytest
 import yaml
 
-from molgen_energy.config import config_names, parse_assignments
+from molgen_energy.config import (
+    Config,
+    OneOf,
+    PositiveInt,
+    RawConfig,
+    Section,
+    config_names,
+    parse_assignments,
+)
 from molgen_energy.errors import InputError
 from molgen_energy.systems.registry import load_config
 from molgen_energy.training.loop import total_steps
@@ -78,12 +89,40 @@ def test_bad_values_are_named(text, message):
     [
         ("spins_margin", "model.kernel=4", r"model\.kernel: .*odd number"),
         ("spins_margin", "loss.gauge=free", r"loss\.gauge: .*'fixed' or 'either'"),
-        ("spins_margin", "loss.temperature=0", r"loss\.temperature: .*greater than 0"),
+        ("spins_local_field", "loss.temperature=0", r"loss\.temperature: .*greater than 0"),
+        (
+            "spins_margin",
+            "loss.temperature=1",
+            r"unknown config key 'loss\.temperature' \(valid: "
+            r"loss\.name, loss\.gauge, loss\.margin\)",
+        ),
+        ("spins_true_energy", "loss.gauge=fixed", r"unknown config key 'loss\.gauge'"),
+        ("spins_margin", "loss.name=mse", r"loss\.name: 'mse' is a loss on positions"),
+        ("spins_margin", "loss.name=margins", r"loss\.name: unknown loss 'margins'; did you mean"),
+        ("spins_margin", "loss=margin", r"loss: expected the keys of a loss, such as name"),
         ("spins_margin", "loss.springs.family=inverse", r"unknown config key 'loss\.springs"),
         ("spins_margin", "training.augment_rotations=true", r"unknown config key 'training\.aug"),
         ("spins_margin", "model.name=gdm", r"unknown model 'gdm' \(valid: resnet\)"),
         ("shapes_energy", "model.name=gdm", r"unknown model 'gdm' \(valid: mlp\)"),
         ("shapes_energy", "loss.position_weight=1", r"unknown config key 'loss\.position_weight'"),
+        ("shapes_energy", "loss.name=local_field", r"loss\.name: 'local_field' is a loss on spins"),
+        (
+            "shapes_energy",
+            "loss.springs.family=stiff",
+            r"unknown spring family 'stiff'.*inverse_sq",
+        ),
+        (
+            "shapes_energy",
+            "loss.springs.scale=big",
+            r"loss\.springs\.scale: .*above 0 or auto, gdm",
+        ),
+        ("shapes_energy", "loss.edges=sparse", r"loss\.edges: holds kind, pool, tolerance"),
+        (
+            "shapes_energy",
+            "loss.edges.kind=sparce",
+            r"unknown edges 'sparce'; did you mean 'sparse'",
+        ),
+        ("shapes_energy", "model.kernel=3", r"'model\.kernel'.*valid: model\.name, model\.layers"),
     ],
 )
 def test_bad_values_of_other_systems_are_named(name, text, message):
@@ -103,7 +142,7 @@ def test_bad_assignments(text):
         ("model: {layer: 3}", r"unknown config key 'model\.layer'"),
         ("modle: {layers: 3}", r"unknown config key 'modle'; did you mean 'model'"),
         ("[1, 2]", "does not hold keys"),
-        ("a: b: c", "is no YAML"),
+        ("a: b: c", "is not YAML"),
         ("model: 3", "model: "),
     ],
 )
@@ -126,3 +165,131 @@ def test_configs_are_complete():
     for name in config_names():
         values = yaml.safe_load(load_config(name).to_yaml())
         assert values["training"]["steps"] or values["training"]["epochs"]
+
+
+# -- unions of sections -------------------------------------------------------------------------
+
+
+class Oak:
+    class Config(Section):
+        name: str = "oak"
+        height: PositiveInt = 20
+        acorns: int = 1000
+        age: int = 100
+
+
+class Fir:
+    class Config(Section):
+        name: str = "fir"
+        height: PositiveInt = 40
+        cones: int = 50
+        age: str = "old"
+
+
+TREES = {"oak": Oak, "fir": Fir}
+
+
+class Forest(Config):
+    system: str = "forests"
+    tree: Annotated[Section, OneOf("tree", TREES, {"reefs": {"coral"}})] = Oak.Config()
+
+
+def forest(**values) -> Forest:
+    return Forest.of(RawConfig("forest.yaml", {"name": "f", **values}))
+
+
+def test_the_name_chooses_the_section():
+    assert type(forest().tree) is Oak.Config
+    assert type(forest(tree={"name": "fir", "cones": 3}).tree) is Fir.Config
+    assert forest(tree={"height": 3}).tree == Oak.Config(height=3)  # the default's name
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"name": "elm"}, r"forest\.yaml: tree\.name: unknown tree 'elm' \(valid: oak, fir\)"),
+        ({"name": "firr"}, r"tree\.name: unknown tree 'firr'; did you mean 'fir'\?"),
+        ({"name": 3}, r"tree\.name: unknown tree '3'"),
+        ({"name": "coral"}, r"tree\.name: 'coral' is a tree on reefs \(valid here: oak, fir\)"),
+        (
+            {"name": "fir", "acorns": 1},
+            r"forest\.yaml: unknown config key 'tree\.acorns'.*valid: tree\.name, tree\.height, "
+            r"tree\.cones, tree\.age\)",
+        ),
+        ({"cones": 1}, r"unknown config key 'tree\.cones'.*tree\.acorns"),
+        ({"name": "fir", "height": 0}, r"forest\.yaml: tree\.height: .*greater than 0 \(it is 0\)"),
+        ("fir", r"forest\.yaml: tree: expected the keys of a tree, such as name"),
+        (None, r"forest\.yaml: tree: expected the keys of a tree"),
+    ],
+)
+def test_bad_sections_are_named(tree, message):
+    with pytest.raises(InputError, match=message):
+        forest(tree=tree)
+    with pytest.raises(InputError, match=message.replace("forest\\.yaml", "the given options")):
+        forest().replaced({"tree": tree})
+
+
+def test_a_change_of_name_keeps_common_keys_that_were_set():
+    found = forest(tree={"height": 5, "acorns": 7, "age": 3}).replaced({"tree.name": "fir"})
+    assert found.tree == Fir.Config(height=5)  # age has another type
+    assert forest().replaced({"tree.name": "fir"}).tree == Fir.Config()  # not oak's default height
+    back = found.replaced({"tree.name": "oak"})
+    assert back.tree == Oak.Config(height=5)
+    assert found.replaced({"tree.name": "fir"}) == found
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_changes_of_other_keys_come_after_the_name(order):
+    changes = [("tree.name", "fir"), ("tree.cones", 9), ("training.seed", 4)][::order]
+    found = forest(tree={"acorns": 7}).replaced(dict(changes))
+    assert found.tree == Fir.Config(cones=9)
+    assert found.training.seed == 4
+    with pytest.raises(InputError, match=r"unknown config key 'tree\.acorns'"):
+        found.replaced({"tree.acorns": 1})
+    with pytest.raises(InputError, match=r"unknown config key 'tree\.acorns'"):
+        forest().replaced({"tree.acorns": 1, "tree.name": "fir"})
+    with pytest.raises(InputError, match=r"unknown config key 'tree\.name\.first'"):
+        forest().replaced({"tree.name.first": 1})
+
+
+def test_the_default_of_a_section_that_is_not_in_the_file_is_kept():
+    class Grove(Config):
+        system: str = "groves"
+        tree: Annotated[Section, OneOf("tree", TREES)] = Fir.Config(cones=1)
+
+    grove = Grove.of(RawConfig("grove.yaml", {"name": "g"}))
+    assert grove.replaced({"tree.height": 2}).tree == Fir.Config(cones=1, height=2)
+
+
+def test_a_resolved_config_survives_yaml_and_pickle(tmp_path):
+    config = forest(tree={"name": "fir", "height": 6})
+    values = yaml.safe_load(config.to_yaml())
+    assert values["tree"] == {"name": "fir", "height": 6, "cones": 50, "age": "old"}
+    assert Forest.of(RawConfig("again", values)) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+    for name in ("shapes_energy", "spins_margin"):
+        shipped = load_config(name)
+        assert pickle.loads(pickle.dumps(shipped)) == shipped
+
+
+def test_a_row_may_be_added_at_run_time(monkeypatch):
+    class Palm:
+        class Config(Section):
+            name: str = "palm"
+            dates: int = 5
+
+    monkeypatch.setitem(TREES, "palm", Palm)
+    config = forest().replaced({"tree.name": "palm", "tree.dates": 8})
+    assert config.tree == Palm.Config(dates=8)
+
+
+def test_losses_are_changed_by_name():
+    config = load_config("shapes_energy").replaced({"loss.name": "mse"})
+    assert config.loss.model_dump() == {"name": "mse"}
+    again = config.replaced({"loss.name": "energy", "loss.springs.family": "inverse"})
+    assert again.loss.springs.family == "inverse"
+    assert again.loss.edges.kind == "complete"
+    spins = load_config("spins_local_field").replaced(
+        {"loss.gauge": "fixed", "loss.name": "margin"}
+    )
+    assert spins.loss.model_dump() == {"name": "margin", "gauge": "fixed", "margin": 1.0}

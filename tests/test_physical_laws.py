@@ -1,4 +1,4 @@
-"""What every registered loss, model and sampler must obey. Registering one tests it."""
+"""Laws that every registered loss, model and sampler must obey. Registering one tests it."""
 
 from __future__ import annotations
 
@@ -18,29 +18,44 @@ from molgen_energy.diffusion.schedule import PolynomialSchedule
 from molgen_energy.losses import (
     EDGES,
     LOSSES,
+    SPIN_LOSSES,
     SPRINGS,
+    EdgesConfig,
+    EnergyConfig,
     PairwiseEnergy,
     SparseEdges,
+    SpringsConfig,
     SymmetrizedEdges,
 )
 from molgen_energy.losses.symmetry import automorphisms
 from molgen_energy.models import MODELS, SHAPE_MODELS, SPIN_MODELS
 
 
-def kind_of_edges(name):
-    """One graph for each number of atoms, so that a sample has the same whatever its batch."""
-    pools = {"sparse": lambda: SparseEdges(pool=1), "symmetrized": lambda: SymmetrizedEdges(pool=1)}
-    return pools.get(name, EDGES[name])()
+def energy_sections():
+    """Sections of the energy with every family of springs on every kind of edges.
+
+    One graph for each number of atoms: a sample has the same graph in any batch.
+    """
+    sections = {
+        f"energy-{springs}-{edges}": EnergyConfig(
+            springs=SpringsConfig(family=springs, scale=1.7), edges=EdgesConfig(kind=edges, pool=1)
+        )
+        for springs in SPRINGS
+        for edges in EDGES
+    }
+    by_features = SpringsConfig(scale=1.7, distance="features")
+    return sections | {"energy-features": EnergyConfig(springs=by_features)}
 
 
-ENERGIES = {
-    f"energy-{springs}-{edges}": PairwiseEnergy(springs, 1.7, kind_of_edges(edges))
-    for springs in SPRINGS
-    for edges in EDGES
-}
-ENERGIES["energy-features"] = PairwiseEnergy("exponential", 1.7, distance="features")
-ENERGIES["energy-callable"] = PairwiseEnergy(lambda d: 1 / d**3, 1.7)
-ALL_LOSSES = ENERGIES | {name: loss() for name, loss in LOSSES.items() if name != "energy"}
+def position_losses():
+    """Every registered loss on positions, built from its section class."""
+    others = {name: kind.Config() for name, kind in LOSSES.items() if name != "energy"}
+    return {name: section.build() for name, section in (energy_sections() | others).items()}
+
+
+ALL_LOSSES = position_losses()
+ALL_LOSSES["energy-callable"] = PairwiseEnergy(lambda d: 1 / d**3, 1.7)
+ENERGIES = {name: loss for name, loss in ALL_LOSSES.items() if name.startswith("energy")}
 RIGID = {name: loss for name, loss in ENERGIES.items() if not name.endswith("-bonds")}
 POINTWISE = {name: loss for name, loss in ALL_LOSSES.items() if name not in ENERGIES}
 
@@ -49,8 +64,8 @@ def over(losses):
     return pytest.mark.parametrize("loss", losses.values(), ids=losses)
 
 
-def given(target, mask):
-    """What some losses are called with besides positions; NaN at padding."""
+def inputs_of(target, mask):
+    """All inputs that losses may require besides positions; NaN at padding."""
     nan = torch.tensor(torch.nan, dtype=target.dtype)
     generator = torch.Generator().manual_seed(3)
     features = torch.randn(*mask.shape, 4, generator=generator).to(target.dtype)
@@ -63,16 +78,53 @@ def given(target, mask):
 
 
 def value(loss, prediction, target, mask, extras=None):
-    extras = given(target, mask) if extras is None else extras
+    extras = inputs_of(target, mask) if extras is None else extras
     return loss(prediction, target, mask, **extras)
 
 
-@pytest.fixture(scope="module")
-def pair(molecules):
+def prediction_of(molecules):
     """A prediction near the data, the data, and the mask, in float64 with NaN at padding."""
     target, mask = padded_batch(molecules.select(np.arange(0, 2000, 250)))
     noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0)).double()
     return target + 0.3 * noise, target, mask
+
+
+@pytest.fixture(scope="module")
+def pair(molecules):
+    return prediction_of(molecules)
+
+
+@pytest.mark.parametrize(
+    ("registry", "name"),
+    [(registry, name) for registry in (LOSSES, SPIN_LOSSES) for name in registry],
+    ids=[*LOSSES, *SPIN_LOSSES],
+)
+def test_sections_stand_beside_their_losses(registry, name):
+    """The section of a row has its name, and builds a loss of its class with the same inputs."""
+    section = registry[name].Config()
+    assert section.name == name
+    resolved = section.resolve(lambda: [{"target": torch.randn(2, 5, 3).double()}], seed=0)
+    loss = resolved.config.build(seed=0, channels=None)
+    assert type(loss) is registry[name]
+    assert section.requires == resolved.config.requires == loss.requires
+    assert resolved.stiffness == 1.0
+
+
+@pytest.mark.parametrize("name", energy_sections())
+def test_the_energy_requires_what_its_section_says(pair, name):
+    """And nothing more: with these inputs alone it has a value, without any one of them none."""
+    section = energy_sections()[name]
+    loss = section.build()
+    assert section.requires == loss.requires
+    prediction, target, mask = pair
+    inputs = {k: v for k, v in inputs_of(target, mask).items() if k in loss.requires}
+    if "neighbours" in loss.requires:
+        inputs["neighbours"] = loss.prepare_neighbours(target, mask)
+    assert torch.isfinite(loss(prediction, target, mask, **inputs)).all()
+    for key in loss.requires - {"neighbours"}:  # edges that are not prepared are found
+        others = {k: v for k, v in inputs.items() if k != key}
+        with pytest.raises(ValueError, match=f"give {key}"):
+            loss(prediction, target, mask, **others)
 
 
 def moved(positions, mirror=1, seed=1):
@@ -99,21 +151,21 @@ def naive_energy(prediction, target, mask, stiffness):
 @pytest.mark.parametrize("springs", SPRINGS)
 def test_energy_is_the_equation(pair, springs, edges):
     _, target, mask = pair
-    extras = given(target, mask)
+    extras = inputs_of(target, mask)
     bonded = extras["bonds"]
-    process_group = np.ones((*mask.shape, mask.shape[1])) if edges == "complete" else bonded.numpy()
+    joined = np.ones((*mask.shape, mask.shape[1])) if edges == "complete" else bonded.numpy()
     if edges in ("sparse", "symmetrized"):
-        process_group = np.zeros_like(process_group, dtype=float)
+        joined = np.zeros_like(joined, dtype=float)
         for k, n in enumerate(mask.sum(1).tolist()):
             i, j = SparseEdges(pool=1).edge_lists(n, 3)[0].T
-            process_group[k, i, j] = process_group[k, j, i] = 1
+            joined[k, i, j] = joined[k, j, i] = 1
             if edges == "symmetrized":
                 group = automorphisms(torch.cdist(target[k, :n], target[k, :n]).numpy(), 0.01)
-                images = process_group[k, :n, :n][group[:, :, None], group[:, None, :]]
-                process_group[k, :n, :n] = images.mean(axis=0)
+                images = joined[k, :n, :n][group[:, :, None], group[:, None, :]]
+                joined[k, :n, :n] = images.mean(axis=0)
 
     def stiffness(k, i, j, rest):
-        return SPRINGS[springs](rest, bonded[k, i, j]) * float(process_group[k, i, j])
+        return SPRINGS[springs](rest, bonded[k, i, j]) * float(joined[k, i, j])
 
     expected = naive_energy(*pair, stiffness)
     torch.testing.assert_close(value(ENERGIES[f"energy-{springs}-{edges}"], *pair), expected)
@@ -146,7 +198,7 @@ def test_zero_at_the_data_positive_elsewhere(pair, loss):
 @over(ALL_LOSSES)
 def test_padding_has_no_effect(pair, loss):
     prediction, target, mask = pair
-    extras = given(target, mask)
+    extras = inputs_of(target, mask)
     together = value(loss, prediction, target, mask, extras)
     assert together.shape == (len(mask),)
     for k in range(len(mask)):
@@ -166,7 +218,7 @@ def test_padding_has_no_effect(pair, loss):
 @over({name: loss for name, loss in ALL_LOSSES.items() if "-s" not in name})
 def test_where_padding_stands_has_no_effect(pair, loss):
     prediction, target, mask = pair
-    extras = given(target, mask)
+    extras = inputs_of(target, mask)
 
     def padded_in_front(values, fill):
         return torch.cat([torch.full_like(values[:, :2], fill), values], dim=1)
@@ -184,7 +236,7 @@ def test_where_padding_stands_has_no_effect(pair, loss):
 @over(ALL_LOSSES)
 def test_packed_is_padded(pair, loss):
     prediction, target, mask = pair
-    extras = given(target, mask)
+    extras = inputs_of(target, mask)
     expected = value(loss, prediction, target, mask, extras)
     batch, _ = mask.nonzero().T
     number = torch.full(mask.shape, -1)
@@ -201,6 +253,19 @@ def test_packed_is_padded(pair, loss):
     padded = torch.where(mask[..., None], prediction, 0).requires_grad_()
     value(loss, padded, target, mask, extras).sum().backward()
     torch.testing.assert_close(value_.grad, padded.grad[mask])
+
+
+@over(ALL_LOSSES)
+def test_bonds_as_a_list_are_bonds_as_a_matrix(pair, loss):
+    """(3, E), in either or both directions and in any order, for (B, N, N)."""
+    prediction, target, mask = pair
+    extras = inputs_of(target, mask)
+    expected = value(loss, prediction, target, mask, extras)
+    both = extras["bonds"].nonzero().T
+    one = both[:, both[1] < both[2]]
+    for bonds in (both, one, one[[0, 2, 1]].flip(1), both.repeat(1, 2).int()):
+        got = value(loss, prediction, target, mask, extras | {"bonds": bonds})
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 @over(ALL_LOSSES)
@@ -262,7 +327,7 @@ def test_any_dimension(loss, dimension):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_precisions(pair, loss, dtype):
     prediction, target, mask = pair
-    extras = given(target, mask)
+    extras = inputs_of(target, mask)
     exact = value(loss, prediction.to(dtype).double(), target.to(dtype).double(), mask, extras)
     position = prediction.to(dtype).clone().requires_grad_()
     got = value(loss, position, target.to(dtype), mask, extras)
@@ -283,7 +348,7 @@ def test_autocast_changes_nothing(pair, loss):
 
 @over(ALL_LOSSES)
 def test_degree(pair, loss):
-    """A small displacement twice as large gives 2^degree times the loss."""
+    """Twice a small displacement gives 2^degree times the loss."""
     prediction, target, mask = pair
     step = prediction - target
     near = value(loss, target + 1e-5 * step, target, mask)
@@ -297,7 +362,7 @@ def test_degree(pair, loss):
 @pytest.mark.parametrize("mirror", [1, -1])
 def test_energy_is_invariant_in_both_arguments(pair, loss, mirror):
     prediction, target, mask = pair
-    extras = given(target, mask)
+    extras = inputs_of(target, mask)
     expected = value(loss, prediction, target, mask, extras)
     torch.testing.assert_close(
         value(loss, moved(prediction, mirror), target, mask, extras), expected
@@ -412,8 +477,8 @@ def test_sparse_energy_is_not_invariant_under_symmetries_but_its_average_is():
 
 
 def minimise(loss, target, start, mask, extras):
-    if isinstance(loss.edges, SymmetrizedEdges):
-        extras = extras | {"neighbours": loss.edges.neighbours(target, mask)}
+    if "neighbours" in loss.requires:
+        extras = extras | {"neighbours": loss.prepare_neighbours(target, mask)}
     position = start.clone().requires_grad_()
     optimiser = torch.optim.LBFGS(
         [position], max_iter=2000, max_eval=4000, history_size=50, tolerance_grad=1e-11,
@@ -435,7 +500,7 @@ def test_minimisers_of_the_energy_are_images_of_the_data(pair, loss):
     """From a start nearby, descent ends where all distances agree (corollary 4.3)."""
     prediction, target, mask = (x[:2] for x in pair)
     start = torch.where(mask[..., None], prediction, 0)
-    position, _ = minimise(loss, target, start, mask, given(target, mask))
+    position, _ = minimise(loss, target, start, mask, inputs_of(target, mask))
     for k in range(2):
         n = int(mask[k].sum())
         torch.testing.assert_close(
@@ -451,7 +516,7 @@ def test_random_starts_end_at_images_of_the_data(molecules, edges):
     starts = 12
     target, mask = target.repeat_interleave(starts, 0), mask.repeat_interleave(starts, 0)
     noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(4)).double()
-    loss = PairwiseEnergy("constant", 1.0, kind_of_edges(edges))
+    loss = PairwiseEnergy("constant", 1.0, EdgesConfig(kind=edges, pool=1).build(seed=0))
     found = 0
     for k in range(len(target)):  # one at a time: a line search is for one function
         one = slice(k, k + 1)
@@ -717,17 +782,21 @@ def test_networks_on_a_torus_follow_translations(name):
     torch.manual_seed(0)
     couplings = torch.rand(3, 2, 8, 8, dtype=torch.float64) * 2 - 1
     moved = couplings.roll((3, -2), (2, 3))
-    torus = SPIN_MODELS[name](2, 3, 8, 3, True).double()
+    section = SPIN_MODELS[name].Config(layers=3, width=8)
+    torus = section.build(2, periodic=True).double()
     torch.testing.assert_close(torus(moved), torus(couplings).roll((3, -2), (1, 2)))
-    flat = SPIN_MODELS[name](2, 3, 8, 3, False).double()
+    flat = section.build(2, periodic=False).double()
     assert not torch.allclose(flat(moved), flat(couplings).roll((3, -2), (1, 2)))
 
 
 @pytest.mark.parametrize(
     ("model", "shape"),
     [
-        *((build(2, 3, 8), (6, 2, 8, 8)) for build in SPIN_MODELS.values()),
-        *((build(1, 5, 2), (6, 1)) for build in SHAPE_MODELS.values()),
+        *(
+            (m.Config(layers=3, width=8).build(2, False), (6, 2, 8, 8))
+            for m in SPIN_MODELS.values()
+        ),
+        *((m.Config().build(1, 5, 2), (6, 1)) for m in SHAPE_MODELS.values()),
     ],
     ids=[*SPIN_MODELS, *SHAPE_MODELS],
 )

@@ -1,9 +1,10 @@
-"""Losses between a predicted and a true configuration, for anyone's training loop.
+"""Losses between a predicted and a true configuration, for any training loop.
 
-A loss is called with prediction and target, padded (B, N, D) with a mask (B, N) or packed (ΣN, D)
-with the number `batch` of each atom's sample, and returns one value for each sample, (B,). Weights
-in diffusion time and the mean over the batch live elsewhere. The attribute `degree` of a loss on
-positions says with which power of a small displacement it grows.
+A loss takes prediction and target, padded (B, N, D) with a mask (B, N) or packed (ΣN, D) with the
+sample `batch` of each atom, and returns one value for each sample, (B,). Weights in diffusion time
+and the mean over the batch are left to the caller. A loss declares the inputs that it requires
+besides positions, `requires`, and its section class in a configuration, `Config`; a loss on
+positions also the power of a small displacement with which it grows, `degree`.
 
 >>> energy = PairwiseEnergy(springs="exponential")
 >>> loss = energy(prediction, target, mask).mean()
@@ -11,16 +12,17 @@ positions says with which power of a small displacement it grows.
 
 from __future__ import annotations
 
-from molgen_energy.losses.base import Loss, Neighbours, PositionLoss
+from molgen_energy.losses.base import Loss, LossConfig, Neighbours, PositionLoss, ResolvedLoss
 from molgen_energy.losses.edges import (
     EDGES,
     BondEdges,
     CompleteEdges,
     Edges,
+    EdgesConfig,
     SparseEdges,
     SymmetrizedEdges,
 )
-from molgen_energy.losses.energy import PairwiseEnergy, mean_stiffness
+from molgen_energy.losses.energy import EnergyConfig, PairwiseEnergy, mean_stiffness
 from molgen_energy.losses.pointwise import (
     KabschError,
     MeanAbsoluteError,
@@ -35,16 +37,19 @@ from molgen_energy.losses.spin import (
     TrueEnergy,
     lattice_couplings,
 )
-from molgen_energy.losses.springs import PUBLISHED_SCALES, SPRINGS, SpringFamily
+from molgen_energy.losses.springs import (
+    PUBLISHED_SCALES,
+    SPRINGS,
+    SpringFamily,
+    SpringsConfig,
+)
 
-POINTWISE_LOSSES: dict[str, type[PointwiseLoss]] = {
+LOSSES: dict[str, type[PositionLoss]] = {
+    "energy": PairwiseEnergy,
     "mse": MeanSquaredError,
     "mae": MeanAbsoluteError,
     "kabsch": KabschError,
 }
-"""Losses that compare each atom with itself."""
-
-LOSSES: dict[str, type[PositionLoss]] = {"energy": PairwiseEnergy, **POINTWISE_LOSSES}
 """Losses on the positions of atoms."""
 
 SPIN_LOSSES: dict[str, type[SpinLoss]] = {
@@ -58,7 +63,6 @@ SPIN_LOSSES: dict[str, type[SpinLoss]] = {
 __all__ = [
     "EDGES",
     "LOSSES",
-    "POINTWISE_LOSSES",
     "PUBLISHED_SCALES",
     "SPIN_LOSSES",
     "SPRINGS",
@@ -66,9 +70,12 @@ __all__ = [
     "CompleteEdges",
     "CrossEntropy",
     "Edges",
+    "EdgesConfig",
+    "EnergyConfig",
     "KabschError",
     "LocalField",
     "Loss",
+    "LossConfig",
     "Margin",
     "MeanAbsoluteError",
     "MeanSquaredError",
@@ -76,9 +83,11 @@ __all__ = [
     "PairwiseEnergy",
     "PointwiseLoss",
     "PositionLoss",
+    "ResolvedLoss",
     "SparseEdges",
     "SpinLoss",
     "SpringFamily",
+    "SpringsConfig",
     "SymmetrizedEdges",
     "TrueEnergy",
     "lattice_couplings",

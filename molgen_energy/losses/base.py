@@ -1,32 +1,42 @@
-"""What every loss shares: how samples are given, padded or packed, and what a loss may look at.
+"""The interface of all losses: how samples are passed, what a loss requires, how it is configured.
 
 B samples of N_b atoms in D dimensions come in one of two layouts:
 
-- **padded**: (B, N, D) with a mask (B, N), true at real atoms; no mask means that all are real;
-- **packed**: (ΣN, D) with `batch` (ΣN,), the ascending number of the sample that an atom belongs
-  to, as PyTorch Geometric holds it; no `batch` means one sample.
+- **padded**: (B, N, D) with a mask (B, N), true at real atoms; without a mask all atoms are real;
+- **packed**: (ΣN, D) with `batch` (ΣN,), the ascending number of each atom's sample, as in PyTorch
+  Geometric; without `batch` there is one sample.
 
-What stands at padding has no effect, NaN neither, and gets gradient 0. The calculation is done in
-the precision of the prediction, float32 for half precision, and so is the result returned; a
-gradient has the type of its input.
+Values at padding, NaN included, have no effect and get gradient 0. A loss computes in the precision
+of the prediction, float32 for half precision, and returns that precision; a gradient has the type
+of its input.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from molgen_energy.config import Section
+
+if TYPE_CHECKING:
+    from molgen_energy.losses.edges import Edges
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Edges of an undirected graph, seen from each atom.
+    """Edges of an undirected graph, as a table of the neighbours of each atom.
 
     index
-        (B, N, K) numbers of atoms in their sample, or packed (ΣN, K) numbers among all atoms. Each
-        edge stands in the rows of both its ends; a row with fewer names its own atom instead.
+        (B, N, K) indices of atoms in their sample, or packed (ΣN, K) indices among all atoms. Each
+        edge is in the rows of both its atoms; a row with fewer than K is filled with its own atom.
     weight
         Factor of the edge's spring constant, or its coupling; of the same shape. None is 1.
     """
@@ -35,53 +45,69 @@ class Neighbours:
     weight: Tensor | None = None
 
 
-class Bonds:
-    """Which pairs of atoms are bonded: an adjacency (B, N, N), or sorted pairs without one."""
+class BondedPairs:
+    """The pairs of bonded atoms of padded samples.
 
-    def __init__(self, atoms: int, adjacency: Tensor | None, pairs: Tensor | None) -> None:
+    Parameters
+    ----------
+    atoms
+        N.
+    pairs
+        Flat indices (b·N + i)·N + j, (P,) int64, ascending, with both directions of each bond; a
+        pair may be repeated.
+    """
+
+    def __init__(self, atoms: int, pairs: Tensor) -> None:
         self.atoms = atoms
-        self._adjacency = adjacency
-        self._pairs = pairs  # sorted numbers (b·N + i)·N + j, both directions
+        self.pairs = pairs
 
-    def between(self, sample: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Whether atoms are bonded, a bool for each of three index tensors of one shape."""
-        if self._adjacency is not None:
-            return self._adjacency[sample, first, second]
-        assert self._pairs is not None
-        wanted = (sample * self.atoms + first) * self.atoms + second
-        if not len(self._pairs):
-            return torch.zeros_like(wanted, dtype=torch.bool)
-        at = torch.searchsorted(self._pairs, wanted).clamp(max=len(self._pairs) - 1)
-        return self._pairs[at] == wanted
+    @classmethod
+    def from_adjacency(cls, adjacency: Tensor) -> BondedPairs:
+        """Of adjacency matrices (B, N, N), nonzero at a bond, in one or both directions."""
+        bonded = adjacency != 0
+        bonded = bonded | bonded.mT
+        return cls(adjacency.shape[1], bonded.reshape(-1).nonzero().squeeze(1))
+
+    @classmethod
+    def from_edges(cls, atoms: int, sample: Tensor, i: Tensor, j: Tensor) -> BondedPairs:
+        """Of lists of bonds (E,): the sample and both atoms, in one or both directions."""
+        sample, i, j = sample.long(), i.long(), j.long()
+        directed = torch.cat([(sample * atoms + i) * atoms + j, (sample * atoms + j) * atoms + i])
+        return cls(atoms, directed.sort().values)
+
+    def between(self, sample: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Whether atoms are bonded, bool, for three index tensors of one shape."""
+        queries = (sample * self.atoms + i) * self.atoms + j
+        if not len(self.pairs):
+            return torch.zeros_like(queries, dtype=torch.bool)
+        found = torch.searchsorted(self.pairs, queries).clamp(max=len(self.pairs) - 1)
+        return self.pairs[found] == queries
 
     def rows(self, samples: slice, rows: slice) -> Tensor:
-        """Adjacency of some atoms of some samples to all, (b, r, N)."""
-        if self._adjacency is not None:
-            return self._adjacency[samples, rows]
-        assert self._pairs is not None
-        atom, second = self._pairs // self.atoms, self._pairs % self.atoms
-        sample, first = atom // self.atoms, atom % self.atoms
-        keep = (sample >= samples.start) & (sample < samples.stop)
-        keep &= (first >= rows.start) & (first < rows.stop)
-        shape = (samples.stop - samples.start, rows.stop - rows.start, self.atoms)
-        result = torch.zeros(shape, dtype=torch.bool, device=self._pairs.device)
-        at = sample[keep] - samples.start, first[keep] - rows.start, second[keep]
-        return result.index_put_(at, torch.ones((), dtype=torch.bool, device=result.device))
+        """Rows of the adjacency matrices, (b, r, N) bool.
+
+        Several samples must come with all their rows, so that the block is contiguous.
+        """
+        n = self.atoms
+        shape = (samples.stop - samples.start, rows.stop - rows.start, n)
+        first = (samples.start * n + rows.start) * n
+        size = shape[0] * shape[1] * n
+        bounds = torch.tensor([first, first + size], device=self.pairs.device)
+        start, stop = torch.searchsorted(self.pairs, bounds).tolist()
+        block = torch.zeros(size, dtype=torch.bool, device=self.pairs.device)
+        block[self.pairs[start:stop] - first] = True
+        return block.view(shape)
 
     def neighbours(self, samples: int) -> Neighbours:
-        """The bonds as a table."""
-        if self._adjacency is not None:
-            flat = self._adjacency.reshape(-1).nonzero().squeeze(1)
-        else:
-            assert self._pairs is not None
-            flat = self._pairs
-        atom, second = flat // self.atoms, flat % self.atoms
+        """The bonds of so many samples as a table."""
+        pairs = torch.unique_consecutive(self.pairs)
+        atom, neighbour = pairs // self.atoms, pairs % self.atoms
         degrees = torch.bincount(atom, minlength=samples * self.atoms)
-        own = torch.arange(self.atoms, device=flat.device).repeat(samples)
+        own = torch.arange(self.atoms, device=pairs.device).repeat(samples)
         width = int(degrees.max()) if len(atom) else 0
         index = own[:, None].repeat(1, width)
-        place = torch.arange(len(atom), device=flat.device) - (degrees.cumsum(0) - degrees)[atom]
-        index[atom, place] = second
+        column = torch.arange(len(atom), device=pairs.device) - (degrees.cumsum(0) - degrees)[atom]
+        index[atom, column] = neighbour
         return Neighbours(index.view(samples, self.atoms, width))
 
 
@@ -90,7 +116,7 @@ Randomness = torch.Generator | Tensor | None
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples in the padded layout, in the precision of the calculation; zero at padding."""
+    """Samples in the padded layout, in the precision of the computation; zero at padding."""
 
     prediction: Tensor
     """(B, N, D)."""
@@ -100,18 +126,18 @@ class Samples:
     """(B, N), true at real atoms; None where all are."""
     features: Tensor | None
     """(B, N, F)."""
-    bonds: Bonds | None
+    bonds: BondedPairs | None
     neighbours: Neighbours | None
     generator: Randomness
 
-    def choice(self, count: int) -> Tensor:
-        """A random number below `count` for each sample, (B,)."""
+    def random_integers(self, high: int) -> Tensor:
+        """A random integer in [0, high) for each sample, (B,)."""
         source, device = self.generator, self.prediction.device
         if isinstance(source, Tensor):
-            return source.to(device) % count
-        where = device if source is None else source.device
+            return source.to(device) % high
+        drawn_on = device if source is None else source.device
         size = (len(self.prediction),)
-        return torch.randint(count, size, generator=source, device=where).to(device)
+        return torch.randint(high, size, generator=source, device=drawn_on).to(device)
 
     @property
     def counts(self) -> Tensor:
@@ -122,11 +148,100 @@ class Samples:
         return self.mask.sum(dim=1).clamp(min=1).to(self.prediction.dtype)
 
 
+class LossConfig(Section):
+    """Base of the section classes of losses. Each has its loss's name as the default of `name`."""
+
+    name: str
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The inputs that the loss requires besides positions, see `Loss.requires`."""
+        return frozenset()
+
+    @property
+    def variant(self) -> str | None:
+        """What published learning rates and weights depend on besides the name, if anything."""
+        return None
+
+    def resolve(
+        self, samples: Callable[[], Iterable[Mapping[str, Any]]], seed: int
+    ) -> ResolvedLoss:
+        """Replace every `auto`.
+
+        Parameters
+        ----------
+        samples
+            Returns the training data, or a sample of it, in chunks: keyword arguments of
+            `PairwiseEnergy.total_stiffness`. Called only where data are needed, at most twice.
+        seed
+            Of the graphs that edges draw.
+
+        Raises
+        ------
+        InputError
+            A value stands for a published one that does not exist.
+        """
+        return ResolvedLoss(self)
+
+    def build_edges(self, seed: int) -> Edges | None:
+        """The edges of the loss, with graphs of a seed; None for a loss without edges."""
+        return None
+
+    @abstractmethod
+    def build(self, *, seed: int = 0, channels: int | None = None) -> Loss:
+        """The loss; for a section without `auto`.
+
+        Parameters
+        ----------
+        seed
+            Of the graphs that edges draw.
+        channels
+            Over which a pointwise loss averages, see `PointwiseLoss`.
+        """
+
+    def describe(self) -> str:
+        """What a one-line summary says after the name, beginning with a comma; or nothing."""
+        return ""
+
+
+class ResolvedLoss:
+    """A section without `auto`, and the stiffness of its springs.
+
+    Parameters
+    ----------
+    config
+        The section.
+    stiffness
+        Computes the attribute of that name when it is first read: it may take a pass over data.
+    """
+
+    def __init__(self, config: LossConfig, stiffness: Callable[[], float] = lambda: 1.0) -> None:
+        self.config = config
+        self._stiffness = stiffness
+
+    @cached_property
+    def stiffness(self) -> float:
+        """Stiffness relative to springs of mean 1 on all pairs; 1 for a loss without springs.
+
+        A position weight that is meant for springs of mean 1 on all pairs is divided by it.
+        """
+        return self._stiffness()
+
+
 class Loss(ABC):
     """A loss of each sample between a prediction and a target."""
 
-    needs_batch = False
-    """Whether (ΣN, D) without `batch` is refused rather than taken as one sample."""
+    Config: ClassVar[type[LossConfig]]
+    """The section class of a configuration that names this loss."""
+    requires: frozenset[str] = frozenset()
+    """Inputs that the loss requires besides positions: of `bonds`, `features` and `neighbours`.
+
+    A loss on positions that names `neighbours` also finds them, see `prepare_neighbours`.
+    """
+    uses_target: ClassVar[bool] = True
+    """Whether the loss depends on the target."""
+    requires_batch: ClassVar[bool] = False
+    """Whether packed samples (ΣN, D) without `batch` are refused, not taken as one sample."""
 
     def __call__(
         self,
@@ -156,21 +271,22 @@ class Loss(ABC):
         features
             Further channels of an atom, (B, N, F) or (ΣN, F), for springs by feature distance.
         bonds
-            Which atoms are bonded, for what depends on it, in one or both directions: padded
-            (B, N, N), not zero where there is a bond, or packed (2, E), atoms among all.
+            Pairs of bonded atoms, in one or both directions. Padded: (3, E), the sample and both
+            atoms of each bond, or adjacency matrices (B, N, N), nonzero at a bond. Packed: (2, E),
+            indices among all atoms.
         neighbours
-            Edges or couplings that were found before, for what takes them.
+            Prepared edges, or the couplings of spins.
         generator
-            Source of randomness where a graph is drawn; None is PyTorch's own. Or the random
-            numbers themselves, one of each sample, (B,) int64 and not negative: with them a
-            sample's graph does not depend on what else is in the batch.
+            Source of randomness where a graph is drawn; None is PyTorch's default generator. Or
+            the random numbers themselves, one for each sample, (B,) int64, not negative: then a
+            sample's graph does not depend on the rest of the batch.
 
         Raises
         ------
         ValueError
-            Shapes do not fit each other, or something that this loss needs is missing.
+            Shapes do not match, or an input that the loss requires is missing.
         """
-        if self.needs_batch and prediction.ndim == 2 and batch is None:
+        if self.requires_batch and prediction.ndim == 2 and batch is None:
             raise ValueError(
                 f"{tuple(prediction.shape)}: expected (B, N, D), or (ΣN, D) with batch; "
                 "one channel is [..., None]"
@@ -184,6 +300,28 @@ class Loss(ABC):
     @abstractmethod
     def of(self, samples: Samples) -> Tensor:
         """Loss of each sample, (B,)."""
+
+    def prepare_neighbours(
+        self,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        numbers: NDArray[np.int64] | None = None,
+    ) -> Neighbours:
+        """The argument `neighbours` for padded samples, to be found once for a data set.
+
+        Parameters
+        ----------
+        positions, mask
+            (B, N, D), (B, N).
+        numbers
+            Numbers of the samples in the data set, (B,), from which each one's graph is chosen.
+
+        Raises
+        ------
+        ValueError
+            The loss does not prepare neighbours, or the positions do not allow it.
+        """
+        raise ValueError("this loss does not prepare neighbours")
 
 
 class PositionLoss(Loss):
@@ -204,7 +342,7 @@ def as_samples(
     generator: Randomness = None,
     size: int | None = None,
 ) -> Samples:
-    """Samples of either layout; arguments and errors as when a loss is called."""
+    """Samples of either layout; parameters and errors are those of `Loss.__call__`."""
     if not prediction.is_floating_point():
         raise ValueError(f"expected a prediction of floating-point numbers, not {prediction.dtype}")
     if features is not None and features.ndim != prediction.ndim:
@@ -230,7 +368,7 @@ def _precision(prediction: Tensor) -> torch.dtype:
     return torch.float32 if half else prediction.dtype
 
 
-def _inside(values: Tensor, mask: Tensor | None) -> Tensor:
+def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
     return values if mask is None else torch.where(mask[..., None], values, 0)
 
 
@@ -250,35 +388,47 @@ def _padded(
         mask = mask.bool()
     if features is not None and features.shape[:2] != (batch, atoms):
         raise ValueError(f"expected features {(batch, atoms)} × F, not {tuple(features.shape)}")
-    if bonds is not None and bonds.shape != (batch, atoms, atoms):
-        raise ValueError(
-            f"expected bonds {(batch, atoms, atoms)} for padded samples, not {tuple(bonds.shape)}"
-        )
     if neighbours is not None and neighbours.index.shape[:2] != (batch, atoms):
         raise ValueError(
             f"expected neighbours {(batch, atoms)} × K, not {tuple(neighbours.index.shape)}"
         )
     dtype = _precision(prediction)
-    adjacency = None if bonds is None else bonds != 0
     return Samples(
-        _inside(prediction.to(dtype), mask),
-        _inside(target.to(dtype), mask),
+        _masked(prediction.to(dtype), mask),
+        _masked(target.to(dtype), mask),
         mask,
-        None if features is None else _inside(features.to(dtype), mask),
-        None if adjacency is None else Bonds(atoms, adjacency | adjacency.mT, None),
+        None if features is None else _masked(features.to(dtype), mask),
+        None if bonds is None else _padded_bonds(bonds, batch, atoms),
         neighbours,
         generator,
     )
 
 
+def _padded_bonds(bonds: Tensor, batch: int, atoms: int) -> BondedPairs:
+    if bonds.shape == (batch, atoms, atoms):
+        return BondedPairs.from_adjacency(bonds)
+    if bonds.ndim != 2 or len(bonds) != 3:
+        raise ValueError(
+            f"expected bonds {(batch, atoms, atoms)} or (3, E) for padded samples, not "
+            f"{tuple(bonds.shape)}"
+        )
+    if bonds.is_floating_point() or bonds.dtype == torch.bool:
+        raise ValueError(f"expected bonds (3, E) of integers, not {bonds.dtype}")
+    if not bonds.is_cuda:  # a GPU would have to wait for the answer
+        limits = torch.tensor([batch, atoms, atoms])[:, None]
+        if bool(((bonds < 0) | (bonds >= limits)).any()):
+            raise ValueError(f"a bond is outside of {batch} samples of {atoms} atoms")
+    return BondedPairs.from_edges(atoms, *bonds)
+
+
 @dataclass(frozen=True)
 class Packing:
-    """Where packed atoms stand when they are padded."""
+    """Where packed atoms are in the padded layout."""
 
     batch: Tensor
     """(ΣN,), the sample of an atom."""
     place: Tensor
-    """(ΣN,), its number in its sample."""
+    """(ΣN,), its index in the sample."""
     starts: Tensor
     """(B,), the first atom of a sample."""
     counts: Tensor
@@ -349,17 +499,16 @@ def _packed(
         local = Neighbours(table, weight)
     pairs = None
     if bonds is not None:
-        first, second = torch.cat([bonds, bonds.flip(0)], dim=1).long()
-        if bool((batch[first] != batch[second]).any()):
+        i, j = bonds.long()
+        if bool((batch[i] != batch[j]).any()):
             raise ValueError("a bond joins atoms of two samples")
-        pairs = (batch[first] * atoms + place[first]) * atoms + place[second]
-        pairs = torch.unique(pairs)
+        pairs = BondedPairs.from_edges(atoms, batch[i], place[i], place[j])
     return Samples(
         packing.padded(prediction.to(dtype)),
         packing.padded(target.to(dtype)),
         None if len(packing.counts) == 1 else packing.mask,
         None if features is None else packing.padded(features.to(dtype)),
-        None if pairs is None else Bonds(atoms, None, pairs),
+        pairs,
         local,
         generator,
     )

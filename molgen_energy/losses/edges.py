@@ -1,8 +1,8 @@
-"""Which pairs of atoms are joined by springs.
+"""Edges: the pairs of atoms that springs connect.
 
-`EDGES` holds kinds of edges by name. A kind turns samples into `Pairs`, which present the pairs in
-blocks, give differences in them, and add up what springs there do to the atoms, with no loop over
-atoms, pairs or samples.
+`EDGES` is the registry of kinds of edges. A kind turns samples into `Pairs`, which iterate over the
+pairs in blocks, compute differences of a block, and accumulate the forces on the atoms, without a
+loop over atoms, pairs or samples.
 """
 
 from __future__ import annotations
@@ -10,32 +10,34 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
+from molgen_energy.config import PositiveFloat, Section, one_of
 from molgen_energy.losses.base import Neighbours, Packing, Samples
 from molgen_energy.losses.symmetry import automorphisms, may_be_symmetric
 
-Where = Literal["prediction", "target", "features"]
+Operand = Literal["prediction", "target", "features"]
 
 
 class Block(ABC):
-    """Some pairs of atoms. The tensors of a block have one shape, first the samples, then pairs."""
+    """A block of pairs. Its tensors have one shape: first samples, then pairs."""
 
     weight: Tensor | None
-    """Factor of a pair's spring constant, 0 for what is no pair of two real atoms; None is 1."""
+    """Factor of a pair's spring constant, 0 unless both atoms are real and differ; None is 1."""
 
     @abstractmethod
-    def differences(self, where: Where) -> Tensor:
+    def differences(self, operand: Operand) -> Tensor:
         """x_i − x_j of the pairs, (D, …)."""
 
     @abstractmethod
     def bonded(self) -> Tensor | None:
-        """Whether the pairs are bonded; None where no bonds are given."""
+        """Whether the pairs are bonded; None without bonds."""
 
     @abstractmethod
     def add(self, totals: Tensor, values: Tensor) -> None:
@@ -43,48 +45,70 @@ class Block(ABC):
 
     @abstractmethod
     def accumulate_forces(self, forces: Tensor) -> None:
-        """Add Σ_j pull_ij (D, …), which is −pull_ji, to the pull on each atom."""
+        """Add the forces f_ij = −f_ji of the pairs, (D, …), to the totals of both atoms."""
 
 
 class Pairs(ABC):
-    """Pairs of atoms of samples, in blocks."""
+    """The connected pairs of atoms of samples, in blocks."""
 
     @abstractmethod
     def blocks(self) -> Iterator[Block]:
-        """The pairs; a block may be used until the next one is asked for."""
+        """The blocks; each is valid until the next one is drawn from the iterator."""
 
     @abstractmethod
     def forces(self) -> Tensor:
-        """What the blocks' `accumulate_forces` gave, (B, N, D)."""
+        """The total force on each atom that the blocks accumulated, (B, N, D)."""
 
 
 class Edges(ABC):
     """A kind of edges."""
 
-    takes_neighbours = False
-    """Whether samples may come with a table of edges that were found before."""
+    requires: frozenset[str] = frozenset()
+    """Inputs that these edges require besides positions, see `Loss.requires`."""
+    connects_all: ClassVar[bool] = False
+    """Whether all pairs are connected, with weight 1."""
+
+    @classmethod
+    def from_config(cls, config: EdgesConfig, seed: int) -> Edges:
+        """Edges with the settings of a configuration; of a kind without any, the defaults."""
+        return cls()
 
     @abstractmethod
     def pairs(self, samples: Samples) -> Pairs:
-        """The pairs of these samples."""
+        """The pairs of the samples."""
+
+    def prepare_neighbours(
+        self,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        numbers: NDArray[np.int64] | None = None,
+    ) -> Neighbours:
+        """Edges of padded samples as a table, see `Loss.prepare_neighbours`.
+
+        Raises
+        ------
+        ValueError
+            This kind finds its edges at each call.
+        """
+        raise ValueError("these edges are not prepared, but found at each call")
 
 
-def _coordinates(samples: Samples) -> dict[Where, Tensor]:
-    """Views with coordinates apart, (D, B, N); contiguous copies are fast to loop over."""
-    by_place: dict[Where, Tensor | None] = {
+def _coordinates(samples: Samples) -> dict[Operand, Tensor]:
+    """Views with the coordinate first, (D, B, N); contiguous copies are fast to loop over."""
+    operands: dict[Operand, Tensor | None] = {
         "prediction": samples.prediction,
         "target": samples.target,
         "features": samples.features,
     }
     return {
-        where: values.detach().movedim(-1, 0)
-        for where, values in by_place.items()
+        operand: values.detach().movedim(-1, 0)
+        for operand, values in operands.items()
         if values is not None
     }
 
 
-def _pairs_at_once(samples: Samples) -> int:
-    """Pairs of a block: few enough for a CPU's cache, enough to occupy a GPU."""
+def _pairs_per_block(samples: Samples) -> int:
+    """Few enough for a CPU's cache, enough to occupy a GPU."""
     on_cpu = samples.prediction.device.type == "cpu"
     pairs = min(torch.get_num_threads(), 2) << 16 if on_cpu else 1 << 22
     channels = samples.prediction.shape[-1]
@@ -101,34 +125,36 @@ class CompleteEdges(Edges):
 
     Parameters
     ----------
-    pairs_at_once
-        Largest number of pairs of a block; None picks one that suits the device.
+    pairs_per_block
+        Largest number of pairs of a block; None chooses one for the device.
     """
 
-    def __init__(self, pairs_at_once: int | None = None) -> None:
-        self.pairs_at_once = pairs_at_once
+    connects_all = True
+
+    def __init__(self, pairs_per_block: int | None = None) -> None:
+        self.pairs_per_block = pairs_per_block
 
     def pairs(self, samples: Samples) -> Pairs:
         """All pairs of real atoms."""
-        return _CompletePairs(samples, self.pairs_at_once or _pairs_at_once(samples))
+        return _CompletePairs(samples, self.pairs_per_block or _pairs_per_block(samples))
 
 
 class _CompletePairs(Pairs):
-    def __init__(self, samples: Samples, pairs_at_once: int) -> None:
+    def __init__(self, samples: Samples, pairs_per_block: int) -> None:
         self.samples = samples
-        self.at = {where: x.contiguous() for where, x in _coordinates(samples).items()}
-        self.total = torch.zeros_like(self.at["prediction"])
+        self.coordinates = {key: x.contiguous() for key, x in _coordinates(samples).items()}
+        self.total = torch.zeros_like(self.coordinates["prediction"])
         batch, atoms = samples.prediction.shape[:2]
-        self.rows = min(max(1, pairs_at_once // max(1, atoms)), max(1, atoms))
-        together = max(1, pairs_at_once // max(1, self.rows * atoms))
-        count = -(-batch // together)
-        self.together = -(-batch // max(1, count))  # of equal size
+        self.rows = min(max(1, pairs_per_block // max(1, atoms)), max(1, atoms))
+        whole = max(1, pairs_per_block // max(1, self.rows * atoms))
+        count = -(-batch // whole)
+        self.samples_per_block = -(-batch // max(1, count))  # blocks of equal size
 
     def blocks(self) -> Iterator[Block]:
         batch, atoms = self.samples.prediction.shape[:2]
-        for sample in range(0, batch, max(1, self.together)):
+        for sample in range(0, batch, max(1, self.samples_per_block)):
             for row in range(0, atoms, self.rows):
-                samples = slice(sample, min(sample + self.together, batch))
+                samples = slice(sample, min(sample + self.samples_per_block, batch))
                 yield _CompleteBlock(self, samples, slice(row, min(row + self.rows, atoms)))
 
     def forces(self) -> Tensor:
@@ -139,16 +165,16 @@ class _CompleteBlock(Block):
     def __init__(self, pairs: _CompletePairs, samples: slice, rows: slice) -> None:
         self.pairs, self.samples, self.rows = pairs, samples, rows
         atoms, device = pairs.samples.prediction.shape[1], pairs.samples.prediction.device
-        number = torch.arange(atoms, device=device)
-        apart = number[rows, None] != number
+        atom = torch.arange(atoms, device=device)
+        distinct = atom[rows, None] != atom
         mask = pairs.samples.mask
-        self.weight = apart.to(pairs.total.dtype)
+        self.weight = distinct.to(pairs.total.dtype)
         if mask is not None:
-            inside = mask[samples].to(pairs.total.dtype)
-            self.weight = (inside[:, rows, None] * inside[:, None]).mul_(self.weight)
+            real = mask[samples].to(pairs.total.dtype)
+            self.weight = (real[:, rows, None] * real[:, None]).mul_(self.weight)
 
-    def differences(self, where: Where) -> Tensor:
-        values = self.pairs.at[where][:, self.samples]
+    def differences(self, operand: Operand) -> Tensor:
+        values = self.pairs.coordinates[operand][:, self.samples]
         return values[:, :, self.rows, None] - values[:, :, None]
 
     def bonded(self) -> Tensor | None:
@@ -166,35 +192,34 @@ class _CompleteBlock(Block):
 
 
 class SparseEdges(Edges):
-    """A random 2D-regular graph for each sample, O(n), that is globally rigid with certainty.
+    """A random 2D-regular graph for each sample, O(n), always globally rigid.
 
-    The atoms are put on a circle in random order and each is joined to the D next ones on either
-    side: the D-th power of a cycle. Without any one vertex it still holds the D-th power of a path,
-    which is rigid, being a chain of D-simplices glued at their faces; and a graph that is rigid
-    without any one vertex is globally rigid (S. Tanigawa, "Sufficient conditions for the global
-    rigidity of graphs", Journal of Combinatorial Theory B 113, 2015). With n ≤ 2D + 1 it is the
-    complete graph.
+    The atoms are arranged on a circle in random order, and each is connected to the next D on
+    either side: the D-th power of a cycle. After removal of any one vertex it still contains the
+    D-th power of a path, which is a chain of D-simplices glued at their faces and so rigid; and a
+    graph that is rigid after removal of any one vertex is globally rigid (S. Tanigawa, "Sufficient
+    conditions for the global rigidity of graphs", Journal of Combinatorial Theory B 113, 2015).
+    With n ≤ 2D + 1 it is the complete graph.
 
-    Orders are drawn beforehand, and each sample takes one of them at random. Over many draws every
-    pair is as frequent as any other, so the mean over draws is the complete energy times a factor,
-    2D/(n−1).
+    A pool of orders is drawn once, and each sample takes one of them at random. All pairs are
+    equally frequent over draws, so the mean over draws is the complete energy times 2D/(n−1).
 
-    Above 32,768 atoms, and where no atom is padding, the order 0, a, 2a, … (modulo n) with a random
-    a prime to n takes the place of a random permutation, which would cost more than all the rest.
-    The graph is as rigid, and the samples of a call share it; but which pairs it can join depends
-    on how atoms are numbered, so the mean over draws is another sum over pairs.
+    Above 32,768 atoms, and without padding, the order 0, a, 2a, … (modulo n) with a random a
+    coprime to n replaces a random permutation, which would take most of the time. The graph is as
+    rigid, and all samples of a call share it; but the pairs that it can connect depend on the order
+    of the atoms, so the mean over draws is another sum over pairs.
 
     Parameters
     ----------
     pool
-        How many graphs there are for each n; fewer where n exceeds 2²² / pool.
+        Number of graphs for each n; fewer where n exceeds 2²² / pool.
     seed
         Of the graphs. Which one a sample takes depends on the loss's `generator`.
     """
 
     _BLOCK = 256
-    _MOST_PERMUTED = 32_768
-    _MOST_KEPT = 12_000_000  # places on circles, all sizes together
+    _LARGEST_PERMUTED = 32_768
+    _CACHE_SIZE = 12_000_000  # places on circles, over all sizes
 
     def __init__(self, pool: int = 100, seed: int = 0) -> None:
         if pool < 1:
@@ -204,15 +229,20 @@ class SparseEdges(Edges):
         self._circles: dict[tuple[int, int, torch.device], _Circles] = {}
         self._strides: dict[tuple[int, int], list[int]] = {}
 
+    @classmethod
+    def from_config(cls, config: EdgesConfig, seed: int) -> SparseEdges:
+        """Edges with the pool of a configuration."""
+        return cls(config.pool, seed)
+
     def graphs(self, n: int) -> int:
-        """How many graphs there are on n atoms."""
+        """Number of graphs on n atoms."""
         return max(1, min(self.pool, (1 << 22) // max(1, n)))
 
     def orders(self, n: int) -> NDArray[np.int64]:
         """The random orders on the circle of n atoms, (graphs, n).
 
-        Those of n atoms are those of more atoms without the further ones, so it does not matter how
-        far samples are padded.
+        The orders of n atoms are those of more atoms without the later ones, so the amount of
+        padding has no effect.
         """
         graphs = self.graphs(n)
         keys = [np.zeros((graphs, 0))]
@@ -222,7 +252,7 @@ class SparseEdges(Edges):
         return np.concatenate(keys, axis=1)[:, :n].argsort(axis=1, kind="stable")
 
     def strides(self, n: int, dimension: int) -> list[int]:
-        """The steps a of the large graphs, prime to n and at most n/(2D)."""
+        """The steps a of large graphs, coprime to n and at most n/(2D)."""
         known = self._strides.get((n, dimension))
         if known is None:
             drawn = np.random.default_rng([self.seed, n]).integers(
@@ -233,34 +263,34 @@ class SparseEdges(Edges):
         return known
 
     def edge_lists(self, n: int, dimension: int) -> NDArray[np.int64]:
-        """The edges of all graphs of random orders on n atoms, (graphs, E, 2), each once."""
+        """The edges of all graphs on n atoms, (graphs, E, 2), each once."""
         orders = self.orders(n)
         offset, place = np.meshgrid(np.arange(1, dimension + 1), np.arange(n), indexing="ij")
-        # With 2·offset = n an edge is met from both its ends, with more it has been met before.
+        # With 2·offset = n an edge occurs from both its ends, with more it has occurred before.
         keep = (2 * offset < n) | ((2 * offset == n) & (place < offset))
         first, second = place[keep], (place + offset)[keep] % max(1, n)
         return np.stack([orders[:, first], orders[:, second]], axis=2)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the graphs, which are drawn again."""
+        """Without the cached graphs, which are drawn again."""
         return vars(self) | {"_circles": {}, "_strides": {}}
 
     def pairs(self, samples: Samples) -> Pairs:
-        """The pairs of a graph drawn for each sample."""
+        """The pairs of a random graph for each sample."""
         batch, atoms, dimension = samples.prediction.shape
         device = samples.prediction.device
-        if samples.mask is None and atoms > max(self._MOST_PERMUTED, 4 * dimension):
+        if samples.mask is None and atoms > max(self._LARGEST_PERMUTED, 4 * dimension):
             strides = self.strides(atoms, dimension)
-            drawn = int(samples.choice(len(strides))[0]) if batch else 0
+            drawn = int(samples.random_integers(len(strides))[0]) if batch else 0
             return _CircularPairs(samples, None, strides[drawn])
         key = atoms, dimension, device
         circles = self._circles.get(key)
         if circles is None:
-            if sum(known.order.numel() for known in self._circles.values()) > self._MOST_KEPT:
+            if sum(known.order.numel() for known in self._circles.values()) > self._CACHE_SIZE:
                 self._circles.clear()
             circles = _circles(self.orders(atoms), dimension)
             circles = self._circles[key] = _Circles(*(x.to(device) for x in circles))
-        choice = samples.choice(len(circles.order))
+        choice = samples.random_integers(len(circles.order))
         drawn_circles = _Circles(circles.order[choice], circles.rank[choice])
         if samples.mask is not None:
             drawn_circles = _without_padding(drawn_circles, samples.mask)
@@ -268,7 +298,7 @@ class SparseEdges(Edges):
 
 
 class _Circles(NamedTuple):
-    """Orders of atoms on circles. Behind the last atom of a circle stand its first ones again."""
+    """Orders of atoms on circles. The first D atoms of a circle are repeated after its last."""
 
     order: Tensor  # (B, N + D), the atom at a place
     rank: Tensor  # (B, N), the place of an atom
@@ -276,13 +306,13 @@ class _Circles(NamedTuple):
 
 def _circles(orders: NDArray[np.int64], dimension: int) -> _Circles:
     """Circles of orders (B, N)."""
-    again = np.arange(dimension) % max(1, orders.shape[1])
-    extended = np.concatenate([orders, orders[:, again]], axis=1) if orders.size else orders
+    repeated = np.arange(dimension) % max(1, orders.shape[1])
+    extended = np.concatenate([orders, orders[:, repeated]], axis=1) if orders.size else orders
     return _Circles(torch.from_numpy(extended), torch.from_numpy(orders.argsort(axis=1)))
 
 
 def _without_padding(circles: _Circles, mask: Tensor) -> _Circles:
-    """Circles of the real atoms, in the same order; a rank of padding means nothing."""
+    """Circles of the real atoms, in the same order; ranks of padding are arbitrary."""
     batch, atoms = mask.shape
     places = circles.order.shape[1]
     orders = circles.order[:, :atoms]
@@ -292,26 +322,26 @@ def _without_padding(circles: _Circles, mask: Tensor) -> _Circles:
     order = orders.new_zeros(batch, atoms + 1).scatter_(1, place, orders)
     beyond = torch.arange(places, device=mask.device)
     count = mask.sum(dim=1, keepdim=True)
-    again = torch.where(beyond < count, beyond, (beyond - count) % count.clamp(min=1))
-    return _Circles(order.gather(1, again), rank)
+    wrapped = torch.where(beyond < count, beyond, (beyond - count) % count.clamp(min=1))
+    return _Circles(order.gather(1, wrapped), rank)
 
 
 class _CircularPairs(Pairs):
-    """Each atom and those that stand 1, …, D strides behind it on the circle.
+    """Each atom with those 1, …, D strides after it on the circle.
 
-    Without circles the atoms stand in the order of their numbers, and none is padding.
+    Without circles the atoms are on the circle in the order of their indices, without padding.
     """
 
     def __init__(self, samples: Samples, circles: _Circles | None, stride: int) -> None:
         self.samples, self.circles, self.stride = samples, circles, stride
         self.batch, self.atoms, self.dimension = samples.prediction.shape
-        self.at: dict[Where, Tensor] = {}
-        for where, values in _coordinates(samples).items():
-            self.at[where] = self._placed(values)
-        self.total = torch.zeros_like(self.at["prediction"])
+        self.coordinates: dict[Operand, Tensor] = {}
+        for operand, values in _coordinates(samples).items():
+            self.coordinates[operand] = self._on_circle(values)
+        self.total = torch.zeros_like(self.coordinates["prediction"])
         self.weight = self._weight()
 
-    def _placed(self, values: Tensor) -> Tensor:
+    def _on_circle(self, values: Tensor) -> Tensor:
         """(C, B, N) to (C, B, N + D·stride), in the order of places."""
         if self.circles is not None:
             return values.gather(2, self.circles.order.expand(len(values), -1, -1))
@@ -327,17 +357,17 @@ class _CircularPairs(Pairs):
             count = torch.full((1, 1, 1), self.atoms, device=device)
         else:
             count = mask.sum(dim=1)[:, None, None]
-        # An offset of half the circle meets each edge from both its ends; larger ones repeat it.
+        # An offset of half the circle has each edge from both its ends; larger ones repeat edges.
         factor = (2 * offset < count).to(self.total.dtype) + 0.5 * (2 * offset == count)
         return factor * (torch.arange(self.atoms, device=device) < count)
 
     def blocks(self) -> Iterator[Block]:
-        width = max(1, _pairs_at_once(self.samples) // max(1, self.batch * self.dimension))
+        width = max(1, _pairs_per_block(self.samples) // max(1, self.batch * self.dimension))
         for place in range(0, self.atoms, width):
             yield _CircularBlock(self, place, min(place + width, self.atoms))
 
     def forces(self) -> Tensor:
-        # What fell on atoms that stand again belongs to the first ones.
+        # The forces on repeated atoms belong to the first atoms of the circle.
         mask, total = self.samples.mask, self.total
         width = min(self.dimension * self.stride, self.atoms)
         if mask is None:
@@ -357,13 +387,13 @@ class _CircularBlock(Block):
         self.weight = None if pairs.weight is None else pairs.weight[:, :, start:stop]
 
     def _windows(self, values: Tensor) -> Tensor:
-        """(C, B, N + D·stride) seen 0, 1, …, D strides ahead, (C, B, 1 + D, n)."""
+        """(C, B, N + D·stride) shifted by 0, 1, …, D strides, (C, B, 1 + D, n)."""
         stride = self.pairs.stride
-        reach = values[:, :, self.start : self.stop + self.pairs.dimension * stride]
-        return reach.unfold(2, self.stop - self.start, stride)
+        visible = values[:, :, self.start : self.stop + self.pairs.dimension * stride]
+        return visible.unfold(2, self.stop - self.start, stride)
 
-    def differences(self, where: Where) -> Tensor:
-        windows = self._windows(self.pairs.at[where])
+    def differences(self, operand: Operand) -> Tensor:
+        windows = self._windows(self.pairs.coordinates[operand])
         return windows[:, :, :1] - windows[:, :, 1:]
 
     def bonded(self) -> Tensor | None:
@@ -398,7 +428,9 @@ class _CircularBlock(Block):
 
 
 class BondEdges(Edges):
-    """The bonds that the loss is called with. They do not fix the configuration: an ablation."""
+    """The bonded pairs. They do not determine the configuration: an ablation."""
+
+    requires = frozenset({"bonds"})
 
     def pairs(self, samples: Samples) -> Pairs:
         """The bonded pairs."""
@@ -410,86 +442,91 @@ class BondEdges(Edges):
 class SymmetrizedEdges(Edges):
     """A sparse graph of each molecule, averaged over the symmetries of the molecule.
 
-    Atoms that a symmetry exchanges then feel the same springs. The weight of an edge is the share
-    of automorphisms of the distance matrix that bring an edge of the sparse graph onto it: equation
+    Atoms that a symmetry exchanges then have the same springs. The weight of an edge is the share
+    of automorphisms of the distance matrix that map an edge of the sparse graph onto it: equation
     57 of Kaba et al., NeurIPS 2025, divided by the number of automorphisms, so that a symmetric
-    molecule counts no more than another.
+    molecule weighs no more than another.
 
     Parameters
     ----------
     tolerance
-        Distances that differ by less are taken as equal, in the unit of positions.
+        Distances that differ by less are equal, in the unit of positions.
     pool, seed
-        Of the sparse graphs, see `SparseEdges`. A molecule keeps its graph.
+        Of the sparse graphs, see `SparseEdges`. Each molecule has one graph.
 
     Notes
     -----
-    Symmetries are searched for molecule by molecule, by networkx. A training loop does that once,
-    by `neighbours`, and calls the loss with the result; without it a loss searches at each call.
+    networkx searches the symmetries, one molecule after another. A training loop searches once, by
+    `prepare_neighbours`, and passes the table to the loss; without a table each call searches.
     """
 
-    takes_neighbours = True
+    requires = frozenset({"neighbours"})
 
     def __init__(self, tolerance: float = 0.01, pool: int = 100, seed: int = 0) -> None:
         self.tolerance = tolerance
         self.sparse = SparseEdges(pool, seed)
 
+    @classmethod
+    def from_config(cls, config: EdgesConfig, seed: int) -> SymmetrizedEdges:
+        """Edges with the tolerance and the pool of a configuration."""
+        return cls(config.tolerance, config.pool, seed)
+
     def pairs(self, samples: Samples) -> Pairs:
-        """The pairs of the table that the samples come with, or of one made here."""
+        """The pairs of the samples' table, or of a new one for samples without."""
         table = samples.neighbours
         if table is None:
-            table = self.neighbours(samples.target, samples.mask)
+            table = self.prepare_neighbours(samples.target, samples.mask)
         return _TabulatedPairs(samples, table)
 
-    def neighbours(
+    def prepare_neighbours(
         self,
         positions: Tensor,
         mask: Tensor | None = None,
+        numbers: NDArray[np.int64] | None = None,
         *,
         batch: Tensor | None = None,
-        numbers: NDArray[np.int64] | None = None,
     ) -> Neighbours:
-        """The table of molecules, for the layout that they are given in.
+        """The edges of molecules as a table, in the layout of the positions.
 
         Parameters
         ----------
         positions, mask, batch
-            Padded or packed, as a loss is called.
+            Padded or packed, as in a call of a loss.
         numbers
-            Which graph of the pool a molecule takes, (B,), counting round; None is 0.
+            Graph of the pool that a molecule takes, (B,), modulo the size of the pool; None is 0.
 
         Raises
         ------
         ValueError
-            Positions are not finite, or two atoms of a molecule are too close to tell symmetries
-            apart: closer than four times the tolerance.
+            Positions are not finite, or two atoms of a molecule are closer than four times the
+            tolerance, so that symmetries cannot be distinguished.
         """
         if positions.ndim == 2:
             packing = Packing.of(batch, len(positions), positions.device)
-            padded = self.neighbours(packing.padded(positions), packing.mask, numbers=numbers)
+            padded = self.prepare_neighbours(packing.padded(positions), packing.mask, numbers)
             assert padded.weight is not None
-            at = packing.batch, packing.place
+            atoms = packing.batch, packing.place
             return Neighbours(
-                padded.index[at] + packing.starts[packing.batch, None], padded.weight[at]
+                padded.index[atoms] + packing.starts[packing.batch, None], padded.weight[atoms]
             )
         if mask is None:
             mask = torch.ones_like(positions[..., 0], dtype=torch.bool)
         mask = mask.bool()
-        inside = torch.where(mask[..., None], positions.detach(), 0).double().cpu()
+        points = torch.where(mask[..., None], positions.detach(), 0).double().cpu()
         real = mask.cpu().numpy()
-        distances = torch.cdist(inside, inside, compute_mode="donot_use_mm_for_euclid_dist").numpy()
+        distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").numpy()
         if not np.isfinite(distances).all():
             raise ValueError("positions are not finite")
-        weights = self._sparse_weights(real, inside.shape[-1], numbers)
+        weights = self._sparse_weights(real, points.shape[-1], numbers)
         for molecule in np.flatnonzero(may_be_symmetric(distances, real, self.tolerance)):
-            place = np.flatnonzero(real[molecule])
-            among = np.ix_(place, place)
-            group = automorphisms(distances[molecule][among], self.tolerance)
-            own, total = weights[molecule][among], np.zeros((len(place), len(place)))
+            own = np.flatnonzero(real[molecule])
+            pairs = np.ix_(own, own)
+            group = automorphisms(distances[molecule][pairs], self.tolerance)
+            sparse, total = weights[molecule][pairs], np.zeros((len(own), len(own)))
             for start in range(0, len(group), 1000):
                 images = group[start : start + 1000]
-                total += own[images[:, :, None], images[:, None, :]].sum(axis=0)
-            weights[molecule][among] = total / len(group)
+                total += sparse[images[:, :, None], images[:, None, :]].sum(axis=0)
+            weights[molecule][pairs] = total / len(group)
         width = int((weights > 0).sum(axis=2).max(initial=0))
         first = np.argsort(-weights, axis=2, kind="stable")[:, :, :width]
         weight = np.take_along_axis(weights, first, axis=2)
@@ -516,13 +553,13 @@ class SymmetrizedEdges(Edges):
 
 
 class _TabulatedPairs(Pairs):
-    """Pairs of a table of neighbours, each from both its ends: no atom is written to twice."""
+    """Pairs of a table of neighbours, each in both rows: every row is the sum over one atom."""
 
     def __init__(self, samples: Samples, table: Neighbours) -> None:
         self.samples = samples
         self.table = table
-        self.at = {where: x.contiguous() for where, x in _coordinates(samples).items()}
-        self.total = torch.zeros_like(self.at["prediction"])
+        self.coordinates = {key: x.contiguous() for key, x in _coordinates(samples).items()}
+        self.total = torch.zeros_like(self.coordinates["prediction"])
 
     def blocks(self) -> Iterator[Block]:
         if self.table.index.shape[-1]:
@@ -541,15 +578,16 @@ class _TabulatedBlock(Block):
         if samples.mask is not None:
             other = samples.mask.gather(1, self.index.flatten(1)).view_as(self.index)
             valid = valid & samples.mask[:, :, None] & other
-        given = pairs.table.weight
+        weight = pairs.table.weight
         self.weight = valid.to(pairs.total.dtype)
-        if given is not None:
-            self.weight = torch.where(valid, given.to(self.weight.dtype), 0)
+        if weight is not None:
+            self.weight = torch.where(valid, weight.to(self.weight.dtype), 0)
 
-    def differences(self, where: Where) -> Tensor:
-        values = self.pairs.at[where]
-        at = self.index.flatten(1).expand(len(values), -1, -1)
-        return values[..., None] - values.gather(2, at).view(len(values), *self.index.shape)
+    def differences(self, operand: Operand) -> Tensor:
+        values = self.pairs.coordinates[operand]
+        neighbours = self.index.flatten(1).expand(len(values), -1, -1)
+        gathered = values.gather(2, neighbours).view(len(values), *self.index.shape)
+        return values[..., None] - gathered
 
     def bonded(self) -> Tensor | None:
         bonds = self.pairs.samples.bonds
@@ -573,3 +611,17 @@ EDGES: dict[str, type[Edges]] = {
     "symmetrized": SymmetrizedEdges,
     "bonds": BondEdges,
 }
+
+
+class EdgesConfig(Section):
+    """The pairs that springs connect."""
+
+    kind: Annotated[str, one_of("edges", EDGES)] = "complete"
+    pool: Annotated[int, Field(gt=0, le=10_000)] = 100
+    """Number of random graphs for each number of atoms; `sparse` and `symmetrized`."""
+    tolerance: PositiveFloat = 0.01
+    """Distances in Å that differ by less are equal by symmetry; `symmetrized`."""
+
+    def build(self, seed: int) -> Edges:
+        """The configured edges, with graphs of a seed."""
+        return EDGES[self.kind].from_config(self, seed)

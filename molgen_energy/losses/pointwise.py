@@ -1,14 +1,15 @@
-"""Losses that compare each atom with itself: a spring from every atom to its place in space."""
+"""Pointwise losses: a spring from each atom to its target position."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from molgen_energy.losses.base import PositionLoss, Samples
+from molgen_energy.losses.base import LossConfig, PositionLoss, Samples
 
 
 class PointwiseLoss(PositionLoss):
@@ -17,8 +18,8 @@ class PointwiseLoss(PositionLoss):
     Parameters
     ----------
     channels
-        C; None is the dimension D. EDM's objective takes one mean over positions and features
-        together, C = 3 + F, of which this is the positions' part.
+        C; None is the dimension D. EDM's objective is one mean over positions and features, so its
+        part of the positions has C = 3 + F.
     """
 
     def __init__(self, channels: int | None = None) -> None:
@@ -29,17 +30,40 @@ class PointwiseLoss(PositionLoss):
         return values.sum(dim=(1, 2)) / (samples.counts * channels)
 
 
+class MeanSquaredErrorConfig(LossConfig):
+    """Mean squared error, see `MeanSquaredError`."""
+
+    name: str = "mse"
+
+    def build(self, *, seed: int = 0, channels: int | None = None) -> MeanSquaredError:
+        """The loss, a mean over channels."""
+        return MeanSquaredError(channels)
+
+
 class MeanSquaredError(PointwiseLoss):
-    """‖ŷ − y‖² / (n·C): an energy of springs of equal strength that hold each atom in place."""
+    """‖ŷ − y‖² / (n·C): the energy of equally stiff springs from each atom to its target."""
+
+    Config: ClassVar[type[MeanSquaredErrorConfig]] = MeanSquaredErrorConfig
 
     def of(self, samples: Samples) -> Tensor:
         """Error of each sample, (B,)."""
         return self._mean((samples.prediction - samples.target).square(), samples)
 
 
+class MeanAbsoluteErrorConfig(LossConfig):
+    """Mean absolute error, see `MeanAbsoluteError`."""
+
+    name: str = "mae"
+
+    def build(self, *, seed: int = 0, channels: int | None = None) -> MeanAbsoluteError:
+        """The loss, a mean over channels."""
+        return MeanAbsoluteError(channels)
+
+
 class MeanAbsoluteError(PointwiseLoss):
     """Σ|ŷ − y| / (n·C), over atoms and coordinates."""
 
+    Config: ClassVar[type[MeanAbsoluteErrorConfig]] = MeanAbsoluteErrorConfig
     degree = 1
 
     def of(self, samples: Samples) -> Tensor:
@@ -47,14 +71,26 @@ class MeanAbsoluteError(PointwiseLoss):
         return self._mean((samples.prediction - samples.target).abs(), samples)
 
 
-class KabschError(PointwiseLoss):
-    """min over R, s of ‖ŷ − (R y + s)‖² / (n·C): the squared error behind the best superposition.
+class KabschErrorConfig(LossConfig):
+    """Squared error after the best superposition, see `KabschError`."""
 
-    R is a proper rotation, so a mirror image is not the same; it is found by the singular value
-    decomposition of Kabsch (Acta Crystallographica A 32, 1976) and taken as a constant: that is the
-    gradient of the minimum (envelope theorem), and nothing blows up where R is not unique, as for
-    planar and linear molecules.
+    name: str = "kabsch"
+
+    def build(self, *, seed: int = 0, channels: int | None = None) -> KabschError:
+        """The loss, a mean over channels."""
+        return KabschError(channels)
+
+
+class KabschError(PointwiseLoss):
+    """min over R, s of ‖ŷ − (R y + s)‖² / (n·C): the squared error after the best superposition.
+
+    R is a proper rotation, so the loss of a mirror image is not 0. It is found by the singular
+    value decomposition of Kabsch (Acta Crystallographica A 32, 1976) and treated as a constant.
+    This gives the gradient of the minimum (envelope theorem), which is finite where R is not
+    unique, as for planar and linear molecules.
     """
+
+    Config: ClassVar[type[KabschErrorConfig]] = KabschErrorConfig
 
     def of(self, samples: Samples) -> Tensor:
         """Error of each sample, (B,)."""
@@ -67,7 +103,7 @@ class KabschError(PointwiseLoss):
 
 
 def best_rotation(source: Tensor, goal: Tensor) -> Tensor:
-    """The proper rotations R (B, D, D) that bring ‖goal − source·R‖ to its least.
+    """The proper rotations R (B, D, D) that minimise ‖goal − source·R‖.
 
     Parameters
     ----------
@@ -76,24 +112,24 @@ def best_rotation(source: Tensor, goal: Tensor) -> Tensor:
     """
     covariance = torch.nan_to_num(source.transpose(1, 2) @ goal)  # the loss itself stays NaN
     left, _, right = torch.linalg.svd(covariance)
-    mirrored = torch.linalg.det(left @ right) < 0
+    improper = torch.linalg.det(left @ right) < 0
     sign = torch.ones_like(left[:, 0])
-    sign[:, -1] = torch.where(mirrored, -1.0, 1.0)
+    sign[:, -1] = torch.where(improper, -1.0, 1.0)
     rotation: Tensor = (left * sign[:, None]) @ right
     return rotation
 
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Products of matrices in full float32, whatever networks take."""
-    before = torch.get_float32_matmul_precision()
+    """Matrix products in full float32, whatever precision networks use."""
+    previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(previous)
 
 
 def _centred(values: Tensor, samples: Samples) -> Tensor:
-    moved = values - values.sum(dim=1, keepdim=True) / samples.counts[:, None, None]
-    return moved if samples.mask is None else torch.where(samples.mask[..., None], moved, 0)
+    centred = values - values.sum(dim=1, keepdim=True) / samples.counts[:, None, None]
+    return centred if samples.mask is None else torch.where(samples.mask[..., None], centred, 0)

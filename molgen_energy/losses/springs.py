@@ -1,4 +1,4 @@
-"""Spring families: how stiff the spring between two atoms is, by their distance in the data.
+"""Spring families: the stiffness of the spring between two atoms, by their distance in the data.
 
 The spring constant of a pair is k_ij = (c/n)·f(d_ij), with n the number of atoms and a scale c. A
 family is f: distances of any shape, in the unit of the data (Å for molecules), to values of the
@@ -9,28 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
+
+from molgen_energy.config import Section, one_of, positive_or
 
 _EPSILON = 1e-5  # of the paper's code; keeps the inverse families finite at distance 0
 
 
 @dataclass(frozen=True)
 class SpringFamily:
-    """f(d), or f(d, bonded) of a family that treats bonded pairs apart.
+    """f(d), or f(d, bonded) of a family that distinguishes bonded pairs.
 
     function
-        Takes distances, and where `needs_bonds` says so also a bool tensor of the same shape.
+        Takes distances and, with `requires_bonds`, a bool tensor of the same shape.
+    scales
+        Published c by the model that it was used with; the c of `gdm` holds for EDM too.
+    requires_bonds
+        Whether f depends on which pairs are bonded.
     finite_at_zero
         Whether f(0) is known to be finite.
-    scales
-        c in published work by the model it was used with; `gdm` stands for EDM as well.
     """
 
     function: Callable[..., Tensor]
     scales: Mapping[str, float] = field(default_factory=dict)
-    needs_bonds: bool = False
+    requires_bonds: bool = False
     finite_at_zero: bool = False
 
     def __call__(self, distances: Tensor, bonded: Tensor | None = None) -> Tensor:
@@ -39,18 +44,18 @@ class SpringFamily:
         Raises
         ------
         ValueError
-            The family treats bonded pairs apart and is not told which they are.
+            The family distinguishes bonded pairs, and `bonded` is missing.
         """
-        if not self.needs_bonds:
+        if not self.requires_bonds:
             return self.function(distances)
         if bonded is None:
-            raise ValueError("these springs treat bonded atoms apart: give bonds")
+            raise ValueError("these springs distinguish bonded pairs: give bonds")
         return self.function(distances, bonded)
 
 
 @dataclass(frozen=True)
-class _OwnSprings:
-    """A user's function: it may write into what it is given, or return a number."""
+class _UserFunction:
+    """A user's function: it may write into its argument, or return a number."""
 
     function: Callable[[Tensor], Tensor]
 
@@ -90,16 +95,27 @@ SPRINGS: dict[str, SpringFamily] = {
     "inverse": SpringFamily(inverse, {"gdm": 5.0, "jodo": 3.7}, finite_at_zero=True),
     "inverse_square": SpringFamily(inverse_square, {"gdm": 16.0, "jodo": 9.0}, finite_at_zero=True),
     "lennard_jones": SpringFamily(
-        lennard_jones, {"gdm": 9.0}, needs_bonds=True, finite_at_zero=True
+        lennard_jones, {"gdm": 9.0}, requires_bonds=True, finite_at_zero=True
     ),
 }
 
 PUBLISHED_SCALES = ("gdm", "edm", "jodo")
-"""Models that work with energy losses gives a scale c for."""
+"""Models with published scales c."""
+
+
+class SpringsConfig(Section):
+    """Springs of the energy loss."""
+
+    family: Annotated[str, one_of("spring family", SPRINGS)] = "exponential"
+    scale: Annotated[float | str, positive_or("auto", *PUBLISHED_SCALES)] = "auto"
+    """c of k_ij = (c/n)·f(d_ij). `auto` makes the mean of c·f over the training pairs 1; the name
+    of a model stands for the c published with it."""
+    distance: Literal["positions", "features"] = "positions"
+    """The argument of f: the distance in positions, or in positions and encoded features."""
 
 
 def spring_family(springs: str | Callable[[Tensor], Tensor] | SpringFamily) -> SpringFamily:
-    """The family of a name in `SPRINGS`, of a function of distances, or the family itself.
+    """A family by its name in `SPRINGS`, of a function of distances, or the family itself.
 
     Raises
     ------
@@ -111,19 +127,19 @@ def spring_family(springs: str | Callable[[Tensor], Tensor] | SpringFamily) -> S
     if not isinstance(springs, str):
         if not callable(springs):
             raise ValueError(f"springs {springs!r}: expected a name or a function of distances")
-        return SpringFamily(_OwnSprings(springs))
+        return SpringFamily(_UserFunction(springs))
     if springs not in SPRINGS:
         raise ValueError(f"unknown springs '{springs}' (valid: {', '.join(SPRINGS)})")
     return SPRINGS[springs]
 
 
 def published_scale(family: SpringFamily, model: str) -> float:
-    """The scale c that published work uses with a model, one of `PUBLISHED_SCALES`.
+    """The published scale c for a model, one of `PUBLISHED_SCALES`.
 
     Raises
     ------
     ValueError
-        There is none.
+        No scale is published.
     """
     if model not in PUBLISHED_SCALES:
         raise ValueError(f"scale '{model}': expected a number or {', '.join(PUBLISHED_SCALES)}")

@@ -1,8 +1,8 @@
-"""Training a network that predicts one configuration for given conditions."""
+"""Training of a network that predicts one configuration from its inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,52 +17,53 @@ from molgen_energy.data.arrays import ArrayFile
 from molgen_energy.data.batches import Batch, batches_per_epoch, epoch_batches
 from molgen_energy.distributed import all_reduce_sum, rank, world_size
 from molgen_energy.errors import InputError
+from molgen_energy.losses import LossConfig
 from molgen_energy.training.checkpoint import Checkpoint
 
-_DRAWS = 1 << 62  # losses take them modulo what they choose from
-_PIECE = 1024  # samples at once where no gradient is taken
+_RANDOM_INTEGERS = 1 << 62  # losses take them modulo the number of their choices
+_CHUNK = 1024  # samples in an evaluation without gradients
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Samples on a device, in their order."""
+    """Samples on a device."""
 
     inputs: Tensor
-    """What the network is given, (M, …)."""
+    """Inputs of the network, (M, …)."""
     targets: Tensor
-    """What it should predict, in the shape that the loss takes, (M, N, D)."""
+    """Targets in the shape that the loss takes, (M, N, D)."""
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def batch(self, which: NDArray[np.int64]) -> Examples:
-        """Some of them."""
+        """The samples with these indices."""
         index = torch.from_numpy(which).to(self.targets.device)
         return Examples(self.inputs[index], self.targets[index])
 
     def to(self, device: torch.device) -> Examples:
-        """The same on another device."""
+        """The same samples on another device."""
         return Examples(self.inputs.to(device), self.targets.to(device))
 
 
 class SupervisedTask:
-    """What the training loop needs where a network predicts targets from inputs.
+    """Task of a network that predicts targets from inputs, for the training loop.
 
     Parameters
     ----------
     config
         The run, without `auto`.
     device
-        Where data and model live.
+        Of data and model.
     file
-        The data; its training samples are trained on, its validation samples validated on.
+        The data, with splits `train` and `valid`.
     examples
-        Inputs and targets of some columns of the file.
+        Makes inputs and targets from columns of the file.
     model
         The network, called with inputs.
     loss
-        Called with the network's output, the examples that it is of, and a random number of each,
-        (B,) int64, for losses that draw; returns (B,).
+        Called with the network's output, its examples, and a random integer for each sample,
+        (B,) int64, for losses that draw graphs; returns (B,).
     state
         What a checkpoint needs for sampling.
 
@@ -90,7 +91,7 @@ class SupervisedTask:
                 f"{file.path} holds no training sample; make it with a larger train share"
             )
         if config.training.lr == "auto":
-            raise InputError("training.lr: auto stands for nothing here; give a number")
+            raise InputError("training.lr: auto is not supported here; set a number")
         self.config = config.replaced({"data.path": str(file.path.resolve())})
         self.device = device
         self.model = model.to(device)
@@ -107,11 +108,11 @@ class SupervisedTask:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Steps that show every training sample once."""
+        """Steps of a pass over the training samples."""
         return batches_per_epoch(len(self._train), self.config.training.batch_size)
 
     def epoch(self, epoch: int) -> Sequence[Batch]:
-        """The batches of an epoch; depends on the seed and `epoch` alone."""
+        """The batches of an epoch; they depend on the seed and `epoch` alone."""
         training = self.config.training
         sizes = np.full(len(self._train), self._train.targets.shape[1])
         batches = epoch_batches(sizes, training.batch_size, training.seed, epoch)
@@ -125,41 +126,41 @@ class SupervisedTask:
         rank: int = 0,
         world: int = 1,
     ) -> tuple[Tensor, ...]:
-        """The loss of the samples that process `rank` of `world` takes of a batch, (B,).
+        """The loss of the samples of a batch that belong to process `rank` of `world`, (B,).
 
-        What is random is drawn for the whole batch, so that all processes together do what one
-        would do.
+        Random numbers are drawn for the whole batch, so the result does not depend on the number of
+        processes.
         """
-        draws = _draws(len(batch), generator)[rank::world]
+        drawn = _random_integers(len(batch), generator)[rank::world]
         examples = self._train.batch(batch.share(rank, world).which)
-        return (self._loss(model(examples.inputs), examples, draws),)
+        return (self._loss(model(examples.inputs), examples, drawn),)
 
     @torch.no_grad()
     def validation_loss(self, model: nn.Module) -> float | None:
-        """Mean loss over the validation samples; None without. Several processes share the work."""
+        """Mean loss over the validation samples, None without any; processes share the work."""
         if self._valid is None:
             return None
         total = torch.zeros((), device=self.device, dtype=torch.float64)
-        pieces = range(0, len(self._valid), _PIECE)
-        for number in range(rank(), len(pieces), world_size()):
-            which = np.arange(len(self._valid))[pieces[number] :][:_PIECE]
+        starts = range(0, len(self._valid), _CHUNK)
+        for number in range(rank(), len(starts), world_size()):
+            which = np.arange(len(self._valid))[starts[number] :][:_CHUNK]
             generator = torch.Generator(self.device)
             generator.manual_seed(self.config.training.seed + number)
             examples = self._valid.batch(which)
-            draws = _draws(len(which), generator)
-            total += self._loss(model(examples.inputs), examples, draws).double().sum()
+            drawn = _random_integers(len(which), generator)
+            total += self._loss(model(examples.inputs), examples, drawn).double().sum()
         return float(all_reduce_sum(total)) / len(self._valid)
 
     def close(self) -> None:
-        """Nothing is read after the start."""
+        """Nothing to close: the data are in memory."""
 
 
-def _draws(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(_DRAWS, (count,), generator=generator, device=generator.device)
+def _random_integers(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(_RANDOM_INTEGERS, (count,), generator=generator, device=generator.device)
 
 
 def data_path(config: Config, system: str) -> Path:
-    """The data of a run; `InputError` where none are named."""
+    """The data file of a run; `InputError` without one."""
     if config.data.path is None:
         raise InputError(
             f"name the data with --data FILE; make them with `molgen-energy preprocess {system}`"
@@ -167,8 +168,53 @@ def data_path(config: Config, system: str) -> Path:
     return Path(config.data.path)
 
 
+def check_loss(loss: LossConfig, inputs: frozenset[str], samples: str) -> None:
+    """Raise `InputError` if a loss requires inputs that the samples do not have.
+
+    Parameters
+    ----------
+    loss
+        The section, with `auto` or without.
+    inputs
+        Those of `Loss.requires` that the samples have.
+    samples
+        Their name, for the message.
+    """
+    missing = sorted(loss.requires - inputs)
+    if missing:
+        raise InputError(
+            f"loss {loss.name}{loss.describe()}: {samples} have no {' and no '.join(missing)}; "
+            "choose a loss, springs and edges that do not require them"
+        )
+
+
+def without_unknown_loss_keys(
+    values: Mapping[str, Any], registry: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Raw values of a configuration, without the keys of `loss` that the named loss does not have.
+
+    Until format 2 of checkpoints, one section held the keys of all losses.
+    """
+    loss = values.get("loss")
+    if not isinstance(loss, Mapping) or loss.get("name") not in registry:
+        return dict(values)
+    known = registry[loss["name"]].Config.model_fields
+    return {**values, "loss": {key: value for key, value in loss.items() if key in known}}
+
+
 class Predictor:
-    """The network of a checkpoint with its EMA weights, called in pieces.
+    """The network of a checkpoint with its EMA weights.
+
+    Parameters
+    ----------
+    checkpoint
+        Its weights are loaded.
+    model
+        The configured network.
+    device
+        To run on.
+    batch_size
+        Samples in an evaluation of the network; None is 1024.
 
     Raises
     ------
@@ -186,28 +232,28 @@ class Predictor:
         checkpoint.load_weights(model, "ema")
         self._path = checkpoint.path
         self._model, self._device = model.to(device).eval(), device
-        self._batch_size = batch_size or _PIECE
+        self._batch_size = batch_size or _CHUNK
 
     @torch.no_grad()
     def __call__(
         self, inputs: Tensor, advance: Callable[[int, float], None] = lambda samples, share: None
     ) -> Tensor:
-        """The network's output for inputs (M, …), on the CPU; `advance` as of an `Observer`.
+        """The network's output for inputs (M, …), on the CPU; `advance` is that of an `Observer`.
 
         Raises
         ------
         InputError
-            It is not finite.
+            An output is not finite.
         """
-        pieces = []
-        for piece in torch.split(inputs, self._batch_size):
-            pieces.append(self._model(piece.to(self._device)).cpu())
-            advance(len(piece), 1.0)
-        output = torch.cat(pieces)
-        wrong = int((~torch.isfinite(output).flatten(1).all(dim=1)).sum())
-        if wrong:
+        outputs = []
+        for chunk in torch.split(inputs, self._batch_size):
+            outputs.append(self._model(chunk.to(self._device)).cpu())
+            advance(len(chunk), 1.0)
+        output = torch.cat(outputs)
+        diverged = int((~torch.isfinite(output).flatten(1).all(dim=1)).sum())
+        if diverged:
             raise InputError(
-                f"{self._path}: of {wrong:,} of {len(output):,} samples the network makes what is "
-                "no number; training diverged, train anew with a lower --lr"
+                f"{self._path}: the network's output for {diverged:,} of {len(output):,} samples "
+                "is not finite; training diverged, train again with a lower --lr"
             )
         return output

@@ -298,20 +298,20 @@ def test_symmetrized_edges_of_packed_molecules(forty):
     loss = PairwiseEnergy("exponential", 1.0, edges)
     expected = loss(prediction, target, mask)
     batch = mask.nonzero()[:, 0]
-    table = edges.neighbours(target[mask], batch=batch)
+    table = edges.prepare_neighbours(target[mask], batch=batch)
     assert table.index.shape[0] == len(batch)
     got = loss(prediction[mask], target[mask], batch=batch, neighbours=table)
     torch.testing.assert_close(got, expected)
     with pytest.raises(ValueError, match="not finite"):
-        edges.neighbours(torch.full((1, 3, 3), torch.nan))
-    whole = edges.neighbours(target, mask.float())
-    assert torch.equal(whole.index, edges.neighbours(target, mask).index)
+        edges.prepare_neighbours(torch.full((1, 3, 3), torch.nan))
+    whole = edges.prepare_neighbours(target, mask.float())
+    assert torch.equal(whole.index, edges.prepare_neighbours(target, mask).index)
 
 
 def test_graphs_are_not_kept_without_end_nor_pickled():
     edges = SparseEdges(pool=2)
     loss = PairwiseEnergy(edges=edges)
-    edges._MOST_KEPT = 1000
+    edges._CACHE_SIZE = 1000
     for n in range(50, 80):
         loss(torch.zeros(1, n, 3), torch.zeros(1, n, 3))
         assert sum(circles.order.numel() for circles in edges._circles.values()) < 1500
@@ -328,7 +328,7 @@ def test_symmetrized_edges_treat_equivalent_atoms_alike():
         target = torch.from_numpy(points)[None]
         mask = torch.ones(target.shape[:2], dtype=torch.bool)
         edges = SymmetrizedEdges(pool=4)
-        table = edges.neighbours(target, mask, numbers=np.array([1]))
+        table = edges.prepare_neighbours(target, mask, numbers=np.array([1]))
         totals = table.weight.sum(2)[0].numpy()
         hydrogens = totals[-len(points) // 2 :]
         np.testing.assert_allclose(hydrogens, hydrogens[0], rtol=1e-5)
@@ -349,7 +349,7 @@ def test_a_table_found_before_gives_the_same(forty):
     prediction, target, mask = forty
     edges = SymmetrizedEdges(pool=1)
     loss = PairwiseEnergy("exponential", 1.0, edges)
-    table = edges.neighbours(target, mask)
+    table = edges.prepare_neighbours(target, mask)
     torch.testing.assert_close(
         loss(prediction, target, mask, neighbours=table), loss(prediction, target, mask)
     )

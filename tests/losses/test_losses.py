@@ -33,7 +33,10 @@ X = torch.zeros(2, 5, 3)
         ((X[0], X[0]), {"batch": torch.tensor([0, 1, 0, 1, 1])}, "must ascend"),
         ((X[0, 0], X[0, 0]), {}, "not 1 dimensions"),
         ((X, X), {"features": torch.zeros(2, 4, 6)}, "expected features"),
-        ((X, X), {"bonds": torch.zeros(2, 7)}, r"expected bonds \(2, 5, 5\)"),
+        ((X, X), {"bonds": torch.zeros(2, 7)}, r"expected bonds \(2, 5, 5\) or \(3, E\)"),
+        ((X, X), {"bonds": torch.zeros(3, 7)}, r"bonds \(3, E\) of integers"),
+        ((X, X), {"bonds": torch.tensor([[2], [0], [1]])}, "outside of 2 samples of 5 atoms"),
+        ((X, X), {"bonds": torch.tensor([[0], [-1], [1]])}, "outside of 2 samples of 5 atoms"),
         ((X[0], X[0]), {"bonds": torch.zeros(4, 2)}, "transpose"),
         (
             (X[0], X[0]),

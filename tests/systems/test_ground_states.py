@@ -26,7 +26,7 @@ from molgen_energy.systems.spins.ground_states import (
     certify,
     ground_states,
 )
-from molgen_energy.systems.spins.lattices import Lattices, check_size, fixed
+from molgen_energy.systems.spins.lattices import Lattices, check_size, fix_gauge
 from molgen_energy.systems.spins.metrics import descend, judge
 
 pytest.importorskip("pymatching")
@@ -180,7 +180,7 @@ def test_select_and_fixed(rng):
         assert np.array_equal(part.right, lattices.right[1:3])
         assert np.array_equal(part.spins, spins[1:3])
     assert len(lattices.select([])) == 0
-    both = fixed(np.stack([spins, -spins]))
+    both = fix_gauge(np.stack([spins, -spins]))
     assert np.array_equal(both[0], both[1])
     assert (both[..., 0, 0] == 1).all()
     assert np.array_equal(both[0] * spins[:, :1, :1], spins)
@@ -386,7 +386,7 @@ def test_flipped_couplings():
     """Changing the sign of spins and of the couplings around them is the same problem."""
     for periodic in (False, True):
         lattices = draw_couplings(range(3), 8, periodic, "uniform", 0)
-        gauge = fixed(random_spins(np.random.default_rng(0), 3, 8, 8))
+        gauge = fix_gauge(random_spins(np.random.default_rng(0), 3, 8, 8))
         right = lattices.right * gauge * np.roll(gauge, -1, 2)
         down = lattices.down * gauge * np.roll(gauge, -1, 1)
         turned = Lattices.checked(right, down, periodic)

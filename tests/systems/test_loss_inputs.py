@@ -69,7 +69,7 @@ def test_symmetrized_edges_of_a_batch_are_those_of_the_molecules(few):
     prediction = target + 0.2 * torch.randn_like(target)
     table = inputs.of(which, torch.zeros(*numbers.shape, 6))["neighbours"]
     expected = loss(
-        prediction, target, mask, neighbours=edges.neighbours(target, mask, numbers=which)
+        prediction, target, mask, neighbours=edges.prepare_neighbours(target, mask, numbers=which)
     )
     torch.testing.assert_close(loss(prediction, target, mask, neighbours=table), expected)
 

@@ -1,4 +1,4 @@
-"""Physical systems through the four verbs: polygons, spin glasses, and one that is defined here."""
+"""Physical systems through the four commands: polygons, spin glasses, and one defined here."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ from typer.testing import CliRunner
 
 from molgen_energy import cli as cli_package
 from molgen_energy.cli import sample
-from molgen_energy.config import Config, Section, TrainingConfig, config_names
+from molgen_energy.config import Config, RawConfig, Section, TrainingConfig, config_names
 from molgen_energy.data.arrays import ArrayFile, Column, write_arrays
 from molgen_energy.data.datasets.base import Dataset, option
 from molgen_energy.data.shards import ShardFolder
 from molgen_energy.errors import InputError
-from molgen_energy.losses import SPIN_LOSSES
+from molgen_energy.losses import SPIN_LOSSES, SPRINGS, SpringFamily
 from molgen_energy.metrics.rates import Mean
 from molgen_energy.metrics.scores import Row, Scores, as_json
+from molgen_energy.progress import no_progress
 from molgen_energy.systems import datasets, evaluators
 from molgen_energy.systems.base import SamplingResult, System
 from molgen_energy.systems.registry import SYSTEMS, load_config
@@ -59,10 +60,6 @@ class Silent:
     def found(self, *_): ...
     def advance(self, *_): ...
     def interrupted(self, *_): ...
-
-
-def no_progress(done, total):
-    pass
 
 
 @pytest.fixture
@@ -188,7 +185,7 @@ def test_the_claim(tmp_path):
 
 
 def test_polygons_by_command(inside, tmp_path):
-    """The four verbs, resumed half-way to the same numbers."""
+    """All four commands, resumed half-way to the same numbers."""
     said = inside(
         "preprocess", "shapes", "--vertices", "5", "--count", "300", "--augment-angle", "1"
     )
@@ -245,6 +242,53 @@ def test_two_processes_do_what_one_does(inside, tmp_path):
     one, other = (load_checkpoint(tmp_path / name).tensors("ema") for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
+
+
+def test_auto_is_resolved(tmp_path, monkeypatch):
+    """The learning rate is the network's published one, and springs have mean 1 over the data."""
+    data = tmp_path / "shapes.h5"
+    Polygons(count=50, vertices=5, split="1,0,0").write(data, no_progress)
+    changes = {"data.path": str(data), "training.lr": "auto"}
+    config = load_config("shapes_energy").replaced(changes)
+    found = ShapeSystem().task(config, CPU, no_progress).config
+    assert found.training.lr == 3e-2
+    positions = read_polygons(data, "").columns["positions"].astype(np.float64)
+    lengths = [np.linalg.norm(p[:, None] - p[None], axis=-1)[~np.eye(5, dtype=bool)]
+               for p in positions]  # fmt: skip
+    assert found.loss.springs.scale * np.exp(-np.concatenate(lengths)).mean() == pytest.approx(1)
+    published = config.replaced({"loss.springs.scale": "gdm"})
+    assert ShapeSystem().task(published, CPU, no_progress).config.loss.springs.scale == 42
+    monkeypatch.setitem(SPRINGS, "soft", SpringFamily(lambda d: 0 * d + 1))
+    soft = config.replaced({"loss.springs.family": "soft"})
+    assert ShapeSystem().task(soft, CPU, no_progress).config.loss.springs.scale == 1
+    lacking = soft.replaced({"loss.springs.scale": "jodo"})
+    with pytest.raises(InputError, match=r"loss\.springs\.scale: soft: .*set a number or auto"):
+        ShapeSystem().task(lacking, CPU, no_progress)
+
+
+def test_configurations_of_format_2_are_upgraded():
+    """One section held the keys of all losses on spins, and springs of all losses on polygons."""
+    old = {
+        "name": "spins_margin",
+        "system": "spins",
+        "loss": {"name": "margin", "offset": 1.0, "temperature": 0.1, "margin": 2.0,
+                 "gauge": "fixed"},
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"unknown config key 'loss\.offset'"):
+        SpinSystem.config.of(RawConfig("old", old))
+    upgraded = SpinSystem().upgrade_config(old)
+    assert upgraded["loss"] == {"name": "margin", "margin": 2.0, "gauge": "fixed"}
+    assert SpinSystem.config.of(RawConfig("old", upgraded)).loss.margin == 2.0
+    assert SpinSystem().upgrade_config(upgraded) == upgraded
+    springs = {"family": "inverse", "scale": 2.0, "distance": "positions"}
+    edges = {"kind": "sparse", "pool": 100, "tolerance": 0.01}
+    for name, kept in (("mse", {}), ("energy", {"springs": springs, "edges": edges})):
+        loss = {"name": name, "springs": springs, "edges": edges}
+        found = ShapeSystem().upgrade_config({"name": "x", "system": "shapes", "loss": loss})
+        assert found["loss"] == {"name": name, **kept}
+        ShapeSystem.config.of(RawConfig("old", found))
+    for damaged in ({}, {"loss": 3}, {"loss": {"name": "none", "a": 1}}):
+        assert SpinSystem().upgrade_config(damaged) == damaged
 
 
 # -- spin glasses ------------------------------------------------------------------------------
@@ -308,18 +352,20 @@ def test_spins_by_command(inside, tmp_path, glasses):
 
 @pytest.mark.parametrize("name", SPIN_LOSSES)
 def test_every_loss_on_spins_trains(tmp_path, glasses, name):
-    """A few steps lower the loss, with either gauge."""
-    for gauge in ("fixed", "either"):
+    """A few steps lower the loss, with either gauge where it has one."""
+    gauges = {"fixed", "either"} if "gauge" in SPIN_LOSSES[name].Config.model_fields else {None}
+    for gauge in gauges:
+        changes = {} if gauge is None else {"loss.gauge": gauge}
         config = load_config(f"spins_{name}").replaced(
             {"data.path": str(glasses / "spins.h5"), "model.width": 16, "model.layers": 3,
-             "loss.gauge": gauge, "training.steps": 25, "training.batch_size": 38,
-             "training.lr": 1e-2, "training.log_every": 1}
+             "training.steps": 25, "training.batch_size": 38, "training.lr": 1e-2,
+             "training.log_every": 1, **changes}
         )  # fmt: skip
         task = SpinSystem().task(config, CPU, no_progress)
         batch = task.epoch(0)[0]
         generator = torch.Generator().manual_seed(0)
         first = task.loss(task.model, batch, generator)[0].mean().item()
-        train(task, tmp_path / gauge, Silent())
+        train(task, tmp_path / str(gauge), Silent())
         last = task.loss(task.model, batch, generator)[0].mean().item()
         assert last < first - 0.05 * abs(first)
 
@@ -388,7 +434,7 @@ def test_solving_is_resumed(inside, tmp_path, number):
         (("--couplings", "none.npz"), r"none\.npz does not exist"),
         (("--couplings", "zero.npz"), r"zero\.npz: record 2 .*all zero.*ground state"),
         (("--couplings", "half.npz"), r"half\.npz lacks the array 'down'"),
-        (("--couplings", "text.npz"), r"text\.npz is no \.npz"),
+        (("--couplings", "text.npz"), r"text\.npz is not an \.npz"),
         (("--couplings", "flat.npz"), r"flat\.npz: .*\(M, L, L\)"),
         (("--seed", "-1"), r"--seed -1"),
         (("--seed", str(2**64)), r"--seed 18446744073709551616: expected"),
@@ -428,8 +474,17 @@ def test_files_of_another_system(inside, tmp_path, glasses, sample_path):
         (("train", "--config", "shapes_energy", "--data", sample_path), "holds molecules, not"),
         (("train", "--config", "shapes_energy", "--data", spins), "holds spins, not shapes"),
         (("train", "--loss", "margin"), "'margin' is a loss on spins"),
+        (("train", "--config", "shapes_energy", "--loss", "margin"), "'margin' is a loss on spins"),
         (("train", "--config", "spins_margin", "--loss", "energy"), "'energy' is a loss on pos"),
-        (("train", "--config", "shapes_energy", "--edges", "bonds"), "'complete' or 'sparse'"),
+        (
+            ("train", "--config", "shapes_energy", "--data", shapes, "--edges", "bonds"),
+            "exponential springs on bonds edges: polygons have no bonds",
+        ),
+        (
+            ("train", "--config", "shapes_energy", "--edges", "symmetrized"),
+            "polygons have no neighbours; choose a loss, springs and edges",
+        ),
+        (("train", "--config", "shapes_energy", "--springs", "lennard_jones"), "have no bonds"),
         (("train", "--config", "spins_margin", "--data", "no.h5"), "no.h5 does not exist; make"),
         (("train", "--config", "spins_margin", "--set", "diffusion.steps=5"), "unknown config key"),
         (("train", "--config", "spins_margin", "--set", "system=shapes"), "take a --config of sh"),
@@ -526,7 +581,7 @@ def test_damaged_couplings(tmp_path, cut):
 
 
 def test_a_diverged_network_is_named(inside, tmp_path, glasses):
-    """What is no number is not written, as +1 or otherwise."""
+    """A prediction that is not finite is not written, as +1 or otherwise."""
     inside("train", "--config", "spins_margin", "--data", glasses / "spins.h5", "--steps", "1",
            "-o", "run", *SMALL)  # fmt: skip
     path = tmp_path / "run" / "checkpoints" / "last" / "ema.safetensors"
@@ -534,7 +589,7 @@ def test_a_diverged_network_is_named(inside, tmp_path, glasses):
     weights["read.bias"][:] = torch.nan
     safetensors.torch.save_file(weights, path)
     stderr = inside("sample", "--checkpoint", "run", code=2).stderr
-    assert "of 40 of 40 samples the network makes what is no number" in stderr
+    assert "the network's output for 40 of 40 samples is not finite" in stderr
     assert not (tmp_path / "spins_predicted.h5").exists()
 
 
@@ -545,7 +600,10 @@ def test_true_energy_needs_no_ground_states(inside, tmp_path, glasses):
     command = ("train", "--data", "bare.h5", "--steps", "2", *SMALL)
     inside(*command, "--config", "spins_true_energy", "-o", "run")
     said = inside(*command, "--config", "spins_margin", code=2).stderr
-    assert "holds no ground states, which the loss margin needs" in said
+    assert (
+        "holds no ground states, which the loss margin requires; train with --loss true_energy"
+        in said
+    )
 
 
 def test_windows_around_a_torus(inside, tmp_path):
@@ -728,7 +786,7 @@ def judge_chains(path: Path) -> Scores:
 
 
 def test_a_system_of_ones_own(tmp_path, monkeypatch):
-    """What stands above, three table rows and a YAML go through all four verbs."""
+    """The classes above, three registry rows and a YAML run through all four commands."""
     monkeypatch.setitem(datasets.DATASETS, "chains", Chains)
     monkeypatch.setitem(SYSTEMS, "chains", ChainSystem())
     monkeypatch.setitem(evaluators.EVALUATORS, "chains", judge_chains)

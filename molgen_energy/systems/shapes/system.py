@@ -1,88 +1,52 @@
 """Regular polygons: from a radius to the vertices (section 6.1 of Kaba et al., NeurIPS 2025).
 
-The network knows nothing of the angle that a polygon is turned by, so the squared error has it
-predict the mean over angles, which is a point when all angles occur. A loss that does not change
-when the prediction is turned has a regular polygon as its minimum, at whatever angle.
+The network's input does not contain the angle of a polygon. The minimum of the squared error is
+therefore the mean over angles, which is a point if all angles occur. A loss that is invariant under
+rotation of the prediction has a regular polygon as its minimum, at any angle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from molgen_energy.config import (
-    Config,
-    EdgesConfig,
-    PositiveInt,
-    Section,
-    SpringsConfig,
-    TrainingConfig,
-    loss_on,
-    one_of,
-)
+from molgen_energy.config import Config, OneOf
 from molgen_energy.data.arrays import write_arrays
 from molgen_energy.data.splits import SPLITS
 from molgen_energy.errors import InputError
-from molgen_energy.losses import (
-    LOSSES,
-    POINTWISE_LOSSES,
-    SPIN_LOSSES,
-    CompleteEdges,
-    PositionLoss,
-    mean_stiffness,
-)
+from molgen_energy.losses import LOSSES, SPIN_LOSSES, EnergyConfig, Loss, LossConfig
 from molgen_energy.models import SHAPE_MODELS
+from molgen_energy.models.mlp import MLPConfig
+from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.base import Observer, SamplingResult, System, build_with_seed
-from molgen_energy.systems.energy import build_edges, build_energy, describe_springs, resolve_scale
 from molgen_energy.systems.shapes.files import read_polygons
 from molgen_energy.systems.supervised import (
     Examples,
     Predictor,
     SupervisedTask,
+    check_loss,
     data_path,
+    without_unknown_loss_keys,
 )
 from molgen_energy.training.checkpoint import Checkpoint
 
-_LR = 3e-2  # the best or nearly so for every loss
-_SAMPLE = 4096  # polygons that the mean spring is taken over
-
-
-class ShapeModelConfig(Section):
-    """Network from a radius to vertices."""
-
-    name: Annotated[str, one_of("model", SHAPE_MODELS)] = "mlp"
-    layers: PositiveInt = 2
-    width: PositiveInt = 64
-
-
-class ShapeEdgesConfig(EdgesConfig):
-    """Pairs that springs join: all, or those of a random 4-regular graph."""
-
-    kind: Literal["complete", "sparse"] = "complete"
-
-
-class ShapeLossConfig(Section):
-    """Loss on vertices."""
-
-    name: Annotated[str, loss_on("shapes", LOSSES, {"spins": SPIN_LOSSES})] = "energy"
-    springs: SpringsConfig = SpringsConfig()
-    edges: ShapeEdgesConfig = ShapeEdgesConfig()
+_CALIBRATION_SIZE = 4096  # polygons for the mean stiffness of springs
+_CHUNK = 256
 
 
 class ShapeConfig(Config):
     """A run on regular polygons."""
 
     system: str = "shapes"
-    model: ShapeModelConfig = ShapeModelConfig()
-    loss: ShapeLossConfig = ShapeLossConfig()
-    training: TrainingConfig = TrainingConfig()
+    model: Annotated[MLPConfig, OneOf("model", SHAPE_MODELS)] = MLPConfig()
+    loss: Annotated[LossConfig, OneOf("loss", LOSSES, {"spins": SPIN_LOSSES})] = EnergyConfig()
 
 
 class ShapeSystem(System):
@@ -94,83 +58,64 @@ class ShapeSystem(System):
     sampling = MappingProxyType({"count": 100, "seed": 0, "batch_size": None})
     output = "shapes_predicted.h5"
 
-    def task(
-        self, config: Any, device: torch.device, progress: Callable[[int, int], None]
-    ) -> SupervisedTask:
-        """What the training loop needs."""
+    def task(self, config: Any, device: torch.device, progress: ProgressCallback) -> SupervisedTask:
+        """Training on a file of polygons."""
         path = data_path(config, self.name)
         file = read_polygons(path, "`molgen-energy preprocess shapes -o {path}`")
         positions, radius = file.columns["positions"], file.columns["radius"]
-        config = _settled(
-            config, torch.from_numpy(positions[file.split_indices("train")[:_SAMPLE]])
-        )
-        loss = build_loss(config)
+        in_train = file.split_indices("train")
+        config = _resolved(config, torch.from_numpy(positions[in_train[:_CALIBRATION_SIZE]]))
+        loss: Loss = config.loss.build(seed=config.training.seed)
 
         def examples(columns: dict[str, NDArray[Any]]) -> Examples:
             return Examples(
                 torch.from_numpy(columns["radius"])[:, None], torch.from_numpy(columns["positions"])
             )
 
-        def judge(prediction: Tensor, batch: Examples, draws: Tensor) -> Tensor:
-            return loss(prediction, batch.targets, generator=draws)
+        def batch_loss(prediction: Tensor, batch: Examples, drawn: Tensor) -> Tensor:
+            return loss(prediction, batch.targets, generator=drawn)
 
         vertices = int(positions.shape[1])
-        in_train = file.split_indices("train")
         radii = [float(radius[in_train].min()), float(radius[in_train].max())]
         model = build_model(config, vertices)
         state = {"vertices": vertices, "radii": radii}
-        return SupervisedTask(config, device, file, examples, model, judge, state)
+        return SupervisedTask(config, device, file, examples, model, batch_loss, state)
 
     def generator(
-        self, checkpoint: Checkpoint, device: torch.device, asked: Mapping[str, Any]
-    ) -> _ShapeSampling:
-        """What predicts polygons of random radii."""
-        return _ShapeSampling(checkpoint, device, **asked)
+        self, checkpoint: Checkpoint, device: torch.device, options: Mapping[str, Any]
+    ) -> ShapeGenerator:
+        """Prediction of polygons of random radii."""
+        return ShapeGenerator(checkpoint, device, **options)
 
     def details(self, config: Any) -> str:
-        """Springs."""
-        return describe_springs(config.loss)
+        """Springs and edges."""
+        return str(config.loss.describe())
+
+    def upgrade_config(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Raw values of a configuration of checkpoint format 2, in the current format."""
+        return without_unknown_loss_keys(values, LOSSES)
 
 
 def build_model(config: ShapeConfig, vertices: int) -> nn.Module:
-    """The configured network, its weights drawn with the run's seed."""
-    section = config.model
-    return build_with_seed(
-        config.training.seed,
-        lambda: SHAPE_MODELS[section.name](1, vertices, 2, section.layers, section.width),
-    )
+    """The configured network, with random weights of the run's seed."""
+    return build_with_seed(config.training.seed, lambda: config.model.build(1, vertices, 2))
 
 
-def build_loss(config: ShapeConfig) -> PositionLoss:
-    """The configured loss on vertices; needs a config without `auto`."""
-    section = config.loss
-    if section.name != "energy":
-        return POINTWISE_LOSSES[section.name]()
-    assert not isinstance(section.springs.scale, str)
-    edges = build_edges(section.edges, config.training.seed)
-    return build_energy(section.springs, section.springs.scale, edges)
-
-
-def _settled(config: ShapeConfig, positions: Tensor) -> ShapeConfig:
-    """Without `auto`: springs of mean 1 over pairs of the data."""
+def _resolved(config: ShapeConfig, positions: Tensor) -> ShapeConfig:
+    """The configuration without `auto`; positions (M, N, 2) are training data."""
+    check_loss(config.loss, frozenset(), ShapeSystem.samples)
     if config.training.lr == "auto":
-        config = config.replaced({"training.lr": _LR})
-    springs = config.loss.springs
-    if springs.distance == "features":
-        raise InputError("loss.springs.distance: polygons have no features; take positions")
-    if config.loss.name != "energy":
-        return config
+        config = config.replaced({"training.lr": config.model.learning_rate})
 
-    def mean() -> float:
-        pieces = torch.split(positions.double(), 256)
-        complete = build_energy(springs, 1.0, CompleteEdges())
-        return mean_stiffness(complete, [{"target": piece} for piece in pieces])
+    def samples() -> list[Mapping[str, Tensor]]:
+        return [{"target": chunk} for chunk in torch.split(positions.double(), _CHUNK)]
 
-    return config.replaced({"loss.springs.scale": resolve_scale(springs, mean)})
+    loss = config.loss.resolve(samples, config.training.seed).config
+    return config.replaced({"loss": loss.model_dump()})
 
 
-class _ShapeSampling:
-    """Polygons of radii that are drawn as those of the training data were."""
+class ShapeGenerator:
+    """Prediction of polygons of random radii, uniform over the range of the training data."""
 
     shared = False
     inputs: tuple[Path, ...] = ()
@@ -186,9 +131,9 @@ class _ShapeSampling:
     ) -> None:
         config, state = checkpoint.config_as(ShapeConfig), checkpoint.state
         if not {"vertices", "radii"} <= state.keys():
-            raise InputError(f"{checkpoint.path} is no checkpoint of a run on shapes")
+            raise InputError(f"{checkpoint.path} is not a checkpoint of a run on shapes")
         if count < 1:
-            raise InputError(f"-n {count}: ask for at least one polygon")
+            raise InputError(f"-n {count}: expected at least 1 polygon")
         self.count, self.origin = count, checkpoint.origin
         self._config, self._state, self._seed = config, state, seed
         model = build_model(config, state["vertices"])

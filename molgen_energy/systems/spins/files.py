@@ -1,10 +1,18 @@
-"""Files of spin glasses: couplings, their ground states, and what a network predicts.
+"""Files of spin glasses: couplings, ground states, and predictions of a network.
 
 HDF5 of `molgen_energy.data.arrays` with attributes `boundary` (open or periodic) and `size`, and
-columns `right`, `down` (M, L, L) float32 and `spins` (M, L, L) int8, the ground states, as in
-`molgen_energy.systems.spins.lattices`; `energy` (M,) float64, theirs. Of predictions `prediction` (M, L, L)
-int8, and `record` (M,) int64, the number from 1 in the file that couplings come from. Couplings
-alone may also come as an `.npz` of NumPy with `right` and `down`.
+these columns, with `right`, `down` and `spins` as in `molgen_energy.systems.spins.lattices`:
+
+==========  =========  =======  ==================================================================
+right       (M, L, L)  float32  couplings
+down        (M, L, L)  float32  couplings
+spins       (M, L, L)  int8     ground states; optional
+energy      (M,)       float64  energies of the ground states; optional
+prediction  (M, L, L)  int8     predicted configurations; optional
+record      (M,)       int64    number of the record, from 1, in the file of the couplings; optional
+==========  =========  =======  ==================================================================
+
+Couplings alone are also read from an `.npz` of NumPy with `right` and `down`.
 """
 
 from __future__ import annotations
@@ -31,14 +39,14 @@ _OPTIONAL = {
 
 
 class SpinFile(NamedTuple):
-    """Lattices, with their ground states where the file has them."""
+    """The lattices of a file, with their ground states if the file has them."""
 
     file: ArrayFile
     lattices: Lattices
 
     @property
     def prediction(self) -> NDArray[np.int8] | None:
-        """What a network predicts, (M, L, L), where the file has it."""
+        """Predicted configurations, (M, L, L), if the file has them."""
         return self.file.columns.get("prediction")
 
 
@@ -48,7 +56,7 @@ def read_spins(path: Path, remedy: str = "`molgen-energy preprocess spins -o {pa
     Raises
     ------
     InputError
-        It is missing, broken, of another system, or holds what is no spin glass.
+        It is missing, damaged, of another system, or a record is not a spin glass.
     """
     file = ArrayFile(path, "spins", _COLUMNS, _OPTIONAL, remedy)
     boundary = file.attributes.get("boundary")
@@ -78,7 +86,7 @@ def read_couplings(path: Path, periodic: bool) -> Lattices:
     Raises
     ------
     InputError
-        It is missing, no such file, or holds what are no couplings.
+        It is missing, not an `.npz`, or a record is not a lattice of couplings.
     """
     check_file(path)
     arrays: dict[str, NDArray[Any]] = {}
@@ -90,9 +98,11 @@ def read_couplings(path: Path, periodic: bool) -> Lattices:
                 arrays[name] = stored[name]
     except InputError:
         raise
-    except Exception as error:  # whatever unpacking may come upon
+    except Exception as error:  # damaged archives raise errors of many types
         why = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path} is no .npz of NumPy ({why}); save `right` and `down`") from None
+        raise InputError(
+            f"{path} is not an .npz of NumPy ({why}); save `right` and `down`"
+        ) from None
     for name, array in arrays.items():
         if array.dtype.kind not in "iuf":
             raise InputError(f"{path}: '{name}' holds {array.dtype}, not numbers")

@@ -51,7 +51,7 @@ from scipy.sparse import csc_matrix, csr_matrix
 from scipy.sparse.csgraph import connected_components, dijkstra
 
 from molgen_energy.errors import InputError
-from molgen_energy.systems.spins.lattices import Lattices, Reals, Spins, fixed
+from molgen_energy.systems.spins.lattices import Lattices, Reals, Spins, fix_gauge
 
 Whole = NDArray[np.int64]
 
@@ -345,7 +345,7 @@ def _settled(lattice: Lattices, spins: Spins) -> Spins:
         gain = (spins * lattice.fields(spins[None])[0]).reshape(-1)
         worst = int(gain.argmin())
         if gain[worst] >= -1e-15 * lattice.strongest[0]:
-            return fixed(spins)
+            return fix_gauge(spins)
         spins.reshape(-1)[worst] *= -1
 
 
@@ -404,7 +404,7 @@ def by_program(lattice: Lattices) -> Solution:
         else:
             waiting += _halves(part, values, _branching(bonds, values, part))
     shape = lattice.size, lattice.size
-    return Solution(fixed(spins.reshape(shape)), best * scale, min(proven, best) * scale)
+    return Solution(fix_gauge(spins.reshape(shape)), best * scale, min(proven, best) * scale)
 
 
 class _Program:

@@ -190,8 +190,8 @@ class Lattices:
         return spins.astype(np.float64), several
 
 
-def fixed(spins: Spins, site: int = 0) -> Spins:
-    """Configurations (..., L, L), flipped where site (s, s) is −1: the other one of the pair."""
+def fix_gauge(spins: Spins, site: int = 0) -> Spins:
+    """Configurations (..., L, L), flipped where the spin at site (s, s) is −1."""
     return spins * spins[..., site : site + 1, site : site + 1]
 
 
