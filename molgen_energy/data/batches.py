@@ -295,7 +295,8 @@ class StreamedData(Generic[Window]):
         self._following = number, self._thread.submit(self._read, *self._content(number))
 
     def _read(self, numbers: NDArray[np.int64], ranks: NDArray[np.int64]) -> Window:
-        molecules = self._file.read(numbers, self._bonds, self._go_on)
+        columns = ("bonds",) if self._bonds and "bonds" in self._file.columns else ()
+        molecules = self._file.read(numbers, columns, self._go_on)
         return self._make(molecules, numbers, ranks, self._go_on)
 
     def _go_on(self) -> None:

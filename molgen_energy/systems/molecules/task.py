@@ -228,6 +228,7 @@ class MoleculeTask:
         """Make training data and validation molecules, with what the loss needs."""
         training, lookup = config.training, self.encoding.type_lookup()
         bonds = needs_bonds(loss)
+        columns = ("bonds",) if bonds and "bonds" in file.columns else ()
 
         def split(
             molecules: Molecules,
@@ -250,7 +251,7 @@ class MoleculeTask:
         self._train: TrainingData[_Split]
         if config.data.in_memory:
             numbers = file.split_indices("train")
-            whole = split(file.read(numbers, bonds), numbers, None, progress=progress)
+            whole = split(file.read(numbers, columns), numbers, None, progress=progress)
             self._train = ResidentData(whole, whole.data.sizes, training.batch_size, training.seed)
         else:
             self._train = StreamedData(
@@ -268,7 +269,7 @@ class MoleculeTask:
         self._valid: _Split | None = None
         if len(in_valid):
             ascending = np.argsort(in_valid)
-            molecules = file.read(in_valid[ascending], bonds).select(np.argsort(ascending))
+            molecules = file.read(in_valid[ascending], columns).select(np.argsort(ascending))
             self._valid = split(molecules, in_valid, None, progress=progress)
 
     def _settle(self, config: MoleculeConfig) -> MoleculeConfig:
