@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -364,7 +364,9 @@ class EvaluationAccumulator:
 
 def _copied(molecule: Molecule) -> Molecule:
     """Without the rest of the piece, which views would keep in memory."""
-    arrays = {k: v.copy() for k, v in vars(molecule).items() if isinstance(v, np.ndarray)}
+    arrays: dict[str, Any] = {
+        name: value.copy() for name, value in vars(molecule).items() if isinstance(value, np.ndarray)
+    }
     return replace(molecule, **arrays)
 
 
