@@ -163,6 +163,23 @@ def _opened(path: Path, remedy: str) -> h5py.File:
     raise InputError(f"{path} has schema {schema}, this version reads schema {SCHEMA}; {remedy}")
 
 
+def split_counts(path: Path) -> dict[str, int]:
+    """Samples of each split of a file of any physical system; without a split all are `train`.
+
+    Raises
+    ------
+    InputError
+        It is missing, no HDF5, or not written by this package.
+    """
+    with _opened(path, "`molgen-energy preprocess`") as file:
+        if "split" in file:
+            counts = np.bincount(file["split"][:], minlength=len(SPLITS)).tolist()
+        else:
+            columns = (data for data in file.values() if isinstance(data, h5py.Dataset))
+            counts = [max((len(data) for data in columns), default=0), 0, 0]
+    return dict(zip(SPLITS, counts, strict=True))
+
+
 def check_columns(file: h5py.File, path: Path, names: Iterable[str]) -> None:
     """Raise `InputError` where a data set is missing."""
     for name in names:

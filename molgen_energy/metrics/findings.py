@@ -364,9 +364,8 @@ class EvaluationAccumulator:
 
 def _copied(molecule: Molecule) -> Molecule:
     """Without the rest of the piece, which views would keep in memory."""
-    arrays: dict[str, Any] = {
-        name: value.copy() for name, value in vars(molecule).items() if isinstance(value, np.ndarray)
-    }
+    columns = vars(molecule).items()
+    arrays: dict[str, Any] = {k: v.copy() for k, v in columns if isinstance(v, np.ndarray)}
     return replace(molecule, **arrays)
 
 
