@@ -20,7 +20,6 @@ from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.geometry import QM9_TYPES
 from molgen_energy.chemistry.rdkit import judge
 from molgen_energy.data.datasets import qm9
-from molgen_energy.data.datasets.files import preprocess_qm9
 from molgen_energy.data.hdf5 import MoleculeWriter
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.distributed import default_workers
@@ -88,7 +87,7 @@ def write_test_statistics() -> None:
         Workers(default_workers(), seconds=120) as workers,
     ):
         path = Path(folder) / "qm9.h5"
-        preprocess_qm9(path)
+        qm9.QM9().make(path)
         known = qm9_training_names()
         reference = reference_of(path, "QM9 test", options, QM9_TYPES, known, workers)
         reference.save(asset("qm9_test_statistics.h5"), "QM9 (qm9pack), test split of EDM")

@@ -103,7 +103,7 @@ def measure(
     """
     graph = _Graph(molecules)
     positions = molecules.positions.astype(np.float64)
-    owners = molecules.owners
+    molecule_of_atom = molecules.molecule_index
     found = {}
     for kind in kinds:
         if kind == "bond length":
@@ -115,7 +115,7 @@ def measure(
         else:
             atoms, orders = graph.dihedrals(rings_of_three=counting == "jodo")
             values = _dihedrals(positions[atoms])
-        molecule = owners[atoms[:, 0]]
+        molecule = molecule_of_atom[atoms[:, 0]]
         code = _codes(molecules.atomic_numbers[atoms], orders)
         with np.errstate(over="ignore"):
             kept = values.astype(np.float32)

@@ -1,10 +1,9 @@
-"""The HDF5 store: schema 1, ragged, versioned.
+"""HDF5 files of molecules: schema 1, ragged, versioned.
 
-Data sets are the arrays of `molgen_energy.data.molecules` under the same names, with bonds in
-`bonds/index`, `bonds/order`, `bonds/offsets`, properties in `properties/<name>` (attribute `unit`),
-and `split` (M,) uint8: 0 train, 1 valid, 2 test. File attributes: `schema`, `system`, `source`,
-`created_by`, `units`. A file is written under a temporary name and renamed, and only ever read
-after that.
+Data sets are the arrays of `molgen_energy.data.molecules` under the same names, with the attribute
+`unit` at each of `properties/<name>`, and `split` (M,) uint8: 0 train, 1 valid, 2 test. File
+attributes: `schema`, `system`, `source`, `created_by`, `units`, `provenance` (JSON). A file is
+written under a temporary name and renamed, and never changed after that.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,11 @@ from numpy.typing import NDArray
 
 from molgen_energy import __version__
 from molgen_energy.data.molecules import (
+    DTYPES,
+    PROPERTIES,
     Bonds,
     MoleculeChunk,
     Molecules,
-    Property,
     gather_ragged,
     offsets_from_sizes,
 )
@@ -42,14 +42,24 @@ _CHUNK_ROWS = 65536
 _MARGIN = 1 << 20  # bytes for the library's own tables
 _SLICE = 1 << 20  # most atoms of one slice: 12 MB of positions
 _GAP = 1 << 11  # atoms that are read over rather than skipped; a call costs about as much
+_OPTIONAL = ("formal_charges", "bonds", "smiles", "group")
 
 
-def _chunk_rows(values: NDArray[Any]) -> int:
+_REQUIRED_OF_ALL = {"formal_charges": "formal charges", "bonds/index": "bonds", "group": "groups"}
+"""Columns that all molecules of a file have, or none: what is missing has no value."""
+
+
+def _chunk_rows(rows: int) -> int:
     """A chunk holds a whole small data set and at most 64k rows of a large one."""
-    return min(_CHUNK_ROWS, max(1024, len(values)))
+    return min(_CHUNK_ROWS, max(1024, rows))
 
 
-def _room(values: NDArray[Any]) -> int:
+def _missing(name: str, count: int) -> NDArray[Any]:
+    """What stands for the missing values of a column."""
+    return np.full(count, "", object) if name == "smiles" else np.full(count, np.nan)
+
+
+def _allocation(values: NDArray[Any]) -> int:
     """Bytes that appending these values can take, a begun chunk included."""
     row = values.nbytes // max(1, len(values))
     texts = sum(map(len, values)) + 32 * len(values) if values.dtype == object else 0
@@ -59,8 +69,8 @@ def _room(values: NDArray[Any]) -> int:
 class DeferredErrorFile(io.FileIO):
     """A file for the HDF5 library, which ends the process where a write fails.
 
-    Space is reserved before the library writes, so that a full disk is noticed by `reserve`. What
-    fails all the same is remembered and raised by `check`; the library is never told.
+    `reserve` allocates space before the library writes, so that it raises where a disk is full. An
+    error of a write itself is hidden from the library; `check` raises it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,7 +79,7 @@ class DeferredErrorFile(io.FileIO):
         self._end = 0
 
     def reserve(self, size: int) -> None:
-        """Make sure of `size` bytes behind what is written, where the system offers to."""
+        """Allocate `size` bytes after what is written, where the system supports it."""
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self.fileno(), self._end, size)
 
@@ -153,6 +163,23 @@ def _opened(path: Path, remedy: str) -> h5py.File:
     raise InputError(f"{path} has schema {schema}, this version reads schema {SCHEMA}; {remedy}")
 
 
+def split_counts(path: Path) -> dict[str, int]:
+    """Samples of each split of a file of any physical system; without a split all are `train`.
+
+    Raises
+    ------
+    InputError
+        It is missing, no HDF5, or not written by this package.
+    """
+    with _opened(path, "`molgen-energy preprocess`") as file:
+        if "split" in file:
+            counts = np.bincount(file["split"][:], minlength=len(SPLITS)).tolist()
+        else:
+            columns = (data for data in file.values() if isinstance(data, h5py.Dataset))
+            counts = [max((len(data) for data in columns), default=0), 0, 0]
+    return dict(zip(SPLITS, counts, strict=True))
+
+
 def check_columns(file: h5py.File, path: Path, names: Iterable[str]) -> None:
     """Raise `InputError` where a data set is missing."""
     for name in names:
@@ -161,7 +188,7 @@ def check_columns(file: h5py.File, path: Path, names: Iterable[str]) -> None:
 
 
 class MoleculeWriter:
-    """Write molecules piece by piece, in memory that does not grow with their number.
+    """Write molecules chunk by chunk, in memory that does not grow with their number.
 
     Use as a context manager; the file appears under its name only when the block succeeds.
 
@@ -182,6 +209,8 @@ class MoleculeWriter:
         self._source = source
         self._provenance = dict(provenance or {})
         self._compression = {"compression": "gzip", "shuffle": True} if compress else {}
+        self._columns: set[str] = set()
+        self._units: dict[str, str] = {}
         self._atoms = 0
         self._bonds = 0
         self.count = 0
@@ -203,50 +232,79 @@ class MoleculeWriter:
         return self
 
     def append(self, molecules: Molecules) -> None:
-        """Add molecules behind those that are there; all calls must carry the same fields.
+        """Add molecules after those that are there.
+
+        A property that only some calls bring is NaN for the molecules of the others, a SMILES is
+        empty.
 
         Raises
         ------
+        InputError
+            Only some calls bring formal charges, bonds or groups, a property has two units, or its
+            name cannot be that of a data set.
         OSError
             No space is left on the device (errno ENOSPC), or another fault of the disk.
         """
-        first = self.count == 0
-        columns: dict[str, NDArray[Any]] = {
-            "positions": molecules.positions,
-            "atomic_numbers": molecules.atomic_numbers,
-            "offsets": molecules.offsets[0 if first else 1 :] + self._atoms,
-        }
-        if molecules.formal_charges is not None:
-            columns["formal_charges"] = molecules.formal_charges
-        if (bonds := molecules.bonds) is not None:
-            columns["bonds/index"] = bonds.index
-            columns["bonds/order"] = bonds.order
-            columns["bonds/offsets"] = bonds.offsets[0 if first else 1 :] + self._bonds
-            self._bonds += len(bonds.order)
-        if molecules.smiles is not None:
-            columns["smiles"] = molecules.smiles
-        columns |= {f"properties/{name}": p.values for name, p in molecules.properties.items()}
+        if not len(molecules):
+            return
+        columns = molecules.to_arrays()
+        self._check(columns, molecules.units)
+        if self.count:  # the zero in front of offsets is there
+            for name, rows in (("offsets", self._atoms), ("bonds/offsets", self._bonds)):
+                if name in columns:
+                    columns[name] = columns[name][1:] + rows
+        for name in (self._columns - columns.keys()) & self._optional():
+            columns[name] = _missing(name, len(molecules))
         self._file.flush()
-        self._raw.reserve(sum(map(_room, columns.values())) + _MARGIN)
+        self._raw.reserve(sum(map(_allocation, columns.values())) + _MARGIN)
         for name, values in columns.items():
             self._extend(name, values)
-        for name, data in molecules.properties.items():
-            self._file[f"properties/{name}"].attrs["unit"] = data.unit
+        for name, unit in molecules.units.items():
+            self._file[f"{PROPERTIES}{name}"].attrs["unit"] = unit
+        self._columns |= columns.keys()
+        self._units |= molecules.units
         self._atoms += len(molecules.atomic_numbers)
+        self._bonds += len(columns.get("bonds/order", ()))
         self.count += len(molecules)
         self._raw.check()
 
+    def _optional(self) -> set[str]:
+        """Columns of the file that molecules to come may lack."""
+        return {name for name in self._columns if name == "smiles" or name.startswith(PROPERTIES)}
+
+    def _check(self, columns: Mapping[str, NDArray[Any]], units: Mapping[str, str]) -> None:
+        """Raise `InputError` where molecules do not fit those that are there."""
+        last = self.count + len(columns["offsets"]) - 1
+        where = f"{self._path}: molecules {self.count + 1:,} to {last:,}"
+        for name, what in _REQUIRED_OF_ALL.items():
+            if self.count and (name in columns) != (name in self._columns):
+                here, there = ("have", "have none") if name in columns else ("have no", "have")
+                raise InputError(
+                    f"{where} {here} {what}, those before {there}; write molecules with {what} and "
+                    "molecules without into two files"
+                )
+        for name, unit in units.items():
+            if "/" in name or name in ("", ".", ".."):
+                raise InputError(f"{where}: '{name}' cannot be the name of a property; rename it")
+            if self._units.get(name, unit) != unit:
+                raise InputError(
+                    f"{where}: property {name} is in '{unit}', before in '{self._units[name]}'"
+                )
+
     def _extend(self, name: str, values: NDArray[Any]) -> None:
+        text = values.dtype == object
         if name not in self._file:
-            self._file.create_dataset(
+            # A column that only comes now is missing for the molecules before.
+            before = self.count if name == "smiles" or name.startswith(PROPERTIES) else 0
+            data = self._file.create_dataset(
                 name,
-                data=values,
-                dtype=h5py.string_dtype() if values.dtype == object else values.dtype,
+                shape=(before, *values.shape[1:]),
+                dtype=h5py.string_dtype() if text else values.dtype,
                 maxshape=(None, *values.shape[1:]),
-                chunks=(_chunk_rows(values), *values.shape[1:]),
+                chunks=(_chunk_rows(before + len(values)), *values.shape[1:]),
+                fillvalue=np.nan if name.startswith(PROPERTIES) else None,
                 **self._compression,
             )
-            return
         data = self._file[name]
         data.resize(len(data) + len(values), axis=0)
         data[len(data) - len(values) :] = values
@@ -315,15 +373,31 @@ class MoleculeFile:
         check_columns(self._file, self.path, ("positions", "atomic_numbers", "offsets", "split"))
         self.offsets: NDArray[np.int64] = self._file["offsets"][:]
         self.split: NDArray[np.uint8] = self._file["split"][:]
+        present = {name for name in _OPTIONAL if name in self._file}
+        properties = self._file.get("properties", {})
+        self._columns = frozenset(present | {f"{PROPERTIES}{name}" for name in properties})
+        if "bonds" in present:
+            check_columns(self._file, self.path, ("bonds/index", "bonds/order", "bonds/offsets"))
         atoms = len(self._file["atomic_numbers"])
         consistent = (
             len(self.offsets) == len(self.split) + 1
             and self.offsets[0] == 0
             and self.offsets[-1] == atoms == len(self._file["positions"])
             and bool((self.offsets[1:] > self.offsets[:-1]).all())
+            and all(self._fits(name, atoms) for name in self._columns)
         )
         if not consistent:
             raise InputError(f"{self.path}: the lengths of its data sets disagree; make it again")
+
+    def _fits(self, column: str, atoms: int) -> bool:
+        """Whether an optional column is of the length that it must have."""
+        file = self._file
+        if column == "bonds":
+            ends = file["bonds/offsets"]
+            total = int(ends[-1]) if len(ends) else 0
+            lengths = {len(file["bonds/index"]), len(file["bonds/order"])}
+            return len(ends) == len(self.offsets) and lengths == {total}
+        return len(file[column]) == (atoms if column == "formal_charges" else len(self))
 
     @property
     def source(self) -> str:
@@ -337,9 +411,18 @@ class MoleculeFile:
         return {"source": self.source} if text is None else dict(json.loads(text))
 
     @property
-    def has_bonds(self) -> bool:
-        """Whether the molecules carry bonds."""
-        return "bonds" in self._file
+    def columns(self) -> frozenset[str]:
+        """The optional columns that there are, as `read` takes them.
+
+        Of `formal_charges`, `bonds`, `smiles`, `group` and each `properties/<name>`.
+        """
+        return self._columns
+
+    @property
+    def property_units(self) -> dict[str, str]:
+        """Units of the properties by name, empty where unknown."""
+        group = self._file.get("properties", {})
+        return {name: str(data.attrs.get("unit", "")) for name, data in group.items()}
 
     def __len__(self) -> int:
         return len(self.split)
@@ -353,33 +436,32 @@ class MoleculeFile:
         return np.flatnonzero(self.split == SPLITS.index(split)).astype(np.int64)
 
     def load(self, split: str | None = None) -> Molecules:
-        """All molecules of a split, or of the file, in memory."""
-        molecules = self.slice(0, len(self))
-        return molecules if split is None else molecules.select(self.split_indices(split))
+        """All molecules of a split, or of the file, in memory with all their columns."""
+        return self.read(self.split_indices(split), self.columns)
 
     def chunks(
         self, size: int, split: str | None = None, skip_bad: bool = False
     ) -> Iterator[MoleculeChunk]:
-        """The molecules of a split in pieces of at most `size`, read one piece at a time.
+        """The molecules of a split in chunks of at most `size`, with all their columns.
 
         With `skip_bad`, molecules whose coordinates are not finite are left out and counted in
         `skipped`.
         """
-        wanted = self.split_indices(split)
+        members = self.split_indices(split)
         self.skipped = 0
         for start in range(0, len(self), size):
-            stop = min(start + size, len(self))
-            chosen = wanted[slice(*np.searchsorted(wanted, [start, stop]))]
+            chosen = members[slice(*np.searchsorted(members, [start, start + size]))]
             if not len(chosen):
                 continue
-            molecules = self._read(start, stop)
-            usable = molecules.finite()[chosen - start]
-            if not skip_bad and not usable.all():
-                raise self._not_finite(int(chosen[~usable][0]))
+            molecules = self._read(chosen, self.columns)
+            usable = molecules.finite()
+            if not skip_bad:
+                self._check_finite(usable, chosen)
             self.skipped += int((~usable).sum())
-            chosen = chosen[usable]
-            if len(chosen):
-                yield MoleculeChunk(chosen + 1, molecules.select(chosen - start))
+            if usable.all():
+                yield MoleculeChunk(chosen + 1, molecules)
+            elif usable.any():
+                yield MoleculeChunk(chosen[usable] + 1, molecules.select(np.flatnonzero(usable)))
 
     def summarize(self) -> DatasetSummary:
         """Read the file once and check every molecule.
@@ -391,18 +473,18 @@ class MoleculeFile:
         """
         first_atoms: dict[int, int] = {}
         histogram = np.zeros(0, np.int64)
-        # One digest for each field, so that it does not matter where the pieces are cut.
+        # One digest for each field, so that it does not matter where slices end.
         digests = [hashlib.sha256() for _ in range(3)]
         start = 0
         while start < len(self):
             end = np.searchsorted(self.offsets, self.offsets[start] + _SLICE, "right") - 1
             stop = max(start + 1, int(end))
-            piece = self.read(np.arange(start, stop))
-            present = np.flatnonzero(np.bincount(piece.atomic_numbers, minlength=256)).tolist()
+            part = self.read(np.arange(start, stop))
+            present = np.flatnonzero(np.bincount(part.atomic_numbers, minlength=256)).tolist()
             for element in set(present) - first_atoms.keys():
-                atom = int((piece.atomic_numbers == element).argmax())
+                atom = int((part.atomic_numbers == element).argmax())
                 first_atoms[element] = int(self.offsets[start]) + atom
-            train = piece.select(np.flatnonzero(self.split[start:stop] == SPLITS.index("train")))
+            train = part.select(np.flatnonzero(self.split[start:stop] == SPLITS.index("train")))
             counts = np.bincount(train.sizes, minlength=len(histogram))
             counts[: len(histogram)] += histogram
             histogram = counts
@@ -426,56 +508,80 @@ class MoleculeFile:
     def read(
         self,
         which: NDArray[np.int64],
-        bonds: bool = False,
-        go_on: Callable[[], None] = lambda: None,
+        columns: Collection[str] = (),
+        check_cancelled: Callable[[], None] = lambda: None,
     ) -> Molecules:
-        """Positions, atomic numbers and, where asked for and there, bonds of some molecules.
+        """Positions, atomic numbers and some of the optional columns of some molecules.
 
-        Molecules that stand close together are read by one slice of each data set, of at most a
-        million atoms, so that memory is that of the result and a slice.
+        Molecules that are close together in the file are read by one slice of each data set, of at
+        most a million atoms, so that memory is that of the result and a slice.
 
         Parameters
         ----------
         which
             Numbers of the molecules in the file, ascending.
-        bonds
-            Whether bonds are asked for.
-        go_on
-            Called before each slice; may raise, so that no more is read.
+        columns
+            Some of `columns`; exactly these are read.
+        check_cancelled
+            Called before each slice; raises to stop.
 
         Raises
         ------
         InputError
-            A position is not a finite number, which names the molecule; or the file breaks off.
+            The file lacks a column; a position is not a finite number, which names the molecule; or
+            the file breaks off.
         """
+        molecules = self._read(which, columns, check_cancelled)
+        self._check_finite(molecules.finite(), which)
+        return molecules
+
+    def _read(
+        self,
+        which: NDArray[np.int64],
+        columns: Collection[str],
+        check_cancelled: Callable[[], None] = lambda: None,
+    ) -> Molecules:
+        """As `read`, also molecules whose coordinates are not finite."""
+        for name in columns:
+            if name not in self.columns:
+                present = ", ".join(sorted(self.columns)) or "none"
+                raise InputError(
+                    f"{self.path} has no column '{name}' (optional columns: {present}); make it "
+                    "from data that have it"
+                )
         offsets = offsets_from_sizes(self.sizes(which))
-        positions = np.empty((offsets[-1], 3), np.float32)
-        atomic_numbers = np.empty(offsets[-1], np.uint8)
-        read_bonds = []
+        arrays: dict[str, NDArray[Any]] = {"offsets": offsets}
+        per_atom = ["positions", "atomic_numbers"]
+        per_atom += [name for name in columns if name == "formal_charges"]
+        per_molecule = [name for name in columns if name not in ("formal_charges", "bonds")]
+        for name in per_atom:
+            shape = (offsets[-1], *self._file[name].shape[1:])
+            arrays[name] = np.empty(shape, DTYPES[name])
+        for name in per_molecule:
+            arrays[name] = np.empty(len(which), DTYPES.get(name, "f8"))
+        bonds = []
         for start, stop in self._slices(which):
-            go_on()
-            part, at = which[start:stop], slice(offsets[start], offsets[stop])
-            first, last = int(part[0]), int(part[-1]) + 1
+            check_cancelled()
+            chosen = which[start:stop]
+            first, last = int(chosen[0]), int(chosen[-1]) + 1
             with self._readable(first, last):
-                self._fill(positions[at], "positions", self.offsets, part)
-                self._fill(atomic_numbers[at], "atomic_numbers", self.offsets, part)
-                if bonds and self.has_bonds:
-                    read_bonds.append(self._bonds(first, last, part - first))
-            if not np.isfinite(positions[at]).all():
-                atom = offsets[start] + int(np.isfinite(positions[at]).all(axis=1).argmin())
-                raise self._not_finite(int(which[np.searchsorted(offsets, atom, "right") - 1]))
-        found = None
-        if bonds and self.has_bonds:
-            found = Bonds(
-                np.concatenate([np.zeros((0, 2), np.uint16), *(b.index for b in read_bonds)]),
-                np.concatenate([np.zeros(0, np.uint8), *(b.order for b in read_bonds)]),
-                offsets_from_sizes(
-                    np.concatenate(
-                        [np.zeros(0, np.int64), *(np.diff(b.offsets) for b in read_bonds)]
-                    )
-                ),
-            )
-        return Molecules(positions, atomic_numbers, offsets, bonds=found)
+                for name in per_atom:
+                    atoms = arrays[name][offsets[start] : offsets[stop]]
+                    self._fill(atoms, name, self.offsets, chosen)
+                for name in per_molecule:
+                    data = self._file[name]
+                    values = (data.asstr() if name == "smiles" else data)[first:last]
+                    arrays[name][start:stop] = values[chosen - first]
+                if "bonds" in columns:
+                    bonds.append(self._bonds(first, last, chosen - first))
+        if "bonds" in columns:
+            joined = Bonds.concatenate(bonds)
+            arrays |= {
+                "bonds/index": joined.index,
+                "bonds/order": joined.order,
+                "bonds/offsets": joined.offsets,
+            }
+        return Molecules.from_arrays(arrays, self.property_units if per_molecule else None)
 
     def _slices(self, which: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
         """Where to cut ascending molecule numbers so that each part is worth one slice."""
@@ -506,20 +612,16 @@ class MoleculeFile:
             among = offsets[first : last + 1] - offsets[first]
             target[...] = self._file[name][rows][gather_ragged(among, which - first)[0]]
 
-    def _bonds(self, start: int, stop: int, which: NDArray[np.int64] | None = None) -> Bonds:
-        """Bonds of molecules `start` to `stop`, or of those of these numbers among them."""
+    def _bonds(self, start: int, stop: int, which: NDArray[np.int64]) -> Bonds:
+        """Bonds of the molecules of these numbers among molecules `start` to `stop`."""
         file = self._file
         offsets = file["bonds/offsets"][start : stop + 1].astype(np.int64)
         rows = slice(offsets[0], offsets[-1])
-        index, order, offsets = (
-            file["bonds/index"][rows],
-            file["bonds/order"][rows],
-            offsets - offsets[0],
-        )
-        if which is None or len(which) == stop - start:
-            return Bonds(index, order, offsets)
-        chosen, among = gather_ragged(offsets, which)
-        return Bonds(index[chosen], order[chosen], among)
+        bonds = Bonds(file["bonds/index"][rows], file["bonds/order"][rows], offsets - offsets[0])
+        if len(which) == stop - start:
+            return bonds
+        chosen, among = gather_ragged(bonds.offsets, which)
+        return Bonds(bonds.index[chosen], bonds.order[chosen], among)
 
     @contextmanager
     def _readable(self, start: int, stop: int) -> Iterator[None]:
@@ -530,7 +632,7 @@ class MoleculeFile:
             yield
         except (OSError, RuntimeError, KeyError, ValueError) as error:  # the library's, of any kind
             fault = error
-        if self._bytes() < self._size:  # the library reads zeros behind the end
+        if self._bytes() < self._size:  # the library reads zeros after the end
             raise InputError(f"{where}: the file was cut off meanwhile; make it again") from fault
         if fault is not None:
             reason = " ".join(str(fault).split())
@@ -540,45 +642,20 @@ class MoleculeFile:
         """Present size of the opened file, whatever has its name meanwhile."""
         return os.fstat(self._file.id.get_vfd_handle()).st_size
 
-    def _not_finite(self, number: int) -> InputError:
-        return InputError(f"{self.path}: molecule {number + 1} has coordinates that are not finite")
+    def _check_finite(self, finite: NDArray[np.bool_], which: NDArray[np.int64]) -> None:
+        if not finite.all():
+            number = int(which[~finite][0]) + 1
+            raise InputError(f"{self.path}: molecule {number} has coordinates that are not finite")
 
     def slice(self, start: int, stop: int) -> Molecules:
-        """Molecules `start` to `stop`, read from the file.
+        """Molecules `start` to `stop`, read from the file with all their columns.
 
         Raises
         ------
         InputError
             A position is not a finite number; names the molecule.
         """
-        molecules = self._read(start, stop)
-        finite = molecules.finite()
-        if not finite.all():
-            raise self._not_finite(start + int(np.flatnonzero(~finite)[0]))
-        return molecules
-
-    def _read(self, start: int, stop: int) -> Molecules:
-        with self._readable(start, stop):
-            return self._everything(start, stop)
-
-    def _everything(self, start: int, stop: int) -> Molecules:
-        file = self._file
-        offsets = self.offsets[start : stop + 1]
-        atoms = slice(offsets[0], offsets[-1])
-        bonds = self._bonds(start, stop) if self.has_bonds else None
-        properties: Mapping[str, Property] = {
-            name: Property(data[start:stop].astype(np.float64), str(data.attrs.get("unit", "")))
-            for name, data in file.get("properties", {}).items()
-        }
-        return Molecules(
-            file["positions"][atoms],
-            file["atomic_numbers"][atoms],
-            (offsets - offsets[0]).astype(np.int64),
-            file["formal_charges"][atoms] if "formal_charges" in file else None,
-            bonds,
-            file["smiles"].asstr()[start:stop] if "smiles" in file else None,
-            properties,
-        )
+        return self.read(np.arange(start, min(stop, len(self))), self.columns)
 
     def close(self) -> None:
         """Close the file."""

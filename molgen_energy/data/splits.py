@@ -36,9 +36,31 @@ def check_fractions(fractions: tuple[float, float, float]) -> None:
         )
 
 
-def random_split(count: int, fractions: tuple[float, float, float], seed: int) -> NDArray[np.uint8]:
-    """Labels 0, 1, 2 in the given shares in random order, (count,); one at least is 0."""
+def random_split(
+    count: int,
+    fractions: tuple[float, float, float],
+    seed: int,
+    groups: NDArray[np.int64] | None = None,
+) -> NDArray[np.uint8]:
+    """Labels 0, 1, 2 in the given shares in random order, (count,); at least one is 0.
+
+    Parameters
+    ----------
+    groups
+        Samples of equal numbers (count,) get the same label, such as the conformers of a molecule.
+        The shares are then as near to the given ones as whole groups allow.
+    """
     train = max(1, round(fractions[0] * count))
     valid = min(count - train, round(fractions[1] * count))
-    labels = np.repeat(np.array([0, 1, 2], np.uint8), [train, valid, count - train - valid])
-    return np.random.default_rng(seed).permutation(labels)
+    if groups is None:
+        labels = np.repeat(np.array([0, 1, 2], np.uint8), [train, valid, count - train - valid])
+        return np.random.default_rng(seed).permutation(labels)
+    _, member, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    # In random order, a group goes where its middle falls.
+    middle = np.cumsum(sizes[order]) - sizes[order] / 2
+    label_of_group = np.empty(len(sizes), np.uint8)
+    label_of_group[order] = np.searchsorted([train, train + valid], middle, side="right")
+    if count:
+        label_of_group[order[0]] = 0
+    return label_of_group[member.reshape(-1)]

@@ -272,7 +272,7 @@ class _LeftOut:
             if not len(foreign):
                 yield piece
                 continue
-            owners = np.unique(piece.molecules.owners[foreign])
+            owners = np.unique(piece.molecules.molecule_index[foreign])
             if not self._skip:
                 raise InputError(
                     f"{self._name}: record {piece.records[owners[0]]} holds "

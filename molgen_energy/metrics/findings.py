@@ -10,8 +10,8 @@ import heapq
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -297,7 +297,7 @@ class EvaluationAccumulator:
         longest = max(self.sizes.shape[1], int(molecules.sizes.max()) + 1)
         self.sizes = np.pad(self.sizes, ((0, 0), (0, longest - self.sizes.shape[1])))
         np.add.at(self.sizes, (group, molecules.sizes), 1)
-        np.add.at(self.elements, (group[molecules.owners], molecules.atomic_numbers), 1)
+        np.add.at(self.elements, (group[molecules.molecule_index], molecules.atomic_numbers), 1)
         self.faults.update(found.faults)
         self._add_reasons(found)
         self.add_geometry(found)
@@ -364,8 +364,9 @@ class EvaluationAccumulator:
 
 def _copied(molecule: Molecule) -> Molecule:
     """Without the rest of the piece, which views would keep in memory."""
-    fields = {name: value.copy() for name, value in vars(molecule).items() if value is not None}
-    return Molecule(**fields)
+    columns = vars(molecule).items()
+    arrays: dict[str, Any] = {k: v.copy() for k, v in columns if isinstance(v, np.ndarray)}
+    return replace(molecule, **arrays)
 
 
 def _category(found: ChunkChecks, k: int) -> str:

@@ -175,7 +175,7 @@ def _fragments(molecules: Molecules) -> NDArray[np.int64]:
     atoms = len(molecules.atomic_numbers)
     graph = coo_array((np.ones(len(i), np.int8), (i, j)), shape=(atoms, atoms))
     _, label = connected_components(graph, directed=False)
-    pairs = np.unique(np.stack([molecules.owners, label], axis=1), axis=0)
+    pairs = np.unique(np.stack([molecules.molecule_index, label], axis=1), axis=0)
     return np.bincount(pairs[:, 0], minlength=len(molecules))
 
 
@@ -220,7 +220,7 @@ def _per_molecule(atoms: NDArray[np.bool_], molecules: Molecules) -> NDArray[np.
 
 def _crowded(molecules: Molecules) -> NDArray[np.bool_]:
     """Molecules with an atom of more than `CROWD` bonds: their dihedrals would be billions."""
-    bonds = np.bincount(molecules.atoms_of_bonds().ravel(), minlength=len(molecules.owners))
+    bonds = np.bincount(molecules.atoms_of_bonds().ravel(), minlength=len(molecules.molecule_index))
     return _per_molecule(bonds > CROWD, molecules) > 0
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from molgen_energy.data.datasets.base import Dataset
+from molgen_energy.data.datasets.files import MoleculeFiles
+from molgen_energy.data.datasets.qm9 import QM9
 from molgen_energy.systems.shapes.dataset import Polygons
 from molgen_energy.systems.spins.dataset import SpinGlasses
 
-DATASETS: dict[str, type[Dataset]] = {dataset.name: dataset for dataset in (Polygons, SpinGlasses)}
-"""Imported at every start of the command: a dataset imports what is slow when it is made."""
+DATASETS: dict[str, type[Dataset]] = {
+    dataset.name: dataset for dataset in (QM9, MoleculeFiles, Polygons, SpinGlasses)
+}
+"""The command line imports all of them when it starts: import slow packages inside functions."""

@@ -182,7 +182,7 @@ def pieced(tmp_path, bonded, monkeypatch):
 def test_reading_some_is_selecting_them(pieced, rng, share):
     file, everything = pieced
     which = np.flatnonzero(rng.random(60) < share)
-    some, with_bonds = everything.select(which), file.read(which, bonds=True)
+    some, with_bonds = everything.select(which), file.read(which, columns=["bonds"])
     assert_same(replace(with_bonds, formal_charges=some.formal_charges), some)
     assert file.read(which).bonds is None
     assert file.sizes(which).tolist() == some.sizes.tolist()

@@ -1,61 +1,88 @@
-"""Make HDF5 files of QM9 and of anybody's SDF or XYZ files."""
+"""Molecules of anybody's SDF and XYZ files."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from molgen_energy.chemistry.molfiles import MoleculeReader
-from molgen_energy.data.datasets.qm9 import Progress, read_qm9, split_of_edm
-from molgen_energy.data.hdf5 import MoleculeWriter, check_hdf5_name
-from molgen_energy.data.splits import check_fractions, random_split
+from molgen_energy.data.datasets.base import DatasetLog, RandomSplitDataset, argument, option
+from molgen_energy.data.molecules import MoleculeChunk
+from molgen_energy.errors import InputError
 
-_PIECE = 2000
+if TYPE_CHECKING:
+    from molgen_energy.chemistry.molfiles import FieldSelection, MoleculeReader
 
-
-def preprocess_qm9(
-    output: Path, source: Path | None = None, progress: Progress = lambda _: None
-) -> int:
-    """Write QM9 with EDM's split to `output`; returns the number of molecules.
-
-    Raises
-    ------
-    InputError
-        QM9 is not to be found or incomplete, or `output` cannot be written.
-    """
-    check_hdf5_name(output)
-    molecules = read_qm9(source, progress)
-    name = "QM9 (qm9pack)" if source is None else f"QM9 ({source.name})"
-    with MoleculeWriter(output, source=name) as writer:
-        writer.append(molecules)
-        writer.set_split(split_of_edm())
-    return len(molecules)
+_CHUNK = 2000
 
 
-def preprocess_file(
-    reader: MoleculeReader,
-    output: Path,
-    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-    seed: int = 0,
-    progress: Progress = lambda _: None,
-) -> int:
-    """Write the molecules of an SDF or XYZ file to `output`; returns their number.
+@dataclass(frozen=True, kw_only=True)
+class MoleculeFiles(RandomSplitDataset):
+    """Molecules of your own SDF or XYZ files (also .gz), with their data fields."""
 
-    Parameters
-    ----------
-    fractions
-        Shares of training, validation and test molecules, drawn at random with `seed`.
+    name = "files"
+    output = "FILE.h5"
 
-    Raises
-    ------
-    InputError
-        A record is bad, the fractions do not add up to 1, or `output` cannot be written or is
-        not named .h5 or .hdf5.
-    """
-    check_fractions(fractions)
-    check_hdf5_name(output)
-    with MoleculeWriter(output, source=reader.path.name) as writer:
-        for piece in reader.chunks(_PIECE):
-            writer.append(piece.molecules)
-            progress(len(piece))
-        writer.set_split(random_split(writer.count, fractions, seed))
-    return writer.count
+    files: tuple[Path, ...] = argument("SDF or XYZ files (also .gz).", "FILE…")
+    properties: str | None = option(
+        None,
+        "Data fields (SDF) or keys of the comment (XYZ) to keep as properties, with units if you "
+        "like: gap=eV,mu. Default: all that hold numbers in the first records; '' keeps none.",
+    )
+    group: str | None = option(
+        None, "A field; records with equal values stay in one split, such as conformers."
+    )
+    split: str = option("0.8,0.1,0.1", "Shares for training, validation, test.")
+    seed: int = option(0, "Seed of the split.")
+    elements: str | None = option(None, "The elements that may occur, such as H,C,N,O,F.")
+    skip_bad: bool = option(False, "Leave out broken records instead of stopping.")
+
+    def default_output(self) -> Path:
+        """Named after the first file."""
+        return Path(self.files[0].name.removesuffix(".gz")).with_suffix(".h5")
+
+    def source_name(self) -> str:
+        """The names of the files."""
+        return ", ".join(path.name for path in self.files)
+
+    def check(self) -> None:
+        """Raise `InputError` where an option has a bad value or a file is missing."""
+        super().check()
+        if not self.files:
+            raise InputError("name an SDF or XYZ file")
+        self._readers()
+
+    def chunks(self, log: DatasetLog) -> Iterator[MoleculeChunk]:
+        """The molecules of all files, one after another."""
+        done = 0
+        for reader in self._readers():
+            reader.selection = self._selection(reader)
+            for chunk in reader.chunks(_CHUNK):
+                done += len(chunk)
+                log.progress(done, None)
+                yield chunk
+            where = f"{reader.path.name}: " if len(self.files) > 1 else ""
+            for bad in reader.skipped:
+                log.skip(f"{where}record {bad.number} (line {bad.line}): {bad.reason}")
+            log.skipped_count += reader.skipped_count - len(reader.skipped)
+
+    def _readers(self) -> list[MoleculeReader]:
+        from molgen_energy.chemistry.molfiles import MoleculeReader
+
+        allowed = None
+        if self.elements is not None:
+            allowed = [name.strip() for name in self.elements.split(",")]
+        return [MoleculeReader(path, self.skip_bad, allowed) for path in self.files]
+
+    def _selection(self, reader: MoleculeReader) -> FieldSelection:
+        from molgen_energy.chemistry.molfiles import FieldSelection
+
+        found = reader.detect_fields(self.group)
+        if self.properties is None:
+            return found
+        chosen: dict[str, str] = {}
+        for text in filter(None, map(str.strip, self.properties.split(","))):
+            name, _, unit = text.partition("=")
+            chosen[name.strip()] = unit.strip() or found.known_units.get(name.strip(), "")
+        return FieldSelection.of(chosen, self.group)

@@ -12,16 +12,18 @@ import importlib.util
 import lzma
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.data.molecules import Molecules, Property, offsets_from_sizes
+from molgen_energy.data.datasets.base import DatasetLog, MoleculeDataset, option
+from molgen_energy.data.molecules import MoleculeChunk, Molecules, Property, offsets_from_sizes
 from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError
+from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.resources import asset
 
 MOLECULES_WITH_UNCHARACTERISED = 133_885
@@ -47,13 +49,37 @@ PROPERTIES = (
     ("Cv", "cal/(mol K)", "Heatcapacity_Cv_cal_mol_K"),
 )
 
-Progress = Callable[[int], None]
-"""Called with the number of molecules read since the last call."""
+
+@dataclass(frozen=True)
+class QM9(MoleculeDataset):
+    """QM9: 130,831 small organic molecules with 15 properties, and the split of EDM."""
+
+    name = "qm9"
+    output = "qm9.h5"
+
+    source: Path | None = option(  # noqa: RUF009
+        None,
+        "The original archive or folder of dsgdb9nsd_*.xyz files; default: the installed package "
+        "qm9pack.",
+    )
+
+    def source_name(self) -> str:
+        """Where QM9 is read from."""
+        return f"QM9 ({'qm9pack' if self.source is None else self.source.name})"
+
+    def chunks(self, log: DatasetLog) -> Iterator[MoleculeChunk]:
+        """All molecules at once, in index order."""
+        molecules = read_qm9(self.source, log.progress)
+        yield MoleculeChunk(molecules.properties["index"].values.astype(np.int64), molecules)
+
+    def split_labels(self, count: int, groups: NDArray[np.int64] | None) -> NDArray[np.uint8]:
+        """EDM's split."""
+        return split_of_edm()
 
 
 @dataclass
 class _Columns:
-    """What the readers collect: text of the numbers, turned into arrays in one go at the end."""
+    """What the readers collect; positions as text, which becomes an array at the end."""
 
     index: list[int] = field(default_factory=list)
     smiles: list[str] = field(default_factory=list)
@@ -90,7 +116,7 @@ def split_of_edm() -> NDArray[np.uint8]:
     return split
 
 
-def read_qm9(source: Path | None, progress: Progress = lambda _: None) -> Molecules:
+def read_qm9(source: Path | None, progress: ProgressCallback = no_progress) -> Molecules:
     """All 130,831 molecules in index order, with SMILES and 15 properties.
 
     Parameters
@@ -113,13 +139,13 @@ def read_qm9(source: Path | None, progress: Progress = lambda _: None) -> Molecu
     return molecules
 
 
-def read_qm9pack(progress: Progress = lambda _: None) -> Molecules:
+def read_qm9pack(progress: ProgressCallback = no_progress) -> Molecules:
     """QM9 from the tables inside the installed package qm9pack (its loader is not run)."""
     spec = importlib.util.find_spec("qm9pack")
     if spec is None or not spec.submodule_search_locations:
         raise InputError(
-            "QM9 is not here: run `pip install 'molgen-energy[qm9]'` (package qm9pack, 230 MB), "
-            "or name the original archive or folder of dsgdb9nsd_*.xyz files with --source PATH"
+            "QM9 is not installed: run `pip install 'molgen-energy[qm9]'` (package qm9pack, 230 "
+            "MB), or name the original archive or folder of dsgdb9nsd_*.xyz files with --source PATH"
         )
     folder = Path(next(iter(spec.submodule_search_locations))) / "data"
     columns = _Columns()
@@ -131,7 +157,9 @@ def read_qm9pack(progress: Progress = lambda _: None) -> Molecules:
     return columns.molecules()
 
 
-def _read_table(path: Path, file: Iterable[str], columns: _Columns, progress: Progress) -> None:
+def _read_table(
+    path: Path, file: Iterable[str], columns: _Columns, progress: ProgressCallback
+) -> None:
     rows = csv.reader(file)
     header = next(rows)
     where = {name: header.index(name) for name in header}
@@ -144,7 +172,6 @@ def _read_table(path: Path, file: Iterable[str], columns: _Columns, progress: Pr
     }
     brackets = str.maketrans("", "", "[]")
     texts: list[str] = []
-    done = 0
     for row in rows:
         try:
             numbers = row[elements].translate(to_number)
@@ -156,15 +183,14 @@ def _read_table(path: Path, file: Iterable[str], columns: _Columns, progress: Pr
             texts.append(row[positions].translate(brackets))
         except (ValueError, IndexError) as error:
             raise InputError(f"{path}: row {len(texts) + 2} is broken ({error})") from error
-        if len(texts) - done == 2000:
-            done = len(texts)
-            progress(2000)
+        if len(texts) % 2000 == 0:
+            progress(len(columns.index), MOLECULES)
     flat = np.array(_plain(",".join(texts)).split(","), dtype=np.float32)
     columns.positions.append(flat.reshape(-1, 3))
-    progress(len(texts) - done)
+    progress(len(columns.index), MOLECULES)
 
 
-def read_dsgdb9nsd(source: Path, progress: Progress = lambda _: None) -> Molecules:
+def read_dsgdb9nsd(source: Path, progress: ProgressCallback = no_progress) -> Molecules:
     """QM9 from its original files, without the uncharacterised molecules.
 
     Parameters
@@ -181,14 +207,14 @@ def read_dsgdb9nsd(source: Path, progress: Progress = lambda _: None) -> Molecul
         raise InputError(f"{source} does not exist; name the archive or the folder of QM9's files")
     skip = uncharacterised()
     columns = _Columns()
-    for name, text in _original_files(source):
+    for done, (name, text) in enumerate(_original_files(source), start=1):
         try:
             number = int(name.removesuffix(".xyz").rsplit("_", 1)[1])
             if number not in skip:
                 _read_original(number, text, columns)
         except (ValueError, IndexError) as error:
             raise InputError(f"{source}: {name} is broken ({error})") from error
-        progress(1)
+        progress(done, MOLECULES_WITH_UNCHARACTERISED)
     if not columns.index:
         raise InputError(f"no dsgdb9nsd_*.xyz file in {source}")
     return columns.molecules()
@@ -216,7 +242,7 @@ def _original_files(source: Path) -> Iterator[tuple[str, str]]:
 def _read_original(number: int, text: str, columns: _Columns) -> None:
     lines = iter(text.splitlines())
     size = int(next(lines, ""))
-    scalars = next(lines, "").split()[2:]  # behind the tag "gdb" and the number
+    scalars = next(lines, "").split()[2:]  # after the tag "gdb" and the number
     if len(scalars) != len(PROPERTIES):
         raise ValueError(f"{len(scalars)} properties, expected {len(PROPERTIES)}")
     atoms = [next(lines, "").split() for _ in range(size)]
@@ -236,7 +262,7 @@ def _read_original(number: int, text: str, columns: _Columns) -> None:
 
 
 def _plain(text: str) -> str:
-    """QM9 prints some numbers as Mathematica does, `1.2*^-6`; make it `1.2e-6`."""
+    """QM9 prints some numbers as Mathematica does, `1.2*^-6`; this gives `1.2e-6`."""
     return text.replace("*^", "e")
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.data.datasets.base import Dataset, Progress, option
+from molgen_energy.data.datasets.base import Dataset, option
 from molgen_energy.data.splits import check_fractions, check_seed, parse_fractions, random_split
 from molgen_energy.errors import InputError
+from molgen_energy.progress import ProgressCallback
 
 _LEAST = 1e-6  # of radii
 _STREAM = 1  # keeps radii and angles apart from the split, which has the same seed
@@ -71,7 +72,7 @@ class Polygons(Dataset):
         check_seed(self.seed)
         check_fractions(parse_fractions(self.split))
 
-    def write(self, output: Path, progress: Progress) -> str:
+    def write(self, output: Path, progress: ProgressCallback) -> str:
         """Draw the polygons and write them."""
         from molgen_energy.data.arrays import write_arrays
 

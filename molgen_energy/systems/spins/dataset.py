@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molgen_energy import __version__
-from molgen_energy.data.datasets.base import Dataset, Progress, option
+from molgen_energy.data.datasets.base import Dataset, option
 from molgen_energy.data.splits import check_fractions, check_seed, parse_fractions, random_split
 from molgen_energy.distributed import default_workers
 from molgen_energy.errors import InputError, PeerLostError, unknown_name
+from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.spins.lattices import BOUNDARIES, Lattices, Spins, check_size
 
 KINDS = ("uniform", "binary")
@@ -279,7 +280,7 @@ class SpinGlasses(Dataset):
             raise InputError(f"--count {self.count}: ask for at least one lattice")
         return lambda numbers: draw_couplings(numbers, size, periodic, kind, seed)
 
-    def write(self, output: Path, progress: Progress) -> str:
+    def write(self, output: Path, progress: ProgressCallback) -> str:
         """Solve the lattices and write them, from the pieces that are solved already."""
         from molgen_energy.data.arrays import write_arrays
         from molgen_energy.data.hdf5 import check_hdf5_name

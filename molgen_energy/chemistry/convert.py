@@ -1,0 +1,113 @@
+"""RDKit molecules with conformers to arrays, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from rdkit import Chem
+
+from molgen_energy.chemistry.fields import FieldSelection, data_fields
+from molgen_energy.chemistry.rdkit import ORDERS, build
+from molgen_energy.data.molecules import Molecule, Molecules
+from molgen_energy.errors import InputError
+
+
+def molecule_from_rdkit(molecule: Chem.Mol, conformer: int = -1) -> Molecule:
+    """Atoms, formal charges, bonds and one conformer of a molecule, sanitised or not.
+
+    Hydrogens are atoms only where they are explicit. Stereochemistry, isotopes and radicals have no
+    column and are lost.
+
+    Raises
+    ------
+    ValueError
+        The molecule has no conformer, an atom of no element, or a bond that is not single, double,
+        triple or aromatic.
+    """
+    numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
+    if 0 in numbers:
+        raise ValueError(f"atom {numbers.index(0) + 1} is no chemical element")
+    if molecule.GetNumConformers() == 0:
+        raise ValueError("no atoms" if not numbers else "no coordinates")
+    bonds = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx(), b.GetBondType()) for b in molecule.GetBonds()]
+    for i, j, kind in bonds:
+        if kind not in ORDERS:
+            raise ValueError(
+                f"the bond of atoms {i + 1} and {j + 1} has no order 1, 2, 3 or aromatic"
+            )
+    return Molecule(
+        as_positions(molecule.GetConformer(conformer).GetPositions()),
+        np.array(numbers, np.uint8),
+        np.array([atom.GetFormalCharge() for atom in molecule.GetAtoms()], np.int8),
+        np.array([(i, j) for i, j, _ in bonds], np.uint32).reshape(-1, 2),
+        np.array([ORDERS[kind] for _, _, kind in bonds], np.uint8),
+    )
+
+
+def as_positions(values: ArrayLike) -> NDArray[np.float32]:
+    """Coordinates (N, 3) in float32; infinite, without a warning, where they do not fit."""
+    with np.errstate(over="ignore"):
+        return np.array(values, np.float32)
+
+
+def from_rdkit(molecules: Iterable[Chem.Mol]) -> Molecules:
+    """All conformers of RDKit molecules, with bonds, formal charges and data.
+
+    Every conformer becomes a molecule. A molecule's data become columns as those of an SDF record
+    do (`molgen_energy.chemistry.fields`): numbers are properties, `smiles` and `group` are
+    themselves. Where a molecule has several conformers and none has a `group`, the conformers of
+    each molecule are one group.
+
+    Raises
+    ------
+    InputError
+        As `molecule_from_rdkit`, or coordinates are not finite; names the molecule, from 1.
+    """
+    molecules = list(molecules)
+    fields = [
+        {name: str(value) for name, value in molecule.GetPropsAsDict(False, False).items()}
+        for molecule in molecules
+    ]
+    group = "group" if fields and all("group" in data for data in fields) else None
+    selection = FieldSelection.detect(fields, group=group)
+    several = any(molecule.GetNumConformers() > 1 for molecule in molecules)
+    found = []
+    for k, molecule in enumerate(molecules):
+        ids = [conformer.GetId() for conformer in molecule.GetConformers()] or [-1]
+        columns = selection.columns(fields[k])
+        if several and group is None:
+            columns["group"] = k
+        try:
+            for conformer in ids:
+                one = molecule_from_rdkit(molecule, conformer)
+                if not np.isfinite(one.positions).all():
+                    raise ValueError("coordinates are not finite")
+                found.append(replace(one, **columns))
+        except ValueError as error:
+            raise InputError(f"molecule {k + 1}: {error}") from error
+    return Molecules.from_list(found)
+
+
+def to_rdkit(molecules: Molecules) -> list[Chem.Mol]:
+    """RDKit molecules with one conformer each, the bonds and charges that are there, and data.
+
+    They are not sanitised: what a model generates need not be valid. Properties, SMILES and group
+    become properties of the same name.
+    """
+    return [_to_rdkit(molecule) for molecule in molecules]
+
+
+def _to_rdkit(molecule: Molecule) -> Chem.Mol:
+    built = build(molecule, positions=True)
+    built.UpdatePropertyCache(strict=False)
+    values: dict[str, Any] = data_fields(molecule)
+    for name, value in values.items():
+        if name in molecule.properties:
+            built.SetDoubleProp(name, molecule.properties[name])
+        else:
+            built.SetProp(name, value)
+    return built.GetMol()

@@ -1,0 +1,152 @@
+"""Data fields of records, of an SDF or of the comment of an extended XYZ, as columns.
+
+A field that holds numbers is a property; `smiles` and the field that `group` names have columns of
+their own. Units are in the field `property_units` of the first record, as JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+from molgen_energy.data.molecules import Molecule, Molecules
+
+BONDS = "bonds"
+"""Says `given` where the molecule came with its bonds, `perceived` where they come from distances.
+"""
+UNITS = "property_units"
+GROUP = "group"
+
+OWN_FIELDS = frozenset(
+    {
+        "molecule", "created_by", "checkpoint", "seed", "sampler", "steps", "spacing", "eta",
+        "config", "status", "fragments", BONDS, UNITS, GROUP,
+    }
+)  # fmt: skip
+"""What this package writes about a molecule that is no property of it."""
+
+_SMILES = ("smiles", "SMILES")
+_FIRST_RECORDS = 100
+
+
+@dataclass(frozen=True)
+class FieldSelection:
+    """Which fields of records become columns."""
+
+    properties: Mapping[str, str] = field(default_factory=dict)
+    """Name of the property by the name of the field."""
+    units: Mapping[str, str] = field(default_factory=dict)
+    """Of properties, by their name; all have one, which may be empty."""
+    group: str | None = None
+    """The field whose values tell groups apart; every record must have it."""
+    known_units: Mapping[str, str] = field(default_factory=dict)
+    """All units that the first record names, also of properties that are not chosen."""
+
+    @classmethod
+    def of(cls, names: Mapping[str, str], group: str | None = None) -> FieldSelection:
+        """The properties of the given fields, with their units."""
+        properties = {name: _property_name(name) for name in names}
+        return cls(properties, {properties[name]: unit for name, unit in names.items()}, group)
+
+    @classmethod
+    def detect(
+        cls, records: Iterable[Mapping[str, str]], group: str | None = None
+    ) -> FieldSelection:
+        """Every field that holds finite numbers in the first 100 records, but `OWN_FIELDS`."""
+        numeric: dict[str, bool] = {}
+        units: dict[str, str] = {}
+        for fields in islice(records, _FIRST_RECORDS):
+            units = units or read_units(fields.get(UNITS, ""))
+            for name, text in fields.items():
+                if text.strip():
+                    is_number = math.isfinite(read_number(text))
+                    numeric[name] = numeric.get(name, True) and is_number
+        excluded = OWN_FIELDS | {*_SMILES, group}
+        names = [name for name, chosen in numeric.items() if chosen and name not in excluded]
+        found = cls.of({name: units.get(_property_name(name), "") for name in names}, group)
+        return replace(found, known_units=units)
+
+    def columns(self, fields: Mapping[str, str]) -> dict[str, Any]:
+        """The columns of a record, as arguments of `Molecule`.
+
+        A property is NaN where its field is missing or holds no finite number.
+
+        Raises
+        ------
+        ValueError
+            The field of the group is missing.
+        """
+        columns: dict[str, Any] = {
+            "properties": {
+                name: read_number(fields.get(key, "")) for key, name in self.properties.items()
+            },
+            "units": self.units,
+        }
+        for key in _SMILES:
+            if key in fields:
+                columns["smiles"] = fields[key].strip()
+        if self.group is not None:
+            if not fields.get(self.group, "").strip():
+                raise ValueError(f"it lacks the field '{self.group}' of the group")
+            columns["group"] = read_group(fields[self.group])
+        return columns
+
+
+def data_fields(molecule: Molecule) -> dict[str, str]:
+    """What a molecule has besides atoms and bonds, as fields; a missing value has none."""
+    fields = {
+        name: repr(value) for name, value in molecule.properties.items() if not math.isnan(value)
+    }
+    if molecule.smiles:
+        fields["smiles"] = molecule.smiles
+    if molecule.group is not None:
+        fields[GROUP] = str(molecule.group)
+    return fields
+
+
+def units_field(molecules: Molecules) -> dict[str, str]:
+    """The field of the units of properties; none where no unit is known."""
+    units = {name: unit for name, unit in molecules.units.items() if unit}
+    return {UNITS: json.dumps(units, ensure_ascii=False)} if units else {}
+
+
+def read_units(text: str) -> dict[str, str]:
+    """The units of `units_field`; none where the text is something else."""
+    try:
+        units = json.loads(text)
+    except ValueError:
+        return {}
+    if not isinstance(units, dict):
+        return {}
+    return {str(name): str(unit) for name, unit in units.items()}
+
+
+def read_number(text: str) -> float:
+    """A finite number, or NaN."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) and "_" not in text else math.nan
+
+
+def read_group(text: str) -> int:
+    """An integer of 64 bits as it is; of other text a hash, the same in every file."""
+    text = text.strip()
+    try:
+        value = int(text)
+    except ValueError:
+        value = 1 << 63
+    if -(1 << 63) <= value < 1 << 63:
+        return value
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _property_name(field_name: str) -> str:
+    """As a data set of HDF5 can be called."""
+    return field_name.replace("/", "_").strip() or "_"
