@@ -57,9 +57,9 @@ def _making(source: type[Dataset]) -> Callable[..., None]:
         with progress_bar(transient=True) as bar:
             task = bar.add_task(f"making {source.samples}", total=None)
 
-            def progress(done: int, total: int) -> None:
+            def progress(done: int, total: int | None) -> None:
                 bar.update(task, completed=done, total=total)
-                log.say(f"{done:,} of {total:,} {source.samples}")
+                log.say(f"{done:,}{'' if total is None else f' of {total:,}'} {source.samples}")
 
             try:
                 said = source(**options).write(output, progress)

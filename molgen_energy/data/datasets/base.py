@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar
 
-Progress = Callable[[int, int], None]
-"""Told how many of how many samples are made."""
+from molgen_energy.progress import ProgressCallback
+
+Progress = ProgressCallback
 
 
 class Dataset(ABC):
