@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from molgen_energy.cli.console import ThrottledLog, progress_bar, say, stdout, warn
-from molgen_energy.distributed import is_main, lines
+from molgen_energy.distributed import is_main, worker_connections
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.output import check_folder
 
@@ -108,7 +108,7 @@ def command(
             _judge(system, files, context, report, as_json)
         return
     count = default_workers() if workers is None else workers
-    with lines() as others:
+    with worker_connections() as others:
         if not is_main():
             with WorkerPool(count, timeout, preload=_PRELOAD) as pool:
                 pool.serve(others[0])

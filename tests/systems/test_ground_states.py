@@ -1,4 +1,4 @@
-"""Spin glasses: ground states against other ways to find them, drawing, solving and judging."""
+"""Spin glasses: exact ground states by independent methods, couplings, chunks and metrics."""
 
 from __future__ import annotations
 
@@ -317,13 +317,13 @@ def test_torus_at_full_size():
 def test_hard_torus(seed, monkeypatch):
     """Nearly degenerate couplings, where the inequalities leave bonds undecided."""
     branched = []
-    original = solvers._branching
+    original = solvers._branching_bond
 
     def noted(*arguments):
         branched.append(original(*arguments))
         return branched[-1]
 
-    monkeypatch.setattr(solvers, "_branching", noted)
+    monkeypatch.setattr(solvers, "_branching_bond", noted)
     rng = np.random.default_rng(seed)
     right, down = rng.choice([-1, 1], (2, 1, 6, 6)) * rng.normal(1, 1e-3, (2, 1, 6, 6))
     lattice = Lattices.checked(right, down, True)
