@@ -36,7 +36,7 @@ from molgen_energy.systems.molecules.task import MoleculeGenerator
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.devices import choose_device
 from molgen_energy.training.pretrained import resolve_checkpoint
-from molgen_energy.workers import Workers
+from molgen_energy.workers import WorkerPool
 
 STEPS = (10, 20, 50, 100, 250, 1000)
 RATES = ("molecule_stability", "atom_stability", "validity")
@@ -168,7 +168,7 @@ def row_of(
             speed = f"{outcome.drawn / (time.perf_counter() - began):.4g}"
         not_finite = str(outcome.not_finite)
     metrics = frozenset({"rates"} if lacking("fcd") else {"rates", "fcd"})
-    with Workers(workers, 20.0) as pool:  # not while the time of sampling is taken
+    with WorkerPool(workers, 20.0) as pool:  # not while the time of sampling is taken
         (judged,) = run([path], None, None, None, Options(metrics), pool).samples
     row: dict[str, Any] = {
         "evaluations": generator.sampler.evaluations,

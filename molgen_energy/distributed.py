@@ -1,8 +1,8 @@
-"""Several processes that do one job, as `torchrun` starts them.
+"""Processes of a `torchrun` job: their ranks, devices and communication.
 
-`torchrun --nproc-per-node K -m molgen_energy VERB …` starts K processes and tells each of them by
-environment variables who it is. What a command does is divided by rank; process 0 alone writes and
-speaks. Everything here works in a single process too, where it does nothing.
+`torchrun --nproc-per-node K -m molgen_energy COMMAND …` starts K processes, which read their rank
+from environment variables. A command divides its work by rank; only process 0 writes files and
+messages. In a single process every function here works too, as if the job had one process.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ if TYPE_CHECKING:
 
 
 def rank() -> int:
-    """Number of this process in its job, from 0."""
+    """Rank of this process in its job, from 0."""
     return _from_environment("RANK", 0)
 
 
 def world_size() -> int:
-    """Processes of the job."""
+    """Number of processes of the job."""
     return _from_environment("WORLD_SIZE", 1)
 
 
 def local_world_size() -> int:
-    """Processes of the job on this machine."""
+    """Number of processes of the job on this machine."""
     return _from_environment("LOCAL_WORLD_SIZE", 1)
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and speaks to the user."""
+    """Whether this is process 0, which writes files and messages."""
     return rank() == 0
 
 
 def _from_environment(name: str, default: int) -> int:
-    # Other launchers set some of these variables too, for jobs that are not ours to join.
+    # Other launchers set some of these variables too, for jobs without a `torch.distributed` group.
     if "MASTER_ADDR" not in os.environ or "WORLD_SIZE" not in os.environ:
         return default
     return int(os.environ.get(name, default))
@@ -49,17 +49,17 @@ def _from_environment(name: str, default: int) -> int:
 
 @contextmanager
 def process_group(device: torch.device | None = None) -> Iterator[None]:
-    """Join the job's other processes for a block; over NCCL on CUDA devices, else over gloo.
+    """Initialise the process group of the job for a block: NCCL for CUDA devices, else gloo.
 
-    The group of processes is gone behind it, with its threads: one that frees a tensor while the
-    interpreter ends would abort the process.
+    The group is destroyed after the block. Otherwise one of its threads could free a tensor while
+    the interpreter exits, which aborts the process.
     """
     if world_size() == 1:
         yield
         return
     import torch.distributed as dist
 
-    # Imported within the block, this would keep the group as the default of its arguments.
+    # Imported first within the group, this module would keep it as a default argument.
     import torch.distributed.nn  # noqa: F401
 
     dist.init_process_group("nccl" if device is not None and device.type == "cuda" else "gloo")
@@ -70,52 +70,54 @@ def process_group(device: torch.device | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def lines() -> Iterator[list[Connection]]:
-    """Lines between process 0 and each other one, beside the collectives.
+def worker_connections() -> Iterator[list[Connection]]:
+    """Connections between process 0 and the others, for `molgen_energy.workers.WorkerPool`.
 
-    Process 0 gets one to each other process, by rank; the others get the one to process 0; a
-    single process gets none. They carry what can be pickled, wait for any time, can be interrupted
-    while they wait, and end with an `EOFError` when the other process does.
+    Process 0 gets one to each other process, by rank; each other process gets the one to process
+    0; a single process gets none. Unlike collectives, they have no time limit, Ctrl-C interrupts
+    them, and they raise `EOFError` when the other process exits.
     """
     with ExitStack() as stack:
-        found: list[Connection] = []
+        connections: list[Connection] = []
         if world_size() > 1:
-            with process_group():  # to agree on where to meet, and on a key that keeps others out
-                found = _meet()
-        for line in found:
-            stack.callback(line.close)
-        yield found
+            with process_group():  # to exchange a port, and a key that keeps other programs out
+                connections = _connect()
+        for connection in connections:
+            stack.callback(connection.close)
+        yield connections
 
 
-def _meet() -> list[Connection]:
-    alone = local_world_size() == world_size()  # on this machine
+def _connect() -> list[Connection]:
+    one_machine = local_world_size() == world_size()
     if is_main():
         key = secrets.token_bytes(32)
-        host = "localhost" if alone else ""
+        host = "localhost" if one_machine else ""
         with Listener((host, 0), backlog=world_size(), authkey=key) as listener:
             broadcast((listener.address[1], key))
-            arrived = [listener.accept() for _ in range(world_size() - 1)]
-        return [line for _, line in sorted((line.recv(), line) for line in arrived)]
+            accepted = [listener.accept() for _ in range(world_size() - 1)]
+        by_rank = {connection.recv(): connection for connection in accepted}
+        return [by_rank[number] for number in sorted(by_rank)]
     port, key = broadcast(None)
-    line = Client(("localhost" if alone else os.environ["MASTER_ADDR"], port), authkey=key)
-    line.send(rank())
-    return [line]
+    host = "localhost" if one_machine else os.environ["MASTER_ADDR"]
+    connection = Client((host, port), authkey=key)
+    connection.send(rank())
+    return [connection]
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The device of this process: of several GPUs each process of a machine takes its own.
+    """The device of this process: with CUDA, the GPU of its local rank.
 
     Raises
     ------
     InputError
-        There are more processes on this machine than GPUs, or one GPU was named for all.
+        This machine has fewer GPUs than processes of the job, or the device has an index.
     """
     if world_size() == 1 or device.type != "cuda":
         return device
     import torch
 
     if device.index is not None:
-        raise InputError(f"--device {device}: with torchrun name the kind alone, --device cuda")
+        raise InputError(f"--device {device}: with torchrun, use --device cuda without a number")
     own = _from_environment("LOCAL_RANK", 0)
     if own >= torch.cuda.device_count():
         raise InputError(
@@ -127,7 +129,7 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def broadcast(value: Any) -> Any:
-    """What process 0 has given, in all processes."""
+    """The value that process 0 passes, in every process; it must be possible to pickle it."""
     if world_size() == 1:
         return value
     import torch.distributed as dist
@@ -138,7 +140,7 @@ def broadcast(value: Any) -> Any:
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes of tensors of one shape, in all processes."""
+    """Sum a tensor over all processes, in place; returns it."""
     if world_size() > 1:
         import torch.distributed as dist
 
@@ -147,7 +149,7 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until every process has called this."""
     if world_size() > 1:
         import torch.distributed as dist
 
@@ -155,7 +157,7 @@ def barrier() -> None:
 
 
 def default_workers() -> int:
-    """The processors that this process may use; its share, where `torchrun` started several."""
+    """Number of processors for this process: those it may use, divided by its job's processes."""
     if hasattr(os, "sched_getaffinity"):
         processors = len(os.sched_getaffinity(0))
     else:

@@ -20,7 +20,12 @@ def _numbers() -> dict[str, int]:
 
 
 def atomic_number(symbol: str) -> int:
-    """Atomic number of a symbol (any case; D and T are hydrogen) or of a number in digits.
+    """Atomic number of an element.
+
+    Parameters
+    ----------
+    symbol
+        Chemical symbol, in any case, or atomic number in digits; D and T are hydrogen.
 
     Raises
     ------
@@ -34,5 +39,5 @@ def atomic_number(symbol: str) -> int:
 
 
 def symbol(number: int) -> str:
-    """Symbol of an atomic number."""
+    """Chemical symbol of an atomic number between 1 and 118."""
     return _SYMBOLS[number - 1]

@@ -1,4 +1,4 @@
-"""Exceptions with a message for the user: bad input, and work that failed."""
+"""Exceptions whose message is for the user, and the exit codes that they lead to."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Bad input. The message is one line: what is wrong, where, and what to do about it.
+    """Bad input. The message is one line: what is wrong, in which file and record, and the remedy.
 
-    The command line prints it and exits with code 2.
+    The command line prints the message and exits with code 2.
     """
 
 
 class TrainingFailedError(RuntimeError):
-    """Training cannot go on; the message names the last good checkpoint. Exit code 1."""
+    """Training cannot continue; the message names the last valid checkpoint. Exit code 1."""
 
 
 class PeerLostError(RuntimeError):
-    """Another process of the job is gone, and work with it. Exit code 1."""
+    """A worker process, or another process of a `torchrun` job, ended with its work unfinished.
+
+    Exit code 1.
+    """
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
-    """Message for a name that is not among the valid ones, with the nearest of them first."""
+    """Message for an unknown name of some kind: the closest valid name, and all valid ones."""
     names = list(valid)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
+    closest = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean '{closest[0]}'?" if closest else ""
     return f"unknown {kind} '{name}'{hint} (valid: {', '.join(names)})"

@@ -1,4 +1,7 @@
-"""Writing so that a reader never sees half a file: a temporary name, then a rename."""
+"""Atomic writing: files appear under their name only when they are complete.
+
+A file is written under a temporary name beside its final one and then renamed.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,26 @@ from molgen_energy.errors import InputError
 
 
 def check_writable(path: Path) -> None:
-    """Raise `InputError` unless a file `path` could be made, before any work is done for it."""
+    """Check that a file can be written, before any work is done for it.
+
+    Raises
+    ------
+    InputError
+        The path is a folder, or the folder it is in does not exist or is not writable.
+    """
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file to write")
     check_folder(path.parent)
 
 
 def check_file(path: Path) -> None:
-    """Raise `InputError` unless a path is that of a file, which can be read more than once."""
+    """Check that a path is a regular file, which can be read more than once.
+
+    Raises
+    ------
+    InputError
+        The path does not exist, or is a folder, a device or a pipe.
+    """
     if path.is_file():
         return
     if path.is_dir():
@@ -34,15 +49,21 @@ def check_file(path: Path) -> None:
 
 
 def display_path(path: Path) -> str:
-    """A path as text that can be written anywhere, also where its bytes are no UTF-8."""
+    """A path as valid Unicode; bytes that are not UTF-8 become replacement characters."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
 def check_folder(folder: Path) -> None:
-    """Raise `InputError` unless files can be made in a folder."""
+    """Check that files can be written into a folder.
+
+    Raises
+    ------
+    InputError
+        The folder does not exist, is not a folder, or is not writable.
+    """
     if not folder.is_dir():
-        why = "is no folder" if folder.exists() else "does not exist; make it first"
-        raise InputError(f"cannot write there: {folder} {why}")
+        why = "is not a folder" if folder.exists() else "does not exist; make it first"
+        raise InputError(f"cannot write the output: {folder} {why}")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -51,22 +72,30 @@ def check_folder(folder: Path) -> None:
 
 
 def resolve_symlink(path: Path) -> Path:
-    """The file that is written under a name: what a link leads to, and the link stays."""
+    """The file to write for a path: the target of a symbolic link, so that the link stays."""
     return path.resolve() if path.is_symlink() else path
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A file in the making."""
+    """A file that replaces another one when it is complete."""
 
     temporary: Path
+    """Where to write it."""
 
 
 @contextmanager
 def atomic_replace(path: Path) -> Iterator[Replacement]:
-    """Give a temporary path beside `path`; rename it to `path` if the block succeeds.
+    """Yield a temporary path beside `path`, and rename it to `path` if the block succeeds.
 
-    When the block raises, the temporary file is removed and `path` is as before.
+    If the block raises, the temporary file is removed and `path` stays as it was.
+
+    Raises
+    ------
+    InputError
+        The file cannot be written, see `check_writable`.
+    OSError
+        Writing failed; the error names `path`.
     """
     check_writable(path)
     path = resolve_symlink(path)
@@ -82,21 +111,28 @@ def atomic_replace(path: Path) -> Iterator[Replacement]:
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name that is changed in the end."""
+    """Write a file in one step; errors are those of `atomic_replace`."""
     with atomic_replace(path) as output:
         output.temporary.write_bytes(content)
 
 
 def lock_file(path: Path, what: str) -> IO[bytes]:
-    """Open a file and keep other processes from holding it, until it is closed.
+    """Open a file with an exclusive lock, which ends when the file is closed.
+
+    Where the system or the file system has no locks, the file is opened without one.
+
+    Parameters
+    ----------
+    what
+        Name of the locked thing, for the message.
 
     Raises
     ------
     InputError
-        Another process has it; the message begins with `what`.
+        Another process holds the lock.
     """
     file = path.open("rb")
-    with contextlib.suppress(ImportError):  # where there is no such lock it is only a courtesy
+    with contextlib.suppress(ImportError):  # Windows
         import fcntl
 
         try:
@@ -104,7 +140,7 @@ def lock_file(path: Path, what: str) -> IO[bytes]:
         except BlockingIOError:
             file.close()
             raise InputError(
-                f"{what} is at work in another process; wait for it, or stop it first"
+                f"{what} is in use by another process; wait for it, or stop it first"
             ) from None
         except OSError:  # some network file systems have none
             pass
@@ -112,14 +148,14 @@ def lock_file(path: Path, what: str) -> IO[bytes]:
 
 
 def with_filename(error: OSError, path: Path) -> OSError:
-    """The error with the file named that was written, where the system did not say."""
+    """The error with the name of the output file, where it has none or a temporary one."""
     if error.filename is None or Path(error.filename).name.startswith("."):
         error.filename = str(path)
     return error
 
 
 def flush_to_disk(path: Path) -> None:
-    """Ask the system to write a file through, so that a rename cannot overtake its content."""
+    """Have the system write the content of a file to disk, before a rename makes it visible."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -128,7 +164,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, or nothing."""
+    """Remove a file, or a folder with its content, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

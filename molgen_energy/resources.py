@@ -1,4 +1,4 @@
-"""Where the files that ship beside the code are found: `configs/` and `assets/`."""
+"""Paths of the files that ship with the package: `configs/` and `assets/`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _PACKAGE = Path(__file__).parent
 def resource_directory(kind: str) -> Path:
     """Directory of the shipped `configs` or `assets`.
 
-    A wheel installs them inside the package; a checkout (and so an editable install) has them
-    beside it.
+    A wheel installs them inside the package. In a checkout, and so in an editable installation,
+    they are beside the package.
     """
     installed = _PACKAGE / kind
     return installed if installed.is_dir() else _PACKAGE.parent / kind
 
 
 def bundled_sample() -> Path:
-    """The sample of QM9 that ships with the package: 1,000 training, 200 valid, 800 test."""
+    """The QM9 sample that ships with the package: 1,000 training, 200 validation, 800 test."""
     return asset("qm9_sample.h5")
 
 

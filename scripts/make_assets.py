@@ -26,7 +26,7 @@ from molgen_energy.distributed import default_workers
 from molgen_energy.metrics.evaluation import METRIC_GROUPS, Options, lacking
 from molgen_energy.metrics.reference import qm9_training_names, reference_of
 from molgen_energy.resources import asset
-from molgen_energy.workers import Workers
+from molgen_energy.workers import WorkerPool
 
 SAMPLE = {0: 1000, 1: 200, 2: 800}
 """How many molecules of each of EDM's splits the bundled sample holds."""
@@ -84,7 +84,7 @@ def write_test_statistics() -> None:
     assert not missing, f"install the extras {missing} first"
     with (
         tempfile.TemporaryDirectory() as folder,
-        Workers(default_workers(), seconds=120) as workers,
+        WorkerPool(default_workers(), timeout=120) as workers,
     ):
         path = Path(folder) / "qm9.h5"
         qm9.QM9().make(path)

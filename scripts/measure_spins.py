@@ -4,8 +4,8 @@
     python scripts/measure_spins.py --full --device cuda  # at the scale of the paper, for a GPU
 
 Trains each loss with three seeds on the same lattices, predicts the test lattices, and prints means
-over seeds with their spread, beside descents that need no network. Data and runs are kept in the
-folder --work, rows in the CSV: what is there is not made again, so it can be stopped at any time.
+over seeds with standard errors, and the same for descents without a network. Data and runs are kept
+in the folder --work, rows in the CSV file. After an interruption the script continues there.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rows import Silent, ignored, read, write
+from rows import Silent, read, write
 
 from molgen_energy.metrics.rates import Mean
 from molgen_energy.output import remove
+from molgen_energy.progress import no_progress
 from molgen_energy.systems.registry import SYSTEMS, load_config
 from molgen_energy.systems.spins.dataset import SpinGlasses
 from molgen_energy.systems.spins.metrics import evaluate_spins
@@ -34,10 +35,10 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is done."""
+    """Amount of data and training."""
 
     count: dict[str, int]
-    """Lattices by boundary, of which 47.5 % are trained on and half are judged."""
+    """Lattices by boundary: 47.5 % are for training, half are evaluated."""
     width: int
     epochs: int
 
@@ -47,8 +48,8 @@ FULL = Scale({"open": 20_000, "periodic": 20_000}, width=256, epochs=100)
 
 
 @dataclass(frozen=True)
-class Found:
-    """A run and what its predictions are like."""
+class Result:
+    """Settings of a run and the scores of its predictions."""
 
     boundary: str
     loss: str
@@ -56,7 +57,7 @@ class Found:
     width: int
     epochs: int
     lattices: int
-    """That are judged."""
+    """Number of evaluated lattices."""
     seed: int
     excess: float
     exact: float
@@ -71,13 +72,13 @@ class Found:
     """Of training."""
 
 
-def measured(
+def run_once(
     boundary: str, loss: str, gauge: str, seed: int, scale: Scale, work: Path, device: torch.device
-) -> Found:
-    """Train, predict and judge."""
+) -> Result:
+    """Train, predict and evaluate."""
     data = work / f"{boundary}.h5"
     if not data.exists():
-        SpinGlasses(count=scale.count[boundary], boundary=boundary).write(data, ignored)
+        SpinGlasses(count=scale.count[boundary], boundary=boundary).write(data, no_progress)
     config = load_config(f"spins_{loss}").replaced(
         {
             "data.path": str(data),
@@ -90,15 +91,15 @@ def measured(
     )
     run = work / f"{boundary}-{loss}-{gauge}-{seed}"
     system = SYSTEMS["spins"]
-    task = system.task(config, device, ignored)
+    task = system.task(config, device, no_progress)
     summary = train(task, run, Silent(), resume=(run / "checkpoints").exists())
-    asked = {"count": None, "data": None, "batch_size": 256}
+    options = {"count": None, "data": None, "batch_size": 256}
     predicted = work / f"{run.name}.h5"
     checkpoint = load_checkpoint(run, weights=["ema"])
-    system.generator(checkpoint, device, asked).write(predicted, Silent())
+    system.generator(checkpoint, device, options).write(predicted, Silent())
     scores = evaluate_spins(predicted)
     excess, exact = scores.row("excess").cells, scores.row("exact").cells
-    found = Found(
+    result = Result(
         boundary, loss, gauge, scale.width, scale.epochs, scores.count, seed,
         excess=excess[0].value, exact=exact[0].value,
         overlap=scores.row("overlap").cells[0].value,
@@ -108,20 +109,20 @@ def measured(
     )  # fmt: skip
     remove(run)
     remove(predicted)
-    return found
+    return result
 
 
-def show(rows: list[Found]) -> None:
-    """Means over seeds with standard errors."""
+def show(rows: list[Result]) -> None:
+    """Print means over seeds with standard errors."""
     for boundary in ("open", "periodic"):
-        these = [row for row in rows if row.boundary == boundary]
-        if not these:
+        selected = [row for row in rows if row.boundary == boundary]
+        if not selected:
             continue
-        print(f"\n{boundary} boundary, {these[0].lattices:,} test lattices; "
+        print(f"\n{boundary} boundary, {selected[0].lattices:,} test lattices; "
               f"energy above the ground state, mean over seeds ± standard error")  # fmt: skip
         for loss in LOSSES:
             for gauge in ("either", "fixed", "none"):
-                seeds = [row for row in these if (row.loss, row.gauge) == (loss, gauge)]
+                seeds = [row for row in selected if (row.loss, row.gauge) == (loss, gauge)]
                 if not seeds:
                     continue
                 text = []
@@ -131,9 +132,9 @@ def show(rows: list[Found]) -> None:
                     text.append(f"{mean.value:.2f}{error}")
                 exact = 100 * np.mean([row.descended_exact for row in seeds])
                 overlap = np.mean([row.overlap for row in seeds])
-                print(f"  {loss:14} gauge {gauge:6} {text[0]:16} behind a descent {text[1]:16} "
+                print(f"  {loss:14} gauge {gauge:6} {text[0]:16} after descent {text[1]:16} "
                       f"{exact:.2f} % exact, overlap {overlap:.3f}")  # fmt: skip
-        random, exact = these[0].random, 100 * these[0].random_exact
+        random, exact = selected[0].random, 100 * selected[0].random_exact
         print(f"  descent from random spins, no network: {random:.2f}, {exact:.2f} % exact")
 
 
@@ -148,24 +149,24 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(exist_ok=True)
     scale = FULL if arguments.full else REDUCED
-    rows = read(arguments.csv, Found)
-    # A seed of everything first, so that there is a table however early it is stopped.
+    rows = read(arguments.csv, Result)
+    # One seed of every loss first, so that a table exists after an early stop.
     for boundary in arguments.boundary:
         for seed in SEEDS:
             for loss in LOSSES:
-                # The true energy knows no gauge.
+                # The true energy does not depend on the gauge.
                 for gauge in ["none"] if loss == "true_energy" else arguments.gauge:
-                    wanted = (boundary, loss, gauge, scale.width, scale.epochs, seed)
+                    key = (boundary, loss, gauge, scale.width, scale.epochs, seed)
                     if any(
-                        (r.boundary, r.loss, r.gauge, r.width, r.epochs, r.seed) == wanted
+                        (r.boundary, r.loss, r.gauge, r.width, r.epochs, r.seed) == key
                         for r in rows
                     ):
                         continue
                     device = torch.device(arguments.device)
-                    found = measured(boundary, loss, gauge, seed, scale, arguments.work, device)
-                    rows.append(found)
+                    result = run_once(boundary, loss, gauge, seed, scale, arguments.work, device)
+                    rows.append(result)
                     write(arguments.csv, rows)
-                    print(found, flush=True)
+                    print(result, flush=True)
     show(rows)
 
 

@@ -1,4 +1,4 @@
-"""What tests share: the bundled molecules, poisoned padding, and the command line."""
+"""Fixtures and helpers: bundled molecules, poisoned padding, and the command line."""
 
 from __future__ import annotations
 
@@ -24,11 +24,22 @@ from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.devices import choose_device
 
 torch.set_num_threads(1)  # tests run in parallel processes
-# Products here come from the library that the commands take them from, so that what a test draws
-# and what a command draws are the same to the last bit.
+# Select the same library for matrix products as the commands do, so that tests and commands sample
+# the same numbers to the last bit.
 choose_device("cpu")
-# A shell's background job ignores Ctrl-C, and so would the processes that tests interrupt.
+# A background job of a shell ignores Ctrl-C, and the processes that tests interrupt would inherit
+# that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no GPU with CUDA")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +56,7 @@ def molecules(sample_path: Path) -> Molecules:
 
 @pytest.fixture
 def cli(tmp_path: Path):
-    """Run the installed command in a folder of its own."""
+    """Run a command in a temporary folder and check its exit code."""
 
     def run(*arguments: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess:
         done = subprocess.run(
@@ -64,7 +75,7 @@ def cli(tmp_path: Path):
 
 
 def config_of(run: Path) -> MoleculeConfig:
-    """The configuration that a run on molecules was trained with."""
+    """The configuration of a run on molecules."""
     return load_checkpoint(run).config_as(MoleculeConfig)
 
 
@@ -74,7 +85,7 @@ def torchrun(
     processes: int = 2,
     program: tuple[str, ...] = ("-m", "molgen_energy"),
 ) -> subprocess.Popen[str]:
-    """Start `molgen-energy`, or another program, in several processes, in a folder."""
+    """Start `molgen-energy` or another program under `torchrun`, in a folder."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), *program, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -86,7 +97,7 @@ def torchrun(
 def torchrun_to_end(
     folder: Path, *arguments: object, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """The same, until it ends."""
+    """Run `torchrun` and wait for its end."""
     process = torchrun(folder, *arguments, **options)
     try:
         stdout, stderr = process.communicate(timeout=240)
@@ -101,7 +112,7 @@ def rng() -> np.random.Generator:
 
 
 def of_smiles(*smiles: str, shift: float = 0.0) -> Molecule:
-    """Embedded molecules, side by side at `shift` Å."""
+    """One record of embedded molecules, each `shift` Å from the previous one."""
     positions, numbers = [], []
     for k, text in enumerate(smiles):
         molecule = Chem.AddHs(Chem.MolFromSmiles(text))
@@ -131,7 +142,7 @@ def dense_orders(positions: np.ndarray, atomic_numbers: np.ndarray) -> np.ndarra
 def padded_batch(
     molecules: Molecules, dtype: torch.dtype = torch.float64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions with NaN at padding, and the mask."""
+    """Positions (B, N, 3) in Å with NaN at padding, and the mask (B, N)."""
     positions, numbers = molecules.padded()
     mask = torch.from_numpy(numbers > 0)
     values = torch.from_numpy(positions).to(dtype)

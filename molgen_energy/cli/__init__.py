@@ -1,4 +1,4 @@
-"""The command line: four verbs, one file each, over plain functions."""
+"""The command line: four commands, one file each, that call the functions of the package."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from molgen_energy.cli import evaluate, preprocess, sample, train
 from molgen_energy.cli.console import exit_on_error
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         from molgen_energy import __version__
 
         typer.echo(f"molgen-energy {__version__}")
@@ -18,17 +18,21 @@ def _version(wanted: bool) -> None:
 
 def _options(
     version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
+        False,
+        "--version",
+        callback=_show_version,
+        is_eager=True,
+        help="Show the version and exit.",
     ),
 ) -> None:
-    """Train and judge generative models of 3D molecules with energy losses."""
+    """Train and evaluate generative models of 3D molecules with energy losses."""
 
 
 def application() -> typer.Typer:
-    """The whole command, with the sources and systems that are registered now."""
+    """Build the command `molgen-energy` from the registries as they are now."""
     app = typer.Typer(
         name="molgen-energy",
-        help="Train and judge generative models of 3D molecules with energy losses.",
+        help="Train and evaluate generative models of 3D molecules with energy losses.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         add_completion=False,
@@ -36,8 +40,9 @@ def application() -> typer.Typer:
     )
     app.callback()(_options)
     app.add_typer(preprocess.application(), name="preprocess")
-    for verb in (train, sample, evaluate):
-        app.command(name=verb.__name__.rsplit(".", 1)[1])(exit_on_error()(verb.command))
+    for module in (train, sample, evaluate):
+        name = module.__name__.rpartition(".")[2]
+        app.command(name=name)(exit_on_error()(module.command))
     return app
 
 

@@ -1,4 +1,4 @@
-"""What the commands share on the terminal: messages, progress, and the meaning of errors.
+"""Messages, progress bars and exit codes of all commands.
 
 Results go to standard output, everything else to standard error.
 """
@@ -30,33 +30,34 @@ from rich.progress import (
 from molgen_energy.distributed import is_main, rank, world_size
 from molgen_energy.errors import InputError, PeerLostError, TrainingFailedError
 
-# Of several processes that do one job, only the first speaks.
+# Of the processes of a torchrun job, only process 0 writes to the terminal.
 stdout = Console(highlight=False, quiet=not is_main())
 stderr = Console(stderr=True, highlight=False, quiet=not is_main())
 
 _TRACEBACK = "MOLGEN_ENERGY_TRACEBACK"
-# How PyTorch's allocators put it; "index out of range" must not be taken for it.
+# The words of PyTorch's allocators; "index out of range" must not match.
 _OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
-_PATIENCE = 3.0  # seconds
+_GRACE = 3.0  # s, for process 0 to report an error first
 
 
 def say(text: str) -> None:
-    """A line for the user, on standard error."""
+    """Print a line for the user, on standard error."""
     stderr.print(escape(text), soft_wrap=True)
 
 
 def warn(text: str) -> None:
-    """A line that should not be overlooked."""
+    """Print a warning, on standard error."""
     stderr.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
 
 def _fail(text: str, code: int) -> None:
+    """Print an error and exit."""
     if not is_main():
-        if code == INTERRUPTED:  # as all are; also those whose first process has just failed
+        if code == INTERRUPTED:  # all processes are, also after process 0 has failed
             sys.exit(code)
-        # What is wrong for all is said by the first process, which ends the job meanwhile.
-        time.sleep(_PATIENCE)
+        # If process 0 has the same error, it reports it and ends the job during this time.
+        time.sleep(_GRACE)
         text = f"process {rank()} of {world_size()}: {text}"
         stderr.quiet = False
     stderr.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
@@ -65,9 +66,10 @@ def _fail(text: str, code: int) -> None:
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn what goes wrong into one line and an exit code: 2 bad input, 1 failed work.
+    """Report an exception in one line and exit: code 2 bad input, 1 failed work, 130 interrupted.
 
-    SIGTERM ends a command as Ctrl-C does, so that temporary files go and finished work stays.
+    SIGTERM raises `KeyboardInterrupt` as Ctrl-C does, so that temporary files are removed and
+    finished work is kept.
     """
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -76,7 +78,7 @@ def exit_on_error() -> Iterator[None]:
         _fail(str(error), BAD_INPUT)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except BrokenPipeError:  # the program that reads the output has exited, for instance `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except OSError as error:
@@ -89,9 +91,9 @@ def exit_on_error() -> Iterator[None]:
     except Exception as error:
         _show_traceback()
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
-            _fail("out of memory; take smaller batches or fewer processes", FAILED)
+            _fail("out of memory; use smaller batches or fewer processes", FAILED)
         text = f"{type(error).__name__}: {error}"
-        _fail(f"{text} (set {_TRACEBACK}=1 to see where; please report it)", FAILED)
+        _fail(f"{text} (please report it; {_TRACEBACK}=1 shows the traceback)", FAILED)
 
 
 def _show_traceback() -> None:
@@ -100,7 +102,7 @@ def _show_traceback() -> None:
 
 
 class ThrottledLog:
-    """Lines of progress for a log, where no bar can be drawn: one a minute at most."""
+    """Progress messages where there is no terminal for a bar, at most one a minute."""
 
     _SECONDS = 60
 
@@ -108,14 +110,14 @@ class ThrottledLog:
         self._last = time.monotonic()
 
     def say(self, text: str) -> None:
-        """Show the text if there is no terminal and the last one was a minute ago."""
+        """Print the text if there is no terminal and the last one is a minute old."""
         if not stderr.is_terminal and time.monotonic() - self._last >= self._SECONDS:
             self._last = time.monotonic()
             say(text)
 
 
 def progress_bar(*columns: str, transient: bool = False) -> Progress:
-    """A bar with counts, times, and the given task fields; silent where there is no terminal."""
+    """A progress bar with counts, times and the named task fields; hidden without a terminal."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),

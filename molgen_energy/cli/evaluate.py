@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from molgen_energy.cli.console import ThrottledLog, progress_bar, say, stdout, warn
-from molgen_energy.distributed import is_main, lines
+from molgen_energy.distributed import is_main, worker_connections
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.output import check_folder
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from molgen_energy.metrics.evaluation import Options
     from molgen_energy.metrics.report import Report
+
+_PRELOAD = ("molgen_energy.metrics.judging", "molgen_energy.metrics.relaxation")
 
 
 def command(
@@ -98,7 +100,7 @@ def command(
     split.
     """
     from molgen_energy.distributed import default_workers
-    from molgen_energy.workers import Workers
+    from molgen_energy.workers import WorkerPool
 
     system = _system(files)
     if system != "molecules":
@@ -106,15 +108,18 @@ def command(
             _judge(system, files, context, report, as_json)
         return
     count = default_workers() if workers is None else workers
-    with lines() as others:
+    with worker_connections() as others:
         if not is_main():
-            with Workers(count, timeout) as pool:
+            with WorkerPool(count, timeout, preload=_PRELOAD) as pool:
                 pool.serve(others[0])
             return
         options = _options(metrics, bonds, valence, angles, subset, skip_bad)
         _check_report(report)
         page = None
-        with progress_bar(transient=True) as bar, Workers(count, timeout, others) as pool:
+        with (
+            progress_bar(transient=True) as bar,
+            WorkerPool(count, timeout, others, _PRELOAD) as pool,
+        ):
             from molgen_energy.metrics.run import run
 
             found = run(files, reference, train, types, options, pool, _watching(bar))

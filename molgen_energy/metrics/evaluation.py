@@ -37,7 +37,7 @@ from molgen_energy.metrics.judging import (
 from molgen_energy.metrics.plausibility import bust, given_up
 from molgen_energy.metrics.rates import Rate, median_interval
 from molgen_energy.metrics.relaxation import Relaxed, not_relaxed, relax_mmff, relax_xtb
-from molgen_energy.workers import Workers
+from molgen_energy.workers import WorkerPool
 
 METRIC_GROUPS = ("rates", "geometry", "composition", "strain", "fcd", "posebusters", "xtb")
 """What `--metrics` chooses from; rates are always there."""
@@ -156,7 +156,7 @@ def evaluate(
     source: Source,
     options: Options,
     known: NDArray[np.uint64] | None,
-    workers: Workers,
+    workers: WorkerPool,
     progress: Progress = lambda _: None,
 ) -> Evaluation:
     """Judge the molecules of a file.
@@ -226,18 +226,18 @@ def evaluate(
 
 
 def judgements(
-    pieces: Iterable[MoleculeChunk], settings: Settings, workers: Workers
+    pieces: Iterable[MoleculeChunk], settings: Settings, workers: WorkerPool
 ) -> Iterator[tuple[MoleculeChunk, ChunkChecks]]:
     """Pieces and what is found of them; where RDKit hangs, what can be said without it."""
     return workers.map(
         partial(judge_piece, settings=settings),
-        lambda piece, trouble: judge_without_rdkit(piece, settings, f"RDKit: {trouble}"),
         pieces,
+        on_failure=lambda piece, why: judge_without_rdkit(piece, settings, f"RDKit: {why}"),
     )
 
 
 def hashes_of_names(
-    source: Source, settings: Settings, workers: Workers, progress: Progress = lambda _: None
+    source: Source, settings: Settings, workers: WorkerPool, progress: Progress = lambda _: None
 ) -> NDArray[np.uint64]:
     """Sorted hashes of molecules' SMILES as `evaluate` names them, for novelty against them."""
     names = Distinct()
@@ -285,7 +285,7 @@ class _LeftOut:
                 yield piece.select(rest)
 
 
-def _look_closer(evaluation: Evaluation, options: Options, workers: Workers) -> None:
+def _look_closer(evaluation: Evaluation, options: Options, workers: WorkerPool) -> None:
     """The metrics that are too slow for all molecules."""
     findings, measures = evaluation.findings, evaluation.measures
     for metric, relax, label in (
@@ -301,13 +301,13 @@ def _look_closer(evaluation: Evaluation, options: Options, workers: Workers) -> 
         relaxed: list[Relaxed] = []
         records: list[int] = []
         most = options.drawn if metric == "strain" else max(1, options.drawn // _XTB_SHARE)
-        for piece, part in workers.map(relax, not_relaxed, _pieces(findings.whole, most)):
+        for piece, part in workers.map(relax, _pieces(findings.whole, most), not_relaxed):
             relaxed += part
             records += piece.records.tolist()
         _add_relaxed(evaluation, metric, label, records, relaxed)
     if "posebusters" in options.usable:
         failures: list[list[str]] = []
-        for _, checks in workers.map(bust, given_up, _pieces(findings.any, options.drawn)):
+        for _, checks in workers.map(bust, _pieces(findings.any, options.drawn), given_up):
             failures += checks
         passed = sum(not checks for checks in failures)
         evaluation.rates["posebusters"] = Rate(passed, len(failures))

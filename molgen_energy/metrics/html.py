@@ -30,12 +30,12 @@ from molgen_energy.metrics.findings import Specimen
 from molgen_energy.metrics.judging import unstable_atoms
 from molgen_energy.metrics.report import Report, as_json, figure_text, findings_text
 from molgen_energy.output import atomic_write, display_path
-from molgen_energy.workers import Workers
+from molgen_energy.workers import WorkerPool
 
 PAGE = "report.html"
 
 
-def write_report(report: Report, folder: Path, files: list[Path], workers: Workers) -> Path:
+def write_report(report: Report, folder: Path, files: list[Path], workers: WorkerPool) -> Path:
     """Write `report.html`, `report.json` and a PNG for each kind of plot; returns the page.
 
     Parameters
@@ -71,7 +71,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _page(report: Report, shown: dict[str, Any], workers: Workers) -> str:
+def _page(report: Report, shown: dict[str, Any], workers: WorkerPool) -> str:
     loader = jinja2.PackageLoader("molgen_energy.metrics", ".")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -141,7 +141,7 @@ def _cell(text: str) -> tuple[str, str]:
 
 
 def _cards(
-    chosen: list[Specimen], workers: Workers, first: int, valence: str | None
+    chosen: list[Specimen], workers: WorkerPool, first: int, valence: str | None
 ) -> list[dict[str, Any]]:
     if not chosen:
         return []
@@ -149,7 +149,7 @@ def _cards(
     piece = MoleculeChunk(records, Molecules.from_list([s.molecule for s in chosen]))
     draw = partial(draw_piece, valence=valence)
     drawn: list[str] = []
-    for _, part in workers.map(draw, not_drawn, piece.parts(1)):
+    for _, part in workers.map(draw, piece.parts(1), not_drawn):
         drawn += part
     return [
         {

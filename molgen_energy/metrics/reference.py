@@ -48,7 +48,7 @@ from molgen_energy.metrics.judging import Settings
 from molgen_energy.metrics.rates import Rate
 from molgen_energy.output import atomic_replace, check_file
 from molgen_energy.resources import asset, bundled_sample
-from molgen_energy.workers import Workers
+from molgen_energy.workers import WorkerPool
 
 PIECE = 500
 COMPARED = 10_000
@@ -317,7 +317,7 @@ def reference_of(
     options: Options,
     types: GeometryTypes | None,
     known: NDArray[np.uint64] | None,
-    workers: Workers,
+    workers: WorkerPool,
     progress: Progress = lambda _: None,
 ) -> Reference:
     """Judge a file as a reference: its test split where it has one, else all of it.
@@ -357,7 +357,7 @@ def reference_of(
     return Reference(name, row, row.distributions, distances, types)
 
 
-def frequent_types(source: MoleculeSource, options: Options, workers: Workers) -> GeometryTypes:
+def frequent_types(source: MoleculeSource, options: Options, workers: WorkerPool) -> GeometryTypes:
     """The eight most frequent types of each kind among the first 10,000 molecules."""
     settings = replace(options.settings, codes=None, whole_names=False)
     first: list[MoleculeChunk] = []
@@ -404,7 +404,7 @@ def _is_qm9(path: Path) -> bool:
 def training_names(
     path: Path,
     settings: Settings,
-    workers: Workers,
+    workers: WorkerPool,
     skip_bad: bool = False,
     progress: Progress = lambda _: None,
 ) -> tuple[NDArray[np.uint64], MoleculeSource]:
@@ -425,7 +425,7 @@ def qm9_training_names() -> NDArray[np.uint64] | None:
     known = hashes_of(names)
     if version != f"# RDKit {rdBase.rdkitVersion}":
         train = MoleculeSource(bundled_sample(), split="train")
-        again = hashes_of_names(train, Settings(), Workers(0, 0.0))
+        again = hashes_of_names(train, Settings(), WorkerPool(0))
         if not np.isin(again, known).all():
             return None
     return known

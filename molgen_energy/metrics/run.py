@@ -30,7 +30,7 @@ from molgen_energy.metrics.reference import (
 )
 from molgen_energy.metrics.report import Report
 from molgen_energy.output import display_path
-from molgen_energy.workers import Workers
+from molgen_energy.workers import WorkerPool
 
 Watched = Callable[[str, int | None], Progress]
 """Begins to show progress of something, of so many molecules; returns what to call then."""
@@ -48,7 +48,7 @@ def run(
     train: Path | None,
     types: str | None,
     options: Options,
-    workers: Workers,
+    workers: WorkerPool,
     watched: Watched = _unwatched,
 ) -> Report:
     """Judge files, and real data beside them.
@@ -126,7 +126,7 @@ def _names(files: list[Path]) -> list[str]:
 
 
 def _known(
-    train: Path | None, options: Options, workers: Workers, watched: Watched, notes: list[str]
+    train: Path | None, options: Options, workers: WorkerPool, watched: Watched, notes: list[str]
 ) -> tuple[NDArray[np.uint64] | None, str]:
     """Hashes of the training molecules' names, and what they are."""
     if train is not None:
@@ -163,7 +163,7 @@ def _evaluation(
     source: MoleculeSource,
     options: Options,
     known: NDArray[np.uint64] | None,
-    workers: Workers,
+    workers: WorkerPool,
     progress: Progress,
     data: Reference,
 ) -> Evaluation:

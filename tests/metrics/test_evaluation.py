@@ -46,9 +46,9 @@ from molgen_energy.metrics.reference import (
 from molgen_energy.metrics.relaxation import relax_mmff, rmsd
 from molgen_energy.metrics.report import as_json, figure_text, tables
 from molgen_energy.metrics.run import run
-from molgen_energy.workers import Workers, WorkFailed
+from molgen_energy.workers import WorkerError, WorkerPool
 
-HERE = Workers(0, 0.0)
+HERE = WorkerPool(0)
 EVERYTHING_FAST = Options(drawn=40)
 RATES = Options(frozenset({"rates"}))
 
@@ -89,12 +89,12 @@ def given_up(piece: MoleculeChunk, reason: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize(
     ("work", "trouble"),
-    [(hanging, "not finished within 0.7 s"), (dying, "the process died of it")],
+    [(hanging, "not finished within 0.7 s"), (dying, "the worker process died (exit code 11)")],
 )
 def test_a_molecule_that_hangs_or_kills_is_named_and_the_rest_goes_on(molecules, work, trouble):
     piece = numbered(molecules.select(np.arange(30)))
-    with Workers(2, 0.7) as workers:
-        results = [result for _, result in workers.map(work, given_up, piece.parts(12))]
+    with WorkerPool(2, 0.7) as workers:
+        results = [result for _, result in workers.map(work, piece.parts(12), given_up)]
     assert (7, trouble) in results
     done = [record for result in results if isinstance(result, list) for record in result]
     assert done == [k for k in range(1, 31) if k != 7]
@@ -104,10 +104,10 @@ def test_processes_that_are_killed_are_replaced(molecules):
     """Killed from outside, at work or idle: the run ends, with every molecule once."""
     piece = numbered(molecules.select(np.arange(0, 2000, 4)))
     settings = Settings(codes={})
-    with Workers(2, 60) as workers:
+    with WorkerPool(2, 60) as workers:
         results = []
         for k, (part, found) in enumerate(
-            workers.map(partial(judge_piece, settings=settings), given_up, piece.parts(20))
+            workers.map(partial(judge_piece, settings=settings), piece.parts(20), given_up)
         ):
             results += found.valid.tolist() if not isinstance(found, tuple) else [None]
             assert len(part) <= 20
@@ -123,8 +123,11 @@ def failing(piece: MoleculeChunk) -> None:
 
 
 def test_work_that_raises_ends_the_run(molecules):
-    with Workers(1, 60) as workers, pytest.raises(WorkFailed, match="KeyError: 'what happened'"):
-        list(workers.map(failing, given_up, numbered(molecules).parts(1000)))
+    with (
+        WorkerPool(1, 60) as workers,
+        pytest.raises(WorkerError, match="KeyError: 'what happened'"),
+    ):
+        list(workers.map(failing, numbered(molecules).parts(1000), given_up))
 
 
 def test_workers_change_nothing(molecules):
@@ -140,7 +143,7 @@ def test_workers_change_nothing(molecules):
             return some.parts(self._size)
 
     here = evaluate("x", Source(100), options, None, HERE)
-    with Workers(2, 60) as workers:
+    with WorkerPool(2, 60) as workers:
         there = evaluate("x", Source(17), options, None, workers)
     assert here.rates == there.rates
     assert here.measures == there.measures
@@ -156,19 +159,19 @@ def test_workers_change_nothing(molecules):
 
 
 @contextmanager
-def with_another(here: int, there: int, seconds: float) -> Iterator[Workers]:
+def with_another(here: int, there: int, seconds: float) -> Iterator[WorkerPool]:
     """A pool of so many processes, and of so many of another member of the job."""
     ours, theirs = Pipe()
 
     def serve() -> None:
-        with Workers(there, seconds) as workers:
+        with WorkerPool(there, seconds) as workers:
             workers.serve(theirs)
         theirs.close()
 
     thread = Thread(target=serve)
     thread.start()
     try:
-        with Workers(here, seconds, [ours]) as workers:
+        with WorkerPool(here, seconds, [ours]) as workers:
             yield workers
     finally:
         ours.close()
@@ -187,12 +190,10 @@ def test_processes_of_a_job_share_the_work_in_order(molecules, here, there):
     with with_another(here, there, 60) as workers:
         for _ in range(2):
             results = []
-            for part, found in workers.map(
-                partial(judge_piece, settings=settings), None, piece.parts(7)
-            ):
+            for part, found in workers.map(partial(judge_piece, settings=settings), piece.parts(7)):
                 assert part.records[0] == len(results) + 1
                 results += found.valid.tolist()
-            did = {pid for _, pid in workers.map(process_of, None, piece.parts(1))}
+            did = {pid for _, pid in workers.map(process_of, piece.parts(1))}
             assert len(did) == max(1, here + there)
     assert results == judge_piece(piece, settings).valid.tolist()
 
@@ -201,25 +202,25 @@ def test_a_molecule_that_kills_a_process_of_another_member_is_found(molecules):
     piece = numbered(molecules.select(np.arange(6, 14)))
     piece = replace(piece, records=piece.records + 6)
     with with_another(1, 1, 60) as workers:  # the other is given the first piece
-        results = [result for _, result in workers.map(dying, given_up, piece.parts(2))]
-    assert results[0] == (7, "the process died of it")
+        results = [result for _, result in workers.map(dying, piece.parts(2), given_up)]
+    assert results[0] == (7, "the worker process died (exit code 11)")
     assert [record for result in results[1:] for record in result] == list(range(8, 15))
 
 
 def test_work_that_raises_in_another_member_ends_the_run(molecules):
     with (
-        pytest.raises(WorkFailed, match="KeyError: 'what happened'"),
+        pytest.raises(WorkerError, match="KeyError: 'what happened'"),
         with_another(0, 1, 60) as workers,
     ):
-        list(workers.map(failing, given_up, numbered(molecules).parts(1000)))
+        list(workers.map(failing, numbered(molecules).parts(1000), given_up))
 
 
 def test_another_member_that_ends_is_noticed(molecules):
     ours, theirs = Pipe()
     theirs.send(1)
-    with Workers(0, 60, [ours]) as workers, pytest.raises(PeerLostError, match="has ended"):
+    with WorkerPool(0, 60, [ours]) as workers, pytest.raises(PeerLostError, match="has ended"):
         theirs.close()
-        list(workers.map(process_of, given_up, numbered(molecules).parts(500)))
+        list(workers.map(process_of, numbered(molecules).parts(500), given_up))
 
 
 def flat(value: object, place: str = "") -> dict[str, object]:

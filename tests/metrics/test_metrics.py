@@ -33,7 +33,7 @@ from molgen_energy.metrics.evaluation import (
 from molgen_energy.metrics.judging import Settings, judge_piece
 from molgen_energy.metrics.rates import Clusters, Rate, median_interval
 from molgen_energy.metrics.reference import MoleculeSource, qm9_training_names
-from molgen_energy.workers import Workers
+from molgen_energy.workers import WorkerPool
 
 # The lengths in pm that matter for QM9, from the tables that EDM uses, by hand.
 LENGTHS = {
@@ -44,7 +44,7 @@ LENGTHS = {
 }  # fmt: skip
 
 RATES_ONLY = Options(frozenset({"rates"}), Settings(codes={}))
-HERE = Workers(0, 0.0)
+HERE = WorkerPool(0)
 
 
 class ShardFolder:

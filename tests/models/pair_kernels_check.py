@@ -1,7 +1,10 @@
-"""Gated sums by Triton's kernels against the textbook formula in float64, as a program.
+"""Compare gated sums by Triton's kernels with the textbook formula in float64.
 
-Run with TRITON_INTERPRET=1 where there is no GPU: Triton reads that when it is imported, so it
-needs a process of its own. Prints the relative errors of results and gradients, by case.
+    TRITON_INTERPRET=1 python tests/models/pair_kernels_check.py cpu   # through the interpreter
+    python tests/models/pair_kernels_check.py cuda
+
+A program, because Triton reads TRITON_INTERPRET when it is imported. Prints the cases and the
+relative errors of results and gradients as JSON.
 """
 
 from __future__ import annotations
@@ -13,16 +16,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from molgen_energy.models import pair_kernels
 from molgen_energy.models.pair_kernels import GatedSums
 
 CASES = {
     # B, N, W, K, C, whether numbers have a bias, precision
     "features": (3, 7, 32, 12, 8, True, torch.float32),
     "plain": (2, 19, 64, 0, 0, False, torch.float32),
-    "large": (2, 35, 32, 3, 2, True, torch.float32),
+    "two parts": (1, 33, 32, 3, 2, True, torch.float32),
+    "full padding": (1, 5, 32, 16, 15, True, torch.float32),
+    "next padding": (1, 5, 32, 17, 16, True, torch.float32),
+    "width 128": (1, 3, 128, 5, 1, True, torch.float32),
+    "width 256": (1, 3, 256, 5, 1, True, torch.float32),
+    "width 512": (1, 3, 512, 5, 1, True, torch.float32),
+    "few programs": (2, 11, 32, 4, 3, True, torch.float32),
     "one atom": (4, 1, 32, 12, 8, True, torch.float32),
     "low precision": (2, 9, 32, 12, 8, True, torch.bfloat16),
 }
+PROGRAMS = {"few programs": 3}
+"""Programs of the kernel that sums over all pairs, where each must do several tiles of them."""
 
 
 def textbook(
@@ -90,4 +102,8 @@ def errors(
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: errors(sys.argv[1], *case) for name, case in CASES.items()}))
+    found, default = {}, pair_kernels._PROGRAMS
+    for name, case in CASES.items():
+        pair_kernels._PROGRAMS = PROGRAMS.get(name, default)
+        found[name] = {"case": case[:-1], "errors": errors(sys.argv[1], *case)}
+    print(json.dumps(found))

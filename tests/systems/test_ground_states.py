@@ -1,4 +1,4 @@
-"""Spin glasses: ground states against other ways to find them, drawing, solving and judging."""
+"""Spin glasses: exact ground states by independent methods, couplings, chunks and metrics."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from itertools import product
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from molgen_energy.errors import InputError, PeerLostError
 from molgen_energy.systems.spins import ground_states as solvers
-from molgen_energy.systems.spins.dataset import draw_couplings, pieces_of, solved_pieces
+from molgen_energy.systems.spins.dataset import chunk_ranges, draw_couplings, solve_chunks
 from molgen_energy.systems.spins.ground_states import (
     brute_force,
     by_matching,
@@ -317,13 +317,13 @@ def test_torus_at_full_size():
 def test_hard_torus(seed, monkeypatch):
     """Nearly degenerate couplings, where the inequalities leave bonds undecided."""
     branched = []
-    original = solvers._branching
+    original = solvers._branching_bond
 
     def noted(*arguments):
         branched.append(original(*arguments))
         return branched[-1]
 
-    monkeypatch.setattr(solvers, "_branching", noted)
+    monkeypatch.setattr(solvers, "_branching_bond", noted)
     rng = np.random.default_rng(seed)
     right, down = rng.choice([-1, 1], (2, 1, 6, 6)) * rng.normal(1, 1e-3, (2, 1, 6, 6))
     lattice = Lattices.checked(right, down, True)
@@ -438,7 +438,7 @@ def test_missing_packages(monkeypatch, package, periodic):
     with pytest.raises(InputError, match=match):
         ground_states(lattices)
     with pytest.raises(InputError, match=match):  # and no process is started for it
-        next(solved_pieces(lattices, pieces_of(1), workers=1))
+        next(solve_chunks(lattices, chunk_ranges(1), workers=1))
     assert not multiprocessing.active_children()
 
 
@@ -489,69 +489,73 @@ def test_drawn_couplings_of_a_seed():
         draw_couplings([0], 4, True, "uniform", -1)
 
 
-def test_pieces():
-    pieces = pieces_of(105, 25)
-    assert list(pieces) == [0, 1, 2, 3, 4]
-    assert [i for numbers in pieces.values() for i in numbers] == list(range(105))
-    assert {k: len(numbers) for k, numbers in pieces.items()} == {0: 25, 1: 25, 2: 25, 3: 25, 4: 5}
+def test_chunk_ranges():
+    chunks = chunk_ranges(105, 25)
+    assert list(chunks) == [0, 1, 2, 3, 4]
+    assert [i for numbers in chunks.values() for i in numbers] == list(range(105))
+    assert {k: len(numbers) for k, numbers in chunks.items()} == {0: 25, 1: 25, 2: 25, 3: 25, 4: 5}
 
 
 def test_workers_give_the_same():
     def draw(numbers):
         return draw_couplings(numbers, 6, False, "uniform", 0)
 
-    pieces = pieces_of(17, 3)
-    del pieces[1]  # finished before
+    ranges = chunk_ranges(17, 3)
+    del ranges[1]  # solved before
     lattices = draw(range(17))
     truth = ground_states(lattices)
     for source, workers in ((draw, 0), (draw, 2), (lattices, 0), (lattices, 1)):
-        solved = dict(solved_pieces(source, pieces, workers))
+        solved = {chunk.number: chunk for chunk in solve_chunks(source, ranges, workers)}
         assert sorted(solved) == [0, 2, 3, 4, 5]
-        for number, part in solved.items():
-            chosen = list(pieces[number])
-            assert np.array_equal(part.right, lattices.right[chosen])
-            assert np.array_equal(part.spins, truth[chosen])
+        for number, chunk in solved.items():
+            selected = list(ranges[number])
+            assert len(chunk) == len(selected)
+            assert np.array_equal(chunk.lattices.right, lattices.right[selected])
+            assert np.array_equal(chunk.lattices.spins, truth[selected])
     assert not multiprocessing.active_children()
-    assert list(solved_pieces(draw, {}, 2)) == []
+    assert list(solve_chunks(draw, {}, 2)) == []
 
 
 def test_dead_process():
-    """A process that is killed is missed at once, and the other one ends too."""
-    pieces = pieces_of(2000, 1000)
-    solving = solved_pieces(lambda n: draw_couplings(n, 16, True, "uniform", 0), pieces, 2)
-
-    def kill():
-        while not (children := multiprocessing.active_children()):
-            time.sleep(0.01)
-        os.kill(children[0].pid, signal.SIGKILL)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    with pytest.raises(PeerLostError, match=r"is gone \(exit code -9\) and piece 0 with it"):
-        next(solving)
-    thread.join()
+    """The death of a process at work ends the others too, and the error names its chunk."""
+    ranges = {0: range(1), 1: range(1000), 2: range(1000), 3: range(1000)}
+    chunks = solve_chunks(lambda n: draw_couplings(n, 16, True, "uniform", 0), ranges, 2)
+    assert next(chunks).number == 0
+    for child in multiprocessing.active_children():  # one of them has solved chunk 0
+        os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(PeerLostError, match=r"^chunk [12]: .*died \(exit code -9\).*--workers"):
+        next(chunks)
     assert not multiprocessing.active_children()
 
 
-def test_errors_of_processes():
+def test_errors_of_processes(monkeypatch):
     lattices = draw_couplings(range(4), 4, False, "uniform", 0)
     lattices.right[3] = lattices.down[3] = 0
-    with pytest.raises(InputError, match="record 2 has couplings that are all zero"):
-        list(solved_pieces(lattices, pieces_of(4, 2), workers=1))
+    for workers in (0, 1):
+        with pytest.raises(InputError, match="record 2 has couplings that are all zero"):
+            list(solve_chunks(lattices, chunk_ranges(4, 2), workers))
+    lattices = draw_couplings(range(4), 4, False, "uniform", 0)
+    for error, message in (
+        (RuntimeError("no way"), "^chunk 0: lattice 0 of 2: no way$"),
+        (KeyError("key"), "^chunk 0: KeyError: 'key'$"),
+    ):
+        monkeypatch.setitem(solvers.SOLVERS, "matching", Mock(side_effect=error))
+        with pytest.raises(RuntimeError, match=message):
+            list(solve_chunks(lattices, chunk_ranges(4, 2), 0))
 
 
 SCRIPT = """
 import signal
 from multiprocessing import active_children
-from molgen_energy.systems.spins.dataset import draw_couplings, pieces_of, solved_pieces
+from molgen_energy.systems.spins.dataset import draw_couplings, solve_chunks
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     draw = lambda numbers: draw_couplings(numbers, 16, True, "uniform", 0)
-    pieces = {0: range(1), 1: range(2000)}
+    ranges = {0: range(1), 1: range(2000)}
     try:
-        for number, _ in solved_pieces(draw, pieces, 2):
-            print("solved", number, *(child.pid for child in active_children()), flush=True)
+        for chunk in solve_chunks(draw, ranges, 2):
+            print("solved", chunk.number, *(child.pid for child in active_children()), flush=True)
     except KeyboardInterrupt:
         print("interrupted", len(active_children()), flush=True)
 """

@@ -319,7 +319,7 @@ def test_one_process_at_a_time(checkpoint, tmp_path):
     broken_off(checkpoint, tmp_path / "a.sdf")
     with (
         MoleculeShards.open(tmp_path / "a.sdf", lead=True),
-        pytest.raises(InputError, match="is at work in another process"),
+        pytest.raises(InputError, match="is in use by another process"),
     ):
         draw(checkpoint, tmp_path / "a.sdf", resume=True, **FEW)
     assert draw(checkpoint, tmp_path / "a.sdf", resume=True, **FEW).written == 30

@@ -1,16 +1,14 @@
-"""Spin glasses with their ground states: drawn by number, solved in several processes."""
+"""Spin glasses with exact ground states: couplings drawn by number, solved in worker processes."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import multiprocessing
-import signal
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,41 +20,56 @@ from molgen_energy.distributed import default_workers
 from molgen_energy.errors import InputError, PeerLostError, unknown_name
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.spins.lattices import BOUNDARIES, Lattices, Spins, check_size
+from molgen_energy.workers import WorkerPool
 
 KINDS = ("uniform", "binary")
-PER_PIECE = 50
+CHUNK_SIZE = 50
+"""Lattices in a chunk: a few seconds of work, so that little is lost when a run stops."""
 
-_DIGITS = 23
+_SOLVERS = "molgen_energy.systems.spins.ground_states"
+_BITS = 23  # of uniform couplings
 
 
 def draw_couplings(
     numbers: Iterable[int], size: int, periodic: bool, kind: str, seed: int
 ) -> Lattices:
-    """Independent couplings of the lattices of some numbers.
+    """Independent random couplings of the lattices with the given numbers.
 
-    Those of lattice i depend on seed, size, kind and i alone; with an open boundary they are the
-    same as with a periodic one, but for zeros where they have no meaning. `uniform` takes the odd
-    multiples of 2⁻²³ between −1 and 1, all equally likely: evenly spread, symmetric, never zero,
-    and coarse enough that sums of them are exact. `binary` takes −1 and 1.
+    Those of lattice i depend on seed, size, kind and i alone. With an open boundary they are the
+    same as with a periodic one, except for zeros where a coupling has no meaning.
+
+    Parameters
+    ----------
+    numbers
+        Lattices to draw.
+    size
+        Sites along a side, L.
+    kind
+        `uniform`: odd multiples of 2⁻²³ between −1 and 1, all equally likely; symmetric, never
+        zero, and coarse enough that their sums are exact. `binary`: −1 and 1.
+
+    Returns
+    -------
+    Lattices without spins; couplings (M, L, L), in the unit of energy.
 
     Raises
     ------
     InputError
-        There are no lattices of the size, or no such kind.
+        The size, the kind or the seed is not valid.
     """
     check_size(size, periodic)
     if kind not in KINDS:
         raise InputError(unknown_name("kind of couplings", kind, KINDS))
     if seed < 0:
         raise InputError(f"a seed of {seed} is negative; take 0 or more")
-    # The generator's own words: they are the same in every version of numpy.
+    # Raw words of the generator are the same in every version of NumPy.
     words = [
         np.random.PCG64(np.random.SeedSequence([seed, i])).random_raw(2 * size * size)
         for i in numbers
     ]
-    bits = 1 if kind == "binary" else _DIGITS
+    bits = 1 if kind == "binary" else _BITS
     whole = (np.array(words, np.uint64) >> np.uint64(64 - bits)).astype(np.int64)
-    values = (2 * whole + 1 - 2**bits) * (1.0 if kind == "binary" else 2.0**-_DIGITS)
+    values = (2 * whole + 1 - 2**bits) * (1.0 if kind == "binary" else 2.0**-_BITS)
     both = values.reshape(-1, 2, size, size).astype(np.float32)
     if not periodic:
         both[:, 0, :, -1] = 0
@@ -64,166 +77,101 @@ def draw_couplings(
     return Lattices(both[:, 0], both[:, 1], periodic)
 
 
-def pieces_of(count: int, per_piece: int = PER_PIECE) -> dict[int, range]:
-    """The numbers 0 … count − 1 in pieces, by the piece's number."""
-    starts = range(0, count, per_piece)
-    return {k: range(first, min(count, first + per_piece)) for k, first in enumerate(starts)}
+@dataclass(frozen=True)
+class LatticeChunk:
+    """Lattices that one worker process solves together."""
+
+    number: int
+    lattices: Lattices
+
+    def __len__(self) -> int:
+        return len(self.lattices)
+
+    def __str__(self) -> str:
+        return f"chunk {self.number}"
 
 
-def solved_pieces(
+def chunk_ranges(count: int, chunk_size: int = CHUNK_SIZE) -> dict[int, range]:
+    """Ranges of at most `chunk_size` of the numbers 0 … count − 1, by the number of the chunk."""
+    starts = range(0, count, chunk_size)
+    return {k: range(start, min(count, start + chunk_size)) for k, start in enumerate(starts)}
+
+
+def solve_chunks(
     source: Lattices | Callable[[range], Lattices],
-    pieces: Mapping[int, range],
+    chunks: Mapping[int, range],
     workers: int | None = None,
-) -> Generator[tuple[int, Lattices], None, None]:
-    """Ground states of pieces, as they are finished and in no order.
+) -> Generator[LatticeChunk, None, None]:
+    """Find the ground states of chunks of lattices.
 
     Parameters
     ----------
     source
-        All lattices, or what makes those of some numbers; called in this process, for a piece at a
-        time.
-    pieces
-        The lattices of each piece that is wanted, by its number.
+        All lattices, or a function that draws those of a range; it runs in this process.
+    chunks
+        The lattices of each chunk, by the number of the chunk.
     workers
-        Processes, of one thread each; None takes as many as there are processors, 0 works in this
-        one. They end with the iterator, and with Ctrl-C.
+        Number of processes, of one thread each; None uses one for each processor, 0 solves in this
+        process. They end with the iterator, and with Ctrl-C.
 
     Yields
     ------
-    The number of a piece, and its lattices with spins.
+    Each chunk, with spins, as soon as it is solved: not in order.
 
     Raises
     ------
     InputError
-        A solver is not installed, or a lattice is not in order.
+        A solver is not installed, or a lattice is invalid.
     RuntimeError
-        A solver failed; the message names the piece and the lattice.
-    ProcessEnded
-        A process is gone.
+        A solver failed; the message names the chunk and the lattice.
+    PeerLostError
+        A worker process died.
     """
     from molgen_energy.systems.spins.ground_states import check_installed
 
-    if workers is None:
-        workers = default_workers()
-
-    def lattices_of(number: int) -> Lattices:
-        numbers = pieces[number]
-        if isinstance(source, Lattices):
-            return source.select(slice(numbers.start, numbers.stop, numbers.step))
-        return source(numbers)
-
-    waiting = list(reversed(list(pieces)))
-    if not workers:
-        while waiting:
-            number = waiting.pop()
-            lattices = lattices_of(number)
-            yield number, lattices.with_spins(_solve(number, lattices))
+    drawn = (
+        LatticeChunk(
+            number,
+            source.select(slice(numbers.start, numbers.stop, numbers.step))
+            if isinstance(source, Lattices)
+            else source(numbers),
+        )
+        for number, numbers in chunks.items()
+    )
+    first = next(drawn, None)
+    if first is None:
         return
-    pool: list[_Solver] = []
-    try:
-        while waiting and len(pool) < workers:
-            number = waiting.pop()
-            lattices = lattices_of(number)
-            if not pool:
-                check_installed(lattices.periodic)  # before any process is started
-            pool.append(_Solver())
-            pool[-1].give(number, lattices)
-        while busy := {solver.connection: solver for solver in pool if solver.busy}:
-            for connection in wait(list(busy)):
-                solver = busy[cast(Connection, connection)]
-                solved = solver.take()
-                if waiting:  # nobody should be idle while the caller looks at a result
-                    number = waiting.pop()
-                    solver.give(number, lattices_of(number))
-                yield solved
-    finally:
-        for solver in pool:
-            solver.stop()
+    check_installed(first.lattices.periodic)  # before any process starts
+    count = min(default_workers() if workers is None else workers, len(chunks))
+    with WorkerPool(count, preload=[_SOLVERS]) as pool:
+        for chunk, spins in pool.map(
+            _solve_chunk, chain([first], drawn), _report_lost, ordered=False
+        ):
+            yield replace(chunk, lattices=chunk.lattices.with_spins(spins))
 
 
-def _solve(number: int, lattices: Lattices) -> Spins:
-    from molgen_energy.systems.spins.ground_states import ground_states  # SciPy, for this alone
+def _solve_chunk(chunk: LatticeChunk) -> Spins:
+    """Ground states (M, L, L) of a chunk; runs in a worker process."""
+    from molgen_energy.systems.spins.ground_states import ground_states  # imports SciPy
 
     try:
-        return ground_states(lattices)
-    except RuntimeError as error:
-        raise RuntimeError(f"piece {number}: {error}") from error
+        return ground_states(chunk.lattices)
+    except InputError:
+        raise
+    except Exception as error:
+        kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
+        raise RuntimeError(f"{chunk}: {kind}{error}") from error
 
 
-class _Solver:
-    """A process that solves a piece at a time."""
-
-    def __init__(self) -> None:
-        # A fresh interpreter: threads of this one, such as torch's, forbid to fork.
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._task: tuple[int, Lattices] | None = None
-
-    @property
-    def busy(self) -> bool:
-        """Whether it has a piece that it has not answered."""
-        return self._task is not None
-
-    def give(self, number: int, lattices: Lattices) -> None:
-        """Have a piece solved."""
-        self._task = number, lattices
-        with contextlib.suppress(OSError):  # it is dead; `take` will find it so
-            self.connection.send(self._task)
-
-    def take(self) -> tuple[int, Lattices]:
-        """The piece and its solution, once the connection has something to say."""
-        assert self._task is not None
-        number, lattices = self._task
-        try:
-            answer = self.connection.recv()
-        except (EOFError, OSError):
-            self._process.join()
-            raise PeerLostError(
-                f"a process that solves ground states is gone (exit code {self._process.exitcode}) "
-                f"and piece {number} with it; where memory is short take fewer processes; a script "
-                'must call this under `if __name__ == "__main__":`'
-            ) from None
-        if isinstance(answer, Exception):
-            raise answer
-        self._task = None
-        return number, lattices.with_spins(answer)
-
-    def stop(self) -> None:
-        """End it, whatever it does."""
-        self._process.kill()
-        self._process.join()
-        self.connection.close()
-
-
-def _serve(connection: Connection) -> None:
-    """What a process does: take pieces and send their spins, or the exception."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that holds us
-    while True:
-        try:
-            number, lattices = connection.recv()
-        except (EOFError, OSError):
-            return
-        answer: Spins | Exception
-        try:
-            answer = _solve(number, lattices)
-        except (InputError, RuntimeError) as error:
-            answer = error
-        except Exception as error:
-            answer = RuntimeError(f"piece {number}: {type(error).__name__}: {error}")
-        try:
-            connection.send(answer)
-        except OSError:
-            return
+def _report_lost(chunk: LatticeChunk, reason: str) -> Spins:
+    raise PeerLostError(f"{chunk}: {reason}; if memory is short, use fewer processes (--workers)")
 
 
 @dataclass(frozen=True)
 class SpinGlasses(Dataset):
     """Spin glasses on square lattices, with their exact ground states.
 
-    Solved pieces wait in FILE.parts; the same command goes on with what was broken off.
+    Solved chunks are kept in FILE.shards. After an interruption the same command continues there.
     """
 
     name = "spins"
@@ -239,9 +187,9 @@ class SpinGlasses(Dataset):
         "(M, L, L) each: from site (r, c) to (r, c+1) and to (r+1, c).",
     )
     split: str = option("0.475,0.025,0.5", "Shares for training, validation, test.")
-    seed: int = option(0, "Of couplings and split.")
+    seed: int = option(0, "Seed of couplings and split.")
     workers: int | None = option(
-        None, "Processes, 0 for this one alone; default: one for each processor."
+        None, "Worker processes, 0 for none; default: one for each processor."
     )
 
     def _size(self) -> int:
@@ -251,12 +199,12 @@ class SpinGlasses(Dataset):
         return 20_000 if self.count is None else self.count
 
     def lattices(self) -> Lattices | Callable[[range], Lattices]:
-        """The lattices without ground states, or what draws those of some numbers.
+        """The lattices without ground states, or a function that draws those of a range.
 
         Raises
         ------
         InputError
-            An option does not serve.
+            The value of an option is not valid.
         """
         if self.boundary not in BOUNDARIES:
             raise InputError(unknown_name("boundary", self.boundary, BOUNDARIES))
@@ -272,16 +220,36 @@ class SpinGlasses(Dataset):
             from molgen_energy.systems.spins.files import read_couplings
 
             if self.size is not None or self.count is not None:
-                raise InputError(f"--size and --count are those of {path}; leave them out")
+                raise InputError(f"{path} sets --size and --count; leave them out")
             return read_couplings(path, periodic)
         size, kind, seed = self._size(), self.couplings, self.seed
         check_size(size, periodic, f"--size {size}")
         if self._count() < 1:
-            raise InputError(f"--count {self.count}: ask for at least one lattice")
+            raise InputError(f"--count {self.count}: expected 1 or more")
         return lambda numbers: draw_couplings(numbers, size, periodic, kind, seed)
 
     def write(self, output: Path, progress: ProgressCallback) -> str:
-        """Solve the lattices and write them, from the pieces that are solved already."""
+        """Solve the lattices and write them; continues from the chunks in FILE.shards.
+
+        Parameters
+        ----------
+        output
+            HDF5 file to write.
+        progress
+            Called with the number of solved lattices and of all lattices.
+
+        Returns
+        -------
+        A line about the result.
+
+        Raises
+        ------
+        InputError
+            The value of an option is not valid, a solver is not installed, the file cannot be
+            written, or FILE.shards belongs to other options.
+        RuntimeError, PeerLostError
+            See `solve_chunks`.
+        """
         from molgen_energy.data.arrays import write_arrays
         from molgen_energy.data.hdf5 import check_hdf5_name
         from molgen_energy.data.shards import ShardFolder, check_unchanged, shards_folder
@@ -292,63 +260,65 @@ class SpinGlasses(Dataset):
         count, size = self._count(), self._size()
         if isinstance(source, Lattices):
             count, size = len(source), source.size
-        asked: dict[str, Any] = {
-            "couplings": _name(source) if isinstance(source, Lattices) else self.couplings,
+        options: dict[str, Any] = {
+            "couplings": _fingerprint(source) if isinstance(source, Lattices) else self.couplings,
             "size": size,
             "count": count,
             "boundary": self.boundary,
             "seed": self.seed,
         }
         check_installed(self.boundary == "periodic")
-        begun = asked | {"version": __version__}
+        manifest = options | {"version": __version__}
         if not shards_folder(output).exists():
-            ShardFolder.begin(output, "preprocess spins", begun)
-        wanted = pieces_of(count)
-        with ShardFolder(output, "preprocess spins", lead=True) as pieces:
-            check_unchanged(pieces.manifest, begun, pieces.folder, "preprocess")
-            solved = {k: found for k in wanted if (found := pieces.load(_file(k))) is not None}
-            done = sum(len(found["spins"]) for found in solved.values())
+            ShardFolder.begin(output, "preprocess spins", manifest)
+        ranges = chunk_ranges(count)
+        with ShardFolder(output, "preprocess spins", lead=True) as shards:
+            check_unchanged(shards.manifest, manifest, shards.folder, "preprocess")
+            solved = {k: arrays for k in ranges if (arrays := shards.load(_shard(k))) is not None}
+            done = sum(len(arrays["spins"]) for arrays in solved.values())
             progress(done, count)
-            missing = {k: numbers for k, numbers in wanted.items() if k not in solved}
+            unsolved = {k: numbers for k, numbers in ranges.items() if k not in solved}
             try:
-                with contextlib.closing(solved_pieces(source, missing, self.workers)) as finished:
-                    for k, lattices in finished:
-                        solved[k] = _columns(lattices)
-                        pieces.keep(_file(k), solved[k])
-                        done += len(lattices)
+                with contextlib.closing(solve_chunks(source, unsolved, self.workers)) as chunks:
+                    for chunk in chunks:
+                        solved[chunk.number] = _columns(chunk.lattices)
+                        shards.store(_shard(chunk.number), solved[chunk.number])
+                        done += len(chunk)
                         progress(done, count)
             finally:
                 if not solved:
-                    pieces.remove()
+                    shards.remove()
             columns = {
-                name: np.concatenate([solved[k][name] for k in wanted])
+                name: np.concatenate([solved[k][name] for k in ranges])
                 for name in ("right", "down", "spins", "energy")
             }
             labels = random_split(count, parse_fractions(self.split), self.seed)
             write_arrays(
                 output,
                 "spins",
-                f"{count:,} {asked['couplings']} spin glasses of {size}×{size}, "
+                f"{count:,} {options['couplings']} spin glasses of {size}×{size}, "
                 f"{self.boundary} boundary, seed {self.seed}",
                 columns | {"split": labels},
-                asked,
+                options,
             )
-            pieces.remove()
+            shards.remove()
         per_site = float(columns["energy"].mean()) / size**2
         return f"ground states of mean energy {per_site:.4f} a site"
 
 
-def _file(piece: int) -> str:
-    return f"{piece:06d}.part"
+def _shard(chunk: int) -> str:
+    """File name of a solved chunk."""
+    return f"{chunk:06d}.part"
 
 
-def _name(lattices: Lattices) -> str:
-    """What tells given couplings from others."""
+def _fingerprint(lattices: Lattices) -> str:
+    """Text that distinguishes couplings from a file from any others."""
     digest = hashlib.sha256(lattices.couplings().tobytes()).hexdigest()[:16]
     return f"given ({digest})"
 
 
 def _columns(lattices: Lattices) -> dict[str, NDArray[Any]]:
+    """Arrays to store, by the name of the data set."""
     assert lattices.spins is not None
     return {
         "right": np.ascontiguousarray(lattices.right),

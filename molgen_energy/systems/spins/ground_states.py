@@ -1,40 +1,39 @@
 """Exact ground states of spin glasses on square lattices.
 
-Two solvers that share nothing but the lattice:
+Two independent solvers:
 
-`by_matching`, for open boundaries. Bonds that a configuration does not satisfy form, on the dual
-lattice, paths that end at frustrated plaquettes or outside; the ground state has those of the
-least weight, a minimum-weight perfect matching (I. Bieche, R. Maynard, R. Rammal, J. P. Uhry, *J.
-Phys. A* 13, 2553, 1980). The matching is PyMatching's (O. Higgott, C. Gidney, *Quantum* 9, 1600,
-2025).
+`by_matching`, for open boundaries. The unsatisfied bonds of a configuration form paths on the dual
+lattice, which end at frustrated plaquettes or outside. Those of the ground state have the least
+total weight: a minimum-weight perfect matching (I. Bieche, R. Maynard, R. Rammal, J. P. Uhry, *J.
+Phys. A* 13, 2553, 1980), computed by PyMatching (O. Higgott, C. Gidney, *Quantum* 9, 1600, 2025).
 
-`by_program`, for either boundary. A linear program over x_e ∈ [0, 1], whether the spins of bond e
-differ, with the inequalities that every closed walk C crosses a cut an even number of times,
+`by_program`, for either boundary. A linear program over x_e ∈ [0, 1], which is 1 if the spins of
+bond e differ. Every closed walk C crosses a cut an even number of times, so
 
 .. math:: \\sum_{e \\in F} x_e - \\sum_{e \\in C \\setminus F} x_e \\le |F| - 1
 
-for each odd number of bonds F of it, found as they are violated by shortest paths (F. Barahona,
-A. R. Mahjoub, *Math. Programming* 36, 157, 1986); then branch and bound. On a torus the walks that
-go around it are among them. HiGHS solves the programs (Q. Huangfu, J. A. J. Hall, *Math. Prog.
-Comp.* 10, 119, 2018); that nothing is lower is concluded from its dual solution by weak duality, in
-sums of this module.
+for each subset F of its bonds with an odd number of them. Shortest paths find violated inequalities
+(F. Barahona, A. R. Mahjoub, *Math. Programming* 36, 157, 1986), also those of walks around a torus;
+branch and bound does the rest. HiGHS solves the programs (Q. Huangfu, J. A. J. Hall, *Math. Prog.
+Comp.* 10, 119, 2018). The lower bound on all energies follows from its dual solution by weak
+duality, summed in this module.
 
-What is guaranteed
-------------------
-Couplings of a lattice are whole multiples of a *unit*, the largest number of which they are that.
-Those of `draw_couplings` are 1 unit, or less than 2²³ units, in size.
+Guarantees
+----------
+The *unit* of a lattice is the largest number of which all its couplings are integer multiples.
+|J| of `draw_couplings` is 1 unit, or less than 2²³ units.
 
-- `by_matching`. PyMatching works with integers up to 2²⁴ − 1 (what is not integral it divides by
-  the largest and rounds to that many steps). Where every |J| is at most 2²⁴ − 1 units, weights are
-  handed over in units, nothing is rounded, and the result is a ground state. Other couplings are
-  rounded to the nearest of 2²⁴ − 1 steps; the energy is then above the lowest by at most twice the
-  sum of what was rounded, and so by at most (number of bonds) · max|J| · 6 · 10⁻⁸.
-- `by_program`. Energies of a lattice lie 2 units apart at least, or 4. The search ends when a lower
-  bound on all energies comes closer than that to the energy of the configuration: nothing can lie
-  between. Where 10⁻¹⁰ Σ|J| is more than that, the energy is proven to so much only.
+- `by_matching`. PyMatching works with integer weights up to 2²⁴ − 1; it scales and rounds others.
+  If every |J| is at most 2²⁴ − 1 units, weights are passed in units, without rounding, and the
+  result is a ground state. Other couplings are rounded to the nearest of 2²⁴ − 1 steps. The energy
+  then exceeds the lowest one by at most twice the sum of the rounding errors, so by at most
+  (number of bonds) · max|J| · 6 · 10⁻⁸.
+- `by_program`. Energies of a lattice differ by at least 2 units, or 4. The search ends when a lower
+  bound on all energies is closer than that to the energy of the configuration, so that no energy
+  lies between. If 10⁻¹⁰ Σ|J| is larger than that, the energy is exact to 10⁻¹⁰ Σ|J| only.
 
-Every configuration is checked besides: its energy against the solver's, that against the bound, and
-that no single spin should be flipped.
+`certify` checks every configuration: its energy against the solver's, the energy against the bound,
+and that no flip of a single spin lowers it.
 """
 
 from __future__ import annotations
@@ -55,17 +54,17 @@ from molgen_energy.systems.spins.lattices import Lattices, Reals, Spins, fix_gau
 
 Whole = NDArray[np.int64]
 
-_STEPS = 2**24 - 1  # the largest integral weight that PyMatching takes as it is
-_LARGEST = 4  # sites along an edge, of all configurations
-_STABLE = 1e-9  # of local fields, in units of the largest |J|
-_PROVEN = 1e-10  # of bounds, in units of Σ|J|
-_ROUNDING = 1e-12  # of sums of float64, alike
-_ROUNDED = 6e-8  # of weights, for each bond and in units of the largest |J|
-_VIOLATED = 1e-7  # of inequalities
-_WHOLE = 1e-9  # x as near to 0 or 1 as this is taken to be there
-_FEASIBLE = 1e-10  # HiGHS's tolerances; it takes none that are tighter
-_SOURCES = 32  # sites, at least, that closed walks are looked for from
-_CUTS = 400  # inequalities added at once
+_STEPS = 2**24 - 1  # largest integer weight that PyMatching does not round
+_LARGEST = 4  # largest L for `brute_force`
+_STABLE = 1e-9  # tolerance of local fields, in units of the largest |J|
+_PROVEN = 1e-10  # tolerance of bounds, in units of Σ|J|
+_ROUNDING = 1e-12  # tolerance of float64 sums, in units of Σ|J|
+_ROUNDED = 6e-8  # largest rounding error of a weight for a bond, in units of the largest |J|
+_VIOLATED = 1e-7  # smallest violation of an inequality that counts
+_WHOLE = 1e-9  # x this close to 0 or 1 counts as decided
+_FEASIBLE = 1e-10  # tolerances of HiGHS, the smallest that it accepts
+_SOURCES = 32  # least number of sites from which closed walks are searched
+_CUTS = 400  # largest number of inequalities to add at once
 
 
 class Ground(NamedTuple):
@@ -76,16 +75,16 @@ class Ground(NamedTuple):
     spins: Spins
     """One for each lattice, (M, L, L), with site (0, 0) up."""
     states: Whole
-    """How many there are with site (0, 0) up, (M,)."""
+    """Number of ground states with site (0, 0) up, (M,)."""
 
 
 class Solution(NamedTuple):
-    """What a solver says of one lattice."""
+    """Result of a solver for one lattice."""
 
     spins: Spins
     """(L, L), with site (0, 0) up."""
     energy: float
-    """By the solver's account."""
+    """According to the solver."""
     bound: float
     """No configuration has an energy below it."""
 
@@ -93,19 +92,19 @@ class Solution(NamedTuple):
 def ground_states(lattices: Lattices, method: str | None = None) -> Spins:
     """A ground state of each lattice, (M, L, L), with site (0, 0) up.
 
-    Of several it is the same one every time. See the module for what is guaranteed.
+    If a lattice has several, the result is always the same one. See the module for guarantees.
 
     Parameters
     ----------
     method
-        `matching` (open boundaries alone) or `program`; None takes the faster one that there is.
+        `matching` (only open boundaries) or `program`; None uses the faster one for the boundary.
 
     Raises
     ------
     InputError
-        A solver is not installed, or a lattice is not in order.
+        A solver is not installed, or a lattice is invalid.
     RuntimeError
-        A solver failed, or a configuration a check; the message names the lattice.
+        A solver failed, or its result did not pass `certify`; the message names the lattice.
     """
     lattices.check()
     if method is None:
@@ -126,16 +125,16 @@ def ground_states(lattices: Lattices, method: str | None = None) -> Spins:
 
 
 def certify(lattices: Lattices, spins: Spins, energies: Reals, bounds: Reals) -> None:
-    """Check configurations (M, L, L), and what a solver says of them: energies and bounds, (M,).
+    """Check configurations (M, L, L), with energies and bounds (M,) from a solver.
 
-    Energies must agree to the rounding of sums, and lie above the bounds by less than any two
-    energies lie apart, or by what the solver does not claim to resolve (see the module).
+    Energies must agree up to rounding. An energy may exceed its bound by less than the smallest
+    difference of two energies, or by the solver's resolution (see the module).
 
     Raises
     ------
     RuntimeError
-        An energy is another, a lower one is not ruled out, or a flip of one spin would lower it;
-        the message names the lattice.
+        The energy of a configuration differs from the solver's, its bound allows a lower one, or a
+        flip of one spin lowers it; the message names the lattice.
     """
     every = lattices.couplings()
     scale, total = lattices.strongest, np.abs(every).sum(axis=(1, 2, 3))
@@ -160,7 +159,7 @@ def certify(lattices: Lattices, spins: Spins, energies: Reals, bounds: Reals) ->
 
 
 def check_installed(periodic: bool) -> None:
-    """Raise `InputError` unless there is what solves lattices of a boundary."""
+    """Raise `InputError` unless the solver for a boundary is installed."""
     _load("highspy" if periodic else "pymatching")
 
 
@@ -168,9 +167,14 @@ def check_installed(periodic: bool) -> None:
 
 
 def brute_force(lattices: Lattices) -> Ground:
-    """The lowest of all configurations, and how many share it; for L ≤ 4.
+    """Ground states by enumeration of all configurations, for L ≤ 4.
 
-    Energies within 10⁻⁹ Σ|J| of each other count as the same.
+    Energies within 10⁻¹⁰ Σ|J| of the lowest one count as equal to it.
+
+    Raises
+    ------
+    ValueError
+        The lattices are larger.
     """
     if lattices.size > _LARGEST:
         raise ValueError(f"too many configurations at size {lattices.size}; at most {_LARGEST}")
@@ -192,7 +196,7 @@ def brute_force(lattices: Lattices) -> Ground:
 
 @lru_cache(maxsize=1)
 def _all_configurations(size: int) -> Spins:
-    """Those with site (0, 0) up, (2^(L²−1), L, L)."""
+    """All configurations with site (0, 0) up, (2^(L²−1), L, L)."""
     sites = size * size
     bits = np.arange(2 ** (sites - 1))[:, None] >> np.arange(sites - 1)[::-1] & 1
     spins = np.ones((len(bits), sites), np.int8)
@@ -204,12 +208,12 @@ def _all_configurations(size: int) -> Spins:
 
 
 class _Bonds(NamedTuple):
-    """Pairs of neighbours on a lattice: `right` bonds first, then `down`, each by site."""
+    """The E bonds of a lattice: `right` bonds first, then `down`, each in the order of sites."""
 
     size: int
     """L."""
     places: Whole
-    """Of the couplings (2, L, L), flat, (E,)."""
+    """Positions of the bonds in the flat array of couplings (2, L, L), (E,)."""
     ends: Whole
     """Numbers r·L + c of the two sites, (2, E)."""
     squares: Whole
@@ -217,10 +221,10 @@ class _Bonds(NamedTuple):
     numbers: Whole
     """The bond between two sites, (L², L²), or −1."""
     doubled: csr_matrix
-    """Two copies of the lattice, (2 L², 2 L²): each bond joins sites of the same copy and, as well,
-    of different ones. Entries are to be filled in."""
+    """Graph of two copies of the lattice, (2 L², 2 L²): each bond joins sites within both copies,
+    and sites of different copies. Only the sparsity pattern; values are set in `_separate`."""
     entries: Whole
-    """What they are to be, (8 E,): e of bond e within a copy, E + e between copies."""
+    """For each value of `doubled`, (8 E,): e for bond e within a copy, E + e between copies."""
 
 
 @lru_cache(maxsize=8)
@@ -261,17 +265,17 @@ def _bonds(size: int, periodic: bool) -> _Bonds:
 
 
 def _unit(couplings: Reals) -> float:
-    """The largest number that couplings of float32, not all zero, are whole multiples of."""
+    """The largest number of which float32 couplings, not all zero, are integer multiples."""
     strengths = np.abs(couplings[couplings != 0])
     _, exponents = np.frexp(strengths)
     finest = np.ldexp(1.0, int(exponents.min()) - 24)
-    if exponents.max() - exponents.min() > 38:  # more than 62 bits; finer than it matters
+    if exponents.max() - exponents.min() > 38:  # more than 62 bits: smaller than needed
         return float(finest)
     return float(finest * np.gcd.reduce((strengths / finest).astype(np.int64)))
 
 
 def _spacing(couplings: Reals, bonds: _Bonds) -> float:
-    """Energies are whole multiples of it apart: 2 units, or 4 where no flip costs 2 modulo 4."""
+    """Smallest difference of energies: 2 units, or 4 if no flip costs 2 units modulo 4."""
     unit = _unit(couplings)
     odd = np.fmod(np.abs(couplings) / unit, 2)
     at_sites = np.bincount(bonds.ends.reshape(-1), np.tile(odd, 2)) % 2
@@ -279,7 +283,7 @@ def _spacing(couplings: Reals, bonds: _Bonds) -> float:
 
 
 def _rounded(couplings: Reals) -> bool:
-    """Whether PyMatching rounds the weights."""
+    """Whether weights for PyMatching have to be rounded."""
     return bool(np.abs(couplings).max() > _STEPS * _unit(couplings))
 
 
@@ -295,7 +299,7 @@ def by_matching(lattice: Lattices) -> Solution:
         PyMatching is not installed.
     """
     if lattice.periodic:
-        raise ValueError("matching finds the ground states of open boundaries alone")
+        raise ValueError("matching finds ground states with open boundaries alone")
     pymatching = _load("pymatching")
     size = lattice.size
     bonds = _bonds(size, False)
@@ -306,7 +310,7 @@ def by_matching(lattice: Lattices) -> Solution:
     lost = float(np.abs(strengths - weights * step).sum())
     frustrated = (couplings < 0)[bonds.squares].sum(axis=1) % 2
     around = _plaquettes(size)
-    # Of two bonds between a corner and the outside the lighter one is enough.
+    # A corner plaquette has two bonds to the outside; only the lighter one matters.
     border = np.flatnonzero(np.diff(around.indptr) == 1)
     inner = around.indices[around.indptr[border]]
     border = border[np.lexsort((weights[border], inner))]
@@ -322,15 +326,15 @@ def by_matching(lattice: Lattices) -> Solution:
     spins[1:, 0] = np.cumprod(down[:-1, 0])
     spins[:, 1:] = spins[:, :1] * np.cumprod(right[:, :-1], axis=1)
     energy = float(2 * strengths[unsatisfied].sum() - strengths.sum())
-    if lost:  # what was rounded can leave a site in a field of that size
-        spins = _settled(lattice, spins)
+    if lost:  # rounding can leave a site unstable in a field of its size
+        spins = _descend(lattice, spins)
         energy = float(lattice.energies(spins[None])[0])
     return Solution(spins, energy, energy - 2 * lost)
 
 
 @lru_cache(maxsize=8)
 def _plaquettes(size: int) -> csc_matrix:
-    """Which bonds are around a plaquette, (P, E); one on the border is around a single one."""
+    """Incidence of plaquettes and bonds, (P, E); a bond on the border has only one plaquette."""
     bonds = _bonds(size, False)
     owner = np.repeat(np.arange(len(bonds.squares)), 4)
     entries = np.ones(len(owner), np.uint8)
@@ -338,8 +342,8 @@ def _plaquettes(size: int) -> csc_matrix:
     return csc_matrix((entries, (owner, bonds.squares.reshape(-1))), shape=shape)
 
 
-def _settled(lattice: Lattices, spins: Spins) -> Spins:
-    """Spins (L, L) after flips of single ones, as long as one lowers the energy."""
+def _descend(lattice: Lattices, spins: Spins) -> Spins:
+    """Flip single spins of (L, L) as long as a flip lowers the energy."""
     spins = spins.copy()
     while True:
         gain = (spins * lattice.fields(spins[None])[0]).reshape(-1)
@@ -349,15 +353,16 @@ def _settled(lattice: Lattices, spins: Spins) -> Spins:
         spins.reshape(-1)[worst] *= -1
 
 
-# Program
+# Linear program
 
 
-class _Part(NamedTuple):
-    """A part of all configurations: x of each bond lies between 0 and 0, 0 and 1, or 1 and 1."""
+class _Subproblem(NamedTuple):
+    """A node of branch and bound: each x is fixed to 0, fixed to 1, or free in [0, 1]."""
 
     bound: float
-    """No energy there is below it, as far as is known."""
+    """Lower bound on its energies."""
     lower: Reals
+    """Bounds on x, (E,)."""
     upper: Reals
 
 
@@ -374,44 +379,44 @@ def by_program(lattice: Lattices) -> Solution:
     highspy = _load("highspy")
     bonds = _bonds(lattice.size, lattice.periodic)
     couplings = lattice.couplings().reshape(-1)[bonds.places]
-    # By a power of two, which loses no digit.
+    # A power of two, so that division is exact.
     scale = 2.0 ** math.ceil(math.log2(np.abs(couplings).max()))
     cost = couplings / scale
     total = float(np.abs(cost).sum())
-    # A bound that comes closer than this leaves no room for a lower energy.
+    # No lower energy exists if the bound is closer than this to the best energy.
     margin = max(_spacing(cost, bonds) - _ROUNDING * total, _PROVEN * total)
     program = _Program(highspy, cost)
     program.add(*_square_cuts(bonds))
     best, spins = math.inf, np.zeros(0, np.int8)
     proven = math.inf
-    waiting = [_Part(-math.inf, np.zeros(len(cost)), np.ones(len(cost)))]
-    while waiting:
-        part = waiting.pop()
-        values, least = program.solve(part.lower, part.upper)
-        part = part._replace(bound=max(part.bound, 2 * least - float(cost.sum())))
-        if part.bound <= best - margin:
+    open_nodes = [_Subproblem(-math.inf, np.zeros(len(cost)), np.ones(len(cost)))]
+    while open_nodes:
+        node = open_nodes.pop()
+        values, least = program.solve(node.lower, node.upper)
+        node = node._replace(bound=max(node.bound, 2 * least - float(cost.sum())))
+        if node.bound <= best - margin:
             rows, limits, near = _separate(bonds, values)
             differ = near[:, bonds.ends[0]] != near[:, bonds.ends[1]]
             energies = 2 * (differ @ cost) - cost.sum()
             k = int(energies.argmin())
             if energies[k] < best:
                 best, spins = float(energies[k]), near[k]
-        if part.bound > best - margin:
-            proven = min(proven, part.bound)
+        if node.bound > best - margin:
+            proven = min(proven, node.bound)
         elif len(limits):
             program.add(rows, limits)
-            waiting.append(part)
+            open_nodes.append(node)
         else:
-            waiting += _halves(part, values, _branching(bonds, values, part))
+            open_nodes += _split(node, values, _branching_bond(bonds, values, node))
     shape = lattice.size, lattice.size
     return Solution(fix_gauge(spins.reshape(shape)), best * scale, min(proven, best) * scale)
 
 
 class _Program:
-    """min c·x over x in a box and rows a·x ≤ b, which can be added to."""
+    """min c·x for x within bounds and a·x ≤ b, to which rows (a, b) can be added."""
 
     def __init__(self, highspy: Any, cost: Reals) -> None:
-        # The class beneath `highspy.Highs`, whose constructor prints.
+        # The base class of `highspy.Highs`, whose own constructor prints.
         self._highs = highs = highspy._Highs()
         self._optimal = highspy.HighsModelStatus.kOptimal
         self._infeasible = highspy.HighsModelStatus.kInfeasible
@@ -435,7 +440,7 @@ class _Program:
         self._limits: list[Reals] = []
 
     def add(self, rows: csr_matrix, limits: Reals) -> None:
-        """Rows (R, E) and their right-hand sides (R,)."""
+        """Add rows (R, E) with right-hand sides (R,)."""
         free = np.full(len(limits), -np.inf)
         starts = rows.indptr[:-1].astype(np.int32)
         indices = rows.indices.astype(np.int32)
@@ -444,7 +449,7 @@ class _Program:
         self._limits.append(limits)
 
     def solve(self, lower: Reals, upper: Reals) -> tuple[Reals, float]:
-        """x within bounds (E,) each, and a number that no c·x there is below."""
+        """Minimise within bounds (E,); returns x (E,) and a lower bound on c·x."""
         self._highs.changeColsBounds(len(lower), self._columns, lower, upper)
         self._highs.run()
         status = self._highs.getModelStatus()
@@ -465,7 +470,7 @@ class _Program:
 
 
 def _square_cuts(bonds: _Bonds) -> tuple[csr_matrix, Reals]:
-    """The inequalities of the plaquettes, 8 each."""
+    """The inequalities of the plaquettes, 8 for each."""
     signs = np.array([s for s in np.ndindex(2, 2, 2, 2) if sum(s) % 2]) * 2.0 - 1
     count = len(bonds.squares) * len(signs)
     columns = np.repeat(bonds.squares[:, None], len(signs), axis=1).reshape(-1)
@@ -476,35 +481,36 @@ def _square_cuts(bonds: _Bonds) -> tuple[csr_matrix, Reals]:
 
 
 def _separate(bonds: _Bonds, values: Reals) -> tuple[csr_matrix, Reals, Spins]:
-    """Violated inequalities at x (E,), and configurations near it.
+    """Inequalities that x (E,) violates, and configurations close to x.
 
-    In a graph of two copies of every site, bond e joins sites of the same copy at a length x_e and
-    of different copies at 1 − x_e. A closed walk with an odd set F is a way from a site to its
-    other copy, of length Σ_F (1 − x_e) + Σ_{C∖F} x_e, and must not be shorter than 1.
+    In a graph with two copies of every site, bond e joins sites of the same copy with length x_e,
+    and of different copies with length 1 − x_e. A closed walk C with an odd set F is a path from a
+    site to its other copy, of length Σ_F (1 − x_e) + Σ_{C∖F} x_e. It violates the inequality if it
+    is shorter than 1.
 
     Returns
     -------
-    Rows (R, E) and limits (R,), of the most violated ones; and spins (S, L²): for some sites those
-    that put every other one with the nearer of its own copies.
+    Rows (R, E) and limits (R,) of the most violated inequalities; and spins (S, L²), one row for
+    each of S source sites: +1 where the first copy of a site is not farther than its second one.
     """
     sites, edges = bonds.size**2, len(values)
     inside = np.clip(values, 0.0, 1.0)
     lengths = np.concatenate([inside, 1 - inside])[bonds.entries]
-    # A little for each bond, so that of equal ways the one of fewer bonds wins.
+    # The small addition prefers the path with fewer bonds among equally long ones.
     graph = csr_matrix(
         (lengths + _VIOLATED / 100, bonds.doubled.indices, bonds.doubled.indptr),
         shape=bonds.doubled.shape,
     )
-    # Ways can be led through any site that is joined by bonds without length, at no cost.
+    # Sites joined by bonds of length 0 have the same distances: one source for each group.
     whole = np.minimum(inside, 1 - inside) < _WHOLE
     joined = csr_matrix((np.ones(whole.sum()), bonds.ends[:, whole]), shape=(sites, sites))
     source = np.unique(connected_components(joined, directed=False)[1], return_index=True)[1]
-    # A few more find other ways, and so fewer programs are to be solved.
+    # A few more sources find other paths, which saves solving programs.
     source = np.union1d(source, np.arange(0, sites, max(1, sites // _SOURCES)))
     distances, before = dijkstra(graph, indices=source, return_predecessors=True)
     near = np.where(distances[:, :sites] <= distances[:, sites:], 1, -1).astype(np.int8)
 
-    # Walk back along all the short ways at once.
+    # Follow all short paths back at once.
     start = np.arange(len(source))
     start = start[distances[start, source + sites] < 1 - _VIOLATED]
     at, walk = source[start] + sites, np.arange(len(start))
@@ -519,7 +525,7 @@ def _separate(bonds: _Bonds, values: Reals) -> tuple[csr_matrix, Reals, Spins]:
         odd[walk] += crossed
         going = previous != source[start[walk]]
         walk, at = walk[going], previous[going]
-    # The same walk is found from several of its sites.
+    # Several sites of a walk find the same walk.
     violation = rows @ values - (odd - 1)
     _, first = np.unique(np.round(rows @ _hashes(edges), 6), return_index=True)
     first = first[violation[first] > _VIOLATED]
@@ -527,24 +533,24 @@ def _separate(bonds: _Bonds, values: Reals) -> tuple[csr_matrix, Reals, Spins]:
     return rows[kept], odd[kept] - 1, near
 
 
-def _halves(part: _Part, values: Reals, bond: int) -> list[_Part]:
-    """A part with one bond fixed either way, the likelier one last."""
-    halves = []
+def _split(parent: _Subproblem, values: Reals, bond: int) -> list[_Subproblem]:
+    """The two subproblems with a bond fixed to 0 and to 1; the one closer to x comes last."""
+    children = []
     for value in (0.0, 1.0) if values[bond] >= 0.5 else (1.0, 0.0):
-        lower, upper = part.lower.copy(), part.upper.copy()
+        lower, upper = parent.lower.copy(), parent.upper.copy()
         lower[bond] = upper[bond] = value
-        halves.append(_Part(part.bound, lower, upper))
-    return halves
+        children.append(_Subproblem(parent.bound, lower, upper))
+    return children
 
 
-def _branching(bonds: _Bonds, values: Reals, part: _Part) -> int:
-    """The bond to fix: the least decided one of the row or column with the fewest undecided ones.
+def _branching_bond(bonds: _Bonds, values: Reals, node: _Subproblem) -> int:
+    """The bond to fix: the least decided one of the row or column with the fewest undecided bonds.
 
-    A torus on which the bonds of a whole row are fixed is no more than a planar graph, where the
-    inequalities leave nothing undecided. So every row and column has such a bond until the end.
+    A torus with the bonds of a whole row fixed is equivalent to a planar graph, for which the
+    inequalities decide every bond. So every row and column has an undecided bond until the end.
     """
     undecided = np.minimum(values, 1 - values)
-    undecided[(undecided < _WHOLE) | (part.lower == part.upper)] = 0
+    undecided[(undecided < _WHOLE) | (node.lower == node.upper)] = 0
     if not undecided.any():
         raise RuntimeError("HiGHS's solution of a program is not precise enough")
     size = bonds.size
@@ -561,12 +567,12 @@ def _branching(bonds: _Bonds, values: Reals, part: _Part) -> int:
 
 @lru_cache(maxsize=8)
 def _hashes(edges: int) -> Reals:
-    """A number for each bond; two sums of them are equal where the bonds are."""
+    """A random number for each bond; sums of different sets of bonds differ."""
     return np.random.default_rng(0).random(edges)
 
 
 def _load(name: str) -> Any:
-    """A package of the extra `spins`, or `InputError`."""
+    """Import a package of the extra `spins`; raise `InputError` if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
