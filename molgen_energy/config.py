@@ -241,9 +241,14 @@ class Config(Section):
         """
         return _validated(cls, raw.values, raw.where)
 
+    @classmethod
+    def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Today's keys for the configuration of a checkpoint of format 2."""
+        return values
+
     def to_yaml(self) -> str:
         """All values, including defaults."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def replaced(self: Self, changes: Mapping[str, Any]) -> Self:
         """A copy with changed values, by dotted key: ``{"model.layers": 6}``.

@@ -187,9 +187,7 @@ def _resumed_options(
     except InputError:
         if checkpoint is not None:
             raise
-        raise InputError(
-            f"{origin} does not exist; name its new place with --checkpoint"
-        ) from None
+        raise InputError(f"{origin} does not exist; name its new place with --checkpoint") from None
     return found, resume, options
 
 

@@ -194,7 +194,9 @@ def _new_folder(config: Config) -> Path:
 
 def _check_new(run: Path) -> None:
     if run.is_dir() and any(run.iterdir()):
-        raise InputError(f"{run} is not empty; name another --output, or continue with --resume {run}")
+        raise InputError(
+            f"{run} is not empty; name another --output, or continue with --resume {run}"
+        )
     # The folder is made when training starts, so that a start that fails leaves nothing.
     existing = next(path for path in (run, *run.resolve().parents) if path.exists())
     check_folder(existing)

@@ -68,8 +68,8 @@ def command(
     spacing: str | None = typer.Option(
         None,
         "--spacing",
-        help="Spacing of the sampler's noise levels: log, even or quadratic, for flow matching even "
-        "or quadratic. Default: the first, or what pretrained weights were evaluated with.",
+        help="Spacing of the noise levels: log, even or quadratic, for flow matching even or "
+        "quadratic. Default: the first, or what pretrained weights were evaluated with.",
     ),
     eta: float | None = typer.Option(
         None, "--eta", help="Noise of ddim's steps, 0 (the default) to 1 (as ancestral)."
@@ -243,7 +243,5 @@ def _parse_condition(assignments: list[str]) -> dict[str, float] | None:
         try:
             condition[name.strip()] = float(value)
         except ValueError:
-            raise InputError(
-                f"--condition {text}: expected NAME=VALUE, such as gap=0.2"
-            ) from None
+            raise InputError(f"--condition {text}: expected NAME=VALUE, such as gap=0.2") from None
     return condition or None

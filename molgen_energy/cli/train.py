@@ -154,9 +154,7 @@ def _conclude(summary: TrainingSummary) -> None:
     from molgen_energy.systems.registry import SYSTEMS
 
     if summary.already_complete:
-        say(
-            f"{summary.run} is complete at step {summary.steps:,}; a larger --steps N continues it"
-        )
+        say(f"{summary.run} is complete at step {summary.steps:,}; a larger --steps N continues it")
         return
     minutes = f"{summary.seconds / 60:.1f} minutes"
     valid = "" if summary.valid_loss is None else f", validation loss {summary.valid_loss:.4g}"

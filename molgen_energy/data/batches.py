@@ -167,7 +167,7 @@ class DeviceMolecules:
         )
 
     def _bonds_of(self, index: Tensor, counts: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Edge list (3, E) and orders (E,) of the chosen molecules, of which the sizes are known."""
+        """Edge list (3, E) and orders (E,) of the chosen molecules, from their numbers of bonds."""
         device, total = index.device, int(counts.sum())
         repeats = torch.from_numpy(counts).to(device)
         place = torch.arange(len(counts), device=device)

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import numpy as np
 import yaml
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
@@ -66,7 +65,10 @@ class ShardFolder:
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError, KeyError) as error:
             raise InputError(f"{path} is damaged; remove {self.folder} and {again}") from error
         if not known:
-            raise InputError(f"{path} was written by another version of molgen-energy; remove {self.folder} or use that version")
+            raise InputError(
+                f"{path} was written by another version of molgen-energy; remove {self.folder}, or "
+                "use that version"
+            )
         begun = self.manifest.pop("command", "sample")
         if begun != command:
             raise InputError(

@@ -42,9 +42,7 @@ class Prediction:
         if self._kind == "noise":
             return self.output
         if self._kind == "velocity":
-            return self.process.noise_of_velocity(
-                self.noisy, self.output, self._alpha, self._sigma
-            )
+            return self.process.noise_of_velocity(self.noisy, self.output, self._alpha, self._sigma)
         return (self.noisy - self._alpha * self.output) / self._sigma
 
     @cached_property
@@ -53,9 +51,7 @@ class Prediction:
         if self._kind == "clean":
             return self.output
         if self._kind == "velocity":
-            return self.process.clean_of_velocity(
-                self.noisy, self.output, self._alpha, self._sigma
-            )
+            return self.process.clean_of_velocity(self.noisy, self.output, self._alpha, self._sigma)
         return (self.noisy - self._sigma * self.output) / self._alpha
 
     @cached_property

@@ -24,7 +24,6 @@ from molgen_energy.diffusion.state import Layout, State
 from molgen_energy.errors import InputError, unknown_name
 
 
-
 def spaced_levels(places: Tensor, steps: int) -> list[int]:
     """S + 1 of the levels, T first and 0 last, about equally far apart.
 
@@ -129,9 +128,7 @@ class SamplerContext:
     def predict(self, state: State, level: int) -> Prediction:
         """Evaluate the model at a level."""
         levels = levels_of(len(self.mask), level, self.mask.device)
-        prediction = self.process.predict(
-            self.model, state, levels, self.condition, self._previous
-        )
+        prediction = self.process.predict(self.model, state, levels, self.condition, self._previous)
         self.advance()
         prediction = self.hook.after_prediction(prediction, level)
         if getattr(self.model, "self_conditioned", False):

@@ -50,14 +50,18 @@ class EquivariantLayer(nn.Module):
         squares = relative_positions.square().sum(dim=-1)
         features = torch.stack([squares, input_squares], dim=-1)
         h = self.message(h, pairs, features, low_precision)
-        factor = self.coordinate_range * torch.tanh(self.shift.values(h, features, low_precision)) * pairs
+        factor = (
+            self.coordinate_range
+            * torch.tanh(self.shift.values(h, features, low_precision))
+            * pairs
+        )
         factor = factor / ((squares + _EPSILON).sqrt() + 1)
         shift_sum = (factor[..., None] * relative_positions).sum(dim=2) / self.normalization
         return h, x + shift_sum
 
 
-# Kaba et al., NeurIPS 2025, for 9 layers of width 256 and batches of 400; see `PUBLISHED_GDM` for the
-# weights. Inverse-square springs have w = 0.1 there.
+# Kaba et al., NeurIPS 2025, for 9 layers of width 256 and batches of 400; see `PUBLISHED_GDM` for
+# the weights. Inverse-square springs have w = 0.1 there.
 PUBLISHED_EDM = {
     ("energy", "exponential"): Published(1e-4, 0.26),
     ("energy", "inverse"): Published(1e-4, 0.15),

@@ -89,8 +89,8 @@ class PairLayer(nn.Module):
     ) -> Tensor:
         """New states (B, N, W).
 
-        `time` is the embedded time (B, W), `pairs` and `features` as of `PairNetwork.gated_sum`, and
-        `unit_vectors` u (B, N, N, 3), zero where there is no pair.
+        `time` is the embedded time (B, W), `pairs` and `features` are those of
+        `PairNetwork.gated_sum`, and `unit_vectors` is u (B, N, N, 3), zero where there is no pair.
         """
         x = self.norm(h, time)
         summed, coefficients = self.pairs.gated_sum_and_channels(x, pairs, features, low_precision)

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from molgen_energy.config import Config
 from molgen_energy.data.arrays import ArrayFile
-from molgen_energy.data.batches import Batch, batches_per_epoch, epoch_batches
+from molgen_energy.data.batches import BatchIndex, batches_per_epoch, epoch_batches
+from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.distributed import all_reduce_sum, rank, world_size
 from molgen_energy.errors import InputError
 from molgen_energy.losses import LossConfig
 from molgen_energy.training.checkpoint import Checkpoint
 
-_RANDOM_INTEGERS = 1 << 62  # losses take them modulo the number of their choices
 _CHUNK = 1024  # samples in an evaluation without gradients
 
 
@@ -73,7 +73,7 @@ class SupervisedTask:
         The file has no training sample, or the learning rate is `auto`.
     """
 
-    parts: tuple[str, ...] = ()
+    loss_terms: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -111,29 +111,26 @@ class SupervisedTask:
         """Steps of a pass over the training samples."""
         return batches_per_epoch(len(self._train), self.config.training.batch_size)
 
-    def epoch(self, epoch: int) -> Sequence[Batch]:
+    def epoch(self, epoch: int) -> Sequence[BatchIndex]:
         """The batches of an epoch; they depend on the seed and `epoch` alone."""
         training = self.config.training
         sizes = np.full(len(self._train), self._train.targets.shape[1])
         batches = epoch_batches(sizes, training.batch_size, training.seed, epoch)
-        return [Batch(0, which, sizes[which]) for which in batches]
+        return [BatchIndex(0, which, sizes[which]) for which in batches]
 
     def loss(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        generator: torch.Generator,
-        rank: int = 0,
-        world: int = 1,
-    ) -> tuple[Tensor, ...]:
-        """The loss of the samples of a batch that belong to process `rank` of `world`, (B,).
+        self, model: nn.Module, batch: BatchIndex, seed: int, rank: int = 0, world: int = 1
+    ) -> dict[str, Tensor]:
+        """The loss of process `rank`'s shard of a batch, (B,), as `loss`.
 
-        Random numbers are drawn for the whole batch, so the result does not depend on the number of
-        processes.
+        Random numbers depend on the seed and the place of a sample in the whole batch.
         """
-        drawn = _random_integers(len(batch), generator)[rank::world]
-        examples = self._train.batch(batch.share(rank, world).which)
-        return (self._loss(model(examples.inputs), examples, drawn),)
+        places = torch.arange(len(batch), device=self.device)[rank::world]
+        examples = self._train.batch(batch.shard(rank, world).which)
+        return {"loss": self._loss_of(model, examples, RandomNumbers(seed, places, len(batch)))}
+
+    def _loss_of(self, model: nn.Module, examples: Examples, random: RandomNumbers) -> Tensor:
+        return self._loss(model(examples.inputs), examples, random.integers(Stream.EDGES))
 
     @torch.no_grad()
     def validation_loss(self, model: nn.Module) -> float | None:
@@ -142,21 +139,16 @@ class SupervisedTask:
             return None
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         starts = range(0, len(self._valid), _CHUNK)
-        for number in range(rank(), len(starts), world_size()):
-            which = np.arange(len(self._valid))[starts[number] :][:_CHUNK]
-            generator = torch.Generator(self.device)
-            generator.manual_seed(self.config.training.seed + number)
-            examples = self._valid.batch(which)
-            drawn = _random_integers(len(which), generator)
-            total += self._loss(model(examples.inputs), examples, drawn).double().sum()
+        for start in starts[rank() :: world_size()]:
+            which = np.arange(start, min(start + _CHUNK, len(self._valid)))
+            numbers = torch.from_numpy(which).to(self.device)
+            random = RandomNumbers(self.config.training.seed, numbers)
+            loss = self._loss_of(model, self._valid.batch(which), random)
+            total += loss.double().sum()
         return float(all_reduce_sum(total)) / len(self._valid)
 
     def close(self) -> None:
         """Nothing to close: the data are in memory."""
-
-
-def _random_integers(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(_RANDOM_INTEGERS, (count,), generator=generator, device=generator.device)
 
 
 def data_path(config: Config, system: str) -> Path:
@@ -238,7 +230,7 @@ class Predictor:
     def __call__(
         self, inputs: Tensor, advance: Callable[[int, float], None] = lambda samples, share: None
     ) -> Tensor:
-        """The network's output for inputs (M, …), on the CPU; `advance` is that of an `Observer`.
+        """The network's output for inputs (M, …), on the CPU; `advance` as in `SamplingCallback`.
 
         Raises
         ------

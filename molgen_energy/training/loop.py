@@ -128,7 +128,9 @@ def learning_rate(training: TrainingConfig, step: int, steps: int) -> float:
     return rate
 
 
-def train(task: Task, run: Path, callback: TrainingCallback = no_callback, resume: bool = False) -> TrainingSummary:
+def train(
+    task: Task, run: Path, callback: TrainingCallback = no_callback, resume: bool = False
+) -> TrainingSummary:
     """Train until the configured step, writing the run's folder.
 
     Parameters
@@ -416,7 +418,7 @@ class _Trainer:
             self._fail(text, "train again with a lower --lr")
 
     def _out_of_memory(self, batch: BatchIndex) -> tuple[str, str]:
-        """Message and remedy, with the batch size that fits the largest samples, found by trying."""
+        """Message and remedy, with the batch size that fits the largest samples."""
         largest, every = len(batch), world_size()
         self._zero_grad()
         epoch = self.task.epoch(self.at.step // self.task.batches_per_epoch)

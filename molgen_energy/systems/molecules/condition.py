@@ -29,7 +29,7 @@ class PropertyConditionConfig(Section):
     """Properties of the data file."""
 
     name: str = "properties"
-    properties: Annotated[list[str], Option(min_length=1)] = ["gap"]
+    properties: Annotated[tuple[str, ...], Option(min_length=1)] = ("gap",)
     """Names of the properties."""
     dropout: Annotated[float, Option(ge=0, le=1)] = 0.1
     """Share of training molecules whose properties are withheld, for classifier-free guidance."""

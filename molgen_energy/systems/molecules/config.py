@@ -52,7 +52,9 @@ class ObjectiveConfig(Section):
     position_weight: PositiveOrAuto = "auto"
     """w of the loss on positions; `auto` takes the published one, converted to the run's springs
     and edges for the energy."""
-    field_weights: dict[str, Annotated[float, Option(ge=0, allow_inf_nan=False)]] = {}
+    field_weights: dict[str, Annotated[float, Option(ge=0, allow_inf_nan=False)]] = Option(
+        default_factory=dict
+    )
     """Weights of the errors of the other fields; 1 for fields that are not named."""
     weighting: Literal["auto", "noise", "clean"] = "auto"
     """`noise` weights errors of the noise alike at all levels; `clean` takes errors of clean data,

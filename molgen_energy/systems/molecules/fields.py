@@ -156,9 +156,7 @@ class Bonds(MoleculeField):
     @classmethod
     def build(cls, scale: float, statistics: MoleculeStatistics) -> Bonds:
         orders = (0, 1, 2, 3, AROMATIC) if statistics.aromatic else (0, 1, 2, 3)
-        return cls(
-            "bonds", "pair", len(orders), scale, "symmetric", discrete=True, orders=orders
-        )
+        return cls("bonds", "pair", len(orders), scale, "symmetric", discrete=True, orders=orders)
 
     @property
     def columns(self) -> frozenset[str]:

@@ -90,9 +90,7 @@ class LossInputs:
                 torch.from_numpy(index).to(device), torch.from_numpy(weight).to(device)
             )
 
-    def of(
-        self, which: NDArray[np.int64], batch: MoleculeBatch, state: State
-    ) -> dict[str, Any]:
+    def of(self, which: NDArray[np.int64], batch: MoleculeBatch, state: State) -> dict[str, Any]:
         """Arguments of the loss for a batch of the molecules with these numbers (B,)."""
         atoms = batch.mask.shape[1]
         inputs: dict[str, Any] = {}

@@ -146,7 +146,9 @@ def _open_shards(
     shards = None
     if is_main():
         shards = (
-            MoleculeShards.open(output, lead=True) if resume else MoleculeShards.create(output, job, units)
+            MoleculeShards.open(output, lead=True)
+            if resume
+            else MoleculeShards.create(output, job, units)
         )
     barrier()
     if shards is None:
@@ -172,7 +174,11 @@ class _SamplingRun:
     """A job that writes a file."""
 
     def __init__(
-        self, generator: MoleculeGenerator, shards: MoleculeShards, output: Path, callback: SamplingCallback
+        self,
+        generator: MoleculeGenerator,
+        shards: MoleculeShards,
+        output: Path,
+        callback: SamplingCallback,
     ) -> None:
         self._generator, self._shards, self._callback = generator, shards, callback
         self._output, self._job = output, shards.job
@@ -268,7 +274,7 @@ class _SamplingRun:
         )
 
     def _write(self, target: Path, complete: bool) -> tuple[int, int]:
-        """Write all molecules, or the finished ones, in order; returns their number, and the diverged."""
+        """Write all molecules, or the finished ones, in order; how many, and how many diverged."""
         # Written in the folder of the shards, so that a kill leaves no file elsewhere.
         check_writable(target)
         merged, not_finite, in_order = self._shards.folder / target.name, 0, True

@@ -155,7 +155,7 @@ def read_sampling_job(output: Path) -> SamplingJob:
 
 
 def check_same(begun: SamplingJob, now: SamplingJob, output: Path) -> None:
-    """Raise `InputError` if two jobs differ in more than the checkpoint's path; names the option."""
+    """Raise `InputError` if two jobs differ in more than the checkpoint's path."""
     folder = shards_folder(output)
     if begun.weights != now.weights:
         raise InputError(

@@ -25,7 +25,7 @@ from molgen_energy.losses import LOSSES, SPIN_LOSSES, EnergyConfig, Loss, LossCo
 from molgen_energy.models import SHAPE_MODELS
 from molgen_energy.models.mlp import MLPConfig
 from molgen_energy.progress import ProgressCallback
-from molgen_energy.systems.base import Observer, SamplingResult, System, build_with_seed
+from molgen_energy.systems.base import SamplingCallback, SamplingResult, System, build_with_seed
 from molgen_energy.systems.shapes.files import read_polygons
 from molgen_energy.systems.supervised import (
     Examples,
@@ -47,6 +47,11 @@ class ShapeConfig(Config):
     system: str = "shapes"
     model: Annotated[MLPConfig, OneOf("model", SHAPE_MODELS)] = MLPConfig()
     loss: Annotated[LossConfig, OneOf("loss", LOSSES, {"spins": SPIN_LOSSES})] = EnergyConfig()
+
+    @classmethod
+    def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Today's keys: a loss has only its own."""
+        return without_unknown_loss_keys(values, LOSSES)
 
 
 class ShapeSystem(System):
@@ -91,10 +96,6 @@ class ShapeSystem(System):
         """Springs and edges."""
         return str(config.loss.describe())
 
-    def upgrade_config(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Raw values of a configuration of checkpoint format 2, in the current format."""
-        return without_unknown_loss_keys(values, LOSSES)
-
 
 def build_model(config: ShapeConfig, vertices: int) -> nn.Module:
     """The configured network, with random weights of the run's seed."""
@@ -117,7 +118,7 @@ def _resolved(config: ShapeConfig, positions: Tensor) -> ShapeConfig:
 class ShapeGenerator:
     """Prediction of polygons of random radii, uniform over the range of the training data."""
 
-    shared = False
+    distributed = False
     inputs: tuple[Path, ...] = ()
     method = "one network evaluation each"
 
@@ -139,12 +140,14 @@ class ShapeGenerator:
         model = build_model(config, state["vertices"])
         self._predict = Predictor(checkpoint, model, device, batch_size)
 
-    def write(self, output: Path, observer: Observer, resume: bool = False) -> SamplingResult:
+    def write(
+        self, output: Path, callback: SamplingCallback, resume: bool = False
+    ) -> SamplingResult:
         """Predict the polygons and write them."""
         smallest, largest = self._state["radii"]
         rng = np.random.default_rng(self._seed)
         radius = rng.uniform(smallest, largest, self.count).astype(np.float32)
-        positions = self._predict(torch.from_numpy(radius)[:, None], observer.advance).numpy()
+        positions = self._predict(torch.from_numpy(radius)[:, None], callback.advance).numpy()
         provenance = {
             "checkpoint": self.origin,
             "seed": str(self._seed),

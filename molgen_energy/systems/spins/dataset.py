@@ -308,7 +308,7 @@ class SpinGlasses(Dataset):
 
 def _shard(chunk: int) -> str:
     """File name of a solved chunk."""
-    return f"{chunk:06d}.part"
+    return f"{chunk:06d}.shard"
 
 
 def _fingerprint(lattices: Lattices) -> str:

@@ -21,7 +21,7 @@ from molgen_energy.losses.spin import LocalFieldConfig
 from molgen_energy.models import SPIN_MODELS
 from molgen_energy.models.resnet import ResNetConfig
 from molgen_energy.progress import ProgressCallback
-from molgen_energy.systems.base import Observer, SamplingResult, System, build_with_seed
+from molgen_energy.systems.base import SamplingCallback, SamplingResult, System, build_with_seed
 from molgen_energy.systems.spins.files import read_couplings, read_spins
 from molgen_energy.systems.spins.lattices import BOUNDARIES, Lattices, fix_gauge
 from molgen_energy.systems.supervised import (
@@ -45,6 +45,11 @@ class SpinConfig(Config):
     loss: Annotated[LossConfig, OneOf("loss", SPIN_LOSSES, {"positions": LOSSES})] = (
         LocalFieldConfig()
     )
+
+    @classmethod
+    def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Today's keys: a loss has only its own."""
+        return without_unknown_loss_keys(values, SPIN_LOSSES)
 
 
 class SpinSystem(System):
@@ -99,10 +104,6 @@ class SpinSystem(System):
         """Prediction of ground states from couplings."""
         return SpinGenerator(checkpoint, device, **options)
 
-    def upgrade_config(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Raw values of a configuration of checkpoint format 2, in the current format."""
-        return without_unknown_loss_keys(values, SPIN_LOSSES)
-
 
 def build_model(config: SpinConfig, periodic: bool) -> nn.Module:
     """The configured network, with random weights of the run's seed."""
@@ -124,7 +125,7 @@ def as_channels(lattices: Lattices) -> Tensor:
 class SpinGenerator:
     """Prediction of ground states of lattices."""
 
-    shared = False
+    distributed = False
 
     def __init__(
         self,
@@ -184,9 +185,11 @@ class SpinGenerator:
         source = f"{path.name}, test split" if trained_on else path.name
         return found.lattices.select(which), 1 + which, source
 
-    def write(self, output: Path, observer: Observer, resume: bool = False) -> SamplingResult:
+    def write(
+        self, output: Path, callback: SamplingCallback, resume: bool = False
+    ) -> SamplingResult:
         """Predict configurations and write them, with the ground states if the data have them."""
-        logits = self._predict(as_channels(self._lattices), observer.advance).numpy()
+        logits = self._predict(as_channels(self._lattices), callback.advance).numpy()
         columns: dict[str, NDArray[Any]] = {
             "right": self._lattices.right,
             "down": self._lattices.down,
