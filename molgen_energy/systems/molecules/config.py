@@ -103,7 +103,7 @@ class MoleculeConfig(Config):
         for key in ("steps", "precision", "prediction"):
             if key in old and not (flow and key != "steps"):
                 process[key] = old[key]
-        objective = {
+        objective: dict[str, Any] = {
             new: section[key]
             for section, key, new in (
                 (loss, "position_weight", "position_weight"),
@@ -112,6 +112,7 @@ class MoleculeConfig(Config):
             )
             if key in section
         }
+        objective["weighting"] = "noise"
         loss.pop("position_weight", None)
         if loss.get("name", "energy") != "energy":
             loss = {"name": loss["name"]}
