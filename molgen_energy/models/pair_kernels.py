@@ -1,16 +1,15 @@
-"""Gated sums over pairs on a GPU, in four Triton kernels around three products of matrices.
+"""Gated sums over pairs on a GPU: four Triton kernels around three matrix products.
 
-All that stands between two products is one kernel, which reads the messages of a batch at most once
-and writes them at most once: on a GPU that traffic is what a network on pairs costs, not
-arithmetic. Forward, with p = a_i + b_j + Σ_k e_ijk·f_k:
+One kernel does all work between two products, and reads and writes the messages of a batch at most
+once: memory traffic, not arithmetic, limits a network on pairs on a GPU. Forward, with p = a_i + b_j + Σ_k e_ijk·f_k:
 
     hidden = SiLU(p)  →  linear = W·hidden + c  →  m = SiLU(linear), numbers r·m, Σ_j gate·m
 
-and back: ∂linear from the gradients of sums and numbers, ∂W and ∂hidden as products, then ∂a, ∂b
-and ∂f, for which p is made anew. Sums are taken in a fixed order, so that results repeat.
+and backward: ∂linear from the gradients of sums and numbers, ∂W and ∂hidden as products, then ∂a, ∂b
+and ∂f, for which p is recomputed. Sums are taken in a fixed order, so results are reproducible.
 """
 
-# Without postponed annotations, which Triton would have to look up: `constexpr` must be seen.
+# No postponed annotations: Triton must see `constexpr` itself.
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch.autograd.function import once_differentiable
 _PROGRAMS = 1056  # of the kernel that sums over all pairs, eight for each multiprocessor of an H100
 # Pairs in a tile, and warps that work on it, of each kernel; of the last also channels.
 _HIDDEN, _GATHER, _MESSAGE, _LAST = (32, 8), (4, 1), (16, 8), (32, 2, 32)
-_CHANGING = ("atoms", "total", "molecules")  # sizes that no kernel is made anew for
+_CHANGING = ("atoms", "total", "molecules")  # sizes for which kernels are not recompiled
 
 
 @triton.jit
@@ -89,7 +88,7 @@ def _message_backward_kernel(
     width: tl.constexpr, channels: tl.constexpr, padded: tl.constexpr, rows: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Every P-th tile of pairs, of P programs; each writes its part of the sums over all pairs."""
+    """Every P-th tile of pairs, for P programs; each writes its part of the sums over all pairs."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     w, c = tl.arange(0, width), tl.arange(0, padded)
     read_at = c[:, None] * width + w[None, :]

@@ -1,4 +1,4 @@
-"""The network on pairs of atoms that GDM and EDM have in every layer.
+"""The network on pairs of atoms in every layer of GDM and EDM.
 
 m_ij = SiLU(W·SiLU(a_i + b_j + Σ_k e_ijk·f_k) + c) for all ordered pairs of a molecule's atoms, and
 the number r·m_ij + o, or several such, read from it. With a = A·h + c' and b = B·h this is a
@@ -25,21 +25,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Numbers in a block. On a CPU three buffers of a core's share fit in its part of the cache; on a
-# GPU a block is as large as memory bounds.
+# Elements of a block. On a CPU three buffers for each core fit in its part of the cache; on a GPU
+# memory limits the size of a block.
 _BLOCK_PER_THREAD, _BLOCK_GPU = 1 << 18, 1 << 27
-# A layer keeps the product with W for the backward pass if it takes no more bytes than that, else
-# multiplies again: a third more work.
+# A layer keeps the product with W for the backward pass up to this many bytes, else recomputes it:
+# a third more work.
 _KEPT_CPU, _KEPT_GPU = 1 << 28, 1 << 29
-# Messages of more numbers go through memory in blocks also where there are kernels; and the widths
-# that there are kernels for.
+# Larger messages use blocks even where there are kernels; and the widths that have kernels.
 _FUSED_GPU, _FUSED_WIDTHS = 1 << 29, (32, 64, 128, 256, 512)
 
 
 class PairNetwork(nn.Module):
-    """m_ij = φ(h_i, h_j, e_ij) for all pairs of atoms, and numbers that are read from each.
+    """m_ij = φ(h_i, h_j, e_ij) for all pairs of atoms, and linear read-outs of each.
 
-    φ is two linear layers with SiLU behind each.
+    φ is two linear layers, each followed by SiLU.
 
     Parameters
     ----------
@@ -48,9 +47,9 @@ class PairNetwork(nn.Module):
     features
         K, of pairs.
     offset
-        Whether the numbers that are read have a bias.
+        Whether read-outs have a bias.
     channels
-        C, how many numbers are read besides the first.
+        C, read-outs besides the first.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class PairNetwork(nn.Module):
         self.feature = nn.Linear(features, width, bias=False) if features else None
         self.linear = nn.Linear(width, width)
         self.read = nn.Linear(width, 1 + channels, bias=offset)
-        # The scale that one layer on [h_i, h_j, e_ij] would start with.
+        # The initial scale of one layer on [h_i, h_j, e_ij].
         bound = (2 * width + features) ** -0.5
         for layer in (self.receiver, self.sender, self.feature):
             for parameter in layer.parameters() if layer is not None else ():
@@ -91,7 +90,7 @@ class PairNetwork(nn.Module):
     def gated_sum_and_channels(
         self, h: Tensor, pairs: Tensor, features: Tensor | None = None, low_precision: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The gated sum, and the C further numbers of all pairs, (B, N, N, C)."""
+        """The gated sum, and the C further read-outs of all pairs, (B, N, N, C)."""
         return self._apply_to(h, pairs, features, low_precision)
 
     def values(
@@ -138,7 +137,7 @@ class PairNetwork(nn.Module):
 
 
 def _kernels_serve(receiver: Tensor, features: Tensor | None) -> bool:
-    """Whether gated sums of such states are to be taken by `pair_kernels`."""
+    """Whether `pair_kernels` supports such states."""
     if not receiver.is_cuda or receiver.dtype != torch.float32 or not _has_kernels(receiver.device):
         return False
     _, atoms, width = receiver.shape
@@ -148,7 +147,7 @@ def _kernels_serve(receiver: Tensor, features: Tensor | None) -> bool:
 
 @lru_cache
 def _has_kernels(device: torch.device) -> bool:
-    """Whether kernels can be compiled here for a GPU: Triton calls a C compiler."""
+    """Whether Triton can compile kernels for a GPU here; it calls a C compiler."""
     compiler = "CC" in os.environ or which("gcc") or which("clang")
     if find_spec("triton") is None or not compiler or torch.version.hip is not None:
         return False
@@ -156,7 +155,7 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 class _Block(NamedTuple):
-    """Some receivers of some molecules, with all senders: whole molecules, or a part of one."""
+    """Some receivers of some molecules, with all senders: whole molecules, or part of one."""
 
     molecules: slice
     receivers: slice
@@ -178,7 +177,7 @@ def _blocks(batch: int, atoms: int, width: int, device: torch.device) -> Iterato
 
 
 class _Buffers:
-    """Memory for the tensors (b, r, N, W) of a block, the same for all blocks."""
+    """Memory for the tensors (b, r, N, W) of a block, reused by all blocks."""
 
     def __init__(self, count: int, like: Tensor, dtype: torch.dtype) -> None:
         batch, atoms, width = like.shape
@@ -204,7 +203,7 @@ def _silu_backward(gradient: Tensor, at: Tensor, out: Tensor) -> None:
 
 
 class _PairFunction(torch.autograd.Function):
-    """Gated sums where pairs are given, else values of pairs; and further channels of pairs."""
+    """Gated sums with a mask of pairs, else values of pairs; and further channels of pairs."""
 
     @staticmethod
     def forward(
@@ -214,7 +213,7 @@ class _PairFunction(torch.autograd.Function):
         features: Tensor | None,
         pairs: Tensor | None,
         low_precision: bool,
-        recording: bool,  # of gradients; in here it is off, whatever it is outside
+        recording: bool,  # of gradients, which is off inside this function
         weight: Tensor,
         bias: Tensor,
         read: Tensor,
@@ -264,7 +263,7 @@ class _PairFunction(torch.autograd.Function):
             further.add_(offset[1:])
         ctx.dtype = dtype
         gates = values if gathered is not None else None
-        # All through autograd, which frees it as soon as this layer's backward pass is done.
+        # Saved by autograd, which frees them after this layer's backward pass.
         ctx.save_for_backward(
             receiver, sender, features, pairs, weight, bias, read, offset, feature, kept, gates
         )
@@ -281,7 +280,7 @@ class _PairFunction(torch.autograd.Function):
         network = _Forward(sender, features, weight, bias, feature, dtype)
         reader, matrix, channels = read.to(dtype), weight.to(dtype), len(read) - 1
         d_receiver, d_sender = torch.empty_like(receiver), torch.zeros_like(sender)
-        # Features are data, unless the gradient of the input is asked for.
+        # Features are data, unless the input needs a gradient.
         wanted = features is not None and ctx.needs_input_grad[2]
         d_features = torch.empty_like(features) if wanted else None
         d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
@@ -324,7 +323,7 @@ class _PairFunction(torch.autograd.Function):
             _silu_backward(second, linear, d_linear)
             rows = d_linear.view(-1, width)
             d_bias += rows.sum(dim=0, dtype=bias.dtype)
-            # What was linear is used up: `third` is free, and `first` behind the next lines.
+            # `linear` is not needed any more: `third` is free, and `first` after the next lines.
             network.hidden(block, receiver, third)
             torch.ops.aten.silu.out(third, out=first)
             _add_product(d_weight, rows.t(), first.view(-1, width))
@@ -337,7 +336,7 @@ class _PairFunction(torch.autograd.Function):
                 assert d_feature is not None and feature is not None
                 flat = d_hidden.view(-1, width).to(feature.dtype)
                 own = features[block].reshape(-1, features.shape[-1])
-                # For a few columns these are several times faster than products of matrices.
+                # For a few columns these are several times faster than matrix products.
                 d_feature += (own.t().contiguous() @ flat).t()
                 if d_features is not None:
                     columns = [torch.mv(flat, column) for column in feature.t().contiguous()]
@@ -349,7 +348,7 @@ class _PairFunction(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left·right; sums over blocks are taken in the precision of the total."""
+    """total += left·right, in the precision of the total."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
