@@ -147,8 +147,8 @@ def test_from_an_sdf_to_generated_bonds_and_charges(tmp_path, monkeypatch, data,
     for record, molecule in zip(records, drawn, strict=True):
         assert molecule.bond_index is not None and molecule.bond_order is not None
         bonds = {
-            (min(b.GetBeginAtomIdx(), b.GetEndAtomIdx()), max(b.GetBeginAtomIdx(), b.GetEndAtomIdx()))
-            for b in record.GetBonds()
+            tuple(sorted((bond.GetBeginAtomIdx(), bond.GetEndAtomIdx())))
+            for bond in record.GetBonds()
         }
         generated = {tuple(sorted(pair)) for pair in molecule.bond_index.tolist()}
         assert bonds == generated or record.GetProp("status").startswith("an atom has more")
@@ -196,7 +196,9 @@ def test_auto_without_published_values_says_what_to_set(tmp_path, monkeypatch, d
     monkeypatch.chdir(tmp_path)
     molgen_energy.preprocess(data, "mine.h5")
     config = load_config("quick").replaced(CHANGES | {"data.path": "mine.h5"})
-    with pytest.raises(ValueError, match="objective.position_weight: there is no published value"):
+    with pytest.raises(
+        ValueError, match=r"objective\.position_weight: there is no published value"
+    ):
         MoleculeTask(config, torch.device("cpu"))
 
 

@@ -1,12 +1,13 @@
 """Gated sums over pairs on a GPU: four Triton kernels around three matrix products.
 
 One kernel does all work between two products, and reads and writes the messages of a batch at most
-once: memory traffic, not arithmetic, limits a network on pairs on a GPU. Forward, with p = a_i + b_j + Σ_k e_ijk·f_k:
+once: memory traffic, not arithmetic, limits a network on pairs on a GPU. Forward, with
+p = a_i + b_j + Σ_k e_ijk·f_k:
 
     hidden = SiLU(p)  →  linear = W·hidden + c  →  m = SiLU(linear), numbers r·m, Σ_j gate·m
 
-and backward: ∂linear from the gradients of sums and numbers, ∂W and ∂hidden as products, then ∂a, ∂b
-and ∂f, for which p is recomputed. Sums are taken in a fixed order, so results are reproducible.
+and backward: ∂linear from the gradients of sums and numbers, ∂W and ∂hidden as products, then ∂a,
+∂b and ∂f, for which p is recomputed. Sums are taken in a fixed order, so results are reproducible.
 """
 
 # No postponed annotations: Triton must see `constexpr` itself.

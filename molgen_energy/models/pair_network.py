@@ -1,14 +1,14 @@
 """The network on pairs of atoms in every layer of GDM and EDM.
 
 m_ij = SiLU(W·SiLU(a_i + b_j + Σ_k e_ijk·f_k) + c) for all ordered pairs of a molecule's atoms, and
-the number r·m_ij + o, or several such, read from it. With a = A·h + c' and b = B·h this is a
-network of two layers on [h_i, h_j, e_ij]: its first layer is linear, so it splits into a part of
-the receiver and a part of the sender, done once for each atom rather than once for each pair.
+one or more numbers r·m_ij + o of each. With a = A·h + c' and b = B·h this is a network of two
+layers on [h_i, h_j, e_ij]: the first layer is linear, so it splits into a receiver and a sender
+part, computed once for each atom rather than once for each pair.
 
-The messages m of a batch of 64 molecules of QM9 at width 256 fill 20 MB, and autograd would keep
-five such tensors for each layer. Here they exist block by block: a block is as large as fits in the
-processor's cache, and the backward pass, written out below, makes everything anew but the product
-with W. On a GPU with Triton gated sums have kernels of their own (`pair_kernels`).
+The messages m of a batch of 64 molecules of QM9 at width 256 take 20 MB, and autograd would keep
+five such tensors for each layer. This implementation works in blocks that fit the processor's
+cache, and its backward pass recomputes everything except the product with W. On a GPU with Triton,
+gated sums use the kernels of `pair_kernels`.
 """
 
 from __future__ import annotations
