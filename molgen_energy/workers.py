@@ -44,8 +44,8 @@ def _serve(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that holds us
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a process for each processor already
     # Imports are not on the clock of the first molecule.
-    importlib.import_module("molgen_energy.metrics.judging")
-    importlib.import_module("molgen_energy.metrics.relaxation")
+    importlib.import_module("molgen_energy.metrics.checks.chunk")
+    importlib.import_module("molgen_energy.metrics.checks.strain")
     connection.send(None)
     while True:
         try:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from rows import Silent, ignored, read, write
 
-from molgen_energy.metrics.rates import Mean
+from molgen_energy.metrics.statistics import Mean
 from molgen_energy.output import remove
 from molgen_energy.systems.registry import SYSTEMS, load_config
 from molgen_energy.systems.spins.dataset import SpinGlasses
@@ -37,7 +37,7 @@ class Scale:
     """How much is done."""
 
     count: dict[str, int]
-    """Lattices by boundary, of which 47.5 % are trained on and half are judged."""
+    """Lattices by boundary, of which 47.5 % are trained on and half are evaluated."""
     width: int
     epochs: int
 
@@ -56,7 +56,7 @@ class Found:
     width: int
     epochs: int
     lattices: int
-    """That are judged."""
+    """Number of evaluated lattices."""
     seed: int
     excess: float
     exact: float
@@ -74,7 +74,7 @@ class Found:
 def measured(
     boundary: str, loss: str, gauge: str, seed: int, scale: Scale, work: Path, device: torch.device
 ) -> Found:
-    """Train, predict and judge."""
+    """Train, predict and evaluate."""
     data = work / f"{boundary}.h5"
     if not data.exists():
         SpinGlasses(count=scale.count[boundary], boundary=boundary).write(data, ignored)
@@ -96,14 +96,14 @@ def measured(
     predicted = work / f"{run.name}.h5"
     checkpoint = load_checkpoint(run, weights=["ema"])
     system.generator(checkpoint, device, asked).write(predicted, Silent())
-    scores = evaluate_spins(predicted)
-    excess, exact = scores.row("excess").cells, scores.row("exact").cells
+    (evaluated,) = evaluate_spins([predicted]).files
+    prediction, descent, random = (column.metrics for column in evaluated.columns)
     found = Found(
-        boundary, loss, gauge, scale.width, scale.epochs, scores.count, seed,
-        excess=excess[0].value, exact=exact[0].value,
-        overlap=scores.row("overlap").cells[0].value,
-        descended=excess[1].value, descended_exact=exact[1].value,
-        random=excess[2].value, random_exact=exact[2].value,
+        boundary, loss, gauge, scale.width, scale.epochs, evaluated.count, seed,
+        excess=prediction["excess"].value, exact=prediction["exact"].value,
+        overlap=prediction["overlap"].value,
+        descended=descent["excess"].value, descended_exact=descent["exact"].value,
+        random=random["excess"].value, random_exact=random["exact"].value,
         seconds=summary.seconds,
     )  # fmt: skip
     remove(run)
@@ -131,7 +131,7 @@ def show(rows: list[Found]) -> None:
                     text.append(f"{mean.value:.2f}{error}")
                 exact = 100 * np.mean([row.descended_exact for row in seeds])
                 overlap = np.mean([row.overlap for row in seeds])
-                print(f"  {loss:14} gauge {gauge:6} {text[0]:16} behind a descent {text[1]:16} "
+                print(f"  {loss:14} gauge {gauge:6} {text[0]:16} after descent {text[1]:16} "
                       f"{exact:.2f} % exact, overlap {overlap:.3f}")  # fmt: skip
         random, exact = these[0].random, 100 * these[0].random_exact
         print(f"  descent from random spins, no network: {random:.2f}, {exact:.2f} % exact")

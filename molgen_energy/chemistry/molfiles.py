@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from rdkit import Chem, rdBase
 
 from molgen_energy.chemistry.bonds import perceive
-from molgen_energy.chemistry.rdkit import CROWD, ORDERS, build, judge, most_neighbours
+from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS, ORDERS, build, max_neighbours, sanitize
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
@@ -382,9 +382,9 @@ class MoleculeTextWriter:
 
 def _sdf_record(molecule: Molecule, fields: dict[str, str]) -> str:
     if np.isfinite(molecule.positions).all():
-        verdict = judge(molecule)
-        status, fragments = verdict.reason or "valid", verdict.fragments
-        if most_neighbours(molecule) > CROWD:
+        checked = sanitize(molecule)
+        status, fragments = checked.reason or "valid", checked.fragments
+        if max_neighbours(molecule) > MAX_NEIGHBOURS:
             molecule = Molecule(molecule.positions, molecule.atomic_numbers)
     else:
         molecule = Molecule(np.zeros_like(molecule.positions), molecule.atomic_numbers)
