@@ -26,7 +26,7 @@ from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.distributed import default_workers
 from molgen_energy.elements import symbol
-from molgen_energy.metrics.distances import mmd
+from molgen_energy.metrics.distances.mmd import mmd
 from molgen_energy.resources import bundled_sample
 
 _KINDS = (None, Chem.BondType.SINGLE, Chem.BondType.DOUBLE, Chem.BondType.TRIPLE)

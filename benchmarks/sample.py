@@ -21,14 +21,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from molgen_energy.api.evaluate import evaluate
 from molgen_energy.cli.console import exit_on_error, progress_bar, say
 from molgen_energy.cli.sample import SamplingBar
 from molgen_energy.data.shards import shards_folder
 from molgen_energy.diffusion.samplers import samplers_for
 from molgen_energy.distributed import default_workers
 from molgen_energy.errors import InputError, unknown_name
-from molgen_energy.metrics.evaluation import Options, lacking
-from molgen_energy.metrics.run import run
+from molgen_energy.metrics.options import is_missing
 from molgen_energy.output import atomic_replace
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.sampling import sample_to_file
@@ -36,7 +36,6 @@ from molgen_energy.systems.molecules.task import MoleculeGenerator
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.devices import choose_device
 from molgen_energy.training.pretrained import resolve_checkpoint
-from molgen_energy.workers import WorkerPool
 
 STEPS = (10, 20, 50, 100, 250, 1000)
 RATES = ("molecule_stability", "atom_stability", "validity")
@@ -150,7 +149,7 @@ def same(row: dict[str, Any], key: dict[str, Any]) -> bool:
 def row_of(
     generator: MoleculeGenerator, key: dict[str, Any], folder: Path, workers: int
 ) -> dict[str, Any]:
-    """Draw and judge."""
+    """Sample and evaluate."""
     count, name = key["molecules"], f"{key['sampler']}, {key['spacing']}, {key['steps']} steps"
     settings = ("sampler", "spacing", "steps", "device", "low_precision", "seed", "molecules")
     file = "-".join([*(str(key[setting]) for setting in settings), key["weights"][:8]])
@@ -167,16 +166,15 @@ def row_of(
         if outcome.drawn:
             speed = f"{outcome.drawn / (time.perf_counter() - began):.4g}"
         not_finite = str(outcome.not_finite)
-    metrics = frozenset({"rates"} if lacking("fcd") else {"rates", "fcd"})
-    with WorkerPool(workers, 20.0) as pool:  # not while the time of sampling is taken
-        (judged,) = run([path], None, None, None, Options(metrics), pool).samples
+    metrics = ["rates"] if is_missing("fcd") else ["rates", "fcd"]
+    (evaluated,) = evaluate(path, metrics=metrics, workers=workers).files
     row: dict[str, Any] = {
         "evaluations": generator.sampler.evaluations,
         "not_finite": not_finite,
         "molecules_per_second": speed,
     }
     for measure in MEASURED:
-        found = judged.rates[measure] if measure in RATES else judged.comparison.measures.get("fcd")
+        found = evaluated.metrics[measure]
         value = None if found is None else found.value
         interval = None if found is None else found.interval
         row[measure] = "" if value is None else f"{value:.6g}"

@@ -1,10 +1,10 @@
-"""Picture of the first molecules of a file, in three dimensions, with what is wrong marked.
+"""Picture of the first molecules of a file, in three dimensions, with unstable atoms marked.
 
 python scripts/draw_molecules.py samples.sdf -o molecules.png --columns 6 --rows 3
 
-Spheres and cylinders are cast pixel by pixel, from the front, with a buffer of depths. Bonds are
-perceived from distances; an atom whose sum of bond orders is not one of its element's stands in a
-red ring. Molecules are turned so that they are widest along the picture's axes.
+Spheres and cylinders are rendered by ray casting with a depth buffer. Bonds are perceived from
+distances; unstable atoms have a red ring. Molecules are rotated so that they are widest along the
+axes of the picture.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from molgen_energy.cli.console import exit_on_error
 from molgen_energy.data.molecules import Molecule, Molecules, offsets_from_sizes
 from molgen_energy.elements import symbol
 from molgen_energy.errors import InputError
-from molgen_energy.metrics.judging import unstable_atoms
-from molgen_energy.metrics.reference import MoleculeSource
+from molgen_energy.metrics.checks.chunk import unstable_atoms
+from molgen_energy.metrics.sources import FileSource
 from molgen_energy.output import atomic_replace
 
 Array = NDArray[np.float64]
@@ -60,10 +60,10 @@ def main() -> None:
 
 def first(path: Path, count: int) -> list[Molecule]:
     """The first molecules of a file."""
-    pieces = (piece.molecules for piece in MoleculeSource(path).pieces())
-    found = list(itertools.islice(itertools.chain.from_iterable(pieces), count))
+    chunks = (chunk.molecules for chunk in FileSource(path).chunks())
+    found = list(itertools.islice(itertools.chain.from_iterable(chunks), count))
     if len(found) < count:
-        raise InputError(f"{path} holds {len(found)} molecules, {count} are to be drawn")
+        raise InputError(f"{path} holds {len(found)} molecules, expected at least {count}")
     return found
 
 

@@ -18,13 +18,14 @@ from rdkit import rdBase
 
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.geometry import QM9_TYPES
-from molgen_energy.chemistry.rdkit import judge
+from molgen_energy.chemistry.rdkit import sanitize
 from molgen_energy.data.datasets import qm9
+from molgen_energy.data.datasets.files import preprocess_qm9
 from molgen_energy.data.hdf5 import MoleculeWriter
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.distributed import default_workers
-from molgen_energy.metrics.evaluation import METRIC_GROUPS, Options, lacking
-from molgen_energy.metrics.reference import qm9_training_names, reference_of
+from molgen_energy.metrics.options import METRIC_GROUPS, EvaluationOptions, is_missing
+from molgen_energy.metrics.reference import bundled_training_hashes, evaluate_reference
 from molgen_energy.resources import asset
 from molgen_energy.workers import WorkerPool
 
@@ -67,9 +68,9 @@ def write_sample(molecules: Molecules, split: np.ndarray) -> None:
 
 
 def write_training_smiles(molecules: Molecules) -> None:
-    """Distinct SMILES of the training molecules, by the perception that judges samples."""
-    names = {judge(molecule).smiles for molecule in perceive(molecules)} - {None}
-    text = "\n".join([f"# RDKit {rdBase.rdkitVersion}", *sorted(filter(None, names))]) + "\n"
+    """Distinct SMILES of the training molecules, with perceived bonds like those of samples."""
+    smiles = {sanitize(molecule).smiles for molecule in perceive(molecules)} - {None}
+    text = "\n".join([f"# RDKit {rdBase.rdkitVersion}", *sorted(filter(None, smiles))]) + "\n"
     with (
         asset("qm9_train_smiles.txt.gz").open("wb") as raw,
         gzip.GzipFile("", "wb", compresslevel=9, fileobj=raw, mtime=0) as file,
@@ -78,18 +79,18 @@ def write_training_smiles(molecules: Molecules) -> None:
 
 
 def write_test_statistics() -> None:
-    """What samples are compared with where no reference is named: QM9's test split, judged."""
-    options = Options(metrics=frozenset(METRIC_GROUPS))
-    missing = [name for name in METRIC_GROUPS if lacking(name)]
+    """Statistics of QM9's test split, the default reference."""
+    options = EvaluationOptions(metrics=frozenset(METRIC_GROUPS))
+    missing = [name for name in METRIC_GROUPS if is_missing(name)]
     assert not missing, f"install the extras {missing} first"
     with (
         tempfile.TemporaryDirectory() as folder,
         WorkerPool(default_workers(), timeout=120) as workers,
     ):
         path = Path(folder) / "qm9.h5"
-        qm9.QM9().make(path)
-        known = qm9_training_names()
-        reference = reference_of(path, "QM9 test", options, QM9_TYPES, known, workers)
+        preprocess_qm9(path)
+        training = bundled_training_hashes()
+        reference = evaluate_reference(path, "QM9 test", options, QM9_TYPES, training, workers)
         reference.save(asset("qm9_test_statistics.h5"), "QM9 (qm9pack), test split of EDM")
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from rows import Silent, read, write
 
-from molgen_energy.metrics.rates import Mean
+from molgen_energy.metrics.statistics import Mean
 from molgen_energy.output import remove
 from molgen_energy.progress import no_progress
 from molgen_energy.systems.registry import SYSTEMS, load_config
@@ -97,14 +97,14 @@ def run_once(
     predicted = work / f"{run.name}.h5"
     checkpoint = load_checkpoint(run, weights=["ema"])
     system.generator(checkpoint, device, options).write(predicted, Silent())
-    scores = evaluate_spins(predicted)
-    excess, exact = scores.row("excess").cells, scores.row("exact").cells
+    (evaluated,) = evaluate_spins([predicted]).files
+    prediction, descent, random = (column.metrics for column in evaluated.columns)
     result = Result(
-        boundary, loss, gauge, scale.width, scale.epochs, scores.count, seed,
-        excess=excess[0].value, exact=exact[0].value,
-        overlap=scores.row("overlap").cells[0].value,
-        descended=excess[1].value, descended_exact=exact[1].value,
-        random=excess[2].value, random_exact=exact[2].value,
+        boundary, loss, gauge, scale.width, scale.epochs, evaluated.count, seed,
+        excess=prediction["excess"].value, exact=prediction["exact"].value,
+        overlap=prediction["overlap"].value,
+        descended=descent["excess"].value, descended_exact=descent["exact"].value,
+        random=random["excess"].value, random_exact=random["exact"].value,
         seconds=summary.seconds,
     )  # fmt: skip
     remove(run)

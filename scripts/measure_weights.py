@@ -1,12 +1,12 @@
 """Measure the shipped weights, and write everything that says how good they are.
 
     python scripts/measure_weights.py --sample   # only draw the samples: on a GPU, without RDKit
-    python scripts/measure_weights.py            # draw what is missing, judge, write
+    python scripts/measure_weights.py            # draw what is missing, evaluate, write
     python scripts/measure_weights.py --write    # only texts and pictures, from what is measured
 
-For each of `assets/weights/`: 10,000 samples of seed 0, judged by every metric (`report.json`), and
-for the default also quality by sampler and steps (`steps.csv`). From these files come the cards,
-the README's table and the pictures. Samples stay in --work, and what is there, or in `steps.csv`,
+For each of `assets/weights/`: 10,000 samples of seed 0, evaluated by every metric (`report.json`),
+and for the default also quality by sampler and steps (`steps.csv`). From these files come the
+cards, the README's table and the pictures. Samples stay in --work, and what is there, or in `steps.csv`,
 is not drawn again; `--write` needs none.
 """
 
@@ -34,7 +34,7 @@ from molgen_energy.cli.console import exit_on_error, progress_bar, say
 from molgen_energy.cli.sample import SamplingBar
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.shards import shards_folder
-from molgen_energy.metrics.rates import Rate
+from molgen_energy.metrics.statistics import Rate
 from molgen_energy.output import atomic_replace
 from molgen_energy.systems.molecules.sampling import sample_to_file
 from molgen_energy.systems.molecules.task import MoleculeGenerator
@@ -78,7 +78,7 @@ MORE_RATES = {
     "valid_unique": "valid × unique, %",
     "valid_unique_novel": "valid × unique × novel, %",
     "hydrogens_assumed": "valid only by added hydrogens, %",
-    "good": "nothing wrong, %",
+    "good": "passes all checks, %",
     "posebusters": "PoseBusters, %",
 }
 MEASURES = {
@@ -119,8 +119,8 @@ def main() -> None:
             return
         if not arguments.write:
             for one in weights.values():
-                judge(one, files[one.name][0])
-            judge_steps(weights[DEFAULT], files[DEFAULT][1:])
+                evaluate_samples(one, files[one.name][0])
+            evaluate_steps(weights[DEFAULT], files[DEFAULT][1:])
             draw_samples(files[DEFAULT][0])
         draw_curves(weights)
         for one in weights.values():
@@ -213,8 +213,8 @@ def take_first(samples: Path, count: int, target: Path) -> None:
     write_text(target.with_suffix(".json"), samples.with_suffix(".json").read_text("utf-8"))
 
 
-def judge(weights: PretrainedWeights, samples: Path) -> None:
-    """Judge the samples, unless these very ones have been."""
+def evaluate_samples(weights: PretrainedWeights, samples: Path) -> None:
+    """Evaluate the samples and write `report.json`, unless it is of the same samples."""
     target = weights.path / "report.json"
     known = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
     if known.get("samples") == samples.stem:
@@ -229,7 +229,7 @@ def measured_steps(weights: PretrainedWeights) -> dict[str, dict[str, Any]]:
     return {row["samples"]: row for row in read(path)} if path.exists() else {}
 
 
-def judge_steps(weights: PretrainedWeights, files: list[Path]) -> None:
+def evaluate_steps(weights: PretrainedWeights, files: list[Path]) -> None:
     """Quality by sampler and number of steps."""
     rows = measured_steps(weights)
     found = []
@@ -265,7 +265,7 @@ def note_of(samples: Path) -> dict[str, Any]:
 
 
 def evaluated(samples: Path, metrics: str) -> dict[str, Any]:
-    """What `molgen-energy evaluate` says.
+    """The JSON of `molgen-energy evaluate`.
 
     Of HDF5, which is smaller; the numbers are those of an SDF, whose coordinates are rounded at
     1e-4 Å.

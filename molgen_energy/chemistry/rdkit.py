@@ -1,4 +1,4 @@
-"""Molecules as RDKit sees them: built from given bonds, Kekulised, sanitised, named."""
+"""Conversion to and from RDKit molecules, Kekulisation, sanitisation and canonical SMILES."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 from rdkit import Chem, rdBase
 
 from molgen_energy.data.molecules import AROMATIC, Molecule
+from molgen_energy.errors import InputError
 
 BOND_TYPES = {
     1: Chem.BondType.SINGLE,
@@ -17,31 +18,37 @@ BOND_TYPES = {
 }
 ORDERS = {kind: order for order, kind in BOND_TYPES.items()}
 
-CROWD = 12
-"""So many bonds at one atom are no chemistry; RDKit takes minutes over the rings they make."""
+MAX_NEIGHBOURS = 12
+"""Largest number of bonds at one atom that RDKit is called with: ring perception takes minutes on
+molecules with more, which are chemically impossible anyway."""
 
 
 @dataclass(frozen=True)
 class SanitizationResult:
-    """What RDKit says of one molecule.
-
-    ``smiles`` is that of the largest fragment (EDM's protocol), None for an invalid molecule;
-    ``whole`` is that of the molecule with all its fragments, without stereo marks (JODO's names
-    for FCD), where it was asked for; ``reason`` is RDKit's own for an invalid one;
-    ``hydrogens_added`` says that it sanitised only because hydrogens were assumed that its atoms
-    do not include, or unpaired electrons.
-    """
+    """Result of `sanitize` for one molecule."""
 
     valid: bool
+    """Whether RDKit sanitises the molecule with all its fragments."""
     fragments: int
+    """Number of connected fragments."""
     smiles: str | None = None
+    """Canonical SMILES of the largest fragment (EDM's protocol); None if invalid."""
     hydrogens_added: bool = False
+    """Whether it is valid only with implicit hydrogens or radical electrons."""
     reason: str = ""
-    whole: str | None = None
+    """RDKit's error message if invalid."""
+    whole_smiles: str | None = None
+    """SMILES of all fragments without stereochemistry (JODO's protocol for FCD), if requested."""
 
 
 def build(molecule: Molecule, positions: bool = False) -> Chem.RWMol:
-    """RDKit molecule with the bonds and formal charges that are given; not sanitised."""
+    """RDKit molecule with the given bonds and formal charges, not sanitised.
+
+    Parameters
+    ----------
+    positions
+        Whether to add the positions as a conformer.
+    """
     built = Chem.RWMol()
     for number in molecule.atomic_numbers.tolist():
         built.AddAtom(Chem.Atom(number))
@@ -61,25 +68,65 @@ def build(molecule: Molecule, positions: bool = False) -> Chem.RWMol:
     return built
 
 
-def most_neighbours(molecule: Molecule) -> int:
-    """The largest number of bonds at one atom."""
+def from_rdkit(molecule: Chem.Mol) -> Molecule:
+    """Positions of the first conformer, elements, formal charges and bonds of an RDKit molecule.
+
+    Only explicit atoms are taken: add hydrogens with `Chem.AddHs(molecule, addCoords=True)` first.
+
+    Raises
+    ------
+    InputError
+        The molecule has no atoms, no conformer, coordinates that are not finite, an atom that is
+        not an element, or a bond that is not single, double, triple or aromatic.
+    """
+    numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
+    if not numbers:
+        raise InputError("it has no atoms")
+    if 0 in numbers:
+        raise InputError(f"atom {numbers.index(0) + 1} is not a chemical element")
+    if molecule.GetNumConformers() == 0:
+        raise InputError("it has no conformer; embed it first, e.g. with AllChem.EmbedMolecule")
+    with np.errstate(over="ignore"):
+        positions = np.array(molecule.GetConformer().GetPositions(), np.float32)
+    if not np.isfinite(positions).all():
+        raise InputError("its coordinates are not finite")
+    bonds = list(molecule.GetBonds())
+    for bond in bonds:
+        if bond.GetBondType() not in ORDERS:
+            i, j = bond.GetBeginAtomIdx() + 1, bond.GetEndAtomIdx() + 1
+            raise InputError(f"the bond of atoms {i} and {j} has no order 1, 2, 3 or aromatic")
+    return Molecule(
+        positions,
+        np.array(numbers, np.uint8),
+        np.array([atom.GetFormalCharge() for atom in molecule.GetAtoms()], np.int8),
+        np.array([(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in bonds], np.uint16).reshape(
+            -1, 2
+        ),
+        np.array([ORDERS[bond.GetBondType()] for bond in bonds], np.uint8),
+    )
+
+
+def max_neighbours(molecule: Molecule) -> int:
+    """Largest number of bonds at one atom."""
     if molecule.bond_index is None or not len(molecule.bond_index):
         return 0
     return int(np.bincount(molecule.bond_index.ravel()).max())
 
 
-def judge(molecule: Molecule, whole: bool = False) -> SanitizationResult:
-    """Sanitise a molecule as a whole, then name its largest fragment.
+def sanitize(molecule: Molecule, whole_smiles: bool = False) -> SanitizationResult:
+    """Sanitise a molecule with all its fragments, then name the largest one.
 
     Parameters
     ----------
-    whole
-        Also name the molecule with all its fragments, if RDKit reads that name back.
+    whole_smiles
+        Whether to compute the SMILES of all fragments too. It is None where RDKit cannot parse its
+        own output.
     """
     built = build(molecule)
     fragments = len(Chem.GetMolFrags(built))
-    if most_neighbours(molecule) > CROWD:
-        return SanitizationResult(False, fragments, reason=f"an atom has more than {CROWD} bonds")
+    if max_neighbours(molecule) > MAX_NEIGHBOURS:
+        reason = f"an atom has more than {MAX_NEIGHBOURS} bonds"
+        return SanitizationResult(False, fragments, reason=reason)
     with rdBase.BlockLogs():
         try:
             Chem.SanitizeMol(built)
@@ -92,26 +139,26 @@ def judge(molecule: Molecule, whole: bool = False) -> SanitizationResult:
                 parts = Chem.GetMolFrags(built, asMols=True, sanitizeFrags=True)
                 largest = max(parts, key=lambda part: part.GetNumAtoms())
             smiles = Chem.MolToSmiles(largest)
-            name = _readable_name(built) if whole else None
-            return SanitizationResult(True, fragments, smiles, implicit, "", name)
-        except ValueError as error:  # what sanitisation raises
+            whole = _whole_smiles(built) if whole_smiles else None
+            return SanitizationResult(True, fragments, smiles, implicit, "", whole)
+        except ValueError as error:  # raised by SanitizeMol
             return SanitizationResult(False, fragments, reason=str(error).strip())
-        except RuntimeError:  # an atom with more bonds than it can count
+        except RuntimeError:  # the valence of an atom overflows RDKit's counter
             return SanitizationResult(False, fragments, reason="valence beyond what RDKit counts")
 
 
-def _readable_name(molecule: Chem.Mol) -> str | None:
-    read = Chem.MolFromSmiles(Chem.MolToSmiles(molecule, isomericSmiles=False))
-    if read is None:
+def _whole_smiles(molecule: Chem.Mol) -> str | None:
+    parsed = Chem.MolFromSmiles(Chem.MolToSmiles(molecule, isomericSmiles=False))
+    if parsed is None:
         return None
-    name: str = Chem.MolToSmiles(read, isomericSmiles=False)  # hydrogens are implied now
-    return name
+    smiles: str = Chem.MolToSmiles(parsed, isomericSmiles=False)  # with implicit hydrogens
+    return smiles
 
 
 def kekulised(molecule: Molecule) -> Molecule:
-    """The molecule with alternating single and double bonds for aromatic ones.
+    """The molecule with alternating single and double bonds in place of aromatic ones.
 
-    Where RDKit finds no such assignment, the molecule is returned as it is.
+    A molecule that RDKit cannot Kekulise is returned unchanged.
     """
     if molecule.bond_order is None or not (molecule.bond_order == AROMATIC).any():
         return molecule

@@ -1,4 +1,4 @@
-"""`molgen-energy evaluate`: how good are the molecules in a file?"""
+"""`molgen-energy evaluate`: how good are the samples in a file?"""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ import typer
 
 from molgen_energy.cli.console import ThrottledLog, progress_bar, say, stdout, warn
 from molgen_energy.distributed import is_main, worker_connections
-from molgen_energy.errors import InputError, unknown_name
+from molgen_energy.errors import InputError
 from molgen_energy.output import check_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from multiprocessing.connection import Connection
 
     from rich.progress import Progress
 
-    from molgen_energy.metrics.evaluation import Options
-    from molgen_energy.metrics.report import Report
-
-_PRELOAD = ("molgen_energy.metrics.judging", "molgen_energy.metrics.relaxation")
+    from molgen_energy.metrics.report.model import Report
+    from molgen_energy.progress import ProgressCallback
 
 
 def command(
@@ -49,14 +47,14 @@ def command(
         "perceived",
         "--bonds",
         metavar="perceived|single|given",
-        help="Bonds behind validity, names and connectivity: found from distances; the same, all "
-        "taken as single (EDM on GEOM-Drugs); or those in the file.",
+        help="Bonds for validity, SMILES and connectivity: perceived from distances; the same, "
+        "all taken as single (EDM on GEOM-Drugs); or given in the file.",
     ),
     valence: str = typer.Option(
         "strict",
         "--valence",
         metavar="strict|jodo",
-        help="How atoms are judged by the bonds in the file: by chemistry, or as JODO's code does.",
+        help="Valence model for given bonds: by chemistry, or as in JODO's code.",
     ),
     angles: str = typer.Option(
         "once",
@@ -75,64 +73,68 @@ def command(
         1000,
         "--subset",
         min=1,
-        help="Molecules, at random, that strain and PoseBusters look at; xTB takes a tenth.",
+        help="Number of random molecules for strain and PoseBusters; xTB takes a tenth.",
     ),
     workers: int | None = typer.Option(
         None,
         "--workers",
         min=0,
-        help="Processes; default: one for each processor. Under torchrun, of each of its "
+        help="Number of processes; default: one for each processor. With torchrun, for each of its "
         "processes.",
     ),
     timeout: float = typer.Option(
-        20.0, "--timeout", min=1.0, help="Seconds after which one molecule is given up."
+        20.0, "--timeout", min=1.0, help="Seconds after which one molecule times out."
     ),
     skip_bad: bool = typer.Option(
-        False, "--skip-bad", help="Leave out broken records instead of stopping."
+        False, "--skip-bad", help="Skip broken records instead of stopping."
     ),
 ) -> None:
-    """Judge molecules: stability, validity, novelty, geometry, energy, beside real data.
+    """Evaluate molecules: stability, validity, novelty, geometry, energy, beside real data.
 
-    Or samples of another physical system, which their HDF5 file names.
+    Also takes samples of another physical system, which their HDF5 file names.
 
-    Bonds are perceived from distances (EDM's protocol); where a file carries bonds, they are
-    judged too. Of an HDF5 file the reference is its test split, and `--train` takes its training
-    split.
+    Bonds are perceived from distances (EDM's protocol); bonds that a file contains are checked in
+    addition. Of an HDF5 file, `--reference` takes the test split and `--train` the training split.
     """
-    from molgen_energy.distributed import default_workers
-    from molgen_energy.workers import WorkerPool
+    from molgen_energy.api.evaluate import evaluate
 
-    system = _system(files)
-    if system != "molecules":
-        if is_main():
-            _judge(system, files, context, report, as_json)
-        return
-    count = default_workers() if workers is None else workers
-    with worker_connections() as others:
+    options = {
+        name: value
+        for name, value in context.params.items()
+        if name not in ("files", "report", "as_json") and _is_given(context, name)
+    }
+    with worker_connections() as peers:
         if not is_main():
-            with WorkerPool(count, timeout, preload=_PRELOAD) as pool:
-                pool.serve(others[0])
+            _serve(peers[0], workers, timeout)
             return
-        options = _options(metrics, bonds, valence, angles, subset, skip_bad)
         _check_report(report)
-        page = None
-        with (
-            progress_bar(transient=True) as bar,
-            WorkerPool(count, timeout, others, _PRELOAD) as pool,
-        ):
-            from molgen_energy.metrics.run import run
-
-            found = run(files, reference, train, types, options, pool, _watching(bar))
-            if report is not None:
-                from molgen_energy.metrics.html import write_report
-
-                page = write_report(found, report, files, pool)
+        with progress_bar(transient=True) as bar:
+            found = evaluate(files, **options, progress=_progress(bar), peers=peers)
+        page = None if report is None else found.save(report)
     _show(found, as_json)
     if page is not None:
         say(f"report: {page}")
 
 
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether the user gave an option."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _serve(connection: Connection, workers: int | None, timeout: float) -> None:
+    """Do the share of the work that process 0 sends."""
+    from molgen_energy.distributed import default_workers
+    from molgen_energy.metrics.evaluation import PRELOAD
+    from molgen_energy.workers import WorkerPool
+
+    count = default_workers() if workers is None else workers
+    with WorkerPool(count, timeout, preload=PRELOAD) as pool:
+        pool.serve(connection)
+
+
 def _check_report(report: Path | None) -> None:
+    """Raise before the evaluation if the report could not be written."""
     if report is None:
         return
     if report.exists() and not report.is_dir():
@@ -140,111 +142,30 @@ def _check_report(report: Path | None) -> None:
     check_folder(report if report.exists() else report.absolute().parent)
 
 
-def _system(files: list[Path]) -> str:
-    """The physical system that all files are of; only HDF5 holds others than molecules."""
-    systems = {}
-    for path in files:
-        systems[path] = "molecules"
-        if path.suffix.lower() in (".h5", ".hdf5"):
-            from molgen_energy.data.hdf5 import system_of
-
-            systems[path] = system_of(path)
-    first = systems[files[0]]
-    for path, system in systems.items():
-        if system != first:
-            raise InputError(f"{files[0]} holds {first} and {path} {system}; judge them apart")
-    return first
-
-
-def _judge(
-    system: str, files: list[Path], context: typer.Context, report: Path | None, as_json: bool
-) -> None:
-    """Judge what are no molecules."""
-    from molgen_energy.metrics.scores import as_json as to_json
-    from molgen_energy.metrics.scores import table, write_report
-    from molgen_energy.systems.evaluators import EVALUATORS
-
-    if system not in EVALUATORS:
-        raise InputError(f"{files[0]} holds {system}; known are molecules, {', '.join(EVALUATORS)}")
-    for name in context.params:
-        chosen = context.get_parameter_source(name)
-        given = chosen is not None and chosen.name != "DEFAULT"
-        if given and name not in ("files", "report", "as_json"):
-            raise InputError(f"--{name.replace('_', '-')} is for molecules, not for {system}")
-    _check_report(report)
-    found = [EVALUATORS[system](path) for path in files]
-    page = None if report is None else write_report(found, report)
-    if as_json:
-        typer.echo(json.dumps(to_json(found), indent=2))
-    else:
-        for scores in found:
-            stdout.print(table(scores))
-    for scores in found:
-        for note in scores.notes:
-            warn(f"{scores.name}: {note}")
-    if page is not None:
-        say(f"report: {page}")
-
-
-def _options(
-    metrics: str, bonds: str, valence: str, angles: str, subset: int, skip_bad: bool
-) -> Options:
-    from molgen_energy.chemistry.bonds import VALENCE_MODELS
-    from molgen_energy.chemistry.geometry import COUNTINGS
-    from molgen_energy.metrics.evaluation import Options, parse_metrics
-    from molgen_energy.metrics.judging import BOND_CHOICES, Settings
-
-    for option, name, valid in (
-        ("--bonds", bonds, BOND_CHOICES),
-        ("--valence", valence, VALENCE_MODELS),
-        ("--angles", angles, COUNTINGS),
-    ):
-        if name not in valid:
-            raise InputError(unknown_name(f"choice of {option}", name, valid))
-    return Options(
-        parse_metrics(metrics),
-        Settings(bonds=bonds, valence=valence, counting=angles),
-        subset,
-        skip_bad,
-    )
-
-
-def _watching(bar: Progress) -> Callable[[str, int | None], Callable[[int], None]]:
-    """What begins to show progress of something, of so many molecules."""
+def _progress(bar: Progress) -> ProgressCallback:
+    """Shows progress in a bar, or as lines of a log."""
     log = ThrottledLog()
+    task = bar.add_task("evaluating", total=None)
 
-    def watched(what: str, total: int | None) -> Callable[[int], None]:
-        handle = bar.add_task(what, total=total)
-        done = 0
+    def progress(done: int, total: int | None) -> None:
+        bar.update(task, completed=done, total=total)
+        log.say(f"evaluating: {done:,} molecules")
 
-        def advance(molecules: int) -> None:
-            nonlocal done
-            done += molecules
-            bar.advance(handle, molecules)
-            log.say(f"{what}: {done:,} molecules")
-
-        return advance
-
-    return watched
+    return progress
 
 
-def _show(found: Report, as_json: bool) -> None:
-    from molgen_energy.metrics.report import as_json as to_json
-    from molgen_energy.metrics.report import findings_text, tables
+def _show(report: Report, as_json: bool) -> None:
+    from molgen_energy.metrics.report.table import tables
 
     if as_json:
-        typer.echo(json.dumps(to_json(found), indent=2))
+        typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
-        for table in tables(found, stdout):
+        for table in tables(report, stdout):
             stdout.print(table)
-        settings = found.options.settings
-        say(
-            f"bonds {found.samples[0].bonds}; novelty against {found.novelty_against}; "
-            f"types: {found.reference.types.name}"
-            + ("; angles as JODO lists them" if settings.counting == "jodo" else "")
-        )
-        for evaluation in found.samples:
-            for line in findings_text(evaluation):
-                say(f"{evaluation.name}: {line}")
-    for text in found.warnings():
+        if report.summary:
+            say(report.summary)
+        for file in report.files:
+            for line in file.failures:
+                say(f"{file.name}: {line}")
+    for text in report.warnings():
         warn(text)

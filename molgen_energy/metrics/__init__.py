@@ -1,1 +1,1 @@
-"""Metrics of generated molecules. No module here imports torch."""
+"""Evaluation of samples: checks, distances from reference data, reports. Imports no torch."""

@@ -1,26 +1,57 @@
-"""What evaluates a file of samples, by physical system."""
+"""Evaluators of files of samples, by physical system."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from molgen_energy.metrics.scores import Scores
+    from molgen_energy.metrics.report.model import Report
 
 
-def _shapes(path: Path) -> Scores:
+@dataclass(frozen=True)
+class Evaluator:
+    """How samples of a physical system are evaluated."""
+
+    evaluate: Callable[..., Report]
+    """Called as `evaluate(inputs, **options)` with a list of paths, and the options that were given
+    of those below."""
+    options: frozenset[str] = frozenset()
+    """Names of the options of `molgen_energy.api.evaluate.evaluate` that it takes."""
+    parallel: bool = False
+    """Whether it also takes `progress` and `peers`, for long work in several processes."""
+
+
+def _evaluate_molecules(inputs: Any, **options: Any) -> Report:
+    from molgen_energy.metrics.evaluation import evaluate_molecules
+
+    return evaluate_molecules(inputs, **options)
+
+
+def _evaluate_shapes(inputs: Any) -> Report:
     from molgen_energy.systems.shapes.metrics import evaluate_shapes
 
-    return evaluate_shapes(path)
+    return evaluate_shapes(inputs)
 
 
-def _spins(path: Path) -> Scores:
+def _evaluate_spins(inputs: Any) -> Report:
     from molgen_energy.systems.spins.metrics import evaluate_spins
 
-    return evaluate_spins(path)
+    return evaluate_spins(inputs)
 
 
-EVALUATORS: dict[str, Callable[[Path], Scores]] = {"shapes": _shapes, "spins": _spins}
-"""Molecules are evaluated by `molgen_energy.metrics.run`."""
+EVALUATORS: dict[str, Evaluator] = {
+    "molecules": Evaluator(
+        _evaluate_molecules,
+        frozenset(
+            {
+                "reference", "train", "metrics", "bonds", "valence", "angles", "types", "subset",
+                "workers", "timeout", "skip_bad",
+            }
+        ),
+        parallel=True,
+    ),
+    "shapes": Evaluator(_evaluate_shapes),
+    "spins": Evaluator(_evaluate_spins),
+}  # fmt: skip

@@ -307,7 +307,7 @@ BAD = {
     "missing reference": (("evaluate", "good.xyz", "--reference", "no.h5"), "no.h5 does not exist"),
     "unknown metric": (("evaluate", "good.xyz", "--metrics", "fdc"), "did you mean 'fcd'"),
     "unknown valence": (("evaluate", "good.xyz", "--valence", "lax"), "(valid: strict, jodo)"),
-    "no bonds given": (("evaluate", "good.xyz", "--bonds", "given"), "carries no bonds"),
+    "no bonds given": (("evaluate", "good.xyz", "--bonds", "given"), "has no bonds of its own"),
     "report is a file": (("evaluate", "good.xyz", "--report", "a.pdb"), "a.pdb is a file"),
     "report nowhere": (("evaluate", "good.xyz", "--report", "no/out"), "no does not exist"),
     "cut gzip": (("evaluate", "cut.xyz.gz"), "cut.xyz.gz is cut off or no gzip file, after"),
@@ -385,7 +385,7 @@ def test_odd_files_are_evaluated(cli, tmp_path):
     assert crowd["metrics"]["uniqueness"]["value"] is None
     assert crowd["invalid"][0]["reason"] == "an atom has more than 12 bonds"
     assert chain["metrics"]["complete"]["value"] == 1
-    assert "RDKit does not draw it" in (tmp_path / "out" / "report.html").read_text()
+    assert "RDKit cannot draw it" in (tmp_path / "out" / "report.html").read_text()
     table = cli("evaluate", "crowd.xyz").stdout
     assert "n/a" in table
 
@@ -455,8 +455,10 @@ def test_help_is_quick_and_names_the_verbs(cli):
     ("module", "never"),
     [
         ("molgen_energy.cli", {"torch", "rdkit", "h5py"}),
+        ("molgen_energy.api.evaluate", {"torch", "rdkit", "h5py"}),
         ("molgen_energy.metrics.evaluation", {"torch"}),
-        ("molgen_energy.metrics.reference", {"torch"}),
+        ("molgen_energy.systems.shapes.metrics", {"torch", "rdkit"}),
+        ("molgen_energy.systems.spins.metrics", {"torch", "rdkit"}),
         ("molgen_energy.systems.molecules.sampling", {"molgen_energy.training.loop"}),
     ],
 )

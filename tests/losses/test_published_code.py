@@ -16,8 +16,8 @@ from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.geometry import QM9_TYPES, code_of, measure
 from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
-from molgen_energy.metrics.distances import mmd
-from molgen_energy.metrics.judging import Settings, judge_piece
+from molgen_energy.metrics.checks.chunk import CheckSettings, check_chunk
+from molgen_energy.metrics.distances.mmd import mmd
 
 EXPECTED = json.loads((Path(__file__).parents[1] / "data" / "published_code.json").read_text())
 NOISES = list(EXPECTED["edm"])
@@ -29,17 +29,17 @@ def noisy(molecules: Molecules, noise: str) -> Molecules:
     return replace(molecules, positions=(molecules.positions + shift).astype("f4"))
 
 
-def judged(molecules: Molecules, settings: Settings):
-    return judge_piece(MoleculeChunk(np.arange(1, len(molecules) + 1), molecules), settings)
+def checked(molecules: Molecules, settings: CheckSettings):
+    return check_chunk(MoleculeChunk(np.arange(1, len(molecules) + 1), molecules), settings)
 
 
 @pytest.mark.parametrize("noise", NOISES)
 def test_stability_and_validity_of_edm_to_the_last_molecule(molecules, noise):
     expected = EXPECTED["edm"][noise]
-    found = judged(noisy(molecules, noise), Settings(codes={}))
+    found = checked(noisy(molecules, noise), CheckSettings(type_codes={}))
     assert found.unstable_atoms.tolist() == [int(digit, 36) for digit in expected["unstable"]]
     assert "".join("01"[v] for v in found.valid.tolist()) == expected["valid"]
-    assert len({name for name in found.names if name}) == expected["distinct"]
+    assert len({text for text in found.smiles if text}) == expected["distinct"]
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +99,10 @@ def graphs(sample_path: Path) -> Molecules:
 def test_stability_of_graphs_as_jodo_counts(sample_path):
     expected = [int(digit, 36) for digit in EXPECTED["jodo_graphs"]]
     molecules = graphs(sample_path)
-    found = judged(molecules, Settings(valence="jodo", codes={})).carried
+    found = checked(molecules, CheckSettings(valence="jodo", type_codes={})).given_bonds
     assert found.unstable_atoms.tolist() == expected
     assert 50 < sum(u == 0 for u in expected) < 350
-    strict = judged(molecules, Settings(valence="strict", codes={})).carried
+    strict = checked(molecules, CheckSettings(valence="strict", type_codes={})).given_bonds
     # Strict valences only ever take away.
     assert (strict.unstable_atoms >= found.unstable_atoms).all()
     assert (strict.unstable_atoms > found.unstable_atoms).any()

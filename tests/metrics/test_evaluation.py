@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import io
 import json
+import math
 import os
 import re
 import time
@@ -31,26 +32,40 @@ from molgen_energy.chemistry.rdkit import build
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.errors import InputError, PeerLostError
-from molgen_energy.metrics.comparison import Distributions, Measure, compare
-from molgen_energy.metrics.distances import mmd
-from molgen_energy.metrics.evaluation import Options, evaluate, settings_for
-from molgen_energy.metrics.findings import MOST_VALUES, Draw, EvaluationAccumulator, Values, keys
-from molgen_energy.metrics.html import write_report
-from molgen_energy.metrics.judging import Settings, judge_piece
-from molgen_energy.metrics.reference import (
-    MoleculeSource,
-    Reference,
-    bundled_reference,
-    reference_of,
+from molgen_energy.metrics.accumulator import (
+    MAX_VALUES,
+    EvaluationAccumulator,
+    RandomSubset,
+    ValueSample,
+    hash_numbers,
 )
-from molgen_energy.metrics.relaxation import relax_mmff, rmsd
-from molgen_energy.metrics.report import as_json, figure_text, tables
-from molgen_energy.metrics.run import run
+from molgen_energy.metrics.checks.chunk import CheckSettings, check_chunk
+from molgen_energy.metrics.checks.strain import relax_mmff, rmsd
+from molgen_energy.metrics.distances.comparison import Distributions, compare
+from molgen_energy.metrics.distances.mmd import mmd
+from molgen_energy.metrics.molecule_evaluation import evaluate_source
+from molgen_energy.metrics.options import EvaluationOptions, with_types
+from molgen_energy.metrics.reference import Reference, bundled_reference, evaluate_reference
+from molgen_energy.metrics.report.model import Report
+from molgen_energy.metrics.report.molecules import molecule_report
+from molgen_energy.metrics.report.table import metric_text, tables
+from molgen_energy.metrics.results import MoleculeResults, evaluate_inputs
+from molgen_energy.metrics.sources import FileSource
+from molgen_energy.metrics.statistics import Estimate, Mean, Rate
 from molgen_energy.workers import WorkerError, WorkerPool
 
 HERE = WorkerPool(0)
-EVERYTHING_FAST = Options(drawn=40)
-RATES = Options(frozenset({"rates"}))
+EVERYTHING_FAST = EvaluationOptions(subset=40)
+RATES = EvaluationOptions(frozenset({"rates"}))
+
+
+def run(paths, reference=None, train=None, types=None, options=EVERYTHING_FAST) -> MoleculeResults:
+    """Evaluate in this process."""
+    return evaluate_inputs(paths, reference, train, types, options, HERE)
+
+
+def report_of(results: MoleculeResults) -> Report:
+    return molecule_report(results, lambda: HERE)
 
 
 def numbered(molecules: Molecules) -> MoleculeChunk:
@@ -83,7 +98,7 @@ def dying(piece: MoleculeChunk) -> list[int]:
     return piece.records.tolist()
 
 
-def given_up(piece: MoleculeChunk, reason: str) -> tuple[int, str]:
+def failed(piece: MoleculeChunk, reason: str) -> tuple[int, str]:
     return int(piece.records[0]), reason
 
 
@@ -94,7 +109,7 @@ def given_up(piece: MoleculeChunk, reason: str) -> tuple[int, str]:
 def test_a_molecule_that_hangs_or_kills_is_named_and_the_rest_goes_on(molecules, work, trouble):
     piece = numbered(molecules.select(np.arange(30)))
     with WorkerPool(2, 0.7) as workers:
-        results = [result for _, result in workers.map(work, piece.parts(12), given_up)]
+        results = [result for _, result in workers.map(work, piece.parts(12), failed)]
     assert (7, trouble) in results
     done = [record for result in results if isinstance(result, list) for record in result]
     assert done == [k for k in range(1, 31) if k != 7]
@@ -103,17 +118,17 @@ def test_a_molecule_that_hangs_or_kills_is_named_and_the_rest_goes_on(molecules,
 def test_processes_that_are_killed_are_replaced(molecules):
     """Killed from outside, at work or idle: the run ends, with every molecule once."""
     piece = numbered(molecules.select(np.arange(0, 2000, 4)))
-    settings = Settings(codes={})
+    settings = CheckSettings(type_codes={})
     with WorkerPool(2, 60) as workers:
         results = []
         for k, (part, found) in enumerate(
-            workers.map(partial(judge_piece, settings=settings), piece.parts(20), given_up)
+            workers.map(partial(check_chunk, settings=settings), piece.parts(20), failed)
         ):
             results += found.valid.tolist() if not isinstance(found, tuple) else [None]
             assert len(part) <= 20
             if k in (2, 9):
                 workers._workers[0].process.kill()
-    whole = judge_piece(piece, settings).valid.tolist()
+    whole = check_chunk(piece, settings).valid.tolist()
     assert len(results) == len(whole)
     assert sum(a != b for a, b in zip(results, whole, strict=True)) <= 2
 
@@ -123,33 +138,30 @@ def failing(piece: MoleculeChunk) -> None:
 
 
 def test_work_that_raises_ends_the_run(molecules):
-    with (
-        WorkerPool(1, 60) as workers,
-        pytest.raises(WorkerError, match="KeyError: 'what happened'"),
-    ):
-        list(workers.map(failing, numbered(molecules).parts(1000), given_up))
+    with WorkerPool(1, 60) as workers, pytest.raises(WorkerError, match="KeyError: 'what happened'"):
+        list(workers.map(failing, numbered(molecules).parts(1000), failed))
 
 
 def test_workers_change_nothing(molecules):
-    """The same findings in this process and in two, and for other pieces."""
+    """The same results in this process and in two, and for other chunks."""
     some = numbered(molecules.select(np.arange(0, 2000, 8)))
-    options = replace(EVERYTHING_FAST, settings=settings_for(QM9_TYPES, EVERYTHING_FAST))
+    options = with_types(EVERYTHING_FAST, QM9_TYPES)
 
     class Source:
         def __init__(self, size: int) -> None:
             self._size = size
 
-        def pieces(self):
+        def chunks(self):
             return some.parts(self._size)
 
-    here = evaluate("x", Source(100), options, None, HERE)
+    here = evaluate_source("x", Source(100), options, None, HERE)
     with WorkerPool(2, 60) as workers:
-        there = evaluate("x", Source(17), options, None, workers)
+        there = evaluate_source("x", Source(17), options, None, workers)
     assert here.rates == there.rates
-    assert here.measures == there.measures
+    assert here.estimates == there.estimates
     assert here.worst == there.worst
-    assert [s.record for s in here.findings.shown_good] == [
-        s.record for s in there.findings.shown_good
+    assert [s.record for s in here.accumulator.gallery_passing] == [
+        s.record for s in there.accumulator.gallery_passing
     ]
     for kind in KINDS:
         for name in QM9_TYPES.types[kind]:
@@ -186,23 +198,25 @@ def process_of(piece: MoleculeChunk) -> int:
 @pytest.mark.parametrize(("here", "there"), [(1, 1), (0, 0)])
 def test_processes_of_a_job_share_the_work_in_order(molecules, here, there):
     piece = numbered(molecules.select(np.arange(120)))
-    settings = Settings(codes={})
+    settings = CheckSettings(type_codes={})
     with with_another(here, there, 60) as workers:
         for _ in range(2):
             results = []
-            for part, found in workers.map(partial(judge_piece, settings=settings), piece.parts(7)):
+            for part, found in workers.map(
+                partial(check_chunk, settings=settings), piece.parts(7)
+            ):
                 assert part.records[0] == len(results) + 1
                 results += found.valid.tolist()
             did = {pid for _, pid in workers.map(process_of, piece.parts(1))}
             assert len(did) == max(1, here + there)
-    assert results == judge_piece(piece, settings).valid.tolist()
+    assert results == check_chunk(piece, settings).valid.tolist()
 
 
 def test_a_molecule_that_kills_a_process_of_another_member_is_found(molecules):
     piece = numbered(molecules.select(np.arange(6, 14)))
     piece = replace(piece, records=piece.records + 6)
     with with_another(1, 1, 60) as workers:  # the other is given the first piece
-        results = [result for _, result in workers.map(dying, piece.parts(2), given_up)]
+        results = [result for _, result in workers.map(dying, piece.parts(2), failed)]
     assert results[0] == (7, "the worker process died (exit code 11)")
     assert [record for result in results[1:] for record in result] == list(range(8, 15))
 
@@ -212,7 +226,7 @@ def test_work_that_raises_in_another_member_ends_the_run(molecules):
         pytest.raises(WorkerError, match="KeyError: 'what happened'"),
         with_another(0, 1, 60) as workers,
     ):
-        list(workers.map(failing, numbered(molecules).parts(1000), given_up))
+        list(workers.map(failing, numbered(molecules).parts(1000), failed))
 
 
 def test_another_member_that_ends_is_noticed(molecules):
@@ -220,7 +234,7 @@ def test_another_member_that_ends_is_noticed(molecules):
     theirs.send(1)
     with WorkerPool(0, 60, [ours]) as workers, pytest.raises(PeerLostError, match="has ended"):
         theirs.close()
-        list(workers.map(process_of, numbered(molecules).parts(500), given_up))
+        list(workers.map(process_of, numbered(molecules).parts(500), failed))
 
 
 def flat(value: object, place: str = "") -> dict[str, object]:
@@ -235,14 +249,13 @@ def test_torchrun_prints_what_one_process_does(molecules, tmp_path):
     """The same JSON, once; and of a bad record in the middle one line, without waiting."""
     with MoleculeTextWriter(tmp_path / "a.xyz", {}) as writer:
         writer.append(noisy(molecules.select(np.arange(600)), 0.03))
-    options = replace(EVERYTHING_FAST, drawn=25)
-    report = run([tmp_path / "a.xyz"], None, None, None, options, HERE)
+    report = report_of(run([tmp_path / "a.xyz"], options=replace(EVERYTHING_FAST, subset=25)))
     done = torchrun_to_end(
         tmp_path, "evaluate", "a.xyz", "--json", "--subset", "25", "--workers", "1"
     )
     assert done.returncode == 0, done.stderr
     # Sums depend on the number of threads in their last digit.
-    ours, theirs = flat(json.loads(done.stdout)), flat(json.loads(json.dumps(as_json(report))))
+    ours, theirs = flat(json.loads(done.stdout)), flat(json.loads(json.dumps(report.to_dict())))
     assert ours.keys() == theirs.keys()
     for place, value in theirs.items():
         exact = not isinstance(value, float)
@@ -263,37 +276,37 @@ def test_torchrun_prints_what_one_process_does(molecules, tmp_path):
 
 def test_a_sample_of_values_is_bounded_and_fair():
     rng = np.random.default_rng(0)
-    values = rng.normal(size=5 * MOST_VALUES).astype("f4")
-    key = keys(np.arange(len(values)), np.zeros(len(values), np.int64))
-    sample = Values()
+    values = rng.normal(size=5 * MAX_VALUES).astype("f4")
+    key = hash_numbers(np.arange(len(values)), np.zeros(len(values), np.int64))
+    sample = ValueSample()
     for part in np.array_split(np.arange(len(values)), 37):
         sample.add(values[part], key[part], np.zeros(len(part), np.uint8))
     assert sample.count == len(values)
-    assert len(sample.value) == MOST_VALUES
-    assert set(sample.value.tolist()) == set(values[np.argsort(key)[:MOST_VALUES]].tolist())
-    assert abs(sample.value.mean()) < 4 / np.sqrt(MOST_VALUES)
+    assert len(sample.value) == MAX_VALUES
+    assert set(sample.value.tolist()) == set(values[np.argsort(key)[:MAX_VALUES]].tolist())
+    assert abs(sample.value.mean()) < 4 / np.sqrt(MAX_VALUES)
     assert len(np.unique(key)) == len(key)
 
 
-def test_a_draw_takes_the_same_molecules_whatever_the_pieces(molecules):
+def test_a_random_subset_does_not_depend_on_the_chunks(molecules):
     piece = numbered(molecules.select(np.arange(300)))
     drawn = []
     for size in (300, 7):
-        draw = Draw(20)
+        subset = RandomSubset(20)
         for part in piece.parts(size):
-            draw.offer(part, part.records % 3 == 0, None)
-        drawn.append([s.record for s in draw])
-        assert all(s.molecule.positions.base is None for s in draw)  # no piece is kept in memory
+            subset.add(part, part.records % 3 == 0)
+        drawn.append([s.record for s in subset])
+        assert all(s.molecule.positions.base is None for s in subset)  # no chunk is kept in memory
     assert drawn[0] == drawn[1]
     assert len(set(drawn[0])) == 20
     assert all(record % 3 == 0 for record in drawn[0])
 
 
 def distributions(molecules: Molecules) -> Distributions:
-    settings = settings_for(QM9_TYPES, EVERYTHING_FAST)
-    findings = EvaluationAccumulator(0)
-    findings.add(judge_piece(numbered(molecules), settings))
-    return Distributions.of(findings, None)
+    accumulator = EvaluationAccumulator(0)
+    settings = with_types(EVERYTHING_FAST, QM9_TYPES).checks
+    accumulator.add(check_chunk(numbered(molecules), settings))
+    return Distributions.of(accumulator, None)
 
 
 def test_distances_are_means_over_types_with_those_missing_named(molecules):
@@ -305,15 +318,15 @@ def test_distances_are_means_over_types_with_those_missing_named(molecules):
         for name in QM9_TYPES.types["angle"]
     }
     assert found.missing["angle"] == []
-    assert found.measures["mmd_angle"].value == pytest.approx(np.mean(list(by_hand.values())))
-    low, high = found.measures["mmd_angle"].interval
-    assert 0 <= low < found.measures["mmd_angle"].value < high
+    assert found.estimates["mmd_angle"].value == pytest.approx(np.mean(list(by_hand.values())))
+    low, high = found.estimates["mmd_angle"].interval
+    assert 0 <= low < found.estimates["mmd_angle"].value < high
     water = distributions(Molecules.from_list([of_smiles("O")] * 30))
     few = compare(water, data, QM9_TYPES)
     assert few.missing["bond length"] == [n for n in QM9_TYPES.types["bond length"] if n != "O1H"]
     assert len(few.missing["dihedral"]) == 8
-    assert few.measures["mmd_dihedral"].value is None
-    assert few.measures["elements"].value > 0.3
+    assert few.estimates["mmd_dihedral"].value is None
+    assert few.estimates["elements"].value > 0.3
 
 
 def test_intervals_of_distances_cover(molecules):
@@ -322,8 +335,8 @@ def test_intervals_of_distances_cover(molecules):
     found = compare(distributions(molecules.select(np.arange(1, 2000, 3))), data, QM9_TYPES)
     other = compare(distributions(molecules.select(np.arange(2, 2000, 3))), data, QM9_TYPES)
     inside = [
-        measure.interval[0] <= other.measures[key].value <= measure.interval[1]
-        for key, measure in found.measures.items()
+        estimate.interval[0] <= other.estimates[key].value <= estimate.interval[1]
+        for key, estimate in found.estimates.items()
     ]
     assert np.mean(inside) >= 0.75
 
@@ -331,37 +344,37 @@ def test_intervals_of_distances_cover(molecules):
 def test_the_bundled_reference_is_the_test_split(sample_path):
     """800 of its 13,083 molecules are at hand: what they give must fit."""
     data = bundled_reference()
-    assert data.row.molecules == 13_083
+    assert data.evaluation.molecules == 13_083
     assert data.distributions.sizes.sum() == 13_083
-    assert data.row.rates["molecule_stability"].value == pytest.approx(0.952, abs=0.002)
-    options = replace(EVERYTHING_FAST, settings=settings_for(QM9_TYPES, EVERYTHING_FAST))
-    found = evaluate("x", MoleculeSource(sample_path, "test"), options, None, HERE)
+    assert data.evaluation.rates["molecule_stability"].value == pytest.approx(0.952, abs=0.002)
+    options = with_types(EVERYTHING_FAST, QM9_TYPES)
+    found = evaluate_source("x", FileSource(sample_path, "test"), options, None, HERE)
     near = compare(found.distributions, data.distributions, QM9_TYPES)
-    assert near.measures["mmd_bond_length"].value < 0.01
-    assert near.measures["sizes"].value < 0.3
+    assert near.estimates["mmd_bond_length"].value < 0.01
+    assert near.estimates["sizes"].value < 0.3
     for key in ("molecule_stability", "validity", "connected", "hydrogens_assumed"):
         low, high = found.rates[key].interval
-        assert low - 0.01 <= data.row.rates[key].value <= high + 0.01
+        assert low - 0.01 <= data.evaluation.rates[key].value <= high + 0.01
     for key in ("strain_energy", "strain_rmsd", "xtb_energy"):
-        assert data.row.measures[key].value > 0
-    assert data.distances.measures["fcd"].value < 0.1
-    assert data.row.rates["posebusters"].value > 0.9
+        assert data.evaluation.estimates[key].value > 0
+    assert data.distances.estimates["fcd"].value < 0.1
+    assert data.evaluation.rates["posebusters"].value > 0.9
 
 
 def test_a_reference_is_read_back_as_it_was_saved(sample_path, tmp_path):
     options = EVERYTHING_FAST
-    data = reference_of(sample_path, "sample", options, QM9_TYPES, None, HERE)
+    data = evaluate_reference(sample_path, "sample", options, QM9_TYPES, None, HERE)
     data.save(tmp_path / "a.h5", "a test")
     back = Reference.load(tmp_path / "a.h5")
-    assert back.row.rates == data.row.rates
-    assert back.row.measures == data.row.measures
-    assert back.distances.measures == data.distances.measures
+    assert back.evaluation.rates == data.evaluation.rates
+    assert back.evaluation.estimates == data.evaluation.estimates
+    assert back.distances.estimates == data.distances.estimates
     assert back.types == data.types
     ours = distributions(noisy(back_molecules(sample_path), 0.03))
-    first = compare(ours, data.distributions, QM9_TYPES).measures
-    second = compare(ours, back.distributions, QM9_TYPES).measures
-    for key, measure in first.items():
-        assert second[key].value == pytest.approx(measure.value, abs=1e-12)
+    first = compare(ours, data.distributions, QM9_TYPES).estimates
+    second = compare(ours, back.distributions, QM9_TYPES).estimates
+    for key, estimate in first.items():
+        assert second[key].value == pytest.approx(estimate.value, abs=1e-12)
 
 
 def back_molecules(path: Path) -> Molecules:
@@ -373,30 +386,30 @@ def test_a_reference_without_splits_is_halved(samples, molecules, tmp_path):
     path = tmp_path / "mine.sdf"
     with MoleculeTextWriter(path, {}) as writer:
         writer.append(molecules.select(np.arange(400)))
-    found = run([samples], path, None, None, EVERYTHING_FAST, HERE)
-    assert any("one half of it from the other" in note for note in found.reference.row.notes)
-    assert found.reference.row.molecules == 400
-    assert 0 < found.reference.distances.measures["sizes"].value < 2
+    found = run([samples], path)
+    assert any("one half of it from the other" in note for note in found.reference.evaluation.notes)
+    assert found.reference.evaluation.molecules == 400
+    assert 0 < found.reference.distances.estimates["sizes"].value < 2
     assert found.reference.types.name == "the 8 most frequent of each kind"
     code = code_of("bond length", "C1H")
     assert code in {code_of("bond length", t) for t in found.reference.types.types["bond length"]}
 
 
 def test_options_that_the_bundled_statistics_cannot_serve(samples, sample_path):
-    jodo = replace(EVERYTHING_FAST, settings=Settings(counting="jodo"))
+    jodo = replace(EVERYTHING_FAST, checks=CheckSettings(counting="jodo"))
     with pytest.raises(InputError, match="count every angle once; name real molecules"):
-        run([samples], None, None, None, jodo, HERE)
-    with pytest.raises(InputError, match="hold the types of QM9 only"):
-        run([samples], None, None, "geom", EVERYTHING_FAST, HERE)
+        run([samples], options=jodo)
+    with pytest.raises(InputError, match="contain only QM9's geometry types"):
+        run([samples], types="geom")
     with pytest.raises(InputError, match="unknown list of types 'qm8'"):
-        run([samples], None, None, "qm8", EVERYTHING_FAST, HERE)
-    assert run([samples], sample_path, None, "qm9", jodo, HERE).samples[0].molecules == 59
-    with pytest.raises(InputError, match="carries no bonds of its own"):
-        given = replace(EVERYTHING_FAST, settings=Settings(bonds="given"))
-        run([samples], None, None, None, given, HERE)
+        run([samples], types="qm8")
+    assert run([samples], sample_path, None, "qm9", jodo).samples[0].molecules == 59
+    with pytest.raises(InputError, match="has no bonds of its own"):
+        given = replace(EVERYTHING_FAST, checks=CheckSettings(bonds="given"))
+        run([samples], options=given)
 
 
-def test_bonds_that_a_file_carries_are_judged_beside(tmp_path, molecules):
+def test_given_bonds_are_checked_in_addition(tmp_path, molecules):
     """The same molecules with and without the word that their bonds were perceived."""
     some = molecules.select(np.arange(40))
     with MoleculeTextWriter(tmp_path / "own.sdf", {}) as writer:
@@ -404,25 +417,23 @@ def test_bonds_that_a_file_carries_are_judged_beside(tmp_path, molecules):
     text = (tmp_path / "own.sdf").read_text()
     assert ">  <bonds>\nperceived\n" in text
     (tmp_path / "other.sdf").write_text(text.replace(">  <bonds>\nperceived\n\n", ""))
-    report = run(
-        [tmp_path / "own.sdf", tmp_path / "other.sdf"], None, None, None, EVERYTHING_FAST, HERE
-    )
+    report = run([tmp_path / "own.sdf", tmp_path / "other.sdf"])
     own, other = report.samples
-    assert own.rates["carried_validity"] is None
+    assert own.rates["given_bonds_validity"] is None
     # All are neutral, so by their bonds they are as stable as by distances.
-    assert other.rates["carried_molecule_stability"] == other.rates["molecule_stability"]
-    assert other.rates["carried_validity"] == other.rates["validity"]
-    labels = [section.title for section in report.sections()]
-    assert "rates by the bonds in the file, %" in labels
+    assert other.rates["given_bonds_molecule_stability"] == other.rates["molecule_stability"]
+    assert other.rates["given_bonds_validity"] == other.rates["validity"]
+    titles = [section.title for section in report_of(report).sections]
+    assert "rates with given bonds, %" in titles
     with MoleculeWriter(tmp_path / "a.h5", source="bonds") as writer:
         writer.append(perceive(some))
-    given = replace(EVERYTHING_FAST, settings=Settings(bonds="given"))
-    found = run([tmp_path / "a.h5"], None, tmp_path / "a.h5", None, given, HERE)
+    given = replace(EVERYTHING_FAST, checks=CheckSettings(bonds="given"))
+    found = run([tmp_path / "a.h5"], train=tmp_path / "a.h5", options=given)
     assert found.samples[0].rates["novelty"].count == 0
-    assert any("those of the files are given in the file" in note for note in found.notes)
+    assert any("those of the samples are given in the file" in note for note in found.notes)
 
 
-def test_each_record_says_whose_bonds_it_carries(tmp_path, molecules):
+def test_each_record_declares_its_bonds(tmp_path, molecules):
     """Records of both kinds in one file: those with bonds of their own are judged by them."""
     with MoleculeTextWriter(tmp_path / "a.sdf", {}) as writer:
         writer.append(molecules.select(np.arange(40)))
@@ -431,19 +442,17 @@ def test_each_record_says_whose_bonds_it_carries(tmp_path, molecules):
     mixed = [own[k] if k % 4 == 1 else record for k, record in enumerate(records)]
     (tmp_path / "mixed.sdf").write_text("".join(f"{record}$$$$\n" for record in mixed))
     (tmp_path / "own.sdf").write_text("".join(f"{record}$$$$\n" for record in own[1::4]))
-    report = run(
-        [tmp_path / "mixed.sdf", tmp_path / "own.sdf"], None, None, None, EVERYTHING_FAST, HERE
-    )
+    report = run([tmp_path / "mixed.sdf", tmp_path / "own.sdf"])
     found, alone = report.samples
     assert found.molecules == 40
     for key in ("molecule_stability", "atom_stability", "validity", "complete"):
-        assert found.rates[f"carried_{key}"] == alone.rates[f"carried_{key}"]
-    assert found.rates["carried_validity"].total == 10
-    assert any("10 of 40 molecules carry bonds of their own" in note for note in found.notes)
+        assert found.rates[f"given_bonds_{key}"] == alone.rates[f"given_bonds_{key}"]
+    assert found.rates["given_bonds_validity"].total == 10
+    assert any("10 of 40 molecules have bonds of their own" in note for note in found.notes)
     assert not any("of their own" in note for note in alone.notes)
-    with pytest.raises(InputError, match=r"mixed.sdf: record 1 carries no bonds of its own"):
-        given = replace(EVERYTHING_FAST, settings=Settings(bonds="given"))
-        run([tmp_path / "mixed.sdf"], None, None, None, given, HERE)
+    with pytest.raises(InputError, match=r"mixed.sdf: record 1 has no bonds of its own"):
+        given = replace(EVERYTHING_FAST, checks=CheckSettings(bonds="given"))
+        run([tmp_path / "mixed.sdf"], options=given)
 
 
 def test_names_of_files_that_are_no_utf8(molecules, tmp_path, capsys):
@@ -454,10 +463,10 @@ def test_names_of_files_that_are_no_utf8(molecules, tmp_path, capsys):
         (tmp_path / "a.xyz").rename(path)
     except OSError:
         pytest.skip("the file system takes no such name")
-    report = run([path], path, path, None, RATES, HERE)
-    write_report(report, tmp_path / "out", [path], HERE)
+    report = report_of(run([path], path, path, None, RATES))
+    report.save(tmp_path / "out")
     assert "caf\ufffd.xyz" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    json.dumps(as_json(report), ensure_ascii=False).encode()
+    json.dumps(report.to_dict(), ensure_ascii=False).encode()
     for table in tables(report, Console(width=200)):
         Console().print(table)
     assert "caf\ufffd.xyz" in capsys.readouterr().out
@@ -475,17 +484,16 @@ def test_coordinates_that_are_out_of_this_world(tmp_path):
     far = replace(far, positions=far.positions * np.float32(5e37))
     with MoleculeWriter(tmp_path / "far.h5", source="far") as writer:
         writer.append(far)
-    given = replace(EVERYTHING_FAST, settings=Settings(bonds="given"))
+    given = replace(EVERYTHING_FAST, checks=CheckSettings(bonds="given"))
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         warnings.simplefilter("error", UserWarning)
         paths = [tmp_path / "far.xyz"]
-        write_report(run(paths, None, None, None, RATES, HERE), tmp_path / "a", paths, HERE)
+        report_of(run(paths, options=RATES)).save(tmp_path / "a")
         paths = [tmp_path / "far.h5"]
-        report = run(paths, paths[0], paths[0], "qm9", given, HERE)
-        write_report(report, tmp_path / "b", paths, HERE)
+        report_of(run(paths, paths[0], paths[0], "qm9", given)).save(tmp_path / "b")
         with pytest.raises(InputError, match="atom 3 are not finite"):
-            run([tmp_path / "beyond.xyz"], None, None, None, EVERYTHING_FAST, HERE)
+            run([tmp_path / "beyond.xyz"])
 
 
 def test_files_that_hold_nothing_are_told_from_those_that_are_none(tmp_path):
@@ -493,17 +501,17 @@ def test_files_that_hold_nothing_are_told_from_those_that_are_none(tmp_path):
         pass
     for arguments in ([tmp_path / "none.h5"], None), ([], tmp_path / "none.h5"):
         with pytest.raises(InputError, match=r"none.h5 holds no molecule$"):
-            run(*arguments, None, None, EVERYTHING_FAST, HERE)
+            run(*arguments)
     with pytest.raises(InputError, match="null is a device or a pipe; name a file"):
-        MoleculeSource(Path("/dev/null"))
+        FileSource(Path("/dev/null"))
     with pytest.raises(InputError, match="is a folder"):
-        MoleculeSource(tmp_path)
+        FileSource(tmp_path)
 
 
 def test_a_table_of_many_files_keeps_its_words(samples, sample_path):
-    report = run([samples], None, None, None, EVERYTHING_FAST, HERE)
-    report.samples = [replace(report.samples[0], name=f"{k}.sdf") for k in range(6)]
-    labels = [row.label for section in report.sections() for row in section.rows]
+    report = report_of(run([samples]))
+    report.files = [replace(report.files[0], name=f"{k}.sdf") for k in range(6)]
+    labels = [row.heading for section in report.sections for row in section.rows]
     for width, count in ((400, 1), (140, 2), (80, 6)):
         console = Console(width=width, file=io.StringIO(), legacy_windows=False)
         shown = tables(report, console)
@@ -552,13 +560,13 @@ def test_rmsd_forbids_mirrors_and_forgives_motion(rng):
 
 def test_posebusters():
     pytest.importorskip("posebusters")
-    from molgen_energy.metrics.plausibility import bust
+    from molgen_energy.metrics.checks.posebusters import run_posebusters
 
     ethane, pair = of_smiles("CC"), of_smiles("C", "C", shift=20)
     squeezed = replace(of_smiles("CCCCC"), positions=of_smiles("CCCCC").positions * 0.7)
     crowd = Molecule(np.zeros((20, 3), "f4"), np.full(20, 6, "u1"))
     made = perceive(Molecules.from_list([ethane, pair, squeezed, crowd]))
-    good, two, small, many = bust(numbered(made))
+    good, two, small, many = run_posebusters(numbered(made))
     assert good == []
     assert "all_atoms_connected" in two
     assert small
@@ -568,7 +576,7 @@ def test_posebusters():
 def test_xtb():
     pytest.importorskip("tblite")
     pytest.importorskip("ase")
-    from molgen_energy.metrics.relaxation import relax_xtb
+    from molgen_energy.metrics.checks.strain import relax_xtb
 
     water = of_smiles("O")
     stretched = replace(water, positions=water.positions * 1.1)
@@ -580,11 +588,11 @@ def test_xtb():
 
 def test_fcd_against_the_package(molecules):
     fcd = pytest.importorskip("fcd")
-    from molgen_energy.metrics.fcd import ChemNet
+    from molgen_energy.metrics.distances.fcd import ChemNet
 
     names = [
         Chem.MolToSmiles(Chem.MolFromSmiles(name))
-        for name in judge_piece(numbered(molecules.select(np.arange(50))), Settings()).names
+        for name in check_chunk(numbered(molecules.select(np.arange(50))), CheckSettings()).smiles
         if name
     ]
     first, second = names[:24], names[24:]
@@ -601,14 +609,14 @@ def test_fcd_against_the_package(molecules):
 
 
 def test_metrics_that_are_not_installed_say_how_to_get_them(samples, monkeypatch):
-    monkeypatch.setattr("molgen_energy.metrics.evaluation.lacking", lambda m: m in EXTRA)
-    monkeypatch.setattr("molgen_energy.metrics.report.lacking", lambda m: m in EXTRA)
+    monkeypatch.setattr("molgen_energy.metrics.options.is_missing", lambda m: m in EXTRA)
+    monkeypatch.setattr("molgen_energy.metrics.report.molecules.is_missing", lambda m: m in EXTRA)
     options = replace(EVERYTHING_FAST, metrics=frozenset({"rates", *EXTRA}))
-    report = run([samples], None, None, None, options, HERE)
-    hints = {row.key: report.hint(row) for section in report.sections() for row in section.rows}
+    report = report_of(run([samples], options=options))
+    hints = {row.key: row.hint for section in report.sections for row in section.rows}
     for metric, key in (("fcd", "fcd"), ("posebusters", "posebusters"), ("xtb", "xtb_energy")):
         assert hints[key] == f"pip install 'molgen-energy[{metric}]'"
-    assert as_json(report)["files"][0]["metrics"]["fcd"] is None
+    assert report.to_dict()["files"][0]["metrics"]["fcd"] is None
 
 
 EXTRA = ("fcd", "posebusters", "xtb")
@@ -645,9 +653,10 @@ class Outside(html.parser.HTMLParser):
 
 
 def test_the_page_stands_alone(samples, tmp_path):
-    report = run([samples], None, None, None, EVERYTHING_FAST, HERE)
-    report.samples[0].provenance["note"] = "<script>alert(1)</script>"
-    page = write_report(report, tmp_path / "out", [samples], HERE)
+    results = run([samples])
+    report = report_of(results)
+    report.files[0].provenance["note"] = "<script>alert(1)</script>"
+    page = report.save(tmp_path / "out")
     text = page.read_text(encoding="utf-8")
     outside = Outside()
     outside.feed(text)
@@ -657,8 +666,8 @@ def test_the_page_stands_alone(samples, tmp_path):
     assert "<script>alert" not in text
     assert "a <b> $x$.sdf" not in text  # names are escaped
     assert "a &lt;b&gt; $x$.sdf" in text
-    found = report.samples[0].findings
-    shown = len(list(found.shown_good)) + len(found.bad_specimens())
+    found = results.samples[0].accumulator
+    shown = len(list(found.gallery_passing)) + len(found.gallery_failing())
     assert outside.count["canvas"] == shown == 24
     assert outside.count["svg"] >= 24 + shown - 2  # panels and drawings
     ids = re.findall(r'\sid="([^"]+)"', text)
@@ -668,8 +677,8 @@ def test_the_page_stands_alone(samples, tmp_path):
     models = json.loads(re.search(r'id="models">(.*?)</script>', text, re.DOTALL)[1])
     assert len(models) == shown
     for model in models:
-        assert len(model["p"]) == len(model["e"])
-        assert all(0 <= i < len(model["e"]) for i in model["w"])
+        assert len(model["positions"]) == len(model["elements"])
+        assert all(0 <= i < len(model["elements"]) for i in model["unstable"])
     for word in ("layers: 3", "SHA-256", "RDKit", "molecule stability", "farthest from the data"):
         assert word in text
     names = {p.name for p in page.parent.iterdir()}
@@ -685,20 +694,22 @@ def test_the_page_stands_alone(samples, tmp_path):
     assert stored["files"][0]["metrics"]["mmd_angle"]["interval"] is not None
 
 
-def test_stability_that_hides_something_is_told(samples, molecules):
-    report = run([samples], None, None, None, EVERYTHING_FAST, HERE)
-    (found,) = report.samples
-    found.notes.clear()
-    report.judge()
-    assert not any("far from them" in note for note in found.notes)  # 59 molecules prove nothing
+def test_a_note_on_stable_samples_far_from_the_data(samples, molecules):
+    results = run([samples])
+    (found,) = results.samples
+    # 59 molecules prove nothing.
+    assert not any("far from them" in note for note in report_of(results).warnings())
     found.molecules = 3000
-    found.rates["molecule_stability"] = report.reference.row.rates["molecule_stability"]
-    report.judge()
-    assert any("far from them in bond lengths, MMD" in note for note in found.notes)
+    found.rates["molecule_stability"] = results.reference.evaluation.rates["molecule_stability"]
+    notes = report_of(results).files[0].notes
+    assert any("far from them in bond lengths, MMD" in note for note in notes)
 
 
 def test_figures_as_text():
-    assert figure_text(None) == "n/a"
-    assert figure_text(Measure(None, note="none to relax")) == "n/a (none to relax)"
-    assert figure_text(Measure(0.12345, (0.1, 0.2)), "Å") == "0.123 [0.1, 0.2]"
-    assert figure_text(Measure(2.0)) == "2"
+    assert metric_text(None) == "n/a"
+    assert metric_text(Estimate(None, note="none to relax")) == "n/a (none to relax)"
+    assert metric_text(Estimate(0.12345, (0.1, 0.2))) == "0.123 [0.1, 0.2]"
+    assert metric_text(Estimate(2.0)) == "2"
+    assert metric_text(Rate(1, 4)) == "25.0 [4.6, 69.9]"
+    assert metric_text(Mean(1.23456, 0.0123, 9)) == "1.235 ± 0.012"
+    assert metric_text(Mean(1.5, math.nan, 1)) == "1.5"

@@ -18,21 +18,25 @@ from molgen_energy.chemistry.bonds import (
     stable_charged_atoms,
     valences,
 )
-from molgen_energy.chemistry.rdkit import build, judge, kekulised
+from molgen_energy.chemistry.rdkit import build, from_rdkit, kekulised, sanitize
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
-from molgen_energy.metrics.evaluation import (
+from molgen_energy.metrics.checks.chunk import CheckSettings, check_chunk
+from molgen_energy.metrics.molecule_evaluation import (
+    evaluate_source,
+    hash_smiles,
+    is_over_regular,
+)
+from molgen_energy.metrics.options import (
     METRIC_GROUPS,
-    Options,
-    evaluate,
-    hashes_of,
-    over_regular,
+    EvaluationOptions,
+    make_options,
     parse_metrics,
 )
-from molgen_energy.metrics.judging import Settings, judge_piece
-from molgen_energy.metrics.rates import Clusters, Rate, median_interval
-from molgen_energy.metrics.reference import MoleculeSource, qm9_training_names
+from molgen_energy.metrics.reference import bundled_training_hashes
+from molgen_energy.metrics.sources import FileSource
+from molgen_energy.metrics.statistics import Clusters, Rate, median_interval
 from molgen_energy.workers import WorkerPool
 
 # The lengths in pm that matter for QM9, from the tables that EDM uses, by hand.
@@ -43,25 +47,25 @@ LENGTHS = {
     ("O", "O"): (148, 121), ("F", "O"): (142,), ("F", "F"): (142,),
 }  # fmt: skip
 
-RATES_ONLY = Options(frozenset({"rates"}), Settings(codes={}))
+RATES_ONLY = EvaluationOptions(frozenset({"rates"}), CheckSettings(type_codes={}))
 HERE = WorkerPool(0)
 
 
-class ShardFolder:
-    """A source of molecules for tests."""
+class ListSource:
+    """A source of molecules in memory."""
 
     def __init__(self, *parts: Molecules) -> None:
         self._parts = parts
 
-    def pieces(self):
+    def chunks(self):
         first = 1
         for part in self._parts:
             yield MoleculeChunk(np.arange(first, first + len(part)), part)
             first += len(part)
 
 
-def rates_of(*parts: Molecules, known=None, options=RATES_ONLY):
-    return evaluate("x", ShardFolder(*parts), options, known, HERE)
+def rates_of(*parts: Molecules, training=None, options=RATES_ONLY):
+    return evaluate_source("x", ListSource(*parts), options, training, HERE)
 
 
 def naive_order(a: str, b: str, distance: float) -> int:
@@ -131,8 +135,8 @@ def test_every_rate_by_hand():
     radical = Molecule(ethane.positions[:-1], ethane.atomic_numbers[:-1])
     two = of_smiles("CCO", "O", shift=20)
     these = [ethane, ethane, of_smiles("CCO"), two, crowd, radical]
-    known = hashes_of(["[H]OC([H])([H])C([H])([H])[H]"])
-    found = rates_of(Molecules.from_list(these), known=known)
+    training = hash_smiles(["[H]OC([H])([H])C([H])([H])[H]"])
+    found = rates_of(Molecules.from_list(these), training=training)
     expected = {
         "molecule_stability": (4, 6),
         # all but the crowd's six and the radical's one carbon
@@ -151,38 +155,38 @@ def test_every_rate_by_hand():
     assert found_rates == expected
     assert [w.record for w in found.worst] == [5, 6]
     assert found.worst[0].what == "6 of 6 atoms unstable"
-    assert found.findings.reasons == {"C with valence 15": 1}
-    assert found.findings.examples == {"C with valence 15": 5}
-    assert found.findings.faults == {("C", 15): 6, ("C", 3): 1}
+    assert found.accumulator.invalid_reasons == {"C with valence 15": 1}
+    assert found.accumulator.first_records == {"C with valence 15": 5}
+    assert found.accumulator.unstable_valences == {("C", 15): 6, ("C", 3): 1}
 
 
 def test_nothing_valid_is_no_division_by_zero():
     crowd = Molecule(np.zeros((6, 3), "f4"), np.full(6, 6, "u1"))
-    rates = rates_of(Molecules.from_list([crowd]), known=hashes_of([])).rates
+    rates = rates_of(Molecules.from_list([crowd]), training=hash_smiles([])).rates
     assert rates["uniqueness"].value is None
     assert rates["novelty"].interval is None
 
 
-def test_judge_agrees_with_rdkit_alone(molecules):
+def test_sanitize_agrees_with_rdkit_alone(molecules):
     for molecule in perceive(molecules.select(np.arange(0, 2000, 50))):
-        verdict = judge(molecule, whole=True)
+        checked = sanitize(molecule, whole_smiles=True)
         plain = build(molecule)
-        assert verdict.valid == (Chem.SanitizeMol(plain, catchErrors=True) == 0)
-        assert verdict.fragments == len(Chem.GetMolFrags(plain))
-        if verdict.valid and verdict.fragments == 1:
-            assert verdict.smiles == Chem.MolToSmiles(plain)
-            again = Chem.MolFromSmiles(verdict.smiles)
+        assert checked.valid == (Chem.SanitizeMol(plain, catchErrors=True) == 0)
+        assert checked.fragments == len(Chem.GetMolFrags(plain))
+        if checked.valid and checked.fragments == 1:
+            assert checked.smiles == Chem.MolToSmiles(plain)
+            again = Chem.MolFromSmiles(checked.smiles)
             assert again.GetNumAtoms() <= len(molecule)
-            assert verdict.whole == Chem.MolToSmiles(again, isomericSmiles=False)
+            assert checked.whole_smiles == Chem.MolToSmiles(again, isomericSmiles=False)
 
 
-def test_a_crowd_of_atoms_is_judged_at_once():
+def test_an_overbonded_molecule_is_checked_at_once():
     """RDKit takes minutes over the rings of sixty atoms that are all bonded."""
     crowd = perceive(
         Molecules.from_list([Molecule(np.zeros((500, 3), "f4"), np.full(500, 6, "u1"))])
     )
     assert len(crowd.bonds.order) == 500 * 499 // 2
-    assert judge(crowd[0]).reason == "an atom has more than 12 bonds"
+    assert sanitize(crowd[0]).reason == "an atom has more than 12 bonds"
 
 
 # Known bugs of the field, each with the molecule that shows it.
@@ -208,8 +212,9 @@ def embedded(smiles: str, aromatic: bool = False) -> Molecule:
 
 
 def unstable(*these: Molecule, valence: str = "strict") -> list[int]:
-    piece = MoleculeChunk(np.arange(len(these)) + 1, Molecules.from_list(these))
-    return judge_piece(piece, Settings(valence=valence, codes={})).carried.unstable_atoms.tolist()
+    chunk = MoleculeChunk(np.arange(len(these)) + 1, Molecules.from_list(these))
+    checks = check_chunk(chunk, CheckSettings(valence=valence, type_codes={}))
+    return checks.given_bonds.unstable_atoms.tolist()
 
 
 @pytest.mark.parametrize(
@@ -290,7 +295,7 @@ def test_the_molecule_is_sanitised_before_its_fragment_is_chosen():
     assert (found["validity"].count, found["connected"].count) == (1, 1)
 
 
-def test_hydrogens_that_are_not_there_are_told():
+def test_missing_hydrogens_are_counted():
     """RDKit accepts carbon alone as methane; it is counted as valid, and as such."""
     carbon = Molecule(np.zeros((1, 3), "f4"), np.array([6], "u1"))
     found = rates_of(Molecules.from_list([carbon])).rates
@@ -298,13 +303,13 @@ def test_hydrogens_that_are_not_there_are_told():
     assert found["molecule_stability"].count == found["good"].count == 0
 
 
-def test_rates_do_not_depend_on_pieces_or_padding(molecules):
-    """A small molecule beside a large one is judged as it is alone."""
-    known = hashes_of(["CC"])
-    whole = rates_of(molecules, known=known)
-    parts = rates_of(*(molecules.select(np.arange(k, 2000, 7)) for k in range(7)), known=known)
-    assert whole.rates == parts.rates
-    atoms = whole.findings.counts.unstable_atoms.total
+def test_rates_do_not_depend_on_chunks_or_padding(molecules):
+    """A small molecule beside a large one is checked as it is alone."""
+    training = hash_smiles(["CC"])
+    whole = rates_of(molecules, training=training)
+    parts = [molecules.select(np.arange(k, 2000, 7)) for k in range(7)]
+    assert whole.rates == rates_of(*parts, training=training).rates
+    atoms = whole.accumulator.counts.unstable_atoms.total
     assert atoms == len(molecules.atomic_numbers) < 2000 * molecules.sizes.max()
 
 
@@ -317,13 +322,13 @@ def test_an_element_without_valence_is_named():
     assert (found.molecules, found.skipped) == (2, 1)
 
 
-def test_given_bonds_must_be_there(molecules):
-    given = Options(frozenset({"rates"}), Settings(bonds="given", codes={}))
-    with pytest.raises(InputError, match="carries no bonds"):
+def test_given_bonds_are_required(molecules):
+    given = EvaluationOptions(frozenset({"rates"}), CheckSettings(bonds="given", type_codes={}))
+    with pytest.raises(InputError, match="has no bonds of its own"):
         rates_of(molecules, options=given)
 
 
-def test_given_bonds_are_what_is_judged():
+def test_given_bonds_are_checked():
     """Ethane whose file says that its carbons are not bonded is two fragments then."""
     bonded = perceive(Molecules.from_list([of_smiles("CC")]))
     cut = bonded.bonds.index[(bonded.bonds.index > 1).any(axis=1)]
@@ -337,9 +342,9 @@ def test_given_bonds_are_what_is_judged():
     both = Molecules.from_list([one])
     seen = rates_of(both).rates
     assert (seen["molecule_stability"].count, seen["connected"].count) == (1, 1)
-    assert seen["carried_molecule_stability"].count == seen["carried_complete"].count == 0
-    assert seen["carried_atom_stability"].count == 6
-    given = Options(frozenset({"rates"}), Settings(bonds="given", codes={}))
+    assert seen["given_bonds_molecule_stability"].count == seen["given_bonds_complete"].count == 0
+    assert seen["given_bonds_atom_stability"].count == 6
+    given = EvaluationOptions(frozenset({"rates"}), CheckSettings(bonds="given", type_codes={}))
     found = rates_of(both, options=given)
     assert found.rates["connected"].count == 0
     assert found.rates["molecule_stability"].count == 1  # EDM's, always perceived
@@ -351,11 +356,11 @@ def test_given_bonds_are_what_is_judged():
 
 def test_single_bonds_only_as_edm_does_on_geom():
     """Ethene is unstable, and valid only since RDKit adds hydrogens: the order is forgotten."""
-    single = Options(frozenset({"rates"}), Settings(bonds="single", codes={}))
+    single = EvaluationOptions(frozenset({"rates"}), CheckSettings(bonds="single", type_codes={}))
     found = rates_of(Molecules.from_list([of_smiles("C=C")]), options=single)
     assert found.rates["molecule_stability"].count == 1  # with the orders, as EDM
     assert found.rates["hydrogens_assumed"].count == 1
-    assert found.findings.names.hashes.tolist() == hashes_of(["[H]C([H])C([H])[H]"]).tolist()
+    assert found.accumulator.smiles.hashes.tolist() == hash_smiles(["[H]C([H])C([H])[H]"]).tolist()
 
 
 @pytest.mark.parametrize(("count", "total"), [(0, 10), (10, 10), (3, 7), (9520, 10000)])
@@ -381,8 +386,7 @@ def test_atom_stability_is_as_sure_as_molecules_are_many(molecules, rng, noise, 
     for part in np.array_split(np.arange(2000), 7):
         sums.add(marked[part], noisy.sizes[part])
     rate = sums.unmarked()
-    atoms = len(noisy.molecule_index)
-    assert (rate.count, rate.total) == (int((noisy.sizes - marked).sum()), atoms)
+    assert (rate.count, rate.total) == (int((noisy.sizes - marked).sum()), len(noisy.molecule_index))
     assert rate == rates_of(noisy).rates["atom_stability"]
     low, high = bootstrap(marked, noisy.sizes, rng)
     ours = rate.interval
@@ -440,34 +444,34 @@ def test_over_regular(molecules):
     data = rates_of(molecules)
     better = rates_of(molecules)
     rate = data.rates["molecule_stability"]
-    assert not over_regular(better, rate)
+    assert not is_over_regular(better, rate)
     better.rates["molecule_stability"] = Rate(2000, 2000)
-    assert over_regular(better, rate)
+    assert is_over_regular(better, rate)
 
 
-def test_bundled_training_names(sample_path):
-    known = qm9_training_names()
-    assert known is not None
-    assert 90_000 < len(known) < 100_000
+def test_bundled_training_smiles(sample_path):
+    training = bundled_training_hashes()
+    assert training is not None
+    assert 90_000 < len(training) < 100_000
     novelty = {
-        split: evaluate(split, MoleculeSource(sample_path, split), RATES_ONLY, known, HERE).rates[
-            "novelty"
-        ]
+        split: evaluate_source(
+            split, FileSource(sample_path, split), RATES_ONLY, training, HERE
+        ).rates["novelty"]
         for split in ("train", "test")
     }
     assert novelty["train"].value == 0
     assert novelty["test"].value > 0.98
 
 
-def test_bundled_names_of_another_rdkit(monkeypatch):
+def test_bundled_smiles_of_another_rdkit(monkeypatch):
     """Another version is believed only if it names the sample as the list does."""
     monkeypatch.setattr("rdkit.rdBase.rdkitVersion", "1999.01.1")
-    assert qm9_training_names() is not None
+    assert bundled_training_hashes() is not None
     monkeypatch.setattr(
-        "molgen_energy.metrics.reference.hashes_of_names",
-        lambda *arguments: hashes_of(["named otherwise"]),
+        "molgen_energy.metrics.reference.collect_smiles_hashes",
+        lambda *arguments: hash_smiles(["named otherwise"]),
     )
-    assert qm9_training_names() is None
+    assert bundled_training_hashes() is None
 
 
 def test_names_of_metrics():
@@ -492,3 +496,34 @@ def test_dense_orders_of_the_tests(molecules):
     orders = dense_orders(*some.padded())
     for k, molecule in enumerate(perceive(some)):
         assert orders[k].sum() == 2 * molecule.bond_order.sum()
+
+
+def test_molecules_of_rdkit(molecules):
+    """What `build` writes, `from_rdkit` reads."""
+    for molecule in perceive(molecules.select(np.arange(0, 2000, 100))):
+        charged = replace(molecule, formal_charges=np.ones(len(molecule), "i1"))
+        back = from_rdkit(build(charged, positions=True))
+        for name, value in vars(charged).items():
+            np.testing.assert_array_equal(getattr(back, name), value)
+
+
+@pytest.mark.parametrize(
+    ("smiles", "message"),
+    [("", "no atoms"), ("C*", "atom 2 is not a chemical element"), ("CC", "no conformer")],
+)
+def test_molecules_of_rdkit_that_cannot_be_used(smiles, message):
+    with pytest.raises(InputError, match=message):
+        from_rdkit(Chem.MolFromSmiles(smiles))
+
+
+def test_bonds_of_rdkit_that_cannot_be_used():
+    molecule = Chem.MolFromSmiles("N->[Fe]")
+    molecule.AddConformer(Chem.Conformer(2))
+    with pytest.raises(InputError, match="bond of atoms 1 and 2 has no order"):
+        from_rdkit(molecule)
+
+
+def test_names_of_options():
+    assert make_options(["fcd"], bonds="single").metrics == {"rates", "fcd"}
+    with pytest.raises(InputError, match="unknown choice of --valence 'lax'"):
+        make_options(valence="lax")

@@ -27,7 +27,7 @@ from molgen_energy.systems.spins.ground_states import (
     ground_states,
 )
 from molgen_energy.systems.spins.lattices import Lattices, check_size, fix_gauge
-from molgen_energy.systems.spins.metrics import descend, judge
+from molgen_energy.systems.spins.metrics import descend, score_predictions
 
 pytest.importorskip("pymatching")
 pytest.importorskip("highspy")
@@ -378,7 +378,7 @@ def test_scale_of_couplings(scale):
         expected = ground_states(lattices)
         scaled = Lattices.checked(lattices.right * scale, lattices.down * scale, periodic)
         assert np.array_equal(ground_states(scaled), expected)
-        scores = judge(scaled.with_spins(expected), expected)
+        scores = score_predictions(scaled.with_spins(expected), expected)
         assert scores.prediction.exact.all()
 
 
@@ -617,7 +617,7 @@ def test_descent(periodic, kind, rng, monkeypatch):
     assert ((several * lattices.fields(several)) >= -1e-9).all()
     assert np.array_equal(descend(lattices, start[:, 1]), several[:, 1])
     assert np.array_equal(descend(lattices, -start), -several)
-    monkeypatch.setattr("molgen_energy.systems.spins.metrics._AT_ONCE", 64)  # 4 of 6 at a time
+    monkeypatch.setattr("molgen_energy.systems.spins.metrics._SITES_AT_ONCE", 64)  # 4 of 6 at a time
     assert np.array_equal(descend(lattices, start), several)
 
 
@@ -641,7 +641,7 @@ def test_judge(solved, rng):
     """Against loops."""
     predictions = solved.spins * np.where(rng.random((30, 4, 4)) < 0.1, -1, 1).astype(np.int8)
     predictions[:10] = -solved.spins[:10]
-    scores = judge(solved, predictions, seed=3, starts=4)
+    scores = score_predictions(solved, predictions, seed=3, starts=4)
     starts = 2 * np.random.default_rng(3).integers(0, 2, (30, 4, 4, 4), dtype=np.int8) - 1
     for k in range(30):
         lowest = naive_energy(solved, k, solved.spins[k])
@@ -681,10 +681,10 @@ def test_judge(solved, rng):
 def test_judge_does_not_see_flips(solved, rng):
     predictions = random_spins(rng, 30, 4, 4)
     signs = random_spins(rng, 30, 1, 1)
-    one = judge(solved, predictions)
+    one = score_predictions(solved, predictions)
     for other in (
-        judge(solved, predictions * signs),
-        judge(solved.with_spins(solved.spins * signs), predictions),
+        score_predictions(solved, predictions * signs),
+        score_predictions(solved.with_spins(solved.spins * signs), predictions),
     ):
         assert np.array_equal(one.overlap, other.overlap)
         for name in ("prediction", "from_random", "from_prediction"):
@@ -694,12 +694,12 @@ def test_judge_does_not_see_flips(solved, rng):
 def test_judge_of_a_part(solved, rng):
     """Random starts of the first lattices do not depend on how many follow."""
     predictions = random_spins(rng, 30, 4, 4)
-    whole = judge(solved, predictions, starts=2)
-    part = judge(solved.select(slice(7)), predictions[:7], starts=2)
+    whole = score_predictions(solved, predictions, starts=2)
+    part = score_predictions(solved.select(slice(7)), predictions[:7], starts=2)
     assert np.array_equal(part.from_random.excess, whole.from_random.excess[:7])
-    other = judge(solved, predictions, seed=1, starts=2)
+    other = score_predictions(solved, predictions, seed=1, starts=2)
     assert not np.array_equal(other.from_random.excess, whole.from_random.excess)
-    none = judge(solved.select([]), predictions[:0])
+    none = score_predictions(solved.select([]), predictions[:0])
     assert math.isnan(none.prediction.mean.value)
     assert none.prediction.rate.value is None
 
@@ -710,10 +710,10 @@ def test_judge_of_wrong_files(solved, rng):
     wrong[4, 2, 2] *= -1
     match = r"^file\.h5: the spins of record 5 are not a ground state.*lower by .*solve"
     with pytest.raises(InputError, match=match):
-        judge(solved.with_spins(wrong), solved.spins, origin="file.h5")
+        score_predictions(solved.with_spins(wrong), solved.spins, origin="file.h5")
     with pytest.raises(InputError, match=match):  # descent finds it, where the prediction does not
-        judge(solved.with_spins(wrong), wrong, origin="file.h5")
+        score_predictions(solved.with_spins(wrong), wrong, origin="file.h5")
     with pytest.raises(ValueError, match="prediction for each"):
-        judge(solved, solved.spins[:2])
+        score_predictions(solved, solved.spins[:2])
     with pytest.raises(ValueError, match="1 or -1"):
-        judge(solved, solved.spins * 0)
+        score_predictions(solved, solved.spins * 0)

@@ -33,8 +33,14 @@ from molgen_energy.data.datasets.base import Dataset, option
 from molgen_energy.data.shards import ShardFolder
 from molgen_energy.errors import InputError
 from molgen_energy.losses import SPIN_LOSSES, SPRINGS, SpringFamily
-from molgen_energy.metrics.rates import Mean
-from molgen_energy.metrics.scores import Row, Scores, as_json
+from molgen_energy.metrics.report.model import (
+    EvaluatedFile,
+    Report,
+    ReportColumn,
+    ReportRow,
+    ReportSection,
+)
+from molgen_energy.metrics.statistics import Mean
 from molgen_energy.progress import no_progress
 from molgen_energy.systems import datasets, evaluators
 from molgen_energy.systems.base import SamplingResult, System
@@ -94,7 +100,8 @@ def test_every_system_is_whole(name):
     assert any(load_config(shipped).system == name for shipped in config_names())
     options = inspect.signature(sample.command).parameters
     assert set(system.sampling) <= set(options)
-    assert (name in evaluators.EVALUATORS) == (name in datasets.DATASETS) == (name != "molecules")
+    assert name in evaluators.EVALUATORS
+    assert (name in datasets.DATASETS) == (name != "molecules")
 
 
 # -- polygons ----------------------------------------------------------------------------------
@@ -174,11 +181,11 @@ def test_the_claim(tmp_path):
             load_checkpoint(run, weights=["ema"]), CPU, {"count": 500, "seed": 1, "batch_size": 64}
         )
         generator.write(tmp_path / f"{name}.h5", Silent())
-        scores = evaluate_shapes(tmp_path / f"{name}.h5")
-        found[name] = scores.row("quality").cells[0].value
-        error = scores.row("radius_error").cells[0].value
+        (evaluated,) = evaluate_shapes([tmp_path / f"{name}.h5"]).files
+        found[name] = evaluated.metrics["quality"].value
+        error = evaluated.metrics["radius_error"].value
         assert (error > 0.5) == (name == "mse")
-        assert any("collapsed" in note for note in scores.notes) == (name == "mse")
+        assert any("collapsed" in note for note in evaluated.notes) == (name == "mse")
     assert found["energy"] > found["mse"] + 2
     assert found["sparse"] > found["mse"] + 2
     assert found["kabsch"] > found["mse"] + 2
@@ -323,8 +330,9 @@ def test_spins_by_command(inside, tmp_path, glasses):
     assert set(np.unique(predicted.prediction)) <= {-1, 1}
     assert (predicted.prediction[:, 0, 0] == 1).all()
     shown = inside("evaluate", "spins_predicted.h5", "--report", "out")
-    for words in ("energy above ground", "overlap", "descent", "40 lattices"):
+    for words in ("energy above ground", "overlap", "descent"):
         assert words in shown.stdout
+    assert re.search(r"lattices +│ +40 │", shown.stdout)
     assert (tmp_path / "out" / "domains.png").stat().st_size > 1000
     found = json.loads(inside("evaluate", "spins_predicted.h5", "--json").stdout)["files"][0]
     excess = test.energies(predicted.prediction) - test.energies()
@@ -346,7 +354,7 @@ def test_spins_by_command(inside, tmp_path, glasses):
     inside("preprocess", "spins", "--couplings", "mine.npz", "-o", "solved.h5", "--workers", "0")
     solved = read_spins(tmp_path / "solved.h5")
     inside("sample", "--checkpoint", "run", "--data", "solved.h5", "-o", "whole.h5")
-    assert "5 lattices" in inside("evaluate", "whole.h5").stdout
+    assert re.search(r"lattices +│ +5 │", inside("evaluate", "whole.h5").stdout)
     np.testing.assert_allclose(solved.file.columns["energy"], test.energies()[:5])
 
 
@@ -496,7 +504,7 @@ def test_files_of_another_system(inside, tmp_path, glasses, sample_path):
             ("train", "--config", "spins_margin", "--springs", "constant"),
             "--springs goes with --lo",
         ),
-        (("evaluate", spins, shapes), "judge them apart"),
+        (("evaluate", spins, shapes), "evaluate them separately"),
         (("evaluate", shapes, "--metrics", "all"), "--metrics is for molecules"),
         (("preprocess", "--seed", "1", "spins"), "write `preprocess spins` first"),
     ):
@@ -547,7 +555,7 @@ def test_predictions_better_than_the_ground_state_are_refused(tmp_path, glasses)
     }  # fmt: skip
     write_arrays(tmp_path / "b.h5", "spins", "wrong", columns, {"boundary": "open"})
     with pytest.raises(InputError, match=r"record 1 are not a ground state"):
-        evaluators.EVALUATORS["spins"](tmp_path / "b.h5")
+        evaluators.EVALUATORS["spins"].evaluate([tmp_path / "b.h5"])
 
 
 def test_spoilt_files_of_spins(tmp_path, glasses):
@@ -640,7 +648,7 @@ def test_figures_without_a_number_are_json(tmp_path):
     Polygons(count=3, vertices=4).write(data, no_progress)
     with h5py.File(data, "a") as file:
         file["positions"][:] = 0
-    found = json.loads(json.dumps(as_json([evaluate_shapes(data)]), allow_nan=False))
+    found = json.loads(json.dumps(evaluate_shapes([data]).to_dict(), allow_nan=False))
     assert found["files"][0]["metrics"]["quality"]["4-gons"]["value"] is None
 
 
@@ -777,19 +785,23 @@ class ChainSystem(System):
         return f"perceptron, {parameters} parameters"
 
 
-def judge_chains(path: Path) -> Scores:
-    file = ArrayFile(path, "chains", CHAIN_COLUMNS)
-    steps = np.linalg.norm(np.diff(file.columns["positions"], axis=1), axis=-1)
-    error = np.abs(steps.mean(axis=1) / file.columns["length"] - 1)
-    row = Row("error", "error of the distance", "relative", [Mean.of(error)])
-    return Scores(path.name, "chains", "chains", len(file), ("chains",), [row])
+def evaluate_chains(files: list[Path]) -> Report:
+    evaluated = []
+    for path in files:
+        file = ArrayFile(path, "chains", CHAIN_COLUMNS)
+        steps = np.linalg.norm(np.diff(file.columns["positions"], axis=1), axis=-1)
+        error = np.abs(steps.mean(axis=1) / file.columns["length"] - 1)
+        column = ReportColumn({"error": Mean.of(error)})
+        evaluated.append(EvaluatedFile(path.name, len(file), [column]))
+    row = ReportRow("error", "error of the distance", "relative")
+    return Report("chains", "chains", evaluated, [ReportSection("", [row])])
 
 
 def test_a_system_of_ones_own(tmp_path, monkeypatch):
     """The classes above, three registry rows and a YAML run through all four commands."""
     monkeypatch.setitem(datasets.DATASETS, "chains", Chains)
     monkeypatch.setitem(SYSTEMS, "chains", ChainSystem())
-    monkeypatch.setitem(evaluators.EVALUATORS, "chains", judge_chains)
+    monkeypatch.setitem(evaluators.EVALUATORS, "chains", evaluators.Evaluator(evaluate_chains))
     monkeypatch.chdir(tmp_path)
     handler = signal.getsignal(signal.SIGTERM)
     Path("chains.yaml").write_text(
@@ -808,7 +820,7 @@ def test_a_system_of_ones_own(tmp_path, monkeypatch):
     call("train", "--resume", "run", "--steps", "310")
     call("sample", "--checkpoint", "run")
     found = json.loads(runner.invoke(app, ["evaluate", "chains_predicted.h5", "--json"]).stdout)
-    assert found["files"][0]["metrics"]["error"]["chains"]["value"] < 0.1
+    assert found["files"][0]["metrics"]["error"]["value"] < 0.1
     refused = runner.invoke(app, ["train", "--data", "chains.h5"])
     assert refused.exit_code == 2
     signal.signal(signal.SIGTERM, handler)

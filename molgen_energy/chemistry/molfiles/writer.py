@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.fields import BONDS, data_fields, units_field
 from molgen_energy.chemistry.molfiles import sdf, xyz
-from molgen_energy.chemistry.rdkit import CROWD, judge, most_neighbours
+from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS, max_neighbours, sanitize
 from molgen_energy.data.molecules import Molecule, Molecules
 from molgen_energy.output import atomic_replace
 
@@ -86,9 +86,9 @@ def _sdf_record(molecule: Molecule, fields: dict[str, str], bonds: str) -> str:
         molecule = _at_origin(molecule)
         if bonds == "perceived":
             molecule = _without_bonds(molecule)
-    sanitized = judge(molecule)
+    sanitized = sanitize(molecule)
     status = sanitized.reason or "valid" if finite else "coordinates are not finite"
-    if most_neighbours(molecule) > CROWD:
+    if max_neighbours(molecule) > MAX_NEIGHBOURS:
         molecule = _without_bonds(molecule)
     fields |= {BONDS: bonds, "status": status, "fragments": str(sanitized.fragments)}
     return sdf.format_record(molecule, f"molecule {fields['molecule']}", fields)

@@ -1,24 +1,42 @@
-"""How regular polygons are (section 6.1 of Kaba et al., NeurIPS 2025)."""
+"""Evaluation of polygons: how regular they are (section 6.1 of Kaba et al., NeurIPS 2025)."""
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.metrics.rates import Mean
-from molgen_energy.metrics.scores import Derived, Row, Scores, file_name
+from molgen_energy.metrics.report.model import (
+    EvaluatedFile,
+    MetricValue,
+    Report,
+    ReportBlock,
+    ReportColumn,
+    ReportRow,
+    ReportSection,
+)
+from molgen_energy.metrics.report.pictures import picture_block
+from molgen_energy.metrics.statistics import Estimate, Mean
+from molgen_energy.output import display_path
 from molgen_energy.systems.shapes.files import read_polygons
 
 _DRAWN = 12
+_ROWS = (
+    ReportRow("quality", "quality", "−ln of the mean irregularity"),
+    ReportRow("irregularity", "irregularity", "σ_Δangle/2π + σ_radius/r"),
+    ReportRow("angles", "σ_Δangle/2π", "spread of the angles between neighbours"),
+    ReportRow("radii", "σ_radius/r", "spread of the distances from the centre"),
+    ReportRow("radius_error", "error of the radius", "|r − r₀|/r₀ for the requested radius r₀"),
+)
 
 
 class Regularity(NamedTuple):
-    """How far polygons are from regular ones, each (M,)."""
+    """Deviations of polygons from regular ones, each (M,)."""
 
     irregularity: NDArray[np.float64]
     """σ_Δangle/2π + σ_radius/r."""
@@ -33,9 +51,9 @@ class Regularity(NamedTuple):
 def regularity(positions: NDArray[Any]) -> Regularity:
     """Standard deviations of the angles between neighbours and of the distances from the centre.
 
-    Centre and mean radius r are those of the polygon itself, so neither where it lies nor how it is
-    turned or mirrored matters. Angles are taken from a vertex to the next, in the sense in which
-    most of the polygon goes round, from 0 to 2π.
+    Centre and mean radius r are those of the polygon itself, so the result is invariant under
+    translation, rotation and reflection. Angles from a vertex to the next are in [0, 2π), in the
+    direction in which most of the polygon goes round.
 
     Parameters
     ----------
@@ -47,9 +65,9 @@ def regularity(positions: NDArray[Any]) -> Regularity:
     distance = np.hypot(points[..., 0], points[..., 1])
     angle = np.arctan2(points[..., 1], points[..., 0])
     step = np.roll(angle, -1, axis=1) - angle
-    turned = np.sin(step).sum(axis=1, keepdims=True)
-    step = np.where(turned < 0, -step, step) % (2 * math.pi)
-    # A step back by less than rounding is one of almost 2π above, but is none.
+    winding = np.sin(step).sum(axis=1, keepdims=True)
+    step = np.where(winding < 0, -step, step) % (2 * math.pi)
+    # A rounding error below zero is almost 2π after the modulo; it is zero.
     step = np.where(step > 2 * math.pi - 1e-9, 0.0, step)
     radius = distance.mean(axis=1)
     angles = step.std(axis=1) / (2 * math.pi)
@@ -59,76 +77,81 @@ def regularity(positions: NDArray[Any]) -> Regularity:
 
 
 def quality(positions: NDArray[Any]) -> float:
-    """−ln of the mean irregularity of polygons (M, N, 2); the score of a model."""
+    """−ln of the mean irregularity of polygons (M, N, 2)."""
     return -math.log(float(regularity(positions).irregularity.mean()))
 
 
-def evaluate_shapes(path: Path) -> Scores:
-    """Judge a file of polygons: of `sample`, or of `preprocess`.
+def evaluate_shapes(files: Sequence[Path]) -> Report:
+    """Evaluate files of polygons, written by `sample` or `preprocess`.
 
     Raises
     ------
     InputError
-        The file is missing, broken, or of another system.
+        A file is missing, broken, or of another system.
     """
+    evaluated, blocks = [], []
+    for number, path in enumerate(files, start=1):
+        file, block = _evaluate_file(path, f"{number}_polygons" if len(files) > 1 else "polygons")
+        evaluated.append(file)
+        blocks.append(block)
+    return Report("shapes", "polygons", evaluated, [ReportSection("", _ROWS)], blocks=blocks)
+
+
+def _evaluate_file(path: Path, picture: str) -> tuple[EvaluatedFile, ReportBlock]:
     file = read_polygons(path, "`molgen-energy sample` from a run on shapes")
     positions = file.columns["positions"]
-    found = regularity(positions)
-    wanted = file.columns["radius"].astype(np.float64)
-    off = np.abs(found.radius - wanted) / wanted
-    mean = Mean.of(found.irregularity)
+    deviations = regularity(positions)
+    radius = file.columns["radius"].astype(np.float64)
+    irregularity = Mean.of(deviations.irregularity)
     interval = None
-    if mean.interval is not None and mean.interval[0] > 0:
-        interval = -math.log(mean.interval[1]), -math.log(mean.interval[0])
-    score = -math.log(mean.value) if mean.value > 0 else math.inf
-    rows = [
-        Row("quality", "quality", "−ln of the mean irregularity", [Derived(score, interval)]),
-        Row("irregularity", "irregularity", "σ_Δangle/2π + σ_radius/r", [mean]),
-        Row("angles", "σ_Δangle/2π", "spread of the angles between neighbours",
-            [Mean.of(found.angles)]),
-        Row("radii", "σ_radius/r", "spread of the distances from the centre",
-            [Mean.of(found.radii)]),
-        Row("radius_error", "error of the radius", "|r − r₀|/r₀, r₀ the radius that was asked for",
-            [Mean.of(off)]),
-    ]  # fmt: skip
+    if irregularity.interval is not None and irregularity.interval[0] > 0:
+        interval = -math.log(irregularity.interval[1]), -math.log(irregularity.interval[0])
+    score = -math.log(irregularity.value) if irregularity.value > 0 else math.inf
+    metrics: dict[str, MetricValue | None] = {
+        "quality": Estimate(score, interval, len(file)),
+        "irregularity": irregularity,
+        "angles": Mean.of(deviations.angles),
+        "radii": Mean.of(deviations.radii),
+        "radius_error": Mean.of(np.abs(deviations.radius - radius) / radius),
+    }
     notes = []
-    if float(np.median(found.radius / wanted)) < 0.5:
+    if float(np.median(deviations.radius / radius)) < 0.5:
         notes.append(
-            "half of the polygons have less than half of the radius asked for: collapsed to a "
-            "point, where the quality says little"
+            "half of the polygons have less than half of the requested radius: they collapsed to a "
+            "point, where the quality means little"
         )
-    return Scores(
-        file_name(path),
-        "shapes",
-        "polygons",
+    name = display_path(Path(path.name))
+    evaluated = EvaluatedFile(
+        name,
         len(file),
-        (f"{positions.shape[1]}-gons",),
-        rows,
-        notes,
-        file.provenance,
-        {"polygons": lambda: draw(positions[:_DRAWN], wanted[:_DRAWN])},
+        [ReportColumn(metrics, f"{positions.shape[1]}-gons")],
+        notes=notes,
+        provenance=dict(file.provenance),
+        path=path,
     )
+    first, first_radii = positions[:_DRAWN], radius[:_DRAWN]
+    return evaluated, picture_block(name, picture, lambda: draw(first, first_radii))
 
 
 def draw(positions: NDArray[Any], radius: NDArray[np.float64]) -> bytes:
-    """Polygons (M, N, 2) side by side, centred, in units of the radius asked for; a PNG."""
+    """Polygons (M, N, 2) side by side as PNG, centred, in units of the requested radius (M,)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(6, len(positions))
     rows = -(-len(positions) // columns)
     figure = Figure(figsize=(1.6 * columns, 1.7 * rows), layout="constrained")
-    for number, (points, wanted) in enumerate(zip(positions, radius, strict=True)):
+    for number, (points, r) in enumerate(zip(positions, radius, strict=True)):
         axes = figure.add_subplot(rows, columns, number + 1)
-        draw_polygon(axes, (points - points.mean(axis=0)) / wanted)
-        axes.set_title(f"r = {wanted:.2g}", fontsize=8)
+        draw_polygon(axes, (points - points.mean(axis=0)) / r)
+        axes.set_title(f"r = {r:.2g}", fontsize=8)
     content = io.BytesIO()
     FigureCanvasAgg(figure).print_png(content)  # type: ignore[no-untyped-call]
     return content.getvalue()
 
 
 def draw_polygon(axes: Any, points: NDArray[Any], colour: str = "C0") -> None:
-    """A polygon (N, 2) around the origin, of radius 1 if it is as it should be."""
+    """A polygon (N, 2) around the origin, of radius 1 if it is perfect."""
     closed = np.concatenate([points, points[:1]])
     axes.plot(*closed.T, "-", color=colour, linewidth=1)
     axes.plot(*points.T, "o", color=colour, markersize=2.5)

@@ -1,11 +1,13 @@
-"""Judging predicted spins by their energy, beside true ground states.
+"""Evaluation of predicted spins by their energy, compared with ground states.
 
-Everything is the same for a configuration and its flip. Energies are in units of the couplings.
+All metrics are invariant under flipping all spins of a configuration. Energies are in units of the
+couplings.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,34 +15,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molgen_energy.errors import InputError
-from molgen_energy.metrics.rates import Clusters, Mean, Rate
-from molgen_energy.metrics.scores import Row, Scores, file_name
+from molgen_energy.metrics.report.model import (
+    EvaluatedFile,
+    MetricValue,
+    Report,
+    ReportBlock,
+    ReportColumn,
+    ReportRow,
+    ReportSection,
+)
+from molgen_energy.metrics.report.pictures import picture_block
+from molgen_energy.metrics.statistics import Clusters, Mean, Rate
+from molgen_energy.output import display_path
 from molgen_energy.systems.spins.files import read_spins
 from molgen_energy.systems.spins.lattices import Lattices, Reals, Spins
 
-_SAME = 1e-10  # of energies, in units of Σ|J|: what is nearer is one energy, summed otherwise
-_ROUNDED = 1e-7  # of energies, for each bond and max|J|: solvers may round couplings so far
-_STILL = 1e-12  # of a local field, in units of the largest |J|
-_AT_ONCE = 2**18  # sites that a descent works on, so that they stay in the processor's cache
+_EQUAL = 1e-10  # of energies, in units of Σ|J|: smaller differences come from the summation order
+_ROUNDING = 1e-7  # of energies, per bond, in units of max|J|: solvers may round the couplings
+_ZERO_FIELD = 1e-12  # of a local field, in units of the largest |J|
+_SITES_AT_ONCE = 2**18  # in a descent, so that they fit the processor's cache
 
 
 @dataclass(frozen=True)
-class SamplingResult:
-    """How far configurations are above the ground state."""
+class ExcessEnergies:
+    """Energies of configurations above the ground state."""
 
     excess: Reals
     """Energy above that of the ground state, (M, K): K configurations of each lattice."""
     exact: NDArray[np.bool_]
-    """Which are ground states themselves, (M, K): within 10⁻¹⁰ Σ|J|."""
+    """Which configurations are ground states, within 10⁻¹⁰ Σ|J|, (M, K)."""
 
     @property
     def mean(self) -> Mean:
-        """Mean excess, the error from lattice to lattice."""
+        """Mean excess, with the standard error over lattices."""
         return Mean.of(self.excess.mean(axis=1) if self.excess.size else np.zeros(0))
 
     @property
     def rate(self) -> Rate:
-        """Share of ground states; of several starts on a lattice, as many as are independent."""
+        """Share of ground states; the K configurations of a lattice are a cluster."""
         if self.exact.shape[1] == 1:
             return Rate(int(self.exact.sum()), self.exact.size)
         clusters = Clusters()
@@ -50,19 +62,18 @@ class SamplingResult:
 
 @dataclass(frozen=True)
 class SpinScores:
-    """Predictions for M lattices, as they are and as starts of a descent."""
+    """Scores of predictions for M lattices, and of descents."""
 
-    prediction: SamplingResult
-    """As they are, K = 1."""
-    from_random: SamplingResult
-    """Descent from K random configurations: what a prediction has to beat."""
-    from_prediction: SamplingResult
+    prediction: ExcessEnergies
+    """The predictions themselves, K = 1."""
+    from_random: ExcessEnergies
+    """Descent from K random configurations, the baseline without a network."""
+    from_prediction: ExcessEnergies
     """Descent from the prediction, K = 1."""
     overlap: Reals
-    """|Σ_i y_i ŷ_i| / L² of prediction and ground state, (M,). Where there are many ground states,
-    it is that with the stored one."""
+    """|Σ_i y_i ŷ_i| / L² of prediction and stored ground state, which may be one of many, (M,)."""
     bonds: int
-    """Of each lattice."""
+    """Number of bonds of each lattice."""
 
     @property
     def mean_overlap(self) -> Mean:
@@ -70,7 +81,7 @@ class SpinScores:
         return Mean.of(self.overlap)
 
 
-def judge(
+def score_predictions(
     lattices: Lattices, predictions: Spins, seed: int = 0, starts: int = 1, origin: str = "lattices"
 ) -> SpinScores:
     """Compare predictions with ground states.
@@ -82,30 +93,30 @@ def judge(
     predictions
         Spins ±1, (M, L, L).
     seed
-        Of the random configurations; those of the first lattices do not depend on how many follow.
+        Seed of the random configurations; those of a lattice do not depend on later lattices.
     starts
-        Random configurations for each lattice, 1 or more.
+        Number of random configurations for each lattice, at least 1.
     origin
-        Where the lattices come from, for messages.
+        Name of the lattices in error messages.
 
     Raises
     ------
     InputError
-        A configuration has an energy clearly below that of the spins that came with the lattice.
+        A configuration has an energy clearly below that of the lattice's ground state.
     """
     if lattices.spins is None or predictions.shape != lattices.right.shape:
-        raise ValueError("judge takes lattices with spins, and a prediction for each")
+        raise ValueError("expected lattices with ground states, and a prediction for each")
     if (np.abs(predictions) != 1).any():
-        raise ValueError("predictions are spins, 1 or -1")
+        raise ValueError("predictions must be 1 or -1")
     size, count = lattices.size, len(lattices)
     ground = lattices.energies()
     bits = np.random.default_rng(seed).integers(0, 2, (count, starts, size, size), dtype=np.int8)
     random = descend(lattices, 2 * bits - 1)
     descended = descend(lattices, predictions)
-    same = _SAME * np.abs(lattices.couplings()).sum(axis=(1, 2, 3))
-    tolerance = np.maximum(same, _ROUNDED * lattices.bonds * lattices.strongest)
+    same = _EQUAL * np.abs(lattices.couplings()).sum(axis=(1, 2, 3))
+    tolerance = np.maximum(same, _ROUNDING * lattices.bonds * lattices.strongest)
 
-    def outcome(spins: Spins) -> SamplingResult:
+    def excess_energies(spins: Spins) -> ExcessEnergies:
         excess = lattices.energies(spins) - ground[:, None]
         below = (excess < -tolerance[:, None]).any(axis=1)
         if below.any():
@@ -114,22 +125,22 @@ def judge(
                 f"{origin}: the spins of record {k + 1} are not a ground state, another "
                 f"configuration is lower by {-float(excess[k].min()):.6g}; solve the file again"
             )
-        return SamplingResult(excess, excess <= same[:, None])
+        return ExcessEnergies(excess, excess <= same[:, None])
 
     agreement = np.einsum("mrc,mrc->m", lattices.spins, predictions, dtype=np.float64)
     return SpinScores(
-        outcome(predictions[:, None]),
-        outcome(random),
-        outcome(descended[:, None]),
+        excess_energies(predictions[:, None]),
+        excess_energies(random),
+        excess_energies(descended[:, None]),
         np.abs(agreement) / size**2,
         lattices.bonds,
     )
 
 
 def descend(lattices: Lattices, start: Spins) -> Spins:
-    """Flip the one spin that lowers the energy most, again and again until none does.
+    """Steepest descent: flip the spin that lowers the energy most until none does.
 
-    Of equals it is the first one, by rows. The result is locally stable: every y_i h_i ≥ 0.
+    Ties go to the first site in row-major order. The result is locally stable: every y_i h_i ≥ 0.
 
     Parameters
     ----------
@@ -146,29 +157,29 @@ def descend(lattices: Lattices, start: Spins) -> Spins:
     owner = np.repeat(np.arange(len(lattices)), several.shape[1])
     costs = (several * lattices.fields(several)).reshape(-1, sites)
     neighbours, couplings = _neighbours(lattices)
-    still = -_STILL * lattices.strongest[owner]
-    step = max(1, _AT_ONCE // sites)
+    threshold = -_ZERO_FIELD * lattices.strongest[owner]
+    step = max(1, _SITES_AT_ONCE // sites)
     for first in range(0, len(spins), step):
         part = slice(first, first + step)
-        _descend(spins[part], costs[part], couplings[owner[part]], neighbours, still[part])
+        _descend(spins[part], costs[part], couplings[owner[part]], neighbours, threshold[part])
     return spins.reshape(start.shape)
 
 
 def _descend(
-    spins: Spins, costs: Reals, couplings: Reals, neighbours: NDArray[np.int64], still: Reals
+    spins: Spins, costs: Reals, couplings: Reals, neighbours: NDArray[np.int64], threshold: Reals
 ) -> None:
-    """In place: spins (R, N) with y_i h_i in `costs` (R, N), couplings (R, N, 4)."""
+    """In place, for spins (R, N) with y_i h_i in `costs` (R, N) and couplings (R, N, 4)."""
     active = np.arange(len(spins))
     while len(active):
         lowest = costs[active] if len(active) < len(costs) else costs
         site = lowest.argmin(axis=1)
-        moving = lowest[np.arange(len(active)), site] < still[active]
+        moving = lowest[np.arange(len(active)), site] < threshold[active]
         active, site = active[moving], site[moving]
         around = neighbours[site]
         row = active[:, None]
-        # A neighbour's y_j h_j holds J_ij y_i y_j, which turns to its negative.
-        turned = couplings[active, site] * (spins[active, site][:, None] * spins[row, around])
-        costs[row, around] -= 2 * turned
+        # The term J_ij y_i y_j of a neighbour's y_j h_j changes its sign.
+        bond_terms = couplings[active, site] * (spins[active, site][:, None] * spins[row, around])
+        costs[row, around] -= 2 * bond_terms
         costs[active, site] *= -1
         spins[active, site] *= -1
 
@@ -176,7 +187,7 @@ def _descend(
 def _neighbours(lattices: Lattices) -> tuple[NDArray[np.int64], Reals]:
     """The four neighbours of each site, (N, 4), and the couplings to them, (M, N, 4).
 
-    Beyond an open boundary is the opposite site, with no coupling.
+    At an open boundary the neighbour is the opposite site, with coupling zero.
     """
     size = lattices.size
     site = np.arange(size * size).reshape(size, size)
@@ -190,19 +201,33 @@ def _neighbours(lattices: Lattices) -> tuple[NDArray[np.int64], Reals]:
     return table, couplings
 
 
-_COLUMNS = ("prediction", "descent from it", "random descent")
 _STARTS = 4
 _DRAWN = 6
+_ROWS = (
+    ReportRow("excess", "energy above ground", "mean over lattices, in units of the couplings"),
+    ReportRow("exact", "ground states", "lattices whose ground state is found", "%"),
+    ReportRow("overlap", "overlap |q|", "|Σ y ŷ|/L² with the stored ground state"),
+    ReportRow("ground", "ground energy", "of the ground state, mean over lattices"),
+)
 
 
-def evaluate_spins(path: Path) -> Scores:
-    """Judge a file of predicted spins that carries the ground states.
+def evaluate_spins(files: Sequence[Path]) -> Report:
+    """Evaluate files of predicted spins that contain the ground states.
 
     Raises
     ------
     InputError
-        The file is missing, broken, of another system, or lacks predictions or ground states.
+        A file is missing, broken, of another system, or lacks predictions or ground states.
     """
+    evaluated, blocks = [], []
+    for number, path in enumerate(files, start=1):
+        file, block = _evaluate_file(path, f"{number}_domains" if len(files) > 1 else "domains")
+        evaluated.append(file)
+        blocks.append(block)
+    return Report("spins", "lattices", evaluated, [ReportSection("", _ROWS)], blocks=blocks)
+
+
+def _evaluate_file(path: Path, picture: str) -> tuple[EvaluatedFile, ReportBlock]:
     file, lattices = read = read_spins(path, "`molgen-energy sample` from a run on spins")
     predictions = read.prediction
     if predictions is None:
@@ -214,47 +239,44 @@ def evaluate_spins(path: Path) -> Scores:
             f"{path} holds no ground states to compare with; find them with `molgen-energy "
             "preprocess spins --couplings FILE.npz` and predict for that file"
         )
-    found = judge(lattices, predictions, starts=_STARTS, origin=str(path))
-    outcomes = found.prediction, found.from_prediction, found.from_random
-    ground = Mean.of(lattices.energies())
-    rows = [
-        Row("excess", "energy above ground",
-            "mean over lattices, in units of the couplings", [o.mean for o in outcomes]),
-        Row("exact", "ground states", "lattices whose ground state is met",
-            [o.rate for o in outcomes]),
-        Row("overlap", "overlap |q|", "|Σ y ŷ|/L² with the ground state, which may be one of many",
-            [found.mean_overlap, None, None]),
-        Row("ground", "ground energy", "of the ground state, mean over lattices",
-            [ground, None, None]),
-    ]  # fmt: skip
+    scores = score_predictions(lattices, predictions, starts=_STARTS, origin=str(path))
+    columns = []
+    for label, energies in (
+        ("prediction", scores.prediction),
+        ("descent from it", scores.from_prediction),
+        ("random descent", scores.from_random),
+    ):
+        metrics: dict[str, MetricValue | None] = {"excess": energies.mean, "exact": energies.rate}
+        columns.append(ReportColumn(metrics | {"overlap": None, "ground": None}, label))
+    columns[0].metrics |= {"overlap": scores.mean_overlap, "ground": Mean.of(lattices.energies())}
     notes = []
-    further = Mean.of(found.prediction.excess[:, 0] - found.from_random.excess.mean(axis=1))
-    if further.interval is not None and further.interval[0] > 0:
+    difference = Mean.of(scores.prediction.excess[:, 0] - scores.from_random.excess.mean(axis=1))
+    if difference.interval is not None and difference.interval[0] > 0:
         notes.append(
             "descent from random spins, which needs no network, comes closer to the ground state "
             "than the prediction"
         )
-    return Scores(
-        file_name(path),
-        "spins",
-        "lattices",
+    name = display_path(Path(path.name))
+    evaluated = EvaluatedFile(
+        name,
         len(lattices),
-        _COLUMNS,
-        rows,
-        notes,
-        file.provenance,
-        {"domains": lambda: draw(lattices.select(slice(_DRAWN)), predictions[:_DRAWN])},
+        columns,
+        notes=notes,
+        provenance=dict(file.provenance),
+        path=path,
     )
+    first, first_predictions = lattices.select(slice(_DRAWN)), predictions[:_DRAWN]
+    return evaluated, picture_block(name, picture, lambda: draw(first, first_predictions))
 
 
 def draw(lattices: Lattices, predictions: Spins) -> bytes:
-    """Ground states, predictions and where they agree, for a few lattices; a PNG."""
+    """Ground states, predictions and their agreement, for a few lattices, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     assert lattices.spins is not None
     agreement = lattices.spins * predictions
-    # Of the two flips the one that agrees more.
+    # The one of the two flips that agrees more.
     sign = np.where(agreement.sum(axis=(1, 2)) < 0, -1, 1)[:, None, None]
     shown = [
         ("ground state", lattices.spins, "gray"),

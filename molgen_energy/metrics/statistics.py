@@ -1,4 +1,4 @@
-"""Shares, means and medians with their uncertainty."""
+"""Rates, means, medians and distances with their uncertainty."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ _Z = 1.959963984540054  # two-sided 95 % of the normal distribution
 
 @dataclass(frozen=True)
 class Rate:
-    """`count` of `total`.
-
-    ``effect``: the variance of the share is so many times that of independent ones (the design
-    effect: L. Kish, *Survey Sampling*, 1965, section 8.2).
-    """
+    """The share `count` / `total`."""
 
     count: int
     total: int
     effect: float = 1.0
+    """Design effect: the variance of the share over that of independent members (L. Kish, *Survey
+    Sampling*, 1965, section 8.2)."""
 
     @property
     def value(self) -> float | None:
-        """The share in [0, 1]; None of nothing."""
+        """The share in [0, 1]; None if the total is 0."""
         return self.count / self.total if self.total else None
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Wilson's 95 % interval (Wilson, J. Am. Stat. Assoc. 22, 209, 1927); None of nothing.
+        """Wilson's 95 % interval (Wilson, J. Am. Stat. Assoc. 22, 209, 1927).
 
-        Where members of the total are not independent, it is that of a total so much smaller.
+        None if the total is 0. With members that are not independent, the total is divided by the
+        design effect.
         """
         if not self.total:
             return None
@@ -43,11 +42,23 @@ class Rate:
         return max(0.0, centre - half), min(1.0, centre + half)
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval; None where unknown."""
+
+    value: float | None
+    interval: tuple[float, float] | None = None
+    count: int = 0
+    """Number of samples that it was computed from."""
+    note: str = ""
+    """Why there is no value, or its restriction."""
+
+
 @dataclass
 class Clusters:
-    """Sums over molecules, for the share of marked atoms and how sure it is.
+    """Sums over molecules, for the share of marked atoms and its design effect.
 
-    Atoms of a molecule are not independent: where one is unstable its neighbours tend to be.
+    Atoms of a molecule are not independent: neighbours of an unstable atom tend to be unstable.
     """
 
     clusters: int = 0
@@ -58,7 +69,7 @@ class Clusters:
     _total_squared: int = 0
 
     def add(self, marked: NDArray[np.int64], total: NDArray[np.int64]) -> None:
-        """Molecules with so many marked atoms of so many, (M,) each."""
+        """Add molecules: the number of marked atoms and of all atoms of each, (M,)."""
         self.clusters += len(total)
         self.marked += int(marked.sum())
         self.total += int(total.sum())
@@ -73,29 +84,29 @@ class Clusters:
         .. math:: \frac{M}{M - 1}\,\frac{\sum_i (u_i - p\,n_i)^2}{p\,(1 - p) \sum_i n_i}
 
         for u_i marked of n_i atoms and p = Σu/Σn: the variance of a ratio estimator (W. G.
-        Cochran, *Sampling Techniques*, 3rd ed., section 6.3) over that of independent atoms, 1 at
-        least. Where nothing or everything is marked, or of one molecule, it is not known: atoms of
-        a molecule are then taken as all alike, Σn²/Σn.
+        Cochran, *Sampling Techniques*, 3rd ed., section 6.3) over that of independent atoms, at
+        least 1. It cannot be estimated if no or all atoms are marked, or from one molecule: then
+        it is Σn²/Σn, as if all atoms of a molecule were equal.
         """
         m, u, n = self.clusters, self.marked, self.total
         if not n:
             return 1.0
         if m < 2 or u in (0, n):
             return self._total_squared / n
-        # In integers, where nothing cancels.
+        # In exact integers, without cancellation.
         squares = (
             self._marked_squared * n**2 - 2 * self._product * u * n + self._total_squared * u**2
         )
         return max(1.0, m * squares / ((m - 1) * n * u * (n - u)))
 
     def unmarked(self) -> Rate:
-        """The share of the other atoms."""
+        """The share of atoms that are not marked."""
         return Rate(self.total - self.marked, self.total, self.effect)
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of samples that are independent, with its standard error; NaN where unknown."""
+    """Mean of independent samples with its standard error; NaN where undefined."""
 
     value: float
     error: float
@@ -103,23 +114,23 @@ class Mean:
 
     @classmethod
     def of(cls, values: NDArray[Any]) -> Mean:
-        """Of numbers (M,)."""
+        """Mean of numbers (M,)."""
         count = len(values)
-        with np.errstate(invalid="ignore"):  # of what is not finite the error is NaN
+        with np.errstate(invalid="ignore"):  # the error of infinite numbers is NaN
             deviation = float(values.std(ddof=1)) if count > 1 else math.nan
         error = deviation / math.sqrt(count) if count else math.nan
         return cls(float(values.mean()) if count else math.nan, error, count)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval; None of less than two numbers."""
+        """95 % interval; None for fewer than two numbers."""
         if not math.isfinite(self.error):
             return None
         return self.value - _Z * self.error, self.value + _Z * self.error
 
 
 def median_interval(values: NDArray[np.float64]) -> tuple[float, float] | None:
-    """95 % interval of the median of numbers (V,), from their order; None of fewer than six.
+    """95 % interval of the median of numbers (V,) from order statistics; None for fewer than six.
 
     W. J. Conover, *Practical Nonparametric Statistics*, 3rd ed., section 3.2.
     """
@@ -127,3 +138,17 @@ def median_interval(values: NDArray[np.float64]) -> tuple[float, float] | None:
 
     low, high = quantile_test(values, p=0.5).confidence_interval(0.95)
     return (float(low), float(high)) if np.isfinite([low, high]).all() else None
+
+
+def jackknife_interval(value: float, without: list[float]) -> tuple[float, float]:
+    """95 % interval of a statistic from its values without each of g groups of samples.
+
+    The grouped jackknife (J. W. Tukey, 1958): variance (g−1)/g Σ(θ_i − θ̄)², and Student's t with
+    g − 1 degrees of freedom. The lower bound is clipped to zero, for distances.
+    """
+    from scipy.stats import t
+
+    groups = len(without)
+    variance = (groups - 1) * float(np.var(without))
+    half = float(t.ppf(0.975, groups - 1)) * math.sqrt(variance)
+    return max(0.0, value - half), value + half

@@ -1,7 +1,7 @@
 """Fréchet ChemNet distance (K. Preuer et al., J. Chem. Inf. Model. 58, 1736, 2018).
 
-The network is that of the package ``fcd``. Names are those of whole molecules without stereo
-marks, each counted once, as JODO does it.
+The network is that of the package ``fcd``. As in JODO, it gets the distinct SMILES of whole
+molecules without stereochemistry.
 """
 
 from __future__ import annotations
@@ -13,35 +13,46 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.metrics.findings import GROUPS
-from molgen_energy.metrics.judging import name_hash
+from molgen_energy.metrics.accumulator import JACKKNIFE_GROUPS
+from molgen_energy.metrics.checks.chunk import smiles_hash
 
-_AT_ONCE = 512
-_WIDTH = 512
+_BATCH_SIZE = 512
+_FEATURES = 512
 
 
 class Moments:
-    """Count, sum and sum of squares of activations, by group for the jackknife."""
+    """Count, sum and sum of squares of activations, for each jackknife group."""
 
-    def __init__(self, groups: int = GROUPS) -> None:
+    def __init__(self, groups: int = JACKKNIFE_GROUPS) -> None:
         self.count = np.zeros(groups, np.int64)
-        self.first = np.zeros((groups, _WIDTH))
-        self.second = np.zeros((groups, _WIDTH, _WIDTH))
+        self.first = np.zeros((groups, _FEATURES))
+        self.second = np.zeros((groups, _FEATURES, _FEATURES))
 
     def add(self, activations: NDArray[np.float64], group: NDArray[np.int64]) -> None:
-        """Activations (V, 512) and the group of each."""
+        """Add activations (V, 512) with the group of each, (V,)."""
         for g in np.unique(group):
             part = activations[group == g]
             self.count[g] += len(part)
             self.first[g] += part.sum(axis=0)
             self.second[g] += part.T @ part
 
-    def gaussian(self, kept: NDArray[np.bool_]) -> Gaussian:
-        """Mean and covariance of the groups that are kept, (groups,)."""
-        count = int(self.count[kept].sum())
-        mean = self.first[kept].sum(axis=0) / max(1, count)
-        second = self.second[kept].sum(axis=0) - count * np.outer(mean, mean)
+    def gaussian(self, included: NDArray[np.bool_]) -> Gaussian:
+        """Mean and covariance over the included groups, (groups,)."""
+        count = int(self.count[included].sum())
+        mean = self.first[included].sum(axis=0) / max(1, count)
+        second = self.second[included].sum(axis=0) - count * np.outer(mean, mean)
         return Gaussian(mean, second / max(1, count - 1), count)
+
+    @classmethod
+    def of_gaussian(
+        cls, mean: NDArray[np.float64], covariance: NDArray[np.float64], count: int
+    ) -> Moments:
+        """Moments of a single group with a given mean (512,) and covariance (512, 512)."""
+        moments = cls(groups=1)
+        moments.count[0] = count
+        moments.first[0] = mean * count
+        moments.second[0] = covariance * (count - 1) + count * np.outer(mean, mean)
+        return moments
 
 
 class Gaussian:
@@ -66,7 +77,7 @@ class Gaussian:
         from scipy.linalg import eigvalsh
 
         # (ΣΣ')^½ has the eigenvalues of (√Σ' Σ √Σ')^½, which is symmetric: no complex roots, and
-        # stable where there are fewer molecules than dimensions.
+        # stable with fewer molecules than dimensions.
         inner = eigvalsh(other._root @ self.covariance @ other._root)
         trace = np.trace(self.covariance) + np.trace(other.covariance)
         trace -= 2 * np.sqrt(np.clip(inner, 0, None)).sum()
@@ -74,7 +85,7 @@ class Gaussian:
 
 
 class ChemNet:
-    """Activations of distinct names, gathered as they come.
+    """Accumulates the network's activations for distinct SMILES, in batches.
 
     Raises
     ------
@@ -87,41 +98,41 @@ class ChemNet:
 
         self._model = load_ref_model()
         self._seen: set[int] = set()
-        self._waiting: list[str] = []
+        self._pending: list[str] = []
         self._groups: list[int] = []
         self.moments = Moments()
 
-    def add(self, names: list[str | None]) -> None:
-        """Names of molecules; None, and those that were there before, are passed over."""
-        for name in names:
-            if name is None or (key := name_hash(name)) in self._seen:
+    def add(self, smiles: list[str | None]) -> None:
+        """Add molecules; None and SMILES added before are ignored."""
+        for text in smiles:
+            if text is None or (key := smiles_hash(text)) in self._seen:
                 continue
             self._seen.add(key)
-            self._waiting.append(name)
-            self._groups.append(key % GROUPS)
-        while len(self._waiting) >= _AT_ONCE:
-            self._run(_AT_ONCE)
+            self._pending.append(text)
+            self._groups.append(key % JACKKNIFE_GROUPS)
+        while len(self._pending) >= _BATCH_SIZE:
+            self._run(_BATCH_SIZE)
 
     def finish(self) -> Moments:
-        """Run what waits."""
-        if self._waiting:
-            self._run(len(self._waiting))
+        """Run the last, incomplete batch and return the moments."""
+        if self._pending:
+            self._run(len(self._pending))
         return self.moments
 
     def _run(self, count: int) -> None:
-        names, self._waiting = self._waiting[:count], self._waiting[count:]
+        smiles, self._pending = self._pending[:count], self._pending[count:]
         groups, self._groups = self._groups[:count], self._groups[count:]
-        self.moments.add(activations(self._model, names), np.array(groups))
+        self.moments.add(activations(self._model, smiles), np.array(groups))
 
 
-def activations(model: Any, names: list[str]) -> NDArray[np.float64]:
-    """The network's activations for SMILES, (V, 512)."""
+def activations(model: Any, smiles: list[str]) -> NDArray[np.float64]:
+    """The network's activations for V SMILES, (V, 512)."""
     import torch
     from fcd.utils import SmilesDataset
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        data = SmilesDataset(names)
-        encoded = torch.stack([torch.as_tensor(data[k]) for k in range(len(names))])
+        data = SmilesDataset(smiles)
+        encoded = torch.stack([torch.as_tensor(data[k]) for k in range(len(smiles))])
         found = model(encoded.transpose(1, 2).float())
     return np.asarray(found.numpy(), np.float64)

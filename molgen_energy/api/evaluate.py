@@ -1,0 +1,159 @@
+"""Evaluate samples: `molgen-energy evaluate` as a function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from molgen_energy.errors import InputError
+from molgen_energy.progress import ProgressCallback, no_progress
+from molgen_energy.systems.evaluators import EVALUATORS
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    from molgen_energy.metrics.report.model import Report
+
+_HDF5 = (".h5", ".hdf5")
+
+
+def evaluate(
+    inputs: str | Path | Sequence[str | Path] | Sequence[Any],
+    reference: str | Path | None = None,
+    train: str | Path | None = None,
+    *,
+    metrics: str | Iterable[str] | None = None,
+    bonds: str | None = None,
+    valence: str | None = None,
+    angles: str | None = None,
+    types: str | None = None,
+    subset: int | None = None,
+    workers: int | None = None,
+    timeout: float | None = None,
+    skip_bad: bool | None = None,
+    progress: ProgressCallback = no_progress,
+    peers: Sequence[Connection] = (),
+) -> Report:
+    """Evaluate samples: stability, validity, novelty, geometry, energy, beside real molecules.
+
+    Samples of other physical systems take no options.
+
+    Parameters
+    ----------
+    inputs
+        The path of a file, a list of paths, or a list of RDKit molecules with explicit hydrogens
+        and a conformer each. Files are SDF or XYZ, also gzip, or HDF5. An HDF5 file names its
+        physical system.
+    reference
+        File of real molecules to compare with, its test split if it has one. Default: bundled
+        statistics of QM9's test split.
+    train
+        File of training molecules for novelty, its training split if it has one. Default: QM9's
+        training molecules.
+    metrics
+        Names of metrics, as a sequence or separated by commas: `rates`, `geometry`, `composition`,
+        `strain` (the default), `fcd`, `posebusters`, `xtb` (each an extra to install), or `all`.
+    bonds
+        Bonds for validity, SMILES and connectivity: `perceived` from distances (default),
+        `single`, the same but all taken as single, or `given` in the input.
+    valence
+        Valence model for given bonds, `strict` (default) or `jodo`.
+    angles
+        Whether to count every angle and dihedral `once` (default) or as `jodo` does.
+    types
+        List of geometry types to compare: `qm9`, `geom` or `frequent`. Default: `qm9` for QM9, else
+        the eight most frequent of the reference.
+    subset
+        Number of random molecules for strain and PoseBusters, 1000 by default; xTB takes a tenth.
+    workers
+        Number of processes, by default one for each processor. With 0, everything runs in this
+        process, without a time limit.
+    timeout
+        Seconds after which one molecule is abandoned and counts as invalid, 20 by default.
+    skip_bad
+        Whether to skip broken records and count them. By default they raise.
+    progress
+        Called with the number of finished molecules of all files, and their total if it is known.
+    peers
+        Connections to other processes of a distributed job, which do part of the work.
+
+    Returns
+    -------
+    The report. `print` shows it; `to_dict` gives all numbers; `save` writes an HTML page.
+
+    Raises
+    ------
+    InputError
+        A file cannot be read, a molecule cannot be evaluated, an option is unknown or does not
+        apply to the physical system. The message names the file, the record and the remedy.
+
+    Notes
+    -----
+    Worker processes start with a fresh interpreter, so a script must call this function under
+    ``if __name__ == "__main__":``.
+    """
+    items = _as_list(inputs)
+    system = system_of_inputs(items)
+    options: dict[str, Any] = {
+        "reference": None if reference is None else Path(reference),
+        "train": None if train is None else Path(train),
+        "metrics": metrics,
+        "bonds": bonds,
+        "valence": valence,
+        "angles": angles,
+        "types": types,
+        "subset": subset,
+        "workers": workers,
+        "timeout": timeout,
+        "skip_bad": skip_bad,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    evaluator = EVALUATORS[system]
+    for name in given:
+        if name not in evaluator.options:
+            others = [other for other, e in EVALUATORS.items() if name in e.options]
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} is for {', '.join(others)}, not for {system}")
+    if evaluator.parallel:
+        given |= {"progress": progress, "peers": peers}
+    return evaluator.evaluate(items, **given)
+
+
+def _as_list(inputs: Any) -> list[Any]:
+    """Paths as `Path`, anything else unchanged."""
+    if isinstance(inputs, (str, Path)):
+        return [Path(inputs)]
+    items = [Path(item) if isinstance(item, (str, Path)) else item for item in inputs]
+    if not items:
+        raise InputError("there is nothing to evaluate; give a file or molecules")
+    if 0 < sum(isinstance(item, Path) for item in items) < len(items):
+        raise InputError("give either paths or RDKit molecules, not both in one list")
+    return items
+
+
+def system_of_inputs(inputs: Sequence[Any]) -> str:
+    """Name of the physical system of paths; only HDF5 files can hold others than molecules.
+
+    Raises
+    ------
+    InputError
+        The files hold different systems, or one that has no evaluator.
+    """
+    first = None
+    for path in inputs:
+        system = "molecules"
+        if isinstance(path, Path) and path.suffix.lower() in _HDF5:
+            from molgen_energy.data.hdf5 import system_of
+
+            system = system_of(path)
+        if first is None:
+            first = system
+        if system != first:
+            raise InputError(
+                f"{inputs[0]} holds {first} and {path} {system}; evaluate them separately"
+            )
+    assert first is not None
+    if first not in EVALUATORS:
+        raise InputError(f"{inputs[0]} holds {first}; known are {', '.join(EVALUATORS)}")
+    return first

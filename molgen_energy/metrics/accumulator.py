@@ -1,0 +1,427 @@
+"""Results for a whole file, accumulated chunk by chunk in bounded memory.
+
+Everything is a count, a histogram, or a random subset that is chosen by a hash of the record
+numbers. So the results do not depend on how the file is divided into chunks.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molgen_energy.data.molecules import Molecule, MoleculeChunk
+from molgen_energy.metrics.checks.chunk import ChunkChecks, smiles_hash
+from molgen_energy.metrics.statistics import Clusters, Rate
+
+MAX_VALUES = 20_000
+"""Maximum number of lengths, angles or dihedrals of one type that are compared (JODO)."""
+JACKKNIFE_GROUPS = 10
+"""Number of groups of molecules for jackknife intervals."""
+GALLERY_SIZE = 12
+"""Number of molecules in each gallery of the HTML page: passing all checks, and failing some."""
+
+_ELEMENTS = 119
+_KEPT_RECORDS = 5
+
+
+def hash_numbers(*parts: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Pseudo-random 64 bits for each tuple of numbers (V,) (splitmix64: G. L. Steele et al.,
+    OOPSLA 2014)."""
+    state = np.zeros(np.broadcast_shapes(*(part.shape for part in parts)), np.uint64)
+    for part in parts:
+        state = (state ^ part.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return state
+
+
+def jackknife_group(records: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """The group of each molecule (V,) by its record number, below `JACKKNIFE_GROUPS`."""
+    return (hash_numbers(records) % np.uint64(JACKKNIFE_GROUPS)).astype(np.uint8)
+
+
+class ValueSample:
+    """A random subset of at most `MAX_VALUES` numbers, each with its molecule's jackknife group."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        """Number of all values, in the subset or not."""
+        self._value: list[NDArray[np.float32]] = []
+        self._key: list[NDArray[np.uint64]] = []
+        self._group: list[NDArray[np.uint8]] = []
+
+    def add(
+        self, value: NDArray[np.float32], key: NDArray[np.uint64], group: NDArray[np.uint8]
+    ) -> None:
+        """Add numbers (V,) with random keys and groups; the smallest keys stay in the subset."""
+        self.count += len(value)
+        self._value.append(value)
+        self._key.append(key)
+        self._group.append(group)
+        if sum(map(len, self._value)) > 2 * MAX_VALUES:
+            self._shrink()
+
+    @classmethod
+    def of(cls, value: NDArray[np.float32], count: int) -> ValueSample:
+        """A stored subset of `count` values, all in group 0."""
+        sample = cls()
+        sample.add(value, np.arange(len(value), dtype=np.uint64), np.zeros(len(value), np.uint8))
+        sample.count = count
+        return sample
+
+    def _shrink(self) -> None:
+        key = np.concatenate(self._key)
+        chosen = np.argsort(key, kind="stable")[:MAX_VALUES]
+        self._key = [key[chosen]]
+        self._value = [np.concatenate(self._value)[chosen]]
+        self._group = [np.concatenate(self._group)[chosen]]
+
+    @property
+    def value(self) -> NDArray[np.float32]:
+        """The subset, (V,), in the order of the keys."""
+        if not self._value:
+            return np.zeros(0, np.float32)
+        self._shrink()
+        return self._value[0]
+
+    @property
+    def group(self) -> NDArray[np.uint8]:
+        """The group of each value, (V,)."""
+        if not self._group:
+            return np.zeros(0, np.uint8)
+        self._shrink()
+        return self._group[0]
+
+
+GeometrySamples = dict[str, dict[int, ValueSample]]
+"""Samples by kind and by the code of the type (`molgen_energy.chemistry.geometry.code_of`)."""
+
+
+class DistinctHashes:
+    """The set of hashes of SMILES, 8 bytes each."""
+
+    _MAX_PENDING = 1 << 18
+
+    def __init__(self) -> None:
+        self._sorted = np.zeros(0, np.uint64)
+        self._pending: list[int] = []
+
+    def add(self, smiles: list[str | None]) -> None:
+        """Add SMILES; None is ignored."""
+        self._pending.extend(smiles_hash(text) for text in smiles if text is not None)
+        if len(self._pending) > self._MAX_PENDING:
+            self._merge()
+
+    def _merge(self) -> None:
+        if self._pending:
+            new = np.array(self._pending, np.uint64)
+            self._sorted = np.unique(np.concatenate([self._sorted, new]))
+            self._pending = []
+
+    @property
+    def hashes(self) -> NDArray[np.uint64]:
+        """The distinct hashes, sorted."""
+        self._merge()
+        return self._sorted
+
+
+class SelectedMolecule(NamedTuple):
+    """A molecule of a random subset, with the bonds that were checked."""
+
+    record: int
+    molecule: Molecule
+    failure_reasons: tuple[str, ...] = ()
+    smiles: str | None = None
+
+
+Describe = Callable[[int, SelectedMolecule], SelectedMolecule]
+"""Adds failure reasons and SMILES to molecule k of a chunk."""
+
+
+class RandomSubset:
+    """A random subset of at most `size` molecules: those whose records have the smallest hashes."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._heap: list[tuple[int, int, SelectedMolecule]] = []
+
+    def add(
+        self, chunk: MoleculeChunk, mask: NDArray[np.bool_], describe: Describe | None = None
+    ) -> None:
+        """Add the molecules of a chunk where the mask (M,) is set."""
+        key = hash_numbers(chunk.records)
+        candidates = np.flatnonzero(mask)
+        if len(candidates) > self._size:
+            nearest = np.argsort(key[candidates], kind="stable")[: self._size]
+            candidates = candidates[nearest]
+        for k in candidates.tolist():
+            rank = -int(key[k])
+            if len(self._heap) == self._size and rank <= self._heap[0][0]:
+                continue
+            record = int(chunk.records[k])
+            selected = SelectedMolecule(record, _copy(chunk.molecules[k]))
+            if describe is not None:
+                selected = describe(k, selected)
+            heapq.heappush(self._heap, (rank, record, selected))
+            if len(self._heap) > self._size:
+                heapq.heappop(self._heap)
+
+    def __iter__(self) -> Iterator[SelectedMolecule]:
+        return (item[2] for item in sorted(self._heap, key=lambda item: -item[0]))
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+
+class WorstRecord(NamedTuple):
+    """A record that fails a check by a large amount."""
+
+    record: int
+    amount: float
+    what: str
+
+
+@dataclass
+class Counts:
+    """Counts of molecules and atoms."""
+
+    molecules: int = 0
+    stable_molecules: int = 0
+    unstable_atoms: Clusters = field(default_factory=Clusters)
+    valid: int = 0
+    connected: int = 0
+    complete: int = 0
+    hydrogens_added: int = 0
+    passes_all: int = 0
+    distinct: int = 0
+    novel: int | None = None
+    timed_out: int = 0
+    without_geometry: int = 0
+    given_bonds: int = 0
+    """Bonds given in the file, of all molecules."""
+    with_given_bonds: int = 0
+    """Molecules with given bonds; the counts below are of these."""
+    given_bonds_stable_molecules: int = 0
+    given_bonds_unstable_atoms: Clusters = field(default_factory=Clusters)
+    given_bonds_valid: int = 0
+    given_bonds_complete: int = 0
+
+    def rates(self) -> dict[str, Rate | None]:
+        """All rates by key; None where not applicable."""
+        total = self.molecules
+        has_given_bonds = self.given_bonds > 0
+
+        def novel(total: int) -> Rate | None:
+            return None if self.novel is None else Rate(self.novel, total)
+
+        def with_given_bonds(count: int) -> Rate | None:
+            return Rate(count, self.with_given_bonds) if has_given_bonds else None
+
+        return {
+            "molecule_stability": Rate(self.stable_molecules, total),
+            "atom_stability": self.unstable_atoms.unmarked(),
+            "validity": Rate(self.valid, total),
+            "uniqueness": Rate(self.distinct, self.valid),
+            "novelty": novel(self.distinct),
+            "connected": Rate(self.connected, total),
+            "complete": Rate(self.complete, total),
+            "valid_unique": Rate(self.distinct, total),
+            "valid_unique_novel": novel(total),
+            "hydrogens_assumed": Rate(self.hydrogens_added, total),
+            "good": Rate(self.passes_all, total),
+            "given_bonds_molecule_stability": with_given_bonds(self.given_bonds_stable_molecules),
+            "given_bonds_atom_stability": (
+                self.given_bonds_unstable_atoms.unmarked() if has_given_bonds else None
+            ),
+            "given_bonds_validity": with_given_bonds(self.given_bonds_valid),
+            "given_bonds_complete": with_given_bonds(self.given_bonds_complete),
+        }
+
+
+@dataclass
+class EvaluationAccumulator:
+    """Accumulates the checks of all chunks of a file.
+
+    Parameters
+    ----------
+    subset
+        Number of random molecules to keep for the slow metrics.
+    """
+
+    subset: int = 1000
+    counts: Counts = field(default_factory=Counts)
+    smiles: DistinctHashes = field(default_factory=DistinctHashes)
+    geometry: GeometrySamples = field(default_factory=dict)
+    sizes: NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros((JACKKNIFE_GROUPS, 1), np.int64)
+    )
+    """Histogram of numbers of atoms, (groups, S)."""
+    elements: NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros((JACKKNIFE_GROUPS, _ELEMENTS), np.int64)
+    )
+    """Histogram of atomic numbers, (groups, 119)."""
+    unstable_valences: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """Number of unstable atoms by element and sum of bond orders."""
+    invalid_reasons: Counter[str] = field(default_factory=Counter)
+    first_records: dict[str, int] = field(default_factory=dict)
+    """The first record with each reason."""
+    timed_out: list[WorstRecord] = field(default_factory=list)
+    most_unstable: list[WorstRecord] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.random_molecules = RandomSubset(self.subset)
+        self.random_complete = RandomSubset(self.subset)
+        self.gallery_passing = RandomSubset(GALLERY_SIZE)
+        self._gallery_failing: dict[str, RandomSubset] = {}
+
+    def add(self, checks: ChunkChecks) -> None:
+        """Add the checks of one chunk."""
+        chunk, counts = checks.chunk, self.counts
+        molecules = chunk.molecules
+        counts.molecules += len(chunk)
+        counts.stable_molecules += int((checks.unstable_atoms == 0).sum())
+        counts.unstable_atoms.add(checks.unstable_atoms, molecules.sizes)
+        counts.valid += int(checks.valid.sum())
+        counts.connected += int((checks.fragments == 1).sum())
+        counts.complete += int(checks.complete.sum())
+        counts.hydrogens_added += int(checks.hydrogens_added.sum())
+        counts.passes_all += int(checks.passes_all.sum())
+        counts.timed_out += int(checks.timed_out.sum())
+        counts.without_geometry += checks.without_geometry
+        if checks.given_bonds is not None:
+            given = checks.given_bonds
+            counts.given_bonds += given.bonds
+            counts.with_given_bonds += len(chunk)
+            counts.given_bonds_stable_molecules += int((given.unstable_atoms == 0).sum())
+            counts.given_bonds_unstable_atoms.add(given.unstable_atoms, molecules.sizes)
+            counts.given_bonds_valid += int(given.valid.sum())
+            counts.given_bonds_complete += int((given.valid & given.connected).sum())
+        self.smiles.add(checks.smiles)
+        self._add_composition(chunk)
+        self.unstable_valences.update(checks.unstable_valences)
+        self._add_failures(checks)
+        self.add_geometry(checks)
+        self._add_to_subsets(checks)
+
+    def _add_composition(self, chunk: MoleculeChunk) -> None:
+        molecules, group = chunk.molecules, jackknife_group(chunk.records)
+        longest = max(self.sizes.shape[1], int(molecules.sizes.max()) + 1)
+        self.sizes = np.pad(self.sizes, ((0, 0), (0, longest - self.sizes.shape[1])))
+        np.add.at(self.sizes, (group, molecules.sizes), 1)
+        np.add.at(self.elements, (group[molecules.molecule_index], molecules.atomic_numbers), 1)
+
+    def _add_failures(self, checks: ChunkChecks) -> None:
+        records = checks.chunk.records.tolist()
+        for record, reason in zip(records, checks.invalid_reasons, strict=True):
+            if reason:
+                general = without_atom_numbers(reason)
+                self.invalid_reasons[general] += 1
+                self.first_records[general] = min(record, self.first_records.get(general, record))
+        for k in np.flatnonzero(checks.timed_out).tolist():
+            if len(self.timed_out) < _KEPT_RECORDS:
+                self.timed_out.append(WorstRecord(records[k], 0.0, checks.invalid_reasons[k]))
+        counts = zip(
+            records,
+            checks.unstable_atoms.tolist(),
+            checks.chunk.molecules.sizes.tolist(),
+            strict=True,
+        )
+        candidates = [
+            WorstRecord(record, unstable / size, f"{unstable} of {size} atoms unstable")
+            for record, unstable, size in counts
+            if unstable > 0
+        ]
+        self.most_unstable = heapq.nsmallest(
+            _KEPT_RECORDS, self.most_unstable + candidates, key=lambda w: (-w.amount, w.record)
+        )
+
+    def add_geometry(self, checks: ChunkChecks) -> None:
+        """Add the lengths, angles and dihedrals of one chunk only."""
+        for kind, values in checks.geometry.items():
+            by_type = self.geometry.setdefault(kind, {})
+            group = jackknife_group(values.record)
+            key = hash_numbers(values.record, values.code, values.position)
+            codes, starts = np.unique(values.code, return_index=True)
+            stops = np.append(starts, len(values.code))[1:]
+            for code, start, stop in zip(
+                codes.tolist(), starts.tolist(), stops.tolist(), strict=True
+            ):
+                sample = by_type.setdefault(code, ValueSample())
+                part = slice(start, stop)
+                sample.add(values.value[part], key[part], group[part])
+
+    def _add_to_subsets(self, checks: ChunkChecks) -> None:
+        chunk = checks.chunk
+        self.random_molecules.add(chunk, np.ones(len(chunk), bool))
+        self.random_complete.add(chunk, checks.complete & ~checks.hydrogens_added)
+
+        def describe(k: int, selected: SelectedMolecule) -> SelectedMolecule:
+            return selected._replace(
+                failure_reasons=failure_reasons(checks, k), smiles=checks.smiles[k]
+            )
+
+        self.gallery_passing.add(chunk, checks.passes_all, describe)
+        failing = np.flatnonzero(~checks.passes_all)
+        category = np.array([_failure_category(checks, k) for k in failing.tolist()])
+        for name in np.unique(category).tolist():
+            mask = np.zeros(len(chunk), bool)
+            mask[failing[category == name]] = True
+            subset = self._gallery_failing.setdefault(name, RandomSubset(GALLERY_SIZE))
+            subset.add(chunk, mask, describe)
+
+    def gallery_failing(self) -> list[SelectedMolecule]:
+        """Random molecules that fail a check, alternating between the categories of failure."""
+        rows = [list(subset) for _, subset in sorted(self._gallery_failing.items())]
+        alternating = [row[k] for k in range(GALLERY_SIZE) for row in rows if k < len(row)]
+        return alternating[:GALLERY_SIZE]
+
+
+def _copy(molecule: Molecule) -> Molecule:
+    """A copy of the arrays: views would keep the whole chunk in memory."""
+    columns = vars(molecule).items()
+    arrays: dict[str, Any] = {k: v.copy() for k, v in columns if isinstance(v, np.ndarray)}
+    return replace(molecule, **arrays)
+
+
+def _failure_category(checks: ChunkChecks, k: int) -> str:
+    if checks.timed_out[k]:
+        return "timed out"
+    if not checks.valid[k]:
+        return "invalid"
+    if checks.fragments[k] > 1:
+        return "fragmented"
+    return "unstable" if checks.checked_unstable_atoms[k] else "missing hydrogens"
+
+
+def failure_reasons(checks: ChunkChecks, k: int) -> tuple[str, ...]:
+    """Descriptions of all checks that molecule k of a chunk fails."""
+    size = int(checks.chunk.molecules.sizes[k])
+    unstable = checks.checked_unstable_atoms[k]
+    reasons = []
+    if not checks.valid[k]:
+        reasons.append(f"invalid: {checks.invalid_reasons[k]}")
+    if unstable:
+        reasons.append(f"{unstable} of {size} atoms unstable")
+    if checks.fragments[k] > 1:
+        reasons.append(f"{checks.fragments[k]} fragments")
+    if checks.hydrogens_added[k]:
+        reasons.append("missing hydrogens or radical electrons")
+    return tuple(reasons)
+
+
+def without_atom_numbers(reason: str) -> str:
+    """RDKit's error message without atom numbers, to count equal errors together."""
+    match = re.match(r"Explicit valence for atom # \d+ (\w+), (\d+), is greater", reason)
+    if match:
+        return f"{match[1]} with valence {match[2]}"
+    if reason.startswith("Can't kekulize"):
+        return "cannot be Kekulised"
+    return re.sub(r"\s+", " ", re.sub(r"# ?\d+", "# N", reason))[:80]

@@ -1,0 +1,1 @@
+"""Checks of single molecules: stability, validity, PoseBusters, strain energy."""

@@ -1,0 +1,316 @@
+"""Evaluate one set of molecules by the published protocols.
+
+EDM's protocol (Hoogeboom et al., ICML 2022): bonds are perceived from distances. An atom is stable
+if its bond orders add up to an allowed valence, a molecule if all its atoms are. A molecule is
+valid if RDKit sanitises it as a whole; its name is the canonical SMILES of its largest fragment.
+Bonds given in a file are checked in addition, and geometry is compared by JODO's protocol.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molgen_energy.chemistry.bonds import has_valence
+from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS
+from molgen_energy.data.molecules import MoleculeChunk, Molecules
+from molgen_energy.elements import symbol
+from molgen_energy.errors import InputError
+from molgen_energy.metrics.accumulator import (
+    DistinctHashes,
+    EvaluationAccumulator,
+    RandomSubset,
+    WorstRecord,
+)
+from molgen_energy.metrics.checks.chunk import (
+    CheckSettings,
+    ChunkChecks,
+    check_chunk,
+    check_chunk_without_rdkit,
+    smiles_hash,
+)
+from molgen_energy.metrics.checks.posebusters import posebusters_failed, run_posebusters
+from molgen_energy.metrics.checks.strain import (
+    Relaxation,
+    relax_mmff,
+    relax_xtb,
+    relaxation_failed,
+)
+from molgen_energy.metrics.distances.comparison import Comparison, Distributions
+from molgen_energy.metrics.distances.fcd import ChemNet
+from molgen_energy.metrics.options import BOND_DESCRIPTIONS, EvaluationOptions, install_command
+from molgen_energy.metrics.sources import ChunkSource
+from molgen_energy.metrics.statistics import Estimate, Rate, median_interval
+from molgen_energy.progress import ProgressCallback, no_progress
+from molgen_energy.workers import WorkerPool
+
+_SUBSET_CHUNK_SIZE = 10
+_XTB_FRACTION = 10  # xTB takes a second for each molecule of QM9, so it gets a tenth of the subset
+_MAX_WORST = 3
+
+
+@dataclass
+class MoleculeEvaluation:
+    """Results for one set of molecules."""
+
+    name: str
+    molecules: int
+    rates: dict[str, Rate | None]
+    """By key; None where not applicable."""
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+    """Strain energies and RMSD, by key."""
+    distributions: Distributions | None = None
+    accumulator: EvaluationAccumulator = field(default_factory=EvaluationAccumulator)
+    comparison: Comparison = field(default_factory=Comparison)
+    """Distances from the reference."""
+    bonds: str = BOND_DESCRIPTIONS["perceived"]
+    skipped: int = 0
+    notes: list[str] = field(default_factory=list)
+    worst: list[WorstRecord] = field(default_factory=list)
+    provenance: dict[str, str] = field(default_factory=dict)
+    posebusters_failures: Counter[str] = field(default_factory=Counter)
+    path: Path | None = None
+
+
+class ProgressCounter:
+    """Adds up the molecules of several files for one progress callback."""
+
+    def __init__(self, progress: ProgressCallback = no_progress, total: int | None = None) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def add(self, molecules: int) -> None:
+        """Report that so many more molecules are finished."""
+        self._done += molecules
+        self._progress(self._done, self._total)
+
+
+def evaluate_source(
+    name: str,
+    source: ChunkSource,
+    options: EvaluationOptions,
+    training_hashes: NDArray[np.uint64] | None,
+    workers: WorkerPool,
+    counter: ProgressCounter | None = None,
+) -> MoleculeEvaluation:
+    """Check the molecules of a source and accumulate the results.
+
+    Parameters
+    ----------
+    name
+        Name of the molecules in the report and in errors.
+    source
+        The molecules; a few chunks are in memory at a time.
+    options
+        With the geometry types filled in, see `molgen_energy.metrics.options.with_types`.
+    training_hashes
+        Sorted hashes of the training molecules' SMILES, computed with the same choice of bonds.
+        None leaves novelty undefined.
+    workers
+        Processes for the calls of RDKit.
+    counter
+        Gets the number of finished molecules.
+
+    Raises
+    ------
+    InputError
+        A molecule has an element without a known valence, and `skip_bad` is false; or the given
+        bonds are chosen and there are none.
+    """
+    accumulator = EvaluationAccumulator(options.subset)
+    known_elements = _ElementFilter(name, options)
+    net = ChemNet() if "fcd" in options.available else None
+    settings = options.checks
+    chunks = known_elements.filter(source.chunks())
+    for chunk, checks in check_chunks(chunks, settings, workers):
+        accumulator.add(checks)
+        if net is not None:
+            net.add(checks.whole_smiles)
+        if counter is not None:
+            counter.add(len(chunk))
+    counts = accumulator.counts
+    if settings.bonds == "given" and not counts.given_bonds:
+        raise InputError(f"{name} has no bonds of its own; leave out --bonds given")
+    hashes = accumulator.smiles.hashes
+    counts.distinct = len(hashes)
+    if training_hashes is not None:
+        counts.novel = int((~np.isin(hashes, training_hashes, assume_unique=True)).sum())
+    evaluation = MoleculeEvaluation(
+        name,
+        counts.molecules,
+        counts.rates(),
+        accumulator=accumulator,
+        distributions=Distributions.of(accumulator, None if net is None else net.finish()),
+        skipped=known_elements.skipped,
+        bonds=BOND_DESCRIPTIONS[settings.bonds],
+    )
+    if counts.without_geometry and "geometry" in options.metrics:
+        evaluation.notes.append(
+            f"geometry excludes {counts.without_geometry:,} molecules with an atom of more than "
+            f"{MAX_NEIGHBOURS} bonds"
+        )
+    if 0 < counts.with_given_bonds < counts.molecules and counts.given_bonds:
+        evaluation.notes.append(
+            f"{counts.with_given_bonds:,} of {counts.molecules:,} molecules have bonds of their "
+            "own; the rates with given bonds are of these"
+        )
+    evaluation.rates["posebusters"] = None
+    _add_subset_metrics(evaluation, options, workers)
+    evaluation.worst = (
+        accumulator.timed_out[:_MAX_WORST]
+        + accumulator.most_unstable[:_MAX_WORST]
+        + evaluation.worst
+    )
+    return evaluation
+
+
+def check_chunks(
+    chunks: Iterable[MoleculeChunk], settings: CheckSettings, workers: WorkerPool
+) -> Iterator[tuple[MoleculeChunk, ChunkChecks]]:
+    """Chunks with their checks, in order; without RDKit where it hangs or crashes."""
+    return workers.map(
+        partial(check_chunk, settings=settings),
+        chunks,
+        lambda chunk, failure: check_chunk_without_rdkit(chunk, settings, f"RDKit: {failure}"),
+    )
+
+
+def collect_smiles_hashes(
+    source: ChunkSource,
+    settings: CheckSettings,
+    workers: WorkerPool,
+    counter: ProgressCounter | None = None,
+) -> NDArray[np.uint64]:
+    """Sorted hashes of the SMILES that `evaluate_source` would compute, for novelty."""
+    smiles = DistinctHashes()
+    settings = replace(
+        settings,
+        type_codes={},
+        whole_smiles=False,
+        check_given_bonds=settings.bonds == "given",
+    )
+    for chunk, checks in check_chunks(source.chunks(), settings, workers):
+        smiles.add(checks.smiles)
+        if counter is not None:
+            counter.add(len(chunk))
+    return smiles.hashes
+
+
+def hash_smiles(smiles: Iterable[str]) -> NDArray[np.uint64]:
+    """Sorted hashes of SMILES."""
+    return np.unique(np.array([smiles_hash(text) for text in smiles], np.uint64))
+
+
+class _ElementFilter:
+    """Removes molecules with elements without a known valence from chunks, or raises."""
+
+    def __init__(self, name: str, options: EvaluationOptions) -> None:
+        self._name, self._skip_bad, self.skipped = name, options.skip_bad, 0
+        self._bonds_required = options.checks.bonds == "given"
+
+    def filter(self, chunks: Iterable[MoleculeChunk]) -> Iterator[MoleculeChunk]:
+        for chunk in chunks:
+            if self._bonds_required and chunk.molecules.bonds is None:
+                raise InputError(
+                    f"{self._name}: record {chunk.records[0]} has no bonds of its own; leave "
+                    "out --bonds given"
+                )
+            numbers = chunk.molecules.atomic_numbers
+            unknown = np.flatnonzero(~has_valence(numbers))
+            if not len(unknown):
+                yield chunk
+                continue
+            owners = np.unique(chunk.molecules.molecule_index[unknown])
+            if not self._skip_bad:
+                raise InputError(
+                    f"{self._name}: record {chunk.records[owners[0]]} holds "
+                    f"{symbol(int(numbers[unknown[0]]))}, which has no known valence; pass "
+                    "--skip-bad to leave out such molecules"
+                )
+            self.skipped += len(owners)
+            rest = np.setdiff1d(np.arange(len(chunk)), owners)
+            if len(rest):
+                yield chunk.select(rest)
+
+
+def _add_subset_metrics(
+    evaluation: MoleculeEvaluation, options: EvaluationOptions, workers: WorkerPool
+) -> None:
+    """Compute the metrics that are too slow for all molecules, on random subsets."""
+    accumulator, estimates = evaluation.accumulator, evaluation.estimates
+    methods: tuple[tuple[str, Callable[[MoleculeChunk], list[Relaxation]], str, int], ...] = (
+        ("strain", relax_mmff, "MMFF94", options.subset),
+        ("xtb", relax_xtb, "GFN2-xTB", max(1, options.subset // _XTB_FRACTION)),
+    )
+    for metric, relax, label, count in methods:
+        if metric not in options.metrics:
+            continue
+        if metric not in options.available:
+            for key in (f"{metric}_energy", f"{metric}_rmsd"):
+                estimates[key] = Estimate(None, note=install_command(metric))
+            continue
+        relaxations: list[Relaxation] = []
+        records: list[int] = []
+        chunks = _subset_chunks(accumulator.random_complete, count)
+        for chunk, part in workers.map(relax, chunks, relaxation_failed):
+            relaxations += part
+            records += chunk.records.tolist()
+        _add_strain(evaluation, metric, label, records, relaxations)
+    if "posebusters" in options.available:
+        failures: list[list[str]] = []
+        chunks = _subset_chunks(accumulator.random_molecules, options.subset)
+        for _, failed in workers.map(run_posebusters, chunks, posebusters_failed):
+            failures += failed
+        passed = sum(not failed for failed in failures)
+        evaluation.rates["posebusters"] = Rate(passed, len(failures))
+        evaluation.posebusters_failures = Counter(name for failed in failures for name in failed)
+
+
+def _subset_chunks(subset: RandomSubset, count: int) -> Iterator[MoleculeChunk]:
+    selected = list(subset)[:count]
+    for start in range(0, len(selected), _SUBSET_CHUNK_SIZE):
+        part = selected[start : start + _SUBSET_CHUNK_SIZE]
+        records = np.array([s.record for s in part], np.int64)
+        yield MoleculeChunk(records, Molecules.from_list([s.molecule for s in part]))
+
+
+def _add_strain(
+    evaluation: MoleculeEvaluation,
+    metric: str,
+    label: str,
+    records: list[int],
+    relaxations: list[Relaxation],
+) -> None:
+    failures = Counter(r.reason for r in relaxations if r.strain is None)
+    finished = [(r.strain, r.rmsd) for r in relaxations if r.strain is not None]
+    for key, column in (("energy", 0), ("rmsd", 1)):
+        values = np.array([pair[column] for pair in finished], np.float64)
+        if len(values):
+            median, interval = float(np.median(values)), median_interval(values)
+            estimate = Estimate(median, interval, len(values))
+        else:
+            note = failures.most_common(1)[0][0] if failures else "no complete molecules"
+            estimate = Estimate(None, note=note)
+        evaluation.estimates[f"{metric}_{key}"] = estimate
+    pairs = zip(relaxations, records, strict=True)
+    ranked = sorted(((r.strain, n) for r, n in pairs if r.strain is not None), reverse=True)
+    evaluation.worst += [
+        WorstRecord(record, strain, f"{label} strain {strain:.0f} kcal/mol")
+        for strain, record in ranked[:_MAX_WORST]
+    ]
+    if failures:
+        text = "; ".join(f"{count} {reason}" for reason, count in failures.most_common(3))
+        evaluation.notes.append(f"{label} strain excludes: {text}")
+
+
+def is_over_regular(evaluation: MoleculeEvaluation, reference: Rate | None) -> bool:
+    """Whether samples are more often stable than real data, with disjoint intervals."""
+    rate = evaluation.rates["molecule_stability"]
+    if rate is None or reference is None or rate.interval is None or reference.interval is None:
+        return False
+    return rate.interval[0] > reference.interval[1]

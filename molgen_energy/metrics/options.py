@@ -1,0 +1,111 @@
+"""Options of the evaluation of molecules."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from molgen_energy.chemistry.bonds import VALENCE_MODELS
+from molgen_energy.chemistry.geometry import COUNTINGS, GeometryTypes, code_of
+from molgen_energy.errors import InputError, unknown_name
+from molgen_energy.metrics.checks.chunk import CheckSettings
+
+METRIC_GROUPS = ("rates", "geometry", "composition", "strain", "fcd", "posebusters", "xtb")
+"""Names for `metrics`; rates are always computed."""
+DEFAULT_METRICS = ("rates", "geometry", "composition", "strain")
+EXTRAS = {"fcd": ("fcd",), "posebusters": ("posebusters",), "xtb": ("tblite", "ase")}
+"""Packages that a metric needs. The optional dependencies of this package have the same names."""
+
+BOND_CHOICES = ("perceived", "single", "given")
+"""Bonds for validity, SMILES and connectivity: perceived from distances; perceived, but all single
+(EDM's validity on GEOM-Drugs); or given in the file."""
+BOND_DESCRIPTIONS = {
+    "perceived": "perceived from distances",
+    "single": "perceived from distances, all taken as single",
+    "given": "given in the file",
+}
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How molecules are evaluated."""
+
+    metrics: frozenset[str] = frozenset(DEFAULT_METRICS)
+    """Some of `METRIC_GROUPS`."""
+    checks: CheckSettings = field(default_factory=CheckSettings)
+    subset: int = 1000
+    """Number of random molecules for strain and PoseBusters; xTB takes a tenth of them."""
+    skip_bad: bool = False
+    """Whether to skip broken records and elements without a known valence, rather than raise."""
+
+    @property
+    def available(self) -> frozenset[str]:
+        """The chosen metrics whose packages are installed."""
+        return frozenset(name for name in self.metrics if not is_missing(name))
+
+
+def make_options(
+    metrics: str | Iterable[str] = DEFAULT_METRICS,
+    bonds: str = "perceived",
+    valence: str = "strict",
+    angles: str = "once",
+    subset: int = 1000,
+    skip_bad: bool = False,
+) -> EvaluationOptions:
+    """Options from their names, as the command and the API take them.
+
+    Raises
+    ------
+    InputError
+        A name is unknown.
+    """
+    for option, name, valid in (
+        ("bonds", bonds, BOND_CHOICES),
+        ("valence", valence, VALENCE_MODELS),
+        ("angles", angles, COUNTINGS),
+    ):
+        if name not in valid:
+            raise InputError(unknown_name(f"choice of --{option}", name, valid))
+    checks = CheckSettings(bonds=bonds, valence=valence, counting=angles)
+    return EvaluationOptions(parse_metrics(metrics), checks, subset, skip_bad)
+
+
+def parse_metrics(metrics: str | Iterable[str]) -> frozenset[str]:
+    """Metrics from their names, a text with commas or a sequence; `all` means all of them.
+
+    Rates are always included.
+
+    Raises
+    ------
+    InputError
+        A name is unknown.
+    """
+    names = metrics.split(",") if isinstance(metrics, str) else metrics
+    names = [name.strip().lower() for name in names if name.strip()]
+    if "all" in names:
+        return frozenset(METRIC_GROUPS)
+    for name in names:
+        if name not in METRIC_GROUPS:
+            raise InputError(unknown_name("metric", name, [*METRIC_GROUPS, "all"]))
+    return frozenset(names) | {"rates"}
+
+
+def is_missing(metric: str) -> bool:
+    """Whether a package that the metric needs is not installed."""
+    return any(importlib.util.find_spec(name) is None for name in EXTRAS.get(metric, ()))
+
+
+def install_command(metric: str) -> str:
+    """The command that installs the packages of a metric."""
+    return f"pip install 'molgen-energy[{metric}]'"
+
+
+def with_types(options: EvaluationOptions, types: GeometryTypes | None) -> EvaluationOptions:
+    """The options with the geometry types to collect; None collects no geometry."""
+    codes: dict[str, tuple[int, ...]] = {}
+    if types is not None:
+        codes = {k: tuple(code_of(k, name) for name in names) for k, names in types.types.items()}
+    whole_smiles = "fcd" in options.available
+    checks = replace(options.checks, type_codes=codes, whole_smiles=whole_smiles)
+    return replace(options, checks=checks)

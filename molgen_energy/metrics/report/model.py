@@ -1,0 +1,179 @@
+"""The model of a report: metrics in rows and columns, for all physical systems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from molgen_energy.metrics.statistics import Estimate, Mean, Rate
+
+MetricValue = Rate | Mean | Estimate
+"""A number with its 95 % interval or standard error."""
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """Label of one metric."""
+
+    key: str
+    """Of the metric in `ReportColumn.metrics`, and in JSON."""
+    label: str
+    meaning: str
+    unit: str = ""
+    hint: str = ""
+    """How to get the metric if it was not computed."""
+
+    @property
+    def heading(self) -> str:
+        """The label with its unit."""
+        return f"{self.label}, {self.unit}" if self.unit else self.label
+
+
+@dataclass(frozen=True)
+class ReportSection:
+    """Rows under a common title."""
+
+    title: str
+    rows: Sequence[ReportRow]
+
+
+@dataclass
+class ReportColumn:
+    """The metrics of a file, or of one of several variants of its samples."""
+
+    metrics: dict[str, MetricValue | None]
+    """By key; None where not applicable. JSON contains all, the table those with a row."""
+    label: str = ""
+    """Name of the variant; empty for a file with a single column."""
+
+
+@dataclass
+class EvaluatedFile:
+    """Results for one file."""
+
+    name: str
+    count: int
+    """Number of samples."""
+    columns: list[ReportColumn]
+    skipped: int = 0
+    """Number of bad records that were skipped."""
+    notes: list[str] = field(default_factory=list)
+    """Restrictions of the metrics."""
+    failures: list[str] = field(default_factory=list)
+    """The most frequent failures, one line each."""
+    provenance: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    """Further values for JSON."""
+    path: Path | None = None
+    """The file, for its checksum; None for samples in memory."""
+
+    @property
+    def metrics(self) -> dict[str, MetricValue | None]:
+        """The metrics of the first column."""
+        return self.columns[0].metrics
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An option or version that the results depend on."""
+
+    key: str
+    """In JSON."""
+    label: str
+    """On the page."""
+    value: Any
+    text: str | None = None
+    """The value on the page, if not its own text."""
+
+
+@dataclass(frozen=True)
+class BlockContent:
+    """HTML of a block, and pictures to write beside the page, by file name."""
+
+    html: str
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ReportBlock:
+    """Extra content of the page below the table, such as plots or a gallery of molecules."""
+
+    title: str
+    content: Callable[[], BlockContent]
+    """Draws the content; called when the page is written."""
+
+
+@dataclass
+class Report:
+    """Metrics of one or more files, beside those of reference data if there are any.
+
+    `print(report)` shows the table, the most frequent failures and the notes.
+    """
+
+    system: str
+    """Physical system, e.g. `molecules`."""
+    samples: str
+    """Plural name of the samples, e.g. `polygons`."""
+    files: list[EvaluatedFile]
+    sections: list[ReportSection]
+    reference: EvaluatedFile | None = None
+    settings: list[Setting] = field(default_factory=list)
+    summary: str = ""
+    """The most important settings in one line."""
+    notes: list[str] = field(default_factory=list)
+    """Restrictions of all metrics."""
+    blocks: list[ReportBlock] = field(default_factory=list)
+
+    @property
+    def entries(self) -> list[EvaluatedFile]:
+        """All files and, last, the reference."""
+        return [*self.files] if self.reference is None else [*self.files, self.reference]
+
+    def warnings(self) -> list[str]:
+        """All notes, those of a file with its name."""
+        return self.notes + [
+            f"{entry.name}: {note}" for entry in self.entries for note in entry.notes
+        ]
+
+    def table(self, width: int = 120) -> str:
+        """The metrics as a table in plain text.
+
+        Parameters
+        ----------
+        width
+            Maximum number of characters in a line. Files that do not fit side by side come in
+            several tables.
+        """
+        from molgen_energy.metrics.report.table import plain_tables
+
+        return plain_tables(self, width)
+
+    def __str__(self) -> str:
+        lines = [self.table(), self.summary]
+        lines += [f"{file.name}: {line}" for file in self.files for line in file.failures]
+        lines += [f"warning: {text}" for text in self.warnings()]
+        return "\n".join(filter(None, lines))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All metrics and details as dictionaries and lists, for JSON."""
+        from molgen_energy.metrics.report.json import to_dict
+
+        return to_dict(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `report.html`, `report.json` and the pictures.
+
+        Parameters
+        ----------
+        folder
+            Created if it does not exist; its parent must exist. Other files in it are kept.
+
+        Returns
+        -------
+        The path of the page.
+        """
+        from molgen_energy.metrics.report.html import write_report
+
+        return write_report(self, Path(folder))

@@ -1,0 +1,328 @@
+"""The report of molecules: which metrics it has, and what they mean together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rdkit import rdBase
+
+from molgen_energy.chemistry.geometry import KINDS, PERIODS, UNITS
+from molgen_energy.metrics.distances.comparison import Comparison
+from molgen_energy.metrics.molecule_evaluation import MoleculeEvaluation, is_over_regular
+from molgen_energy.metrics.options import (
+    BOND_DESCRIPTIONS,
+    EXTRAS,
+    EvaluationOptions,
+    install_command,
+    is_missing,
+)
+from molgen_energy.metrics.report.distributions import distributions_block
+from molgen_energy.metrics.report.gallery import gallery_block
+from molgen_energy.metrics.report.model import (
+    EvaluatedFile,
+    MetricValue,
+    Report,
+    ReportBlock,
+    ReportColumn,
+    ReportRow,
+    ReportSection,
+    Setting,
+)
+from molgen_energy.metrics.results import MoleculeResults
+from molgen_energy.workers import WorkerPool
+
+_GIVEN_BONDS = "given_bonds_"
+_FAR = 5  # times the distance of real data from themselves, for a file that is as stable as they
+# Distances of few molecules are large by themselves, since MMD is biased: some subsets of 1,000
+# real molecules are beyond `_FAR`, none of 3,000.
+_MIN_MOLECULES = 3000
+_MAX_FAILURES = 4
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """A row, and the group of `--metrics` that computes its metric."""
+
+    key: str
+    label: str
+    meaning: str
+    unit: str = ""
+    metric: str = "rates"
+
+
+def _geometry_rows() -> tuple[MetricRow, ...]:
+    by_mmd = [
+        MetricRow(f"mmd_{kind.replace(' ', '_')}", f"{kind}s, MMD",
+            f"squared maximum mean discrepancy of {kind}s, mean over types", "", "geometry")
+        for kind in KINDS
+    ]  # fmt: skip
+    by_wasserstein = [
+        MetricRow(f"wasserstein_{kind.replace(' ', '_')}", f"{kind}s, Wasserstein",
+            "first Wasserstein distance, mean over types; it does not saturate"
+            + (", on the circle" if kind in PERIODS else ""),
+            UNITS[kind], "geometry")
+        for kind in KINDS
+    ]  # fmt: skip
+    return (*by_mmd, *by_wasserstein)
+
+
+_DISTANCES = (
+    *_geometry_rows(),
+    MetricRow("sizes", "sizes, Wasserstein", "of the numbers of atoms", "atoms", "composition"),
+    MetricRow("elements", "elements, total variation", "of the shares of elements", "",
+        "composition"),
+    MetricRow("fcd", "FCD", "Fréchet ChemNet distance of distinct valid molecules", "", "fcd"),
+)  # fmt: skip
+_SECTIONS = {
+    "rates, %": (
+        MetricRow("molecule_stability", "molecule stability",
+            "molecules whose atoms are all stable"),
+        MetricRow("atom_stability", "atom stability", "atoms with an allowed sum of bond orders"),
+        MetricRow("validity", "validity", "molecules that RDKit sanitises"),
+        MetricRow("uniqueness", "uniqueness", "distinct among the valid"),
+        MetricRow("novelty", "novelty", "not in the training set, among the distinct"),
+        MetricRow("connected", "connected", "molecules of one fragment"),
+        MetricRow("complete", "complete", "valid and connected"),
+        MetricRow("valid_unique", "valid × unique", "distinct valid among all"),
+        MetricRow("valid_unique_novel", "valid × unique × novel", "novel among all"),
+        MetricRow("hydrogens_assumed", "valid by added hydrogens",
+            "valid with implicit hydrogens or radicals"),
+        MetricRow("good", "passes all checks",
+            "stable, valid, connected, without added hydrogens"),
+    ),
+    "rates with given bonds, %": (
+        MetricRow(f"{_GIVEN_BONDS}molecule_stability", "molecule stability",
+            "atoms' bonds fit their formal charges, after Kekulisation"),
+        MetricRow(f"{_GIVEN_BONDS}atom_stability", "atom stability", "the same, among atoms"),
+        MetricRow(f"{_GIVEN_BONDS}validity", "validity", "molecules that RDKit sanitises"),
+        MetricRow(f"{_GIVEN_BONDS}complete", "complete", "valid and connected"),
+    ),
+    "distance from the data": _DISTANCES,
+    "energy and plausibility": (
+        MetricRow("strain_energy", "MMFF94 strain",
+            "energy lost on relaxation, median over complete molecules", "kcal/mol", "strain"),
+        MetricRow("strain_rmsd", "MMFF94 relaxation RMSD",
+            "of all atoms after superposition, median", "Å", "strain"),
+        MetricRow("xtb_energy", "GFN2-xTB strain",
+            "energy lost on relaxation, median over complete molecules", "kcal/mol", "xtb"),
+        MetricRow("xtb_rmsd", "GFN2-xTB relaxation RMSD",
+            "of all atoms after superposition, median", "Å", "xtb"),
+        MetricRow("posebusters", "PoseBusters",
+            "molecules that pass every check except the energy ratio", "%", "posebusters"),
+    ),
+}  # fmt: skip
+
+
+def molecule_report(results: MoleculeResults, open_pool: Callable[[], WorkerPool]) -> Report:
+    """The report of evaluated molecules.
+
+    Parameters
+    ----------
+    open_pool
+        Starts the processes that draw molecules when the page is written.
+    """
+    reference = results.reference
+    data = reference.evaluation
+    files = [
+        _evaluated_file(e, e.comparison, _notes(e, results), _failures(e)) for e in results.samples
+    ]
+    blocks: list[ReportBlock] = []
+    if {"geometry", "composition"} & results.options.metrics:
+        blocks.append(distributions_block(results))
+    blocks.append(gallery_block(results, open_pool))
+    return Report(
+        "molecules",
+        "molecules",
+        files,
+        _sections(results),
+        _evaluated_file(data, reference.distances, _own_notes(data), []),
+        _settings(results),
+        _summary(results),
+        results.notes,
+        blocks,
+    )
+
+
+def _sections(results: MoleculeResults) -> list[ReportSection]:
+    """The sections with the rows that apply."""
+    options = results.options
+    shown = []
+    for title, rows in _SECTIONS.items():
+        applicable = [
+            ReportRow(row.key, row.label, row.meaning, row.unit, _hint(row.metric, options))
+            for row in rows
+            if _applies(row, results)
+        ]
+        if applicable:
+            shown.append(ReportSection(title, applicable))
+    return shown
+
+
+def _applies(row: MetricRow, results: MoleculeResults) -> bool:
+    if row.key.startswith(_GIVEN_BONDS):
+        return any(e.rates[row.key] is not None for e in results.samples)
+    return row.metric in results.options.metrics or row.metric in EXTRAS
+
+
+def _hint(metric: str, options: EvaluationOptions) -> str:
+    if metric not in EXTRAS:
+        return ""
+    if is_missing(metric):
+        return install_command(metric)
+    return "" if metric in options.metrics else f"--metrics {metric}"
+
+
+def _evaluated_file(
+    evaluation: MoleculeEvaluation, distances: Comparison, notes: list[str], failures: list[str]
+) -> EvaluatedFile:
+    available: dict[str, MetricValue | None] = {
+        **distances.estimates,
+        **evaluation.estimates,
+        **evaluation.rates,
+    }
+    metrics = {row.key: available.get(row.key) for rows in _SECTIONS.values() for row in rows}
+    return EvaluatedFile(
+        evaluation.name,
+        evaluation.molecules,
+        [ReportColumn(metrics)],
+        evaluation.skipped,
+        notes,
+        failures,
+        evaluation.provenance,
+        _details(evaluation, distances),
+        evaluation.path,
+    )
+
+
+def _details(evaluation: MoleculeEvaluation, distances: Comparison) -> dict[str, Any]:
+    accumulator = evaluation.accumulator
+    return {
+        "timed_out": accumulator.counts.timed_out,
+        "bonds": evaluation.bonds,
+        "by_type": {
+            kind: {name: {"mmd": m, "wasserstein": w} for name, (m, w) in by_type.items()}
+            for kind, by_type in distances.by_type.items()
+        },
+        "missing_types": distances.missing,
+        "worst": [worst._asdict() for worst in evaluation.worst],
+        "unstable_atoms": [
+            {"element": element, "valence": valence, "count": count}
+            for (element, valence), count in accumulator.unstable_valences.most_common()
+        ],
+        "invalid": [
+            {"reason": reason, "count": count, "first_record": accumulator.first_records[reason]}
+            for reason, count in accumulator.invalid_reasons.most_common()
+        ],
+        "posebusters_failures": dict(Counter(evaluation.posebusters_failures).most_common()),
+    }
+
+
+def _notes(evaluation: MoleculeEvaluation, results: MoleculeResults) -> list[str]:
+    """Restrictions of a file's metrics, and what they mean together."""
+    notes = _own_notes(evaluation)
+    reference = results.reference
+    data = reference.evaluation.rates["molecule_stability"]
+    if is_over_regular(evaluation, data):
+        notes.append("more often stable than real data: over-regular, not better than the data")
+    rate = evaluation.rates["molecule_stability"]
+    as_stable = (
+        rate is not None
+        and data is not None
+        and rate.value is not None
+        and data.interval is not None
+        and rate.value >= data.interval[0]
+    )
+    far = _far_distances(evaluation, reference.distances)
+    if as_stable and far and evaluation.molecules >= _MIN_MOLECULES:
+        notes.append(
+            f"as stable as real data, but far from them in {', '.join(far)}, which stability does "
+            "not show"
+        )
+    for kind, names in evaluation.comparison.missing.items():
+        if names:
+            notes.append(f"no {kind} of type {', '.join(names)}: not in the mean")
+    return notes
+
+
+def _own_notes(evaluation: MoleculeEvaluation) -> list[str]:
+    notes = [*evaluation.notes]
+    timed_out = evaluation.accumulator.counts.timed_out
+    if evaluation.skipped:
+        notes.append(f"{evaluation.skipped:,} bad records skipped")
+    if timed_out:
+        notes.append(f"{timed_out:,} molecules timed out and count as invalid")
+    return notes
+
+
+def _far_distances(evaluation: MoleculeEvaluation, real: Comparison) -> list[str]:
+    """Distances that are several times those of real data."""
+    far = []
+    for row in _DISTANCES:
+        ours = evaluation.comparison.estimates.get(row.key)
+        theirs = real.estimates.get(row.key)
+        if ours is None or theirs is None or ours.interval is None or theirs.value is None:
+            continue
+        if ours.interval[0] > _FAR * theirs.value > 0:
+            far.append(f"{row.label} (×{(ours.value or 0) / theirs.value:.0f})")
+    return far
+
+
+def _failures(evaluation: MoleculeEvaluation) -> list[str]:
+    """The most frequent failures and the worst records of a file, one line each."""
+    accumulator = evaluation.accumulator
+    lines = []
+    if accumulator.unstable_valences:
+        shown = ", ".join(
+            f"{element} with {valence} ({count:,})"
+            for (element, valence), count in accumulator.unstable_valences.most_common(
+                _MAX_FAILURES
+            )
+        )
+        lines.append(f"unstable atoms: {shown}")
+    if accumulator.invalid_reasons:
+        shown = ", ".join(
+            f"{reason} ({count:,}, first in record {accumulator.first_records[reason]})"
+            for reason, count in accumulator.invalid_reasons.most_common(_MAX_FAILURES)
+        )
+        lines.append(f"invalid: {shown}")
+    if evaluation.posebusters_failures:
+        failures = evaluation.posebusters_failures.most_common(_MAX_FAILURES)
+        shown = ", ".join(f"{name} ({count:,})" for name, count in failures)
+        lines.append(f"failed PoseBusters checks: {shown}")
+    for kind, by_type in evaluation.comparison.by_type.items():
+        ranked = sorted(by_type.items(), key=lambda item: -item[1][0])[:3]
+        if ranked:
+            shown = ", ".join(f"{name} (MMD {mmd:.3g})" for name, (mmd, _) in ranked)
+            lines.append(f"{kind}s farthest from the data: {shown}")
+    if evaluation.worst:
+        shown = "; ".join(f"{worst.record} ({worst.what})" for worst in evaluation.worst)
+        lines.append(f"worst records: {shown}")
+    return lines
+
+
+def _summary(results: MoleculeResults) -> str:
+    jodo = results.options.checks.counting == "jodo"
+    return (
+        f"bonds {results.samples[0].bonds}; novelty against {results.novelty_against}; "
+        f"types: {results.reference.types.name}" + ("; angles as JODO lists them" if jodo else "")
+    )
+
+
+def _settings(results: MoleculeResults) -> list[Setting]:
+    options, types = results.options, results.reference.types
+    checks = options.checks
+    metrics = sorted(options.metrics)
+    return [
+        Setting("rdkit", "RDKit", rdBase.rdkitVersion),
+        Setting("novelty_against", "novelty against", results.novelty_against),
+        Setting("metrics", "metrics", metrics, ", ".join(metrics)),
+        Setting("bonds", "bonds", checks.bonds, BOND_DESCRIPTIONS[checks.bonds]),
+        Setting("valence", "valences of given bonds", checks.valence),
+        Setting("angles", "angles", checks.counting),
+        Setting("types", "geometry types", {"name": types.name, **types.types}, types.name),
+        Setting("subset", "molecules for strain and PoseBusters", options.subset,
+            f"{options.subset:,} at most"),
+    ]  # fmt: skip

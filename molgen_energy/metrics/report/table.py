@@ -1,0 +1,108 @@
+"""The report as tables for the terminal."""
+
+from __future__ import annotations
+
+import io
+import math
+
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table
+
+from molgen_energy.metrics.report.model import EvaluatedFile, MetricValue, Report, ReportColumn
+from molgen_energy.metrics.statistics import Estimate, Mean, Rate
+
+_UNLIMITED = 100_000  # characters in a line
+
+
+def tables(report: Report, console: Console) -> list[Table]:
+    """Tables with the columns of each file and, last, of the reference.
+
+    Files that do not fit side by side on the console come in several tables, each with as many
+    files as fit, at least one, and the reference. A file with several columns has its own table.
+    """
+    unlimited = console.options.update(max_width=_UNLIMITED)
+    found: list[Table] = []
+    rest = report.files
+    while rest:
+        count = 1 if any(len(file.columns) > 1 for file in rest) else len(rest)
+        while count > 1:
+            needed = Measurement.get(console, unlimited, _table(report, rest[:count])).maximum
+            if needed <= console.width:
+                break
+            count -= 1
+        found.append(_table(report, rest[:count]))
+        rest = rest[count:]
+    return found
+
+
+def plain_tables(report: Report, width: int) -> str:
+    """The tables as text without colours."""
+    console = Console(width=width, file=io.StringIO(), color_system=None, legacy_windows=False)
+    for table in tables(report, console):
+        console.print(table)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text.rstrip("\n")
+
+
+def _table(report: Report, files: list[EvaluatedFile]) -> Table:
+    several = len(files[0].columns) > 1
+    title = f"value {uncertainty(report)}"
+    shown = Table(title=escape(f"{files[0].name}: {title}" if several else title))
+    shown.title_justify = "left"
+    shown.add_column("", overflow="fold")
+    columns: list[tuple[EvaluatedFile, ReportColumn]] = []
+    for file in files:
+        for column in file.columns:
+            names = (column.label,) if several else (file.name, column.label)
+            header = escape("\n".join(filter(None, names)))
+            shown.add_column(header, justify="right", overflow="fold")
+            columns.append((file, column))
+    if report.reference is not None:
+        header = escape(f"data: {report.reference.name}")
+        shown.add_column(header, justify="right", style="dim")
+        columns.append((report.reference, report.reference.columns[0]))
+    shown.add_row(report.samples, *(f"{file.count:,}" for file, _ in columns), end_section=True)
+    for section in report.sections:
+        indent = ""
+        if section.title:
+            indent = "  "
+            shown.add_row(f"[bold]{section.title}[/]", *([""] * len(columns)))
+        for row in section.rows:
+            hint = f"\n  {indent}[dim]{escape(row.hint)}[/]" if row.hint else ""
+            shown.add_row(
+                f"{indent}{escape(row.heading)}{hint}",
+                *(escape(metric_text(column.metrics.get(row.key))) for _, column in columns),
+                end_section=row is section.rows[-1],
+            )
+    return shown
+
+
+def uncertainty(report: Report) -> str:
+    """What stands beside the values: intervals, standard errors, or both."""
+    kinds = {
+        isinstance(metric, Mean)
+        for file in report.files
+        for column in file.columns
+        for metric in column.metrics.values()
+        if metric is not None
+    }
+    texts = {True: "± standard error", False: "[95 % interval]"}
+    return " or ".join(texts[kind] for kind in (True, False) if kind in kinds)
+
+
+def metric_text(metric: MetricValue | None) -> str:
+    """A value with its uncertainty, or n/a; rates in per cent."""
+    if metric is None or metric.value is None:
+        note = metric.note if isinstance(metric, Estimate) else ""
+        return "n/a" if not note or note.startswith("pip ") else f"n/a ({note})"
+    if isinstance(metric, Mean):
+        error = f" ± {metric.error:.2g}" if math.isfinite(metric.error) else ""
+        return f"{metric.value:.4g}{error}"
+    interval = metric.interval or ()
+    if isinstance(metric, Rate):
+        value, *bounds = [f"{100 * number:.1f}" for number in (metric.value, *interval)]
+    else:
+        value, bounds = f"{metric.value:.3g}", [f"{number:.2g}" for number in interval]
+    return f"{value} [{', '.join(bounds)}]" if bounds else value

@@ -1,0 +1,227 @@
+"""Evaluate files of molecules, or RDKit molecules, and compare them with a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molgen_energy.chemistry.geometry import GeometryTypes
+from molgen_energy.errors import InputError
+from molgen_energy.metrics.distances.comparison import compare
+from molgen_energy.metrics.molecule_evaluation import (
+    MoleculeEvaluation,
+    ProgressCounter,
+    collect_smiles_hashes,
+    evaluate_source,
+)
+from molgen_energy.metrics.options import EvaluationOptions, with_types
+from molgen_energy.metrics.reference import (
+    MAX_COMPARED,
+    Reference,
+    bundled_reference,
+    bundled_training_hashes,
+    evaluate_reference,
+    has_train_and_test,
+    select_types,
+)
+from molgen_energy.metrics.sources import FileSource, RDKitSource
+from molgen_energy.output import display_path
+from molgen_energy.progress import ProgressCallback, no_progress
+from molgen_energy.workers import WorkerPool
+
+_BUNDLED_TRAINING = "QM9's 100,000 training molecules (bundled)"
+_NO_TRAINING = "nothing"
+
+MoleculeInputs = Sequence[Path] | Sequence[Any]
+"""Paths of files, or RDKit molecules."""
+
+
+@dataclass
+class MoleculeResults:
+    """Evaluations of all inputs and of the reference."""
+
+    samples: list[MoleculeEvaluation]
+    reference: Reference
+    options: EvaluationOptions
+    novelty_against: str
+    """Description of the training molecules."""
+    notes: list[str] = field(default_factory=list)
+
+
+def evaluate_inputs(
+    inputs: MoleculeInputs,
+    reference: Path | None,
+    train: Path | None,
+    types: str | None,
+    options: EvaluationOptions,
+    workers: WorkerPool,
+    progress: ProgressCallback = no_progress,
+) -> MoleculeResults:
+    """Evaluate molecules and compare them with a reference.
+
+    Parameters
+    ----------
+    inputs
+        Paths of SDF, XYZ (also gzip) or HDF5 files; or RDKit molecules with a conformer each, which
+        make one set.
+    reference
+        File of real molecules; None takes the bundled statistics of QM9's test split.
+    train
+        File of training molecules for novelty; None takes the bundled SMILES of QM9.
+    types
+        Name of a list of geometry types, see `molgen_energy.metrics.reference.select_types`.
+    options
+        How the molecules are evaluated.
+    workers
+        Processes for the calls of RDKit.
+    progress
+        Called with the number of finished molecules, of the reference and training files too.
+
+    Raises
+    ------
+    InputError
+        A file cannot be read, or a molecule cannot be evaluated; the message names the record.
+    """
+    sources, names = _open_sources(inputs, options)
+    for path in filter(None, (reference, train)):
+        FileSource(path)  # a wrong file name should not fail after minutes
+    chosen = select_types(types, reference)
+    if options.checks.bonds == "given":
+        for name, source in zip(names, sources, strict=True):
+            if not source.has_given_bonds():
+                raise InputError(f"{name} has no bonds of its own; leave out --bonds given")
+    counter = ProgressCounter(progress, _total(sources, reference, train))
+    notes: list[str] = []
+    training_hashes, novelty_against = _training_hashes(train, options, workers, counter, notes)
+    if reference is None:
+        data = bundled_reference()
+        _check_bundled(data, chosen, options)
+    else:
+        reference_options = options
+        if options.checks.bonds == "given" and not FileSource(reference, "test").has_given_bonds():
+            perceived = replace(options.checks, bonds="perceived")
+            reference_options = replace(options, checks=perceived)
+        name = display_path(reference)
+        data = evaluate_reference(
+            reference, name, reference_options, chosen, training_hashes, workers, counter
+        )
+    options = with_types(options, data.types)
+    samples = []
+    for name, source in zip(names, sources, strict=True):
+        evaluation = evaluate_source(name, source, options, training_hashes, workers, counter)
+        _compare_with(data, evaluation, source, options)
+        samples.append(evaluation)
+    if data.evaluation.bonds != samples[0].bonds:
+        notes.append(
+            f"bonds of {data.name} are {data.evaluation.bonds}; those of the samples are "
+            f"{samples[0].bonds}"
+        )
+    return MoleculeResults(samples, data, options, novelty_against, notes)
+
+
+def _open_sources(
+    inputs: MoleculeInputs, options: EvaluationOptions
+) -> tuple[Sequence[FileSource | RDKitSource], list[str]]:
+    """Sources with their names in the report."""
+    paths = [value for value in inputs if isinstance(value, Path)]
+    if len(paths) < len(inputs):
+        return [RDKitSource(inputs, options.skip_bad)], ["molecules"]
+    # File names alone, if they are unambiguous.
+    unique = len({path.name for path in paths}) == len(paths)
+    names = [display_path(Path(path.name) if unique else path) for path in paths]
+    return [FileSource(path, skip_bad=options.skip_bad) for path in paths], names
+
+
+def _total(
+    sources: Sequence[FileSource | RDKitSource], reference: Path | None, train: Path | None
+) -> int | None:
+    """Number of molecules that will be evaluated; None if unknown."""
+    read: list[FileSource | RDKitSource] = [*sources]
+    if train is not None:
+        read.append(FileSource(train, "train"))
+    if reference is not None:
+        test = FileSource(reference, "test")
+        read.append(test)
+        if has_train_and_test(test):
+            read.append(FileSource(reference, "train", limit=MAX_COMPARED))
+    sizes = [source.size() for source in read]
+    return None if None in sizes else sum(size for size in sizes if size is not None)
+
+
+def _check_bundled(
+    data: Reference, chosen: GeometryTypes | None, options: EvaluationOptions
+) -> None:
+    """Raise if the bundled statistics do not have what the options ask of them."""
+    if "geometry" not in options.metrics:
+        return
+    restriction = ""
+    if chosen is None or chosen.types != data.types.types:
+        restriction = "contain only QM9's geometry types"
+    elif options.checks.counting != "once":
+        restriction = "count every angle once"
+    if restriction:
+        raise InputError(
+            f"the bundled statistics of QM9 {restriction}; name real molecules with --reference "
+            "(all of QM9: molgen-energy preprocess qm9)"
+        )
+
+
+def _training_hashes(
+    train: Path | None,
+    options: EvaluationOptions,
+    workers: WorkerPool,
+    counter: ProgressCounter,
+    notes: list[str],
+) -> tuple[NDArray[np.uint64] | None, str]:
+    """Hashes of the training molecules' SMILES, and the description of these molecules."""
+    if train is not None:
+        name = display_path(train)
+        source = FileSource(train, "train", options.skip_bad)
+        if options.checks.bonds == "given" and not source.has_given_bonds():
+            notes.append(f"novelty is n/a: {name} has no bonds, and the given bonds are evaluated")
+            return None, _NO_TRAINING
+        hashes = collect_smiles_hashes(source, options.checks, workers, counter)
+        if source.note:
+            notes.append(f"{name}: {source.note}")
+        if source.skipped:
+            notes.append(f"{name}: {source.skipped:,} bad records skipped")
+        return hashes, name
+    if options.checks.bonds != "perceived":
+        notes.append(
+            "novelty is n/a: the bundled SMILES of QM9 were computed with perceived bonds; pass "
+            "the training molecules with --train"
+        )
+        return None, _NO_TRAINING
+    bundled = bundled_training_hashes()
+    if bundled is None:
+        notes.append(
+            "novelty is n/a: this version of RDKit writes other canonical SMILES than the one that "
+            "wrote the bundled list; pass --train qm9.h5"
+        )
+    return bundled, _BUNDLED_TRAINING
+
+
+def _compare_with(
+    reference: Reference,
+    evaluation: MoleculeEvaluation,
+    source: FileSource | RDKitSource,
+    options: EvaluationOptions,
+) -> None:
+    """Add the remarks of the source, and the distances from the reference."""
+    evaluation.path = source.path
+    evaluation.skipped += source.skipped
+    evaluation.provenance = source.provenance
+    if source.note:
+        evaluation.notes.append(source.note)
+    assert evaluation.distributions is not None
+    evaluation.comparison = compare(
+        evaluation.distributions,
+        reference.distributions,
+        reference.types if "geometry" in options.metrics else None,
+        "composition" in options.metrics,
+    )

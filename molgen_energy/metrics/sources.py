@@ -1,0 +1,242 @@
+"""Molecules to evaluate, from a file or from RDKit, in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import h5py
+import numpy as np
+
+from molgen_energy.chemistry.molfiles import PERCEIVED, MoleculeReader
+from molgen_energy.chemistry.rdkit import from_rdkit
+from molgen_energy.data.hdf5 import SCHEMA, MoleculeFile
+from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
+from molgen_energy.errors import InputError
+from molgen_energy.output import check_file
+
+CHUNK_SIZE = 500
+
+
+class ChunkSource(Protocol):
+    """Molecules in chunks."""
+
+    def chunks(self) -> Iterator[MoleculeChunk]:
+        """Iterate over the molecules, with one chunk in memory at a time."""
+        ...
+
+
+class FileSource:
+    """The molecules of an SDF, XYZ (also gzip) or HDF5 file.
+
+    Parameters
+    ----------
+    path
+        The file.
+    split
+        Take only this split (`train`, `test`) of an HDF5 file that has it; None takes all.
+    skip_bad
+        Skip broken records and count them.
+    limit
+        Maximum number of molecules, chosen at random (HDF5 only).
+
+    Raises
+    ------
+    InputError
+        The file does not exist, or an HDF5 file has no molecules.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        split: str | None = None,
+        skip_bad: bool = False,
+        limit: int | None = None,
+    ) -> None:
+        check_file(path)
+        self.path, self.split, self.skip_bad, self.limit = path, split, skip_bad, limit
+        self.skipped = 0
+        """Number of records skipped by the last iteration."""
+        self.note = ""
+        """Remark about the last iteration, for the report."""
+        self.provenance: dict[str, str] = {}
+
+    @property
+    def is_hdf5(self) -> bool:
+        """Whether the file name is that of an HDF5 file."""
+        return self.path.suffix.lower() in (".h5", ".hdf5")
+
+    def size(self) -> int | None:
+        """Number of molecules; None where it takes reading the whole file."""
+        if not self.is_hdf5:
+            return None
+        with _open_hdf5(self.path) as file:
+            count = len(file.split_indices(self._existing_split(file)))
+        return count if self.limit is None else min(count, self.limit)
+
+    def has_split(self, split: str) -> bool:
+        """Whether the file has molecules of a split."""
+        if not self.is_hdf5:
+            return False
+        with _open_hdf5(self.path) as file:
+            return len(file.split_indices(split)) > 0
+
+    def has_given_bonds(self) -> bool:
+        """Whether the first molecules have bonds that were not perceived from distances."""
+        if self.is_hdf5:
+            with _open_hdf5(self.path) as file:
+                return "bonds" in file.columns
+        return _has_bonds(next(self.chunks()))
+
+    def is_qm9(self) -> bool:
+        """Whether the file was made from QM9."""
+        if not self.is_hdf5:
+            return False
+        with _open_hdf5(self.path) as file:
+            return "QM9" in file.source
+
+    def _existing_split(self, file: MoleculeFile) -> str | None:
+        return self.split if len(file.split_indices(self.split)) else None
+
+    def chunks(self) -> Iterator[MoleculeChunk]:
+        """Iterate over the molecules in chunks of at most 500.
+
+        Bonds that a record declares as perceived from distances are removed. Molecules with and
+        without given bonds come in separate chunks.
+        """
+        if self.is_hdf5:
+            yield from self._hdf5_chunks()
+            return
+        reader = MoleculeReader(self.path, self.skip_bad)
+        numbered = (
+            (reader.number, _without_bonds(molecule) if reader.bonds_perceived else molecule)
+            for molecule in reader
+        )
+        for chunk in _chunks_by_bonds(numbered):
+            self.provenance = reader.fields
+            yield chunk
+        self.skipped = reader.skipped_count
+        self.note = _skipped_note(reader)
+
+    def _hdf5_chunks(self) -> Iterator[MoleculeChunk]:
+        with _open_hdf5(self.path) as file:
+            split = self._existing_split(file)
+            if split != self.split:
+                self.note = f"no {self.split} split; all molecules are used"
+            self.provenance = file.provenance
+            members = file.split_indices(split)
+            included = np.ones(len(file), bool)
+            if self.limit is not None and len(members) > self.limit:
+                included[:] = False
+                rng = np.random.default_rng(0)
+                included[rng.choice(members, self.limit, replace=False)] = True
+            for chunk in file.chunks(CHUNK_SIZE, split, self.skip_bad):
+                chosen = np.flatnonzero(included[chunk.records - 1])
+                if len(chosen):
+                    yield chunk if len(chosen) == len(chunk) else chunk.select(chosen)
+            self.skipped = file.skipped
+
+
+class RDKitSource:
+    """RDKit molecules with a conformer each; hydrogens must be explicit atoms.
+
+    Parameters
+    ----------
+    molecules
+        `rdkit.Chem.Mol` objects. Positions come from the first conformer, bonds and formal charges
+        from the molecule. Bonds are ignored if the property `bonds` is `perceived`, which `sample`
+        writes to SDF files.
+    skip_bad
+        Skip molecules that cannot be used and count them.
+    """
+
+    path = None
+
+    def __init__(self, molecules: Sequence[Any], skip_bad: bool = False) -> None:
+        self._molecules, self.skip_bad = molecules, skip_bad
+        self.skipped = 0
+        self.note = ""
+        self.provenance: dict[str, str] = {}
+
+    def size(self) -> int:
+        """Number of molecules."""
+        return len(self._molecules)
+
+    def has_given_bonds(self) -> bool:
+        """Whether the first molecules have bonds."""
+        return _has_bonds(next(self.chunks()))
+
+    def chunks(self) -> Iterator[MoleculeChunk]:
+        """Iterate over the molecules in chunks of at most 500.
+
+        Raises
+        ------
+        InputError
+            A molecule cannot be used and `skip_bad` is false, or there are none.
+        """
+        self.skipped = 0
+        empty = True
+        for chunk in _chunks_by_bonds(self._converted()):
+            empty = False
+            yield chunk
+        if empty:
+            raise InputError("there are no molecules to evaluate")
+
+    def _converted(self) -> Iterator[tuple[int, Molecule]]:
+        for number, molecule in enumerate(self._molecules, start=1):
+            try:
+                if molecule is None:  # what RDKit's suppliers return for a broken record
+                    raise InputError("it is None")
+                converted = from_rdkit(molecule)
+            except InputError as error:
+                if not self.skip_bad:
+                    raise InputError(f"molecule {number}: {error}") from None
+                self.skipped += 1
+                continue
+            if molecule.HasProp(PERCEIVED) and molecule.GetProp(PERCEIVED) == "perceived":
+                converted = _without_bonds(converted)
+            yield number, converted
+
+
+def _chunks_by_bonds(molecules: Iterable[tuple[int, Molecule]]) -> Iterator[MoleculeChunk]:
+    """Chunks of numbered molecules, separated by whether they have bonds."""
+    molecules = iter(molecules)
+    while part := list(islice(molecules, CHUNK_SIZE)):
+        for with_bonds in (True, False):
+            alike = [(k, m) for k, m in part if (m.bond_index is not None) == with_bonds]
+            if alike:
+                records, members = zip(*alike, strict=True)
+                yield MoleculeChunk(np.array(records, np.int64), Molecules.from_list(members))
+
+
+def _open_hdf5(path: Path) -> MoleculeFile:
+    """Open an HDF5 file of molecules; a file that was written without any may lack its arrays."""
+    try:
+        with h5py.File(path, "r") as file:
+            empty = (
+                file.attrs.get("schema") == SCHEMA and "split" in file and not len(file["split"])
+            )
+    except OSError:
+        empty = False  # MoleculeFile raises the error with its reason
+    if empty:
+        raise InputError(f"{path} holds no molecule")
+    return MoleculeFile(path)
+
+
+def _without_bonds(molecule: Molecule) -> Molecule:
+    return replace(molecule, bond_index=None, bond_order=None)
+
+
+def _has_bonds(chunk: MoleculeChunk) -> bool:
+    bonds = chunk.molecules.bonds
+    return bonds is not None and len(bonds.order) > 0
+
+
+def _skipped_note(reader: MoleculeReader) -> str:
+    if not reader.skipped:
+        return ""
+    first = reader.skipped[0]
+    return f"the first bad record is {first.number} (line {first.line}): {first.reason}"

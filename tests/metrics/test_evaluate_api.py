@@ -1,0 +1,122 @@
+"""`evaluate` as a function: inputs of all kinds, and what the report offers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rdkit import Chem
+
+from molgen_energy.api.evaluate import evaluate
+from molgen_energy.chemistry.bonds import perceive
+from molgen_energy.chemistry.molfiles import MoleculeTextWriter
+from molgen_energy.chemistry.rdkit import build
+from molgen_energy.data.hdf5 import MoleculeWriter
+from molgen_energy.data.molecules import Molecules
+from molgen_energy.errors import InputError
+
+FAST = {"metrics": "rates", "workers": 0}
+
+
+@pytest.fixture(scope="module")
+def some(molecules) -> Molecules:
+    """Forty molecules with perceived bonds."""
+    return perceive(molecules.select(np.arange(0, 2000, 50)))
+
+
+@pytest.fixture(scope="module")
+def sdf(some, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("api") / "samples.sdf"
+    with MoleculeTextWriter(path, {}) as writer:
+        writer.append(some)
+    return path
+
+
+def test_rdkit_molecules_are_evaluated_as_their_file(some, sdf):
+    """From memory, from a supplier of the file, and from the file itself."""
+    built = [build(molecule, positions=True) for molecule in some]
+    supplied = list(Chem.SDMolSupplier(str(sdf), sanitize=False, removeHs=False))
+    options = {"metrics": "rates,geometry,composition", "workers": 0}
+    from_file, from_memory, from_supplier = (
+        evaluate(inputs, **options).files[0] for inputs in (sdf, built, supplied)
+    )
+    assert from_memory.name == "molecules"
+    assert from_memory.count == from_file.count == 40
+    for key, metric in from_file.metrics.items():
+        assert from_supplier.metrics[key] == metric  # also says that bonds were perceived
+        if metric is not None:  # a file has its coordinates rounded to 1e-4 Å
+            assert from_memory.metrics[key].value == pytest.approx(metric.value, rel=0.02)
+    assert from_file.metrics["given_bonds_validity"] is None
+    assert from_memory.metrics["given_bonds_validity"] == from_memory.metrics["validity"]
+    given = evaluate(built, bonds="given", **FAST)
+    assert given.files[0].metrics["validity"] == from_memory.metrics["validity"]
+
+
+def test_rdkit_molecules_that_cannot_be_used(some):
+    good = build(some[0], positions=True)
+    for bad, message in ((Chem.MolFromSmiles("C"), "no conformer"), (None, "it is None")):
+        with pytest.raises(InputError, match=f"molecule 2: .*{message}"):
+            evaluate([good, bad], **FAST)
+        report = evaluate([good, bad, good], skip_bad=True, **FAST)
+        assert (report.files[0].count, report.files[0].skipped) == (2, 1)
+        assert any("1 bad records skipped" in text for text in report.warnings())
+    with pytest.raises(InputError, match="nothing to evaluate"):
+        evaluate([], **FAST)
+    with pytest.raises(InputError, match="not both in one list"):
+        evaluate([good, "a.sdf"], **FAST)
+
+
+def test_a_report_as_text_dictionary_and_folder(sdf, tmp_path):
+    report = evaluate([str(sdf)], subset=10, workers=0)
+    assert "passes all checks" in str(report)
+    assert "novelty against QM9's 100,000 training molecules" in str(report)
+    assert max(map(len, report.table(width=90).splitlines())) <= 90
+    values = report.to_dict()
+    assert values["files"][0]["molecules"] == 40
+    assert values["subset"] == 10
+    page = report.save(str(tmp_path / "out"))
+    assert page == tmp_path / "out" / "report.html"
+    stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert stored["files"][0]["metrics"] == json.loads(json.dumps(values["files"][0]["metrics"]))
+    assert len(stored["files"][0]["provenance"]["SHA-256"]) == 64
+
+
+def test_progress_counts_all_molecules(some, sdf, tmp_path):
+    """The total is known for HDF5 files alone."""
+    with MoleculeWriter(tmp_path / "a.h5", source="test") as writer:
+        writer.append(some)
+    calls: list[tuple[int, int | None]] = []
+    evaluate(
+        [tmp_path / "a.h5", tmp_path / "a.h5"],
+        train=tmp_path / "a.h5",
+        progress=lambda done, total: calls.append((done, total)),
+        **FAST,
+    )
+    assert calls == [(40, 120), (80, 120), (120, 120)]
+    calls.clear()
+    evaluate(sdf, progress=lambda done, total: calls.append((done, total)), **FAST)
+    assert calls == [(40, None)]
+
+
+def test_options_of_another_system(tmp_path):
+    from molgen_energy.data.arrays import write_arrays
+
+    angle = 2 * np.pi * np.arange(5) / 5
+    columns = {
+        "radius": np.ones(3, "f4"),
+        "positions": np.tile(np.stack([np.cos(angle), np.sin(angle)], axis=-1), (3, 1, 1)),
+    }
+    columns["positions"] = columns["positions"].astype("f4")
+    write_arrays(tmp_path / "a.h5", "shapes", "test", columns, {})
+    report = evaluate(tmp_path / "a.h5")
+    assert report.samples == "polygons"
+    assert report.files[0].metrics["angles"].value == pytest.approx(0, abs=1e-6)
+    assert "value ± standard error or [95 % interval]" in report.table()
+    page = evaluate([tmp_path / "a.h5"] * 2).save(tmp_path / "out")
+    assert {p.name for p in page.parent.iterdir()} == {
+        "report.html", "report.json", "1_polygons.png", "2_polygons.png"
+    }  # fmt: skip
+    with pytest.raises(InputError, match="--bonds is for molecules, not for shapes"):
+        evaluate(tmp_path / "a.h5", bonds="given")
