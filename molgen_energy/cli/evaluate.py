@@ -184,8 +184,8 @@ def _judge(
 def _options(
     metrics: str, bonds: str, valence: str, angles: str, subset: int, skip_bad: bool
 ) -> Options:
-    from molgen_energy.chemistry.bonds import VALENCE_MODELS
     from molgen_energy.chemistry.geometry import COUNTINGS
+    from molgen_energy.chemistry.valence import VALENCE_MODELS
     from molgen_energy.metrics.evaluation import Options, parse_metrics
     from molgen_energy.metrics.judging import BOND_CHOICES, Settings
 

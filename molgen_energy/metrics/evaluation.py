@@ -18,9 +18,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.chemistry.bonds import has_valence
 from molgen_energy.chemistry.geometry import GeometryTypes, code_of
 from molgen_energy.chemistry.rdkit import CROWD
+from molgen_energy.chemistry.valence import has_valence
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
 from molgen_energy.elements import symbol
 from molgen_energy.errors import InputError, unknown_name

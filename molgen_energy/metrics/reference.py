@@ -19,8 +19,8 @@ from molgen_energy.chemistry.geometry import (
     GEOMETRY_TYPES,
     KINDS,
     GeometryTypes,
-    checkpoint_name,
     code_of,
+    type_name,
 )
 from molgen_energy.chemistry.molfiles import MoleculeReader
 from molgen_energy.data.hdf5 import SCHEMA, MoleculeFile
@@ -371,7 +371,7 @@ def frequent_types(source: MoleculeSource, options: Options, workers: Workers) -
     chosen = {}
     for kind in KINDS:
         by_type = gathered.geometry.get(kind, {})
-        counts = {checkpoint_name(kind, code): values.count for code, values in by_type.items()}
+        counts = {type_name(kind, code): values.count for code, values in by_type.items()}
         ranked = sorted(counts, key=lambda name: (-counts[name], name))
         chosen[kind] = tuple(ranked[:_FREQUENT])
     return GeometryTypes(f"the {_FREQUENT} most frequent of each kind", chosen)

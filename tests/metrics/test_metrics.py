@@ -10,15 +10,15 @@ from conftest import dense_orders, of_smiles
 from rdkit import Chem
 from scipy import stats
 
-from molgen_energy.chemistry.bonds import (
+from molgen_energy.chemistry.bonds import perceive
+from molgen_energy.chemistry.rdkit import build, judge, kekulised
+from molgen_energy.chemistry.valence import (
     CHARGED_VALENCES,
     VALENCES,
-    perceive,
     stable_atoms,
     stable_charged_atoms,
     valences,
 )
-from molgen_energy.chemistry.rdkit import build, judge, kekulised
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
