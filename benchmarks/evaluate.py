@@ -20,8 +20,9 @@ from rdkit import Chem, RDLogger
 from rich.console import Console
 from rich.table import Table
 
-from molgen_energy.chemistry.bonds import DOUBLE, MARGINS, SINGLE, TRIPLE, VALENCES
+from molgen_energy.chemistry.bonds import DOUBLE, MARGINS, SINGLE, TRIPLE
 from molgen_energy.chemistry.molfiles import MoleculeTextWriter
+from molgen_energy.chemistry.valence import VALENCES
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.distributed import default_workers

@@ -262,7 +262,7 @@ def code_of(kind: str, name: str) -> int:
     return int(_codes(elements.astype(np.uint8), orders)[0])
 
 
-def checkpoint_name(kind: str, code: int) -> str:
+def type_name(kind: str, code: int) -> str:
     """The type of a number, as `measure` gives it."""
     digits = []
     for _ in range(2 * _ATOMS[kind] - 1):

@@ -8,7 +8,6 @@ import numpy as np
 from rdkit import Chem, rdBase
 
 from molgen_energy.data.molecules import AROMATIC, Molecule
-from molgen_energy.errors import InputError
 
 BOND_TYPES = {
     1: Chem.BondType.SINGLE,
@@ -66,44 +65,6 @@ def build(molecule: Molecule, positions: bool = False) -> Chem.RWMol:
         conformer.Set3D(True)
         built.AddConformer(conformer)
     return built
-
-
-def from_rdkit(molecule: Chem.Mol) -> Molecule:
-    """Positions of the first conformer, elements, formal charges and bonds of an RDKit molecule.
-
-    Only explicit atoms are taken: add hydrogens with `Chem.AddHs(molecule, addCoords=True)` first.
-
-    Raises
-    ------
-    InputError
-        The molecule has no atoms, no conformer, coordinates that are not finite, an atom that is
-        not an element, or a bond that is not single, double, triple or aromatic.
-    """
-    numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
-    if not numbers:
-        raise InputError("it has no atoms")
-    if 0 in numbers:
-        raise InputError(f"atom {numbers.index(0) + 1} is not a chemical element")
-    if molecule.GetNumConformers() == 0:
-        raise InputError("it has no conformer; embed it first, e.g. with AllChem.EmbedMolecule")
-    with np.errstate(over="ignore"):
-        positions = np.array(molecule.GetConformer().GetPositions(), np.float32)
-    if not np.isfinite(positions).all():
-        raise InputError("its coordinates are not finite")
-    bonds = list(molecule.GetBonds())
-    for bond in bonds:
-        if bond.GetBondType() not in ORDERS:
-            i, j = bond.GetBeginAtomIdx() + 1, bond.GetEndAtomIdx() + 1
-            raise InputError(f"the bond of atoms {i} and {j} has no order 1, 2, 3 or aromatic")
-    return Molecule(
-        positions,
-        np.array(numbers, np.uint8),
-        np.array([atom.GetFormalCharge() for atom in molecule.GetAtoms()], np.int8),
-        np.array([(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in bonds], np.uint16).reshape(
-            -1, 2
-        ),
-        np.array([ORDERS[bond.GetBondType()] for bond in bonds], np.uint8),
-    )
 
 
 def max_neighbours(molecule: Molecule) -> int:

@@ -15,7 +15,6 @@ from molgen_energy.metrics.results import MoleculeInputs, evaluate_inputs
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.workers import WorkerPool
 
-
 PRELOAD = ("molgen_energy.metrics.checks.chunk", "molgen_energy.metrics.checks.strain")
 """Modules that worker processes import when they start."""
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.chemistry.bonds import has_valence
 from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS
+from molgen_energy.chemistry.valence import has_valence
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
 from molgen_energy.elements import symbol
 from molgen_energy.errors import InputError

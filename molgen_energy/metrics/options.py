@@ -6,8 +6,8 @@ import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from molgen_energy.chemistry.bonds import VALENCE_MODELS
 from molgen_energy.chemistry.geometry import COUNTINGS, GeometryTypes, code_of
+from molgen_energy.chemistry.valence import VALENCE_MODELS
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.metrics.checks.chunk import CheckSettings
 

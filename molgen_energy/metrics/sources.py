@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import h5py
 import numpy as np
 
+from molgen_energy.chemistry.convert import molecule_from_rdkit
 from molgen_energy.chemistry.molfiles import PERCEIVED, MoleculeReader
-from molgen_energy.chemistry.rdkit import from_rdkit
 from molgen_energy.data.hdf5 import SCHEMA, MoleculeFile
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.errors import InputError
@@ -190,7 +190,7 @@ class RDKitSource:
             try:
                 if molecule is None:  # what RDKit's suppliers return for a broken record
                     raise InputError("it is None")
-                converted = from_rdkit(molecule)
+                converted = molecule_from_rdkit(molecule)
             except InputError as error:
                 if not self.skip_bad:
                     raise InputError(f"molecule {number}: {error}") from None

@@ -15,9 +15,9 @@ from molgen_energy.chemistry.geometry import (
     GEOM_TYPES,
     KINDS,
     QM9_TYPES,
-    checkpoint_name,
     code_of,
     measure,
+    type_name,
 )
 from molgen_energy.chemistry.rdkit import build
 from molgen_energy.data.molecules import Bonds, Molecule, Molecules, offsets_from_sizes
@@ -126,7 +126,7 @@ def test_names_of_types(types):
     for kind, names in types.types.items():
         assert len({code_of(kind, name) for name in names}) == len(names) == 8
         for name in names:
-            assert code_of(kind, checkpoint_name(kind, code_of(kind, name))) == code_of(kind, name)
+            assert code_of(kind, type_name(kind, code_of(kind, name))) == code_of(kind, name)
     assert code_of("angle", "C1N-N2O") != code_of("angle", "C2N-N1O")
     assert code_of("bond length", "Cl1C") == code_of("bond length", "C1Cl")
 

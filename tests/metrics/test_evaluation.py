@@ -138,7 +138,10 @@ def failing(piece: MoleculeChunk) -> None:
 
 
 def test_work_that_raises_ends_the_run(molecules):
-    with WorkerPool(1, 60) as workers, pytest.raises(WorkerError, match="KeyError: 'what happened'"):
+    with (
+        WorkerPool(1, 60) as workers,
+        pytest.raises(WorkerError, match="KeyError: 'what happened'"),
+    ):
         list(workers.map(failing, numbered(molecules).parts(1000), failed))
 
 
@@ -202,9 +205,7 @@ def test_processes_of_a_job_share_the_work_in_order(molecules, here, there):
     with with_another(here, there, 60) as workers:
         for _ in range(2):
             results = []
-            for part, found in workers.map(
-                partial(check_chunk, settings=settings), piece.parts(7)
-            ):
+            for part, found in workers.map(partial(check_chunk, settings=settings), piece.parts(7)):
                 assert part.records[0] == len(results) + 1
                 results += found.valid.tolist()
             did = {pid for _, pid in workers.map(process_of, piece.parts(1))}

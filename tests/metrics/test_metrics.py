@@ -10,15 +10,15 @@ from conftest import dense_orders, of_smiles
 from rdkit import Chem
 from scipy import stats
 
-from molgen_energy.chemistry.bonds import (
+from molgen_energy.chemistry.bonds import perceive
+from molgen_energy.chemistry.rdkit import build, from_rdkit, kekulised, sanitize
+from molgen_energy.chemistry.valence import (
     CHARGED_VALENCES,
     VALENCES,
-    perceive,
     stable_atoms,
     stable_charged_atoms,
     valences,
 )
-from molgen_energy.chemistry.rdkit import build, from_rdkit, kekulised, sanitize
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
@@ -386,7 +386,10 @@ def test_atom_stability_is_as_sure_as_molecules_are_many(molecules, rng, noise, 
     for part in np.array_split(np.arange(2000), 7):
         sums.add(marked[part], noisy.sizes[part])
     rate = sums.unmarked()
-    assert (rate.count, rate.total) == (int((noisy.sizes - marked).sum()), len(noisy.molecule_index))
+    assert (rate.count, rate.total) == (
+        int((noisy.sizes - marked).sum()),
+        len(noisy.molecule_index),
+    )
     assert rate == rates_of(noisy).rates["atom_stability"]
     low, high = bootstrap(marked, noisy.sizes, rng)
     ours = rate.interval

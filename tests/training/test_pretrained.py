@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 
-from molgen_energy.chemistry.bonds import perceive, stable_atoms
+from molgen_energy.chemistry.bonds import perceive
+from molgen_energy.chemistry.valence import stable_atoms
 from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.errors import InputError
 from molgen_energy.systems.molecules.task import MoleculeGenerator

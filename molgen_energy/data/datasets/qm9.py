@@ -145,7 +145,7 @@ def read_qm9pack(progress: ProgressCallback = no_progress) -> Molecules:
     if spec is None or not spec.submodule_search_locations:
         raise InputError(
             "QM9 is not installed: run `pip install 'molgen-energy[qm9]'` (package qm9pack, 230 "
-            "MB), or name the original archive or folder of dsgdb9nsd_*.xyz files with --source"
+            "MB), or name the original archive or folder of files dsgdb9nsd_*.xyz with --source"
         )
     folder = Path(next(iter(spec.submodule_search_locations))) / "data"
     columns = _Columns()

@@ -10,14 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.chemistry.bonds import (
-    perceive,
-    stable_atoms,
-    stable_charged_atoms,
-    valences,
-)
+from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.geometry import KINDS, measure
 from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS, SanitizationResult, kekulised, sanitize
+from molgen_energy.chemistry.valence import stable_atoms, stable_charged_atoms, valences
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.elements import symbol
 
