@@ -436,7 +436,7 @@ class BondEdges(Edges):
         """The bonded pairs."""
         if samples.bonds is None:
             raise ValueError("edges along bonds: give bonds")
-        return _TabulatedPairs(samples, samples.bonds.neighbours(len(samples.prediction)))
+        return _TabulatedPairs(samples, samples.bonds.neighbours())
 
 
 class SymmetrizedEdges(Edges):

@@ -148,7 +148,7 @@ def _bonded(molecules: Molecules) -> NDArray[np.int64]:
         [np.stack([molecule, i, j], axis=1), np.stack([molecule, j, i], axis=1)]
     )
     pairs = np.unique((triples[:, 0] * atoms + triples[:, 1]) * atoms + triples[:, 2])
-    table = BondedPairs(atoms, torch.from_numpy(pairs)).neighbours(len(molecules))
+    table = BondedPairs(len(molecules), atoms, torch.from_numpy(pairs)).neighbours()
     found: NDArray[np.int64] = table.index.numpy()
     return found
 
