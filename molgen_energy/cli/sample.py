@@ -131,9 +131,11 @@ def command(
         if path.resolve() in [source.resolve() for source in generator.inputs]:
             raise InputError(f"-o {path} is a file that samples are made from; name another")
         total, samples = generator.count, system.samples
-        if not generator.shared and not is_main():
+        if not generator.distributed and not is_main():
             return
-        shared = f", by {world_size()} processes" if generator.shared and world_size() > 1 else ""
+        shared = (
+            f", by {world_size()} processes" if generator.distributed and world_size() > 1 else ""
+        )
         say(f"sampling {total:,} {samples} from {generator.origin}: {generator.method}{shared}")
         go_on = f"go on with: molgen-energy sample --resume {shlex.quote(str(path))}"
         began = time.perf_counter()

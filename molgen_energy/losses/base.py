@@ -67,7 +67,8 @@ class BondedPairs:
         """Of adjacency matrices (B, N, N), nonzero at a bond, in one or both directions."""
         bonded = adjacency != 0
         bonded = bonded | bonded.mT
-        return cls(*adjacency.shape[:2], bonded.reshape(-1).nonzero().squeeze(1))
+        samples, atoms = adjacency.shape[:2]
+        return cls(samples, atoms, bonded.reshape(-1).nonzero().squeeze(1))
 
     @classmethod
     def from_edges(

@@ -18,6 +18,7 @@ from torch import nn
 
 from molgen_energy.config import Config
 from molgen_energy.data.hdf5 import check_hdf5_name
+from molgen_energy.progress import ProgressCallback
 from molgen_energy.training.checkpoint import Checkpoint
 from molgen_energy.training.task import Task
 
@@ -36,7 +37,7 @@ class SamplingResult:
     interrupted: bool = False
 
 
-class Observer(Protocol):
+class SamplingCallback(Protocol):
     """Who is told how sampling goes."""
 
     def found(self, samples: int) -> None:
@@ -59,7 +60,7 @@ class Generator(Protocol):
     """How many will be made."""
     inputs: tuple[Path, ...]
     """Files that are read, over which nothing must be written."""
-    shared: bool
+    distributed: bool
     """Whether several processes share the work; else the first one does all of it."""
 
     @property
@@ -72,7 +73,9 @@ class Generator(Protocol):
         """How samples are made, in a few words."""
         ...
 
-    def write(self, output: Path, observer: Observer, resume: bool = False) -> SamplingResult:
+    def write(
+        self, output: Path, callback: SamplingCallback, resume: bool = False
+    ) -> SamplingResult:
         """Make the samples and write them; resumed where this was begun, if the system can."""
         ...
 
@@ -91,7 +94,7 @@ class System(ABC):
     """The file that `sample` writes where none is named."""
 
     @abstractmethod
-    def task(self, config: Any, device: torch.device, progress: Callable[[int, int], None]) -> Task:
+    def task(self, config: Any, device: torch.device, progress: ProgressCallback) -> Task:
         """What the training loop needs, from a configuration of this system.
 
         `progress` is told how many of how many samples are prepared, where that takes long.
@@ -104,9 +107,9 @@ class System(ABC):
 
     @abstractmethod
     def generator(
-        self, checkpoint: Checkpoint, device: torch.device, asked: Mapping[str, Any]
+        self, checkpoint: Checkpoint, device: torch.device, options: Mapping[str, Any]
     ) -> Generator:
-        """What makes samples with a checkpoint of this system; `asked` has a value for each option.
+        """What makes samples with a checkpoint of this system; `options` has every option.
 
         Raises
         ------

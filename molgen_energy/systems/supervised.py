@@ -238,7 +238,9 @@ class Predictor:
     def __call__(
         self, inputs: Tensor, advance: Callable[[int, float], None] = lambda samples, share: None
     ) -> Tensor:
-        """The network's output for inputs (M, …), on the CPU; `advance` is that of an `Observer`.
+        """The network's output for inputs (M, …), on the CPU.
+
+        `advance` is that of a `SamplingCallback`.
 
         Raises
         ------

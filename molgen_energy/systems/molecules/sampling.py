@@ -28,7 +28,7 @@ from molgen_energy.data.shards import Batch, MoleculeShards, SamplingJob, check_
 from molgen_energy.distributed import barrier, is_main, rank, world_size
 from molgen_energy.errors import InputError
 from molgen_energy.output import check_writable
-from molgen_energy.systems.base import Observer, SamplingResult
+from molgen_energy.systems.base import SamplingCallback, SamplingResult
 from molgen_energy.systems.molecules.task import MoleculeGenerator
 from molgen_energy.training.pretrained import checkpoint_name
 
@@ -46,7 +46,7 @@ def sample_to_file(
     generator: MoleculeGenerator,
     count: int,
     output: Path,
-    observer: Observer,
+    observer: SamplingCallback,
     batch_size: int | None = None,
     resume: bool = False,
 ) -> SamplingResult:
@@ -164,7 +164,11 @@ class _Work:
     """A job on its way into a file."""
 
     def __init__(
-        self, generator: MoleculeGenerator, parts: MoleculeShards, output: Path, observer: Observer
+        self,
+        generator: MoleculeGenerator,
+        parts: MoleculeShards,
+        output: Path,
+        observer: SamplingCallback,
     ) -> None:
         self._generator, self._parts, self._observer = generator, parts, observer
         self._output, self._job = output, parts.job

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from molgen_energy.output import check_writable
-from molgen_energy.systems.base import Observer, SamplingResult, System
+from molgen_energy.systems.base import SamplingCallback, SamplingResult, System
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.sampling import check_name, sample_to_file
 from molgen_energy.systems.molecules.task import MoleculeGenerator, MoleculeTask
@@ -20,7 +20,7 @@ from molgen_energy.training.checkpoint import Checkpoint
 class _MoleculeSampling:
     """`MoleculeGenerator` for `sample`."""
 
-    shared = True
+    distributed = True
     inputs: tuple[Path, ...] = ()
 
     def __init__(self, generator: MoleculeGenerator, count: int, batch_size: int | None) -> None:
@@ -33,10 +33,12 @@ class _MoleculeSampling:
             f"{sampler.evaluations:,} network evaluations each"
         )
 
-    def write(self, output: Path, observer: Observer, resume: bool = False) -> SamplingResult:
+    def write(
+        self, output: Path, callback: SamplingCallback, resume: bool = False
+    ) -> SamplingResult:
         """Draw the molecules and write them, or go on with it."""
         return sample_to_file(
-            self._generator, self.count, output, observer, self._batch_size, resume
+            self._generator, self.count, output, callback, self._batch_size, resume
         )
 
 

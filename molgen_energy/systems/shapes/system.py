@@ -25,7 +25,7 @@ from molgen_energy.losses import LOSSES, SPIN_LOSSES, EnergyConfig, Loss, LossCo
 from molgen_energy.models import SHAPE_MODELS
 from molgen_energy.models.mlp import MLPConfig
 from molgen_energy.progress import ProgressCallback
-from molgen_energy.systems.base import Observer, SamplingResult, System, build_with_seed
+from molgen_energy.systems.base import SamplingCallback, SamplingResult, System, build_with_seed
 from molgen_energy.systems.shapes.files import read_polygons
 from molgen_energy.systems.supervised import (
     Examples,
@@ -117,7 +117,7 @@ def _resolved(config: ShapeConfig, positions: Tensor) -> ShapeConfig:
 class ShapeGenerator:
     """Prediction of polygons of random radii, uniform over the range of the training data."""
 
-    shared = False
+    distributed = False
     inputs: tuple[Path, ...] = ()
     method = "one network evaluation each"
 
@@ -139,12 +139,14 @@ class ShapeGenerator:
         model = build_model(config, state["vertices"])
         self._predict = Predictor(checkpoint, model, device, batch_size)
 
-    def write(self, output: Path, observer: Observer, resume: bool = False) -> SamplingResult:
+    def write(
+        self, output: Path, callback: SamplingCallback, resume: bool = False
+    ) -> SamplingResult:
         """Predict the polygons and write them."""
         smallest, largest = self._state["radii"]
         rng = np.random.default_rng(self._seed)
         radius = rng.uniform(smallest, largest, self.count).astype(np.float32)
-        positions = self._predict(torch.from_numpy(radius)[:, None], observer.advance).numpy()
+        positions = self._predict(torch.from_numpy(radius)[:, None], callback.advance).numpy()
         provenance = {
             "checkpoint": self.origin,
             "seed": str(self._seed),

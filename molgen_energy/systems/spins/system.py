@@ -21,7 +21,7 @@ from molgen_energy.losses.spin import LocalFieldConfig
 from molgen_energy.models import SPIN_MODELS
 from molgen_energy.models.resnet import ResNetConfig
 from molgen_energy.progress import ProgressCallback
-from molgen_energy.systems.base import Observer, SamplingResult, System, build_with_seed
+from molgen_energy.systems.base import SamplingCallback, SamplingResult, System, build_with_seed
 from molgen_energy.systems.spins.files import read_couplings, read_spins
 from molgen_energy.systems.spins.lattices import BOUNDARIES, Lattices, fix_gauge
 from molgen_energy.systems.supervised import (
@@ -124,7 +124,7 @@ def as_channels(lattices: Lattices) -> Tensor:
 class SpinGenerator:
     """Prediction of ground states of lattices."""
 
-    shared = False
+    distributed = False
 
     def __init__(
         self,
@@ -184,9 +184,11 @@ class SpinGenerator:
         source = f"{path.name}, test split" if trained_on else path.name
         return found.lattices.select(which), 1 + which, source
 
-    def write(self, output: Path, observer: Observer, resume: bool = False) -> SamplingResult:
+    def write(
+        self, output: Path, callback: SamplingCallback, resume: bool = False
+    ) -> SamplingResult:
         """Predict configurations and write them, with the ground states if the data have them."""
-        logits = self._predict(as_channels(self._lattices), observer.advance).numpy()
+        logits = self._predict(as_channels(self._lattices), callback.advance).numpy()
         columns: dict[str, NDArray[Any]] = {
             "right": self._lattices.right,
             "down": self._lattices.down,
