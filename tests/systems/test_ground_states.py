@@ -202,7 +202,10 @@ def changed(value, where=(1, 2, 2)):
         ((GOOD[:, :3], GOOD[:, :3], True), "^mine: .*not those of square lattices"),
         ((GOOD[0], GOOD[0], True), "^mine: .*not those of square lattices"),
         ((GOOD[:, :1, :1], GOOD[:, :1, :1], False), "^mine: a size of 1 .*choose at least 2"),
-        ((changed(np.nan), GOOD, True), "^mine: record 2 has couplings that are not finite.*remove"),
+        (
+            (changed(np.nan), GOOD, True),
+            "^mine: record 2 has couplings that are not finite.*remove",
+        ),
         ((GOOD, changed(np.inf), False), "^mine: record 2 .*not finite"),
         ((changed(1e39), GOOD, False), "^mine: record 2 .*not finite numbers of float32"),
         ((changed(0, 2), changed(0, 2), True), "^mine: record 3 .*all zero, .*remove it"),
