@@ -185,7 +185,7 @@ class LossConfig(Section):
         Raises
         ------
         InputError
-            A value stands for a published one that does not exist.
+            The published value that the section names does not exist.
         """
         return ResolvedLoss(self)
 

@@ -191,7 +191,7 @@ def _simple(edges: ArrayLike, n: int) -> EdgeList:
         raise ValueError(f"an edge has a vertex outside 0 … {n - 1}")
     ends = np.sort(array, axis=1)
     if (ends[:, 0] == ends[:, 1]).any() or len(np.unique(ends, axis=0)) < len(ends):
-        raise ValueError("each edge must join two different vertices and be given once")
+        raise ValueError("each edge must join two different vertices and occur once")
     return array
 
 
