@@ -3,9 +3,9 @@
     python benchmarks/losses.py                    # CPU, a minute; --device cuda for a GPU
     python benchmarks/losses.py --whole            # and the complete energy of 30,000 atoms
 
-First the complete energy against the same formula written over a tensor (B, N, N, 3) with PyTorch's
-own gradients; then each loss on one cloud of n points (Table 11 of Kaba et al., NeurIPS 2025).
-Times are medians, the losses of a row taking turns, so that a noisy machine slows all alike.
+First the complete energy and the same formula on a tensor (B, N, N, 3) with PyTorch's automatic
+gradients; then each loss on one cloud of n points (Table 11 of Kaba et al., NeurIPS 2025). Times
+are medians, with the losses of a row in turns, so that other load slows all of them equally.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Step = Callable[[], Tensor]
 
 
 def naive_energy(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Exponential springs, as the equation reads."""
+    """The equation with exponential springs, without blocks."""
     pairs = mask[:, :, None] & mask[:, None, :]
     pairs = pairs & ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
     now = (prediction[:, :, None] - prediction[:, None, :]).norm(dim=-1)
@@ -68,7 +68,7 @@ def times(steps: dict[str, Step], seconds: float, at_most: int) -> dict[str, flo
 
 
 def peak_memory(run: Step, device: torch.device) -> float:
-    """Most megabytes that a step holds beyond what there was before."""
+    """Peak memory of a step in megabytes, beyond that before it."""
     run()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -89,7 +89,7 @@ def peak_memory(run: Step, device: torch.device) -> float:
     return peak / 1e6
 
 
-def against_naive(device: torch.device, console: Console, seconds: float) -> None:
+def compare_with_naive(device: torch.device, console: Console, seconds: float) -> None:
     generator = torch.Generator().manual_seed(0)
     target = 2 * torch.randn(512, 25, 3, generator=generator)
     prediction = target + 0.3 * torch.randn(target.shape, generator=generator)
@@ -97,7 +97,7 @@ def against_naive(device: torch.device, console: Console, seconds: float) -> Non
     mask = torch.arange(25)[None] < sizes[:, None]
     data = [values.to(device) for values in (prediction, target, mask)]
     steps = {"naive": step(naive_energy, *data), "energy": step(PairwiseEnergy(), *data)}
-    # The naive gradient at distance 0 is NaN only where it is not masked behind the root.
+    # The gradient of the naive root is NaN at distance 0: use the variant without zeros.
     exact = step(naive_energy_safe, *(x.double() if x.is_floating_point() else x for x in data))()
     error = float((steps["energy"]() - exact).norm() / exact.norm())
     took = times(steps, seconds, 1000)
@@ -115,16 +115,16 @@ def against_naive(device: torch.device, console: Console, seconds: float) -> Non
 
 def naive_energy_safe(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """`naive_energy` with a gradient that is finite on the diagonal."""
-    apart = torch.eye(mask.shape[1], device=mask.device, dtype=prediction.dtype)[None, :, :, None]
+    shift = torch.eye(mask.shape[1], device=mask.device, dtype=prediction.dtype)[None, :, :, None]
     pairs = mask[:, :, None] & mask[:, None, :]
     pairs = pairs & ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-    now = (prediction[:, :, None] - prediction[:, None, :] + apart).norm(dim=-1)
+    now = (prediction[:, :, None] - prediction[:, None, :] + shift).norm(dim=-1)
     rest = (target[:, :, None] - target[:, None, :]).norm(dim=-1)
     terms = 0.5 * torch.exp(-rest) * (rest - now) ** 2
     return torch.where(pairs, terms, 0).sum(dim=(1, 2)) / mask.sum(dim=1)
 
 
-def batch_by_size(device: torch.device, console: Console, seconds: float, whole: bool) -> None:
+def measure_by_size(device: torch.device, console: Console, seconds: float, whole: bool) -> None:
     losses: dict[str, Loss] = {
         "mse": MeanSquaredError(),
         "energy": PairwiseEnergy(),
@@ -164,8 +164,8 @@ def main() -> None:
     console = Console()
     where = torch.cuda.get_device_name() if options.device.type == "cuda" else "CPU"
     console.print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    against_naive(options.device, console, options.seconds)
-    batch_by_size(options.device, console, options.seconds, options.whole)
+    compare_with_naive(options.device, console, options.seconds)
+    measure_by_size(options.device, console, options.seconds, options.whole)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """The configuration of a run: typed sections, YAML, and `--set key=value`.
 
 Each physical system has a `Config` of its own (`molgen_energy.systems`); this module holds what all
-of them share. A section that several classes can fill, such as `model` or `loss`, is a union told
-apart by its key `name`: see `OneOf`. Unknown keys and names are refused with the valid ones. A
-value `auto` is replaced by a number before training starts, so the `config.yaml` of a run holds
-the values that were used.
+of them share. A section with several classes, such as `model` or `loss`, is a union whose key
+`name` chooses the class: see `OneOf`. Messages about unknown keys and names list the valid ones. A
+value `auto` is replaced by a number before training starts, so the `config.yaml` of a run holds the
+values that were used.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Self = TypeVar("Self", bound="Config")
 
-_OPTIONS = "the given options"  # where a change of `replaced` comes from, in messages
+_OPTIONS = "the given options"  # source of the changes of `replaced`, in messages
 
 
 def one_of(kind: str, names: Any) -> AfterValidator:
@@ -97,7 +97,7 @@ class OneOf:
     """Metadata of a field whose section class is chosen by the section's key `name`.
 
     ``model: Annotated[Section, OneOf("model", MODELS)] = GDM.Config()`` is validated by
-    ``MODELS[name].Config``, with the name of the default where none is given.
+    ``MODELS[name].Config``; a section without a name has the name of the default.
 
     Parameters
     ----------

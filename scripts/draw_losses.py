@@ -2,9 +2,9 @@
 
     python scripts/draw_losses.py docs/images --rigidity docs/data/rigidity.csv
 
-landscape.png (Figure 1 of Kaba et al., NeurIPS 2025: what a loss sees of two atoms in a plane),
-motions.png (their Figure 2: a molecule that is turned, mirrored and stretched), springs.png, and
-rigidity.png (their Figure 5) from the table that `scripts/measure_rigidity.py` wrote.
+landscape.png (Figure 1 of Kaba et al., NeurIPS 2025: losses of two atoms in a plane), motions.png
+(their Figure 2: losses of a molecule that is rotated, reflected and stretched), springs.png, and
+rigidity.png (their Figure 5) from the table of `scripts/measure_rigidity.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOSSES = {"mse": MeanSquaredError(), "kabsch": KabschError(), "energy": Pairwise
 
 
 def landscape(folder: Path) -> None:
-    """One atom is held at the origin, the other moves through the plane; the data is at (1, 0)."""
+    """One atom is fixed at the origin, the other moves in the plane; the data is at (1, 0)."""
     side = np.linspace(-2, 2, 201)
     x, y = np.meshgrid(side, side)
     moving = torch.from_numpy(np.stack([x, y], axis=-1).reshape(-1, 2))
@@ -58,7 +58,7 @@ def landscape(folder: Path) -> None:
 
 
 def motions(folder: Path) -> None:
-    """A chiral molecule of QM9 is turned, then stretched, then turned into its mirror image."""
+    """A chiral molecule of QM9 is rotated, stretched, and reflected."""
     with MoleculeFile(bundled_sample()) as file:
         molecules = file.load()
     sizes = molecules.sizes
@@ -69,7 +69,7 @@ def motions(folder: Path) -> None:
     factors = np.linspace(0.7, 1.3, 121)
     shares = np.linspace(-1.2, 1.2, 121)
     panels = {
-        "turned by an angle (°)": (
+        "rotated by an angle (°)": (
             np.degrees(angles),
             [Rotation.from_rotvec(a * axis).apply(positions) for a in angles],
         ),
@@ -95,7 +95,7 @@ def motions(folder: Path) -> None:
 
 
 def springs(folder: Path) -> None:
-    """Families of springs, scaled to mean 1 over the pairs of the bundled sample."""
+    """Spring families, scaled to mean 1 over the pairs of the bundled sample."""
     with MoleculeFile(bundled_sample()) as file:
         molecules = file.load()
     everything = []

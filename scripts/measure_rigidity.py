@@ -2,9 +2,9 @@
 
     python scripts/measure_rigidity.py docs/data/rigidity.csv
 
-writes dimension, vertices, graphs and how many of them are globally rigid, for D = 2 and 3 and
-n = 2D+1 … 100. A thousand graphs each take about an hour on one core; rows that the file holds
-already are not measured again. `scripts/draw_losses.py` draws the figure.
+writes dimension, vertices, number of graphs and of globally rigid graphs, for D = 2 and 3 and
+n = 2D+1 … 100. A thousand graphs each take about an hour on one core; rows that are in the file are
+not measured again. `scripts/draw_losses.py` draws the figure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from molgen_energy.losses.rigidity import are_globally_rigid, random_regular_gra
 
 
 def rigid_count(n: int, dimension: int, graphs: int) -> int:
-    """How many of the graphs of seeds 1000·n, 1000·n + 1, … are globally rigid."""
+    """Number of globally rigid graphs among those of seeds 1000·n, 1000·n + 1, …"""
     drawn = [random_regular_graph(n, 2 * dimension, seed=1000 * n + k) for k in range(graphs)]
     return int(are_globally_rigid(np.stack(drawn), n, dimension).sum())
 

@@ -4,10 +4,10 @@
     python scripts/measure_shapes.py --draw  # the figure alone, from that; assets/shapes.png
 
 Figure 3 of Kaba et al., NeurIPS 2025, at a smaller scale: 20,000 polygons, 6,000 steps of 128. For
-each loss, angle and number of vertices the learning rate is swept, the best one is chosen by
-polygons of validation radii, and what is reported is the quality on other radii; of three seeds
-where the angle varies, of one where the vertices do.
-Rows that are in the CSV are not measured again, so it can be stopped at any time.
+each loss, angle and number of vertices the learning rate with the best quality on validation radii
+is chosen, and the quality on test radii is reported; of three seeds where the angle varies, of one
+where the number of vertices does. Rows that are in the CSV are not measured again, so the script
+can be stopped at any time.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ REFERENCE = 20  # vertices where the angle varies
 RATES = (1e-2, 3e-2, 1e-1)
 SEEDS = (0, 1, 2)
 COUNT, STEPS, BATCH = 20_000, 6_000, 128
-JUDGED = 1_000
-VALIDATION, TEST = 101, 102  # seeds of the radii that are judged
+EVALUATED = 1_000
+VALIDATION, TEST = 101, 102  # seeds of the radii for evaluation
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained."""
+    """One training run."""
 
     loss: str
     angle: float
@@ -66,7 +66,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Found(Setting):
-    """A setting with the quality of what it predicts for two sets of radii."""
+    """A setting with the quality of its predictions for two sets of radii."""
 
     validation: float
     test: float
@@ -75,17 +75,17 @@ class Found(Setting):
 def measured(
     setting: Setting, count: int = COUNT, steps: int = STEPS, batch: int = BATCH
 ) -> tuple[Found, np.ndarray]:
-    """Train as set, and judge; with the first polygons that it predicts, (12, N, 2)."""
+    """Train and evaluate; also returns the first predicted polygons, (12, N, 2)."""
     with tempfile.TemporaryDirectory() as folder:
         data, run = Path(folder) / "shapes.h5", Path(folder) / "run"
-        made = Polygons(
+        polygons = Polygons(
             vertices=setting.vertices,
             augment_angle=setting.angle,
             count=count,
             seed=setting.seed,
             split="1,0,0",
         )
-        made.write(data, ignored)
+        polygons.write(data, ignored)
         config = load_config("shapes_energy").replaced(
             {
                 **LOSSES[setting.loss],
@@ -103,9 +103,9 @@ def measured(
         train(task, run, Silent())
         checkpoint, scores, shown = load_checkpoint(run, weights=["ema"]), [], None
         for seed in (VALIDATION, TEST):
-            asked = {"count": JUDGED, "seed": seed, "batch_size": None}
+            options = {"count": EVALUATED, "seed": seed, "batch_size": None}
             out = Path(folder) / f"{seed}.h5"
-            system.generator(checkpoint, device, asked).write(out, Silent())
+            system.generator(checkpoint, device, options).write(out, Silent())
             file = read_polygons(out, "this")
             scores.append(quality(file.columns["positions"]))
             shown = file.columns["positions"][:12] / file.columns["radius"][:12, None, None]
@@ -114,14 +114,14 @@ def measured(
 
 
 def places() -> Iterator[tuple[str, float, int]]:
-    """All losses at all angles, and at all numbers of vertices with every angle."""
+    """All losses at all angles, and at all numbers of vertices with the largest angle."""
     for loss in LOSSES:
         yield from ((loss, angle, REFERENCE) for angle in ANGLES)
         yield from ((loss, math.pi, vertices) for vertices in VERTICES)
 
 
 def rates(loss: str, vertices: int) -> tuple[float, ...]:
-    """Learning rates to try: of the longest runs only those that are best elsewhere."""
+    """Learning rates to try; for the longest runs only those that are best elsewhere."""
     return RATES[-2:] if (loss, vertices) == ("energy", 128) else RATES
 
 
@@ -142,9 +142,9 @@ def _one(setting: Setting) -> Found:
 
 
 def measure(path: Path, processes: int) -> list[Found]:
-    """Measure what is missing of the sweep, then of the other seeds."""
+    """Measure the missing rows of the sweep, then of the other seeds."""
     rows = read(path, Found)
-    # Large ones first, so that processes end together.
+    # The longest runs first, so that processes finish together.
     where = sorted(places(), key=lambda place: -place[2])
     swept = [Setting(*place, lr, SEEDS[0]) for place in where for lr in rates(place[0], place[2])]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -170,7 +170,7 @@ def measure(path: Path, processes: int) -> list[Found]:
 
 
 def draw(rows: list[Found], pictures: dict[str, np.ndarray], path: Path) -> None:
-    """Both curves, and polygons that each loss leads to."""
+    """Both curves, and predicted polygons of each loss."""
     figure = Figure(figsize=(10, 6.2), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
     by_angle, by_vertices = top.subplots(1, 2, sharey=True)
@@ -197,10 +197,10 @@ def draw(rows: list[Found], pictures: dict[str, np.ndarray], path: Path) -> None
                 color=f"C{number}", label=loss,
             )  # fmt: skip
     by_angle.set(
-        xlabel="polygons are turned by up to", ylabel="quality, −ln irregularity",
+        xlabel="largest rotation of the polygons", ylabel="quality, −ln irregularity",
         xticks=ANGLES, xticklabels=["0", "π/4", "π/2", "3π/4", "π"], title=f"{REFERENCE} vertices",
     )  # fmt: skip
-    by_vertices.set(xlabel="vertices", title="turned by up to π", xscale="log")
+    by_vertices.set(xlabel="vertices", title="rotated by up to π", xscale="log")
     by_vertices.set_xticks(VERTICES, [str(v) for v in VERTICES], minor=False)
     by_vertices.minorticks_off()
     by_angle.legend(frameon=False)
@@ -215,14 +215,14 @@ def draw(rows: list[Found], pictures: dict[str, np.ndarray], path: Path) -> None
             draw_polygon(axes, points, f"C{number}")
             if k == 0:
                 axes.set_title(loss, fontsize=9, color=f"C{number}", loc="left")
-    bottom.suptitle("what networks predict when polygons are turned by up to π", fontsize=10)
+    bottom.suptitle("predicted polygons, data rotated by up to π", fontsize=10)
     figure.set_dpi(130)
     with atomic_replace(path) as output, output.temporary.open("wb") as file:
         FigureCanvasAgg(figure).print_png(file)
 
 
 def pictures(rows: list[Found]) -> dict[str, Any]:
-    """Typical polygons of each loss at the full angle."""
+    """Typical polygons of each loss at the largest angle."""
     return {
         loss: measured(
             Setting(loss, math.pi, REFERENCE, best(rows, loss, math.pi, REFERENCE), SEEDS[0])
@@ -233,7 +233,7 @@ def pictures(rows: list[Found]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--draw", action="store_true", help="do not measure")
+    parser.add_argument("--draw", action="store_true", help="only draw the figure")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--csv", type=Path, default=ASSETS / "shapes.csv")
     parser.add_argument("--figure", type=Path, default=ASSETS / "shapes.png")

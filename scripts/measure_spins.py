@@ -82,7 +82,7 @@ def run_once(
     config = load_config(f"spins_{loss}").replaced(
         {
             "data.path": str(data),
-            "loss.gauge": "either" if gauge == "none" else gauge,
+            **({} if gauge == "none" else {"loss.gauge": gauge}),
             "model.width": scale.width,
             "training.epochs": scale.epochs,
             "training.decay": "cosine",

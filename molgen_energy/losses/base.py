@@ -50,14 +50,15 @@ class BondedPairs:
 
     Parameters
     ----------
-    atoms
-        N.
+    samples, atoms
+        B and N.
     pairs
         Flat indices (b·N + i)·N + j, (P,) int64, ascending, with both directions of each bond; a
         pair may be repeated.
     """
 
-    def __init__(self, atoms: int, pairs: Tensor) -> None:
+    def __init__(self, samples: int, atoms: int, pairs: Tensor) -> None:
+        self.samples = samples
         self.atoms = atoms
         self.pairs = pairs
 
@@ -66,14 +67,17 @@ class BondedPairs:
         """Of adjacency matrices (B, N, N), nonzero at a bond, in one or both directions."""
         bonded = adjacency != 0
         bonded = bonded | bonded.mT
-        return cls(adjacency.shape[1], bonded.reshape(-1).nonzero().squeeze(1))
+        samples, atoms = adjacency.shape[:2]
+        return cls(samples, atoms, bonded.reshape(-1).nonzero().squeeze(1))
 
     @classmethod
-    def from_edges(cls, atoms: int, sample: Tensor, i: Tensor, j: Tensor) -> BondedPairs:
+    def from_edges(
+        cls, samples: int, atoms: int, sample: Tensor, i: Tensor, j: Tensor
+    ) -> BondedPairs:
         """Of lists of bonds (E,): the sample and both atoms, in one or both directions."""
         sample, i, j = sample.long(), i.long(), j.long()
         directed = torch.cat([(sample * atoms + i) * atoms + j, (sample * atoms + j) * atoms + i])
-        return cls(atoms, directed.sort().values)
+        return cls(samples, atoms, directed.sort().values)
 
     def between(self, sample: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Whether atoms are bonded, bool, for three index tensors of one shape."""
@@ -92,23 +96,25 @@ class BondedPairs:
         shape = (samples.stop - samples.start, rows.stop - rows.start, n)
         first = (samples.start * n + rows.start) * n
         size = shape[0] * shape[1] * n
-        bounds = torch.tensor([first, first + size], device=self.pairs.device)
-        start, stop = torch.searchsorted(self.pairs, bounds).tolist()
-        block = torch.zeros(size, dtype=torch.bool, device=self.pairs.device)
-        block[self.pairs[start:stop] - first] = True
-        return block.view(shape)
+        pairs = self.pairs
+        if size < self.samples * n * n:
+            bounds = torch.tensor([first, first + size], device=pairs.device)
+            start, stop = torch.searchsorted(pairs, bounds).tolist()
+            pairs = pairs[start:stop] - first
+        block = torch.zeros(size, dtype=torch.bool, device=pairs.device)
+        return block.index_fill_(0, pairs, True).view(shape)
 
-    def neighbours(self, samples: int) -> Neighbours:
-        """The bonds of so many samples as a table."""
+    def neighbours(self) -> Neighbours:
+        """The bonds as a table."""
         pairs = torch.unique_consecutive(self.pairs)
         atom, neighbour = pairs // self.atoms, pairs % self.atoms
-        degrees = torch.bincount(atom, minlength=samples * self.atoms)
-        own = torch.arange(self.atoms, device=pairs.device).repeat(samples)
+        degrees = torch.bincount(atom, minlength=self.samples * self.atoms)
+        own = torch.arange(self.atoms, device=pairs.device).repeat(self.samples)
         width = int(degrees.max()) if len(atom) else 0
         index = own[:, None].repeat(1, width)
         column = torch.arange(len(atom), device=pairs.device) - (degrees.cumsum(0) - degrees)[atom]
         index[atom, column] = neighbour
-        return Neighbours(index.view(samples, self.atoms, width))
+        return Neighbours(index.view(self.samples, self.atoms, width))
 
 
 Randomness = torch.Generator | Tensor | None
@@ -179,7 +185,7 @@ class LossConfig(Section):
         Raises
         ------
         InputError
-            A value stands for a published one that does not exist.
+            The published value that the section names does not exist.
         """
         return ResolvedLoss(self)
 
@@ -418,7 +424,7 @@ def _padded_bonds(bonds: Tensor, batch: int, atoms: int) -> BondedPairs:
         limits = torch.tensor([batch, atoms, atoms])[:, None]
         if bool(((bonds < 0) | (bonds >= limits)).any()):
             raise ValueError(f"a bond is outside of {batch} samples of {atoms} atoms")
-    return BondedPairs.from_edges(atoms, *bonds)
+    return BondedPairs.from_edges(batch, atoms, *bonds)
 
 
 @dataclass(frozen=True)
@@ -502,7 +508,7 @@ def _packed(
         i, j = bonds.long()
         if bool((batch[i] != batch[j]).any()):
             raise ValueError("a bond joins atoms of two samples")
-        pairs = BondedPairs.from_edges(atoms, batch[i], place[i], place[j])
+        pairs = BondedPairs.from_edges(len(packing.counts), atoms, batch[i], place[i], place[j])
     return Samples(
         packing.padded(prediction.to(dtype)),
         packing.padded(target.to(dtype)),

@@ -90,7 +90,7 @@ class Edges(ABC):
         ValueError
             This kind finds its edges at each call.
         """
-        raise ValueError("these edges are not prepared, but found at each call")
+        raise ValueError("these edges do not prepare neighbours: they are found at each call")
 
 
 def _coordinates(samples: Samples) -> dict[Operand, Tensor]:
@@ -436,7 +436,7 @@ class BondEdges(Edges):
         """The bonded pairs."""
         if samples.bonds is None:
             raise ValueError("edges along bonds: give bonds")
-        return _TabulatedPairs(samples, samples.bonds.neighbours(len(samples.prediction)))
+        return _TabulatedPairs(samples, samples.bonds.neighbours())
 
 
 class SymmetrizedEdges(Edges):

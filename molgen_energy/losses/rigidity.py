@@ -1,12 +1,12 @@
-"""Do the lengths of a graph's edges fix the whole configuration? Generic rigidity, decided exactly.
+"""Exact tests of generic rigidity: whether edge lengths determine a configuration.
 
-A graph is (generically) rigid in D dimensions when a generic framework on it cannot be deformed
-continuously without changing an edge's length, and globally rigid when there is no other framework
-with the same lengths at all, up to Euclidean motions. An energy with springs on a globally rigid
-graph has the same minimisers as one with springs on all pairs.
+A graph is (generically) rigid in D dimensions if a generic framework on it cannot be deformed
+continuously without changing the length of an edge, and globally rigid if no other framework has
+the same lengths, up to Euclidean motions. An energy with springs on a globally rigid graph has the
+same minimisers as one with springs on all pairs.
 
-The tests put the vertices on random points of a finite field and take ranks there, without
-rounding. A rank over the field is never above the generic one, so *yes* is always true; *no* is
+The tests place the vertices at random points over a finite field and compute ranks over the field,
+without rounding. A rank over the field is at most the generic one, so *yes* is always true; *no* is
 wrong with a probability of about n²D²/2²⁶ to the power of `attempts`.
 """
 
@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 _PRIME = 67_108_859.0  # the largest below 2²⁶: products are exact in float64
 
 Array = NDArray[np.float64]
-Edges = NDArray[np.int64]
+EdgeList = NDArray[np.int64]
 
 
 def rigidity_matrix(edges: ArrayLike, positions: Array) -> Array:
@@ -41,8 +41,8 @@ def rigidity_matrix(edges: ArrayLike, positions: Array) -> Array:
     difference = positions[edges[..., 0]] - positions[edges[..., 1]]
     matrix = np.zeros((*edges.shape[:-1], n, dimension))
     for end, sign in ((0, 1), (1, -1)):
-        at = np.broadcast_to(edges[..., end, None, None], (*edges.shape[:-1], 1, dimension))
-        np.put_along_axis(matrix, at, sign * difference[..., None, :], axis=-2)
+        vertex = np.broadcast_to(edges[..., end, None, None], (*edges.shape[:-1], 1, dimension))
+        np.put_along_axis(matrix, vertex, sign * difference[..., None, :], axis=-2)
     return matrix.reshape(*edges.shape[:-1], n * dimension)
 
 
@@ -56,18 +56,18 @@ def is_rigid(edges: ArrayLike, n: int, dimension: int, seed: int = 0, attempts: 
     n, dimension
         Number of vertices and D.
     seed, attempts
-        Of the random points; further ones are tried only where the answer would be *no*.
+        Seed of the random points; a further attempt follows only after a *no*.
     """
     edges = _simple(edges, n)
-    if n <= dimension + 1:  # a simplex: every pair must be held
+    if n <= dimension + 1:  # a simplex: every pair must be an edge
         return len(edges) == n * (n - 1) // 2
-    wanted = n * dimension - dimension * (dimension + 1) // 2
-    if len(edges) < wanted:
+    full_rank = n * dimension - dimension * (dimension + 1) // 2
+    if len(edges) < full_rank:
         return False
     generator = np.random.default_rng(seed)
     for _ in range(attempts):
         matrix = rigidity_matrix(edges, _points(n, dimension, generator))
-        if _reduce(_modulo(matrix)[None])[0].sum() == wanted:
+        if _reduce(_modulo(matrix)[None])[0].sum() == full_rank:
             return True
     return False
 
@@ -77,22 +77,22 @@ def is_globally_rigid(
 ) -> bool:
     """Whether a generic equilibrium stress matrix has rank n − D − 1.
 
-    A graph of n ≥ D + 2 vertices is generically globally rigid exactly then (S. J. Gortler, A. D.
-    Healy, D. P. Thurston, "Characterizing generic global rigidity", American Journal of
-    Mathematics 132, 2010); a smaller one when it is complete. Parameters as in `is_rigid`.
+    For a graph of n ≥ D + 2 vertices this is equivalent to generic global rigidity (S. J. Gortler,
+    A. D. Healy, D. P. Thurston, "Characterizing generic global rigidity", American Journal of
+    Mathematics 132, 2010); a smaller graph must be complete. Parameters as in `is_rigid`.
     """
     edges = _simple(edges, n)
     if n <= dimension + 1:
         return len(edges) == n * (n - 1) // 2
     if len(edges) <= n * dimension - dimension * (dimension + 1) // 2:
-        return False  # none to spare: some edge's other side can be mirrored
+        return False  # without a redundant edge, part of the framework can be reflected
     return bool(are_globally_rigid(edges[None], n, dimension, seed, attempts)[0])
 
 
 def are_globally_rigid(
     edges: ArrayLike, n: int, dimension: int, seed: int = 0, attempts: int = 2
 ) -> NDArray[np.bool_]:
-    """`is_globally_rigid` for graphs (G, E, 2) with as many edges each, n ≥ D + 2; (G,)."""
+    """`is_globally_rigid` for graphs (G, E, 2) with equal numbers of edges, n ≥ D + 2; (G,)."""
     edges = np.asarray(edges, dtype=np.int64)
     generator = np.random.default_rng(seed)
     result = np.zeros(len(edges), dtype=bool)
@@ -107,11 +107,13 @@ def are_globally_rigid(
     return result
 
 
-def _stress_ranks(edges: Edges, points: Array, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Rank of the matrix of a random equilibrium stress of each graph (G, E, 2); -1: flexible."""
+def _stress_ranks(
+    edges: EdgeList, points: Array, generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """Rank of a random equilibrium stress matrix of each graph (G, E, 2); -1 if not rigid."""
     graphs, count = edges.shape[:2]
     n, dimension = points.shape
-    # A stress is a combination of rows that vanishes: a vector in the kernel of the transpose.
+    # A stress is a vanishing linear combination of rows: a vector in the kernel of the transpose.
     equations = rigidity_matrix(edges, points).swapaxes(1, 2).copy()
     _modulo(equations)
     pivot_rows, free = _reduce(equations)
@@ -123,9 +125,9 @@ def _stress_ranks(edges: Edges, points: Array, generator: np.random.Generator) -
     stress[which, solved] = _modulo(load)[which, row]
     matrix = np.zeros((graphs, n, n))
     first, second = edges[..., 0], edges[..., 1]
-    at = np.broadcast_to(graph[:, None], first.shape)
-    matrix[at, first, second] = -stress
-    matrix[at, second, first] = -stress
+    graph_of_edge = np.broadcast_to(graph[:, None], first.shape)
+    matrix[graph_of_edge, first, second] = -stress
+    matrix[graph_of_edge, second, first] = -stress
     matrix[:, np.arange(n), np.arange(n)] = -matrix.sum(axis=2)
     _modulo(matrix)
     ranks = _reduce(matrix)[0].sum(axis=1)
@@ -158,7 +160,7 @@ def _inverse(values: Array) -> Array:
 def _reduce(matrices: Array) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Gauss–Jordan elimination modulo the prime of matrices (G, r, c), in place.
 
-    Returns which rows hold a pivot, (G, r), and which columns hold none, (G, c); pivots become 1.
+    Returns which rows have a pivot, (G, r), and which columns have none, (G, c); pivots become 1.
     """
     graphs, rows, columns = matrices.shape
     used = np.zeros((graphs, rows), dtype=bool)
@@ -170,36 +172,36 @@ def _reduce(matrices: Array) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         found = candidates[graph, row]
         free[:, column] = ~found
         used[graph[found], row[found]] = True
-        # Rows that hold no pivot yet are zero in the columns behind, and the pivot's row is one.
+        # Rows without a pivot are zero in the previous columns, and the pivot's row is one of them.
         pivot = matrices[graph, row, column:]
         pivot = _modulo(pivot * _inverse(pivot[:, 0])[:, None])
         factor = np.where(found[:, None], matrices[:, :, column], 0)
         factor[graph, row] -= found
-        which, at = np.nonzero(factor)
-        changed = matrices[which, at, column:]
-        changed -= factor[which, at, None] * pivot[which]
-        matrices[which, at, column:] = _modulo(changed)
+        which, row = np.nonzero(factor)
+        changed = matrices[which, row, column:]
+        changed -= factor[which, row, None] * pivot[which]
+        matrices[which, row, column:] = _modulo(changed)
     return used, free
 
 
-def _simple(edges: ArrayLike, n: int) -> Edges:
-    """Edges as an array; no loops, no edge twice."""
+def _simple(edges: ArrayLike, n: int) -> EdgeList:
+    """The edges of a simple graph as an array."""
     array = np.asarray(edges, dtype=np.int64).reshape(-1, 2)
     if len(array) and (array.min() < 0 or array.max() >= n):
-        raise ValueError(f"an edge names a vertex outside 0 … {n - 1}")
+        raise ValueError(f"an edge has a vertex outside 0 … {n - 1}")
     ends = np.sort(array, axis=1)
     if (ends[:, 0] == ends[:, 1]).any() or len(np.unique(ends, axis=0)) < len(ends):
-        raise ValueError("each edge must join two different vertices and be given once")
+        raise ValueError("each edge must join two different vertices and occur once")
     return array
 
 
-def random_regular_graph(n: int, degree: int, seed: int = 0) -> Edges:
+def random_regular_graph(n: int, degree: int, seed: int = 0) -> EdgeList:
     """A random `degree`-regular graph on n vertices, (n·degree/2, 2); not necessarily rigid.
 
     Raises
     ------
     ValueError
-        There is none: n ≤ degree, or n·degree is odd.
+        No such graph exists: n ≤ degree, or n·degree is odd.
     """
     if n <= degree or n * degree % 2:
         raise ValueError(f"there is no {degree}-regular graph on {n} vertices")

@@ -1,4 +1,4 @@
-"""Losses between predicted spins and a ground state, in Ising models with given couplings.
+"""Losses between predicted spins and a ground state, in Ising models with known couplings.
 
 A network predicts a logit z_i for each site, which defines independent spins ŷ_i = ±1 of mean
 m_i = tanh z_i. The energy of a configuration is E(y) = −½ Σ_ij J_ij y_i y_j. Kaba et al., "Energy
@@ -30,7 +30,7 @@ Gauge = Literal["fixed", "either"]
 
 
 class SpinLoss(Loss):
-    """A loss of logits z, given spins or couplings; logits without a channel are refused."""
+    """A loss of logits z and of spins or couplings; logits without a channel are refused."""
 
     requires_batch = True
 
@@ -44,7 +44,7 @@ class LabelledLossConfig(LossConfig):
 
 
 class _LabelledLoss(SpinLoss):
-    """A loss that is a sum over sites of a function of the logits z, given spins y.
+    """A loss that is a sum over sites of a function of the logits z and the spins y.
 
     Parameters
     ----------

@@ -17,7 +17,7 @@ from molgen_energy.chemistry.geometry import (
     GEOMETRY_TYPES,
     KINDS,
     GeometryTypes,
-    checkpoint_name,
+    type_name,
     code_of,
 )
 from molgen_energy.data.molecules import MoleculeChunk
@@ -255,7 +255,7 @@ def frequent_types(
     chosen = {}
     for kind in KINDS:
         by_type = accumulator.geometry.get(kind, {})
-        counts = {checkpoint_name(kind, code): sample.count for code, sample in by_type.items()}
+        counts = {type_name(kind, code): sample.count for code, sample in by_type.items()}
         ranked = sorted(counts, key=lambda name: (-counts[name], name))
         chosen[kind] = tuple(ranked[:_FREQUENT])
     return GeometryTypes(f"the {_FREQUENT} most frequent of each kind", chosen)

@@ -12,11 +12,15 @@ from torch.autograd import forward_ad
 from molgen_energy.losses import (
     LOSSES,
     CompleteEdges,
+    EdgesConfig,
+    EnergyConfig,
     KabschError,
+    MeanSquaredError,
     Neighbours,
     PairwiseEnergy,
     SparseEdges,
     SpringFamily,
+    SpringsConfig,
 )
 
 X = torch.zeros(2, 5, 3)
@@ -142,6 +146,69 @@ def test_blocks_give_the_same():
     for value, gradient in results[1:]:
         torch.testing.assert_close(value, results[0][0])
         torch.testing.assert_close(gradient, results[0][1])
+
+
+def test_bonds_in_blocks_give_the_same():
+    """Blocks of several samples, of some rows of one, and of all pairs see the same bonds."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(7, 23, 3, generator=generator).double()
+    prediction = target + 0.1 * torch.randn(target.shape, generator=generator)
+    bonds = torch.stack([torch.randint(n, (60,), generator=generator) for n in (7, 23, 23)])
+    adjacency = torch.zeros(7, 23, 23)
+    adjacency[bonds[0], bonds[1], bonds[2]] = 1
+    expected = None
+    for pairs in (1, 24, 23 * 23, 3 * 23 * 23, 10**9):
+        loss = PairwiseEnergy("lennard_jones", edges=CompleteEdges(pairs))
+        for given in (bonds, bonds.flip(1), adjacency):
+            value = loss(prediction, target, bonds=given)
+            expected = value if expected is None else expected
+            torch.testing.assert_close(value, expected)
+    assert (expected != PairwiseEnergy("inverse_square")(prediction, target)).all()
+
+
+def test_a_section_resolves_with_as_little_data_as_it_needs():
+    """A number and a published scale need none; the stiffness is computed when it is read."""
+    passes = []
+    target = torch.rand(3, 6, 3, generator=torch.Generator().manual_seed(0)).double()
+
+    def samples():
+        passes.append(1)
+        return [{"target": target[:2]}, {"target": target[2:]}]
+
+    lengths = torch.cdist(target, target)[:, ~torch.eye(6, dtype=torch.bool)]
+    mean = float(torch.exp(-lengths).mean())
+    for scale, expected in (("auto", 1 / mean), ("jodo", 24.0), (2.5, 2.5)):
+        passes.clear()
+        resolved = EnergyConfig(springs=SpringsConfig(scale=scale)).resolve(samples, 0)
+        assert resolved.config.springs.scale == pytest.approx(expected)
+        assert len(passes) == (scale == "auto")
+        assert resolved.stiffness == pytest.approx(expected * mean)
+        assert resolved.stiffness == resolved.stiffness
+        assert len(passes) == 1
+        assert resolved.config.resolve(samples, 0).config == resolved.config
+    bonded = EnergyConfig(edges=EdgesConfig(kind="bonds"))
+    one = torch.tensor([[0, 1, 2], [0, 0, 0], [1, 1, 1]])
+    resolved = bonded.resolve(lambda: [{"target": target, "bonds": one}], 0)
+    share = float(torch.exp(-(target[:, 0] - target[:, 1]).norm(dim=1)).mean()) / (15 * mean)
+    assert resolved.stiffness == pytest.approx(share)
+    passes.clear()
+    assert MeanSquaredError.Config().resolve(samples, 0).stiffness == 1
+    assert not passes
+
+
+def test_a_section_with_auto_is_not_built():
+    with pytest.raises(ValueError, match=r"loss\.springs\.scale is auto: resolve the section"):
+        EnergyConfig().build()
+    channels = MeanSquaredError.Config().build(channels=7).channels
+    assert channels == 7
+
+
+@pytest.mark.parametrize("edges", ["complete", "sparse", "bonds", None])
+def test_only_symmetrized_edges_are_prepared(edges):
+    loss = MeanSquaredError() if edges is None else PairwiseEnergy(edges=edges)
+    assert "neighbours" not in loss.requires
+    with pytest.raises(ValueError, match="not prepare neighbours"):
+        loss.prepare_neighbours(X)
 
 
 def test_gradient_flows_to_the_prediction_alone():

@@ -201,12 +201,15 @@ def changed(value, where=(1, 2, 2)):
         ((GOOD, GOOD[:2], True), r"^mine: 'right' has shape \(3, 4, 4\) and 'down' \(2, 4, 4\)"),
         ((GOOD[:, :3], GOOD[:, :3], True), "^mine: .*not those of square lattices"),
         ((GOOD[0], GOOD[0], True), "^mine: .*not those of square lattices"),
-        ((GOOD[:, :1, :1], GOOD[:, :1, :1], False), "^mine: a size of 1 .*take at least 2"),
-        ((changed(np.nan), GOOD, True), "^mine: record 2 has couplings that are not finite.*leave"),
+        ((GOOD[:, :1, :1], GOOD[:, :1, :1], False), "^mine: a size of 1 .*choose at least 2"),
+        (
+            (changed(np.nan), GOOD, True),
+            "^mine: record 2 has couplings that are not finite.*remove",
+        ),
         ((GOOD, changed(np.inf), False), "^mine: record 2 .*not finite"),
         ((changed(1e39), GOOD, False), "^mine: record 2 .*not finite numbers of float32"),
-        ((changed(0, 2), changed(0, 2), True), "^mine: record 3 .*all zero, .*leave it out"),
-        ((GOOD, GOOD, True, GOOD[:2]), "^mine: spins of shape .*do not fit"),
+        ((changed(0, 2), changed(0, 2), True), "^mine: record 3 .*all zero, .*remove it"),
+        ((GOOD, GOOD, True, GOOD[:2]), "^mine: spins of shape .*do not match"),
         ((GOOD, GOOD, True, changed(0)), "^mine: record 2 has spins other than 1 and -1"),
     ],
 )
@@ -225,7 +228,7 @@ def test_periodic_sizes(size, remedy):
         lambda: Lattices.checked(values, values, True),
         lambda: draw_couplings([0], size, True, "uniform", 0),
     ):
-        match = f"even size of at least 4, not {size}; take {remedy},? or --boundary open"
+        match = f"even size of at least 4, not {size}; choose {remedy},? or --boundary open"
         with pytest.raises(InputError, match=match):
             refused()
     check_size(size, False)

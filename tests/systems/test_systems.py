@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -41,7 +41,7 @@ from molgen_energy.metrics.report.model import (
     ReportSection,
 )
 from molgen_energy.metrics.statistics import Mean
-from molgen_energy.progress import no_progress
+from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.systems import datasets, evaluators
 from molgen_energy.systems.base import SamplingResult, System
 from molgen_energy.systems.registry import SYSTEMS, load_config
@@ -712,7 +712,7 @@ class Chains(Dataset):
     beads: int = option(5, "Beads of a chain.")
     count: int = option(400, "How many.")
 
-    def write(self, output: Path, progress: Callable[[int, int], None]) -> str:
+    def write(self, output: Path, progress: ProgressCallback) -> str:
         rng = np.random.default_rng(0)
         length = rng.uniform(0.5, 2, self.count).astype(np.float32)
         direction = rng.normal(size=(self.count, 1, 3))
@@ -741,7 +741,8 @@ def chain_model(config: ChainConfig, beads: int) -> nn.Module:
 
 
 class ChainGenerator:
-    method, origin, count, shared = "one network evaluation each", "a run", 50, False
+    method, origin, count = "one network evaluation each", "a run", 50
+    distributed = False
     inputs: tuple[Path, ...] = ()
 
     def __init__(self, checkpoint, device):
@@ -749,9 +750,9 @@ class ChainGenerator:
         model = chain_model(checkpoint.config_as(ChainConfig), self.beads)
         self.predict = Predictor(checkpoint, model, device)
 
-    def write(self, output: Path, observer: Any, resume: bool = False) -> SamplingResult:
+    def write(self, output: Path, callback: Any, resume: bool = False) -> SamplingResult:
         length = np.linspace(0.5, 2, self.count, dtype=np.float32)
-        positions = self.predict(torch.from_numpy(length)[:, None], observer.advance).numpy()
+        positions = self.predict(torch.from_numpy(length)[:, None], callback.advance).numpy()
         write_arrays(output, "chains", "sampled", {"length": length, "positions": positions}, {})
         return SamplingResult(output, self.count, self.count)
 
@@ -778,7 +779,7 @@ class ChainSystem(System):
             {"beads": beads},
         )  # fmt: skip
 
-    def generator(self, checkpoint, device, asked):
+    def generator(self, checkpoint, device, options):
         return ChainGenerator(checkpoint, device)
 
     def describe(self, config, parameters):

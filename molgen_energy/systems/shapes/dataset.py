@@ -14,8 +14,8 @@ from molgen_energy.data.splits import check_fractions, check_seed, parse_fractio
 from molgen_energy.errors import InputError
 from molgen_energy.progress import ProgressCallback
 
-_LEAST = 1e-6  # of radii
-_STREAM = 1  # keeps radii and angles apart from the split, which has the same seed
+_SMALLEST_RADIUS = 1e-6
+_STREAM = 1  # radii and angles are independent of the split, which has the same seed
 
 
 def polygons(
@@ -28,7 +28,7 @@ def polygons(
     radius
         Of the circle through the vertices, (M,).
     angle
-        In which the first vertex lies, (M,) radians.
+        Polar angle of the first vertex, (M,) radians.
     vertices
         N.
     """
@@ -39,7 +39,7 @@ def polygons(
 
 @dataclass(frozen=True)
 class Polygons(Dataset):
-    """Regular polygons of random radius, turned by random angles."""
+    """Regular polygons of random radius, rotated by random angles."""
 
     name = "shapes"
     samples = "polygons"
@@ -47,27 +47,27 @@ class Polygons(Dataset):
 
     vertices: int = option(20, "Vertices of each polygon.")
     augment_angle: float = option(
-        math.pi, "Polygons are turned by angles from minus to plus so much, in radians; 0 to π."
+        math.pi, "Largest rotation in either direction, in radians; 0 to π."
     )
-    count: int = option(100_000, "How many.")
-    smallest: float = option(0.3, "Least radius.")
+    count: int = option(100_000, "Number of polygons.")
+    smallest: float = option(0.3, "Smallest radius.")
     largest: float = option(5.0, "Largest radius.")
     split: str = option("0.9,0.05,0.05", "Shares for training, validation, test.")
-    seed: int = option(0, "Of radii, angles and split.")
+    seed: int = option(0, "Seed of radii, angles and split.")
 
     def check(self) -> None:
-        """Raise `InputError` where an option does not serve."""
+        """Raise `InputError` if an option has a bad value."""
         if self.vertices < 3:
             raise InputError(f"--vertices {self.vertices}: a polygon has 3 or more")
-        # A little above π passes, as in 3.1416.
+        # A little above π is accepted, such as 3.1416.
         if not 0 <= self.augment_angle <= math.pi + 1e-3:
             raise InputError(f"--augment-angle {self.augment_angle:g}: expected 0 to π (3.1416)")
         if self.count < 1:
-            raise InputError(f"--count {self.count}: ask for at least one polygon")
-        if not _LEAST <= self.smallest <= self.largest <= 1 / _LEAST:
+            raise InputError(f"--count {self.count}: expected at least 1 polygon")
+        if not _SMALLEST_RADIUS <= self.smallest <= self.largest <= 1 / _SMALLEST_RADIUS:
             raise InputError(
                 f"--smallest {self.smallest:g} --largest {self.largest:g}: expected ascending "
-                f"radii from {_LEAST:g} to {1 / _LEAST:g}"
+                f"radii from {_SMALLEST_RADIUS:g} to {1 / _SMALLEST_RADIUS:g}"
             )
         check_seed(self.seed)
         check_fractions(parse_fractions(self.split))
@@ -83,7 +83,7 @@ class Polygons(Dataset):
         write_arrays(
             output,
             "shapes",
-            f"regular {self.vertices}-gons, turned by ±{self.augment_angle:.4g}, seed {self.seed}",
+            f"regular {self.vertices}-gons, rotated by ±{self.augment_angle:.4g}, seed {self.seed}",
             {
                 "radius": radius.astype(np.float32),
                 "positions": polygons(radius, angle, self.vertices),

@@ -1,4 +1,4 @@
-"""Files of polygons: `radius` (M,) float32, asked for, and `positions` (M, N, 2) float32."""
+"""Files of polygons: the nominal `radius` (M,) float32, and `positions` (M, N, 2) float32."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def read_polygons(path: Path, remedy: str) -> ArrayFile:
     Raises
     ------
     InputError
-        It is missing, broken, of another system, or holds what are no polygons.
+        It is missing, damaged, of another system, or a record is not a polygon.
     """
     file = ArrayFile(path, "shapes", _COLUMNS, remedy=remedy)
     vertices = file.columns["positions"].shape[1]
     if vertices < 3:
-        raise InputError(f"{path}: polygons of {vertices} vertices; they have 3 or more")
+        raise InputError(f"{path}: polygons of {vertices} vertices; expected 3 or more")
     low = file.columns["radius"] <= 0
     if low.any():
         raise InputError(f"{path}: record {low.argmax() + 1}: its radius is not above 0")

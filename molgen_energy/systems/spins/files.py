@@ -115,6 +115,6 @@ def read_couplings(path: Path, periodic: bool) -> Lattices:
             raise InputError(
                 f"{path}: record {beyond.any(axis=1).argmax() + 1} has couplings beyond the open "
                 "boundary, in the last column of 'right' or the last row of 'down'; set them to "
-                "zero, or take a periodic boundary"
+                "zero, or use a periodic boundary"
             )
     return lattices

@@ -1,4 +1,4 @@
-"""Ising spin glasses on square lattices as arrays. Their shapes and their energy are stated here.
+"""Ising spin glasses on square lattices as arrays: shapes and energy.
 
 M lattices of L × L sites:
 
@@ -9,7 +9,7 @@ spins   (M, L, L)  int8     ±1, a configuration each; optional
 ======  =========  =======  =====================================================================
 
 Indices are taken modulo L with a periodic boundary. With an open one the last column of `right` and
-the last row of `down` have no meaning and no effect. A configuration y has the energy
+the last row of `down` have no effect. A configuration y has the energy
 
 .. math:: E(y) = -\\tfrac12 \\sum_{ij} J_{ij} y_i y_j = -\\sum_{\\langle ij \\rangle} J_{ij} y_i y_j
 
@@ -33,9 +33,9 @@ Reals = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Lattices:
-    """Spin glasses, and for each a configuration where there is one; see the module for shapes.
+    """Spin glasses, optionally with a configuration each; see the module for shapes.
 
-    The arrays are taken as they are; `checked` is for those of unknown origin.
+    The arrays are not checked; `checked` is for arrays from outside.
     """
 
     right: NDArray[np.float32]
@@ -52,20 +52,20 @@ class Lattices:
         spins: ArrayLike | None = None,
         origin: str = "lattices",
     ) -> Lattices:
-        """Lattices of arrays that somebody else made.
+        """Lattices of arrays from outside, after a check.
 
-        Couplings without meaning are set to zero, whatever they were.
+        Couplings beyond an open boundary are set to zero.
 
         Parameters
         ----------
         origin
-            Where they come from: messages begin with it.
+            Of the arrays, the beginning of messages.
 
         Raises
         ------
         InputError
-            Shapes do not fit, a size cannot be, or a lattice has couplings that are not finite or
-            all zero, or spins other than ±1. Records are counted from 1.
+            Shapes do not match, a size is not valid, or a lattice has couplings that are not finite
+            or all zero, or spins other than ±1. Records are counted from 1.
         """
         with np.errstate(over="ignore"):
             arrays = [np.array(values, dtype=np.float32) for values in (right, down)]
@@ -79,28 +79,28 @@ class Lattices:
         return lattices.with_spins(lattices.spins.astype(np.int8))
 
     def check(self, origin: str = "lattices") -> None:
-        """Raise `InputError` unless the arrays are as the module says; see `checked`."""
+        """Raise `InputError` if the arrays are not valid; see `checked`."""
         _check_shapes(self.right.shape, self.down.shape, self.periodic, origin)
         couplings = self.couplings()
         for k in _first(~np.isfinite(couplings).all(axis=(1, 2, 3))):
             raise InputError(
                 f"{origin}: record {k + 1} has couplings that are not finite numbers of float32; "
-                "mend it or leave it out"
+                "correct or remove it"
             )
         for k in _first((couplings == 0).all(axis=(1, 2, 3))):
             raise InputError(
                 f"{origin}: record {k + 1} has couplings that are all zero, so that every "
-                "configuration is a ground state; leave it out"
+                "configuration is a ground state; remove it"
             )
         if self.spins is None:
             return
         if self.spins.shape != self.right.shape:
             raise InputError(
-                f"{origin}: spins of shape {self.spins.shape} do not fit couplings of shape "
+                f"{origin}: spins of shape {self.spins.shape} do not match couplings of shape "
                 f"{self.right.shape}; give a configuration for each lattice"
             )
         for k in _first((np.abs(self.spins) != 1).any(axis=(1, 2))):
-            raise InputError(f"{origin}: record {k + 1} has spins other than 1 and -1; mend it")
+            raise InputError(f"{origin}: record {k + 1} has spins other than 1 and -1; correct it")
 
     def __len__(self) -> int:
         return len(self.right)
@@ -112,7 +112,7 @@ class Lattices:
 
     @property
     def bonds(self) -> int:
-        """Pairs of neighbours in a lattice, whatever their coupling."""
+        """Number of pairs of neighbours in a lattice."""
         return 2 * self.size * (self.size if self.periodic else self.size - 1)
 
     @property
@@ -122,7 +122,7 @@ class Lattices:
         return largest
 
     def couplings(self) -> Reals:
-        """Both kinds, (M, 2, L, L): `right` and `down`, zero where they have no meaning."""
+        """`right` and `down`, (M, 2, L, L), zero beyond an open boundary."""
         both = np.stack([self.right, self.down], axis=1).astype(np.float64)
         if not self.periodic:
             both[:, 0, :, -1] = 0
@@ -130,7 +130,7 @@ class Lattices:
         return both
 
     def select(self, which: slice | Sequence[int] | NDArray[np.generic]) -> Lattices:
-        """The lattices of a slice, of numbers or of a mask (M,)."""
+        """The lattices of a slice, of indices or of a mask (M,)."""
         chosen = which if isinstance(which, slice) else np.asarray(which)
         if not isinstance(chosen, slice) and not chosen.size:
             chosen = slice(0)
@@ -142,7 +142,7 @@ class Lattices:
         return replace(self, spins=spins)
 
     def energies(self, spins: NDArray[np.generic] | None = None) -> Reals:
-        """E of configurations, without `spins` of its own.
+        """E of configurations; of its own without `spins`.
 
         Parameters
         ----------
@@ -151,36 +151,36 @@ class Lattices:
 
         Returns
         -------
-        (M,) or (M, K). No digit is lost where couplings are whole multiples of a number that is not
-        tiny beside them, as those of `draw_couplings` are.
+        (M,) or (M, K). Exact if couplings are integer multiples of a number that is not tiny beside
+        them, as those of `draw_couplings` are.
         """
-        given, several = self._configurations(spins)
+        configurations, several = self._configurations(spins)
         couplings = self.couplings()
-        energies = np.zeros(given.shape[:2])
+        energies = np.zeros(configurations.shape[:2])
         for kind, axis in ((0, 3), (1, 2)):
-            pairs = given * np.roll(given, -1, axis)
+            pairs = configurations * np.roll(configurations, -1, axis)
             energies -= np.einsum("mrc,mkrc->mk", couplings[:, kind], pairs)
         return energies if several else energies[:, 0]
 
     def fields(self, spins: NDArray[np.generic] | None = None) -> Reals:
         """Local fields h_i = Σ_j J_ij y_j, of the shape of the spins; as `energies`.
 
-        y_i h_i is half the energy that it costs to flip site i.
+        y_i h_i is half the energy of a flip of site i.
         """
-        given, several = self._configurations(spins)
+        configurations, several = self._configurations(spins)
         couplings = self.couplings()
-        fields = np.zeros(given.shape)
+        fields = np.zeros(configurations.shape)
         for kind, axis in ((0, 3), (1, 2)):
-            ahead = couplings[:, None, kind]
-            fields += ahead * np.roll(given, -1, axis)
-            fields += np.roll(ahead * given, 1, axis)
+            to_next = couplings[:, None, kind]
+            fields += to_next * np.roll(configurations, -1, axis)
+            fields += np.roll(to_next * configurations, 1, axis)
         return fields if several else fields[:, 0]
 
     def _configurations(self, spins: NDArray[np.generic] | None) -> tuple[Reals, bool]:
-        """Spins as (M, K, L, L), and whether they came so."""
+        """Spins as (M, K, L, L), and whether they had this shape."""
         if spins is None:
             if self.spins is None:
-                raise ValueError("these lattices come without spins; give some")
+                raise ValueError("these lattices have no spins: give spins")
             spins = self.spins
         several = spins.ndim == 4
         if not several:
@@ -196,17 +196,17 @@ def fix_gauge(spins: Spins, site: int = 0) -> Spins:
 
 
 def check_size(size: int, periodic: bool, origin: str = "lattices") -> None:
-    """Raise `InputError` unless there are lattices of a size."""
+    """Raise `InputError` if a lattice cannot have a size."""
     if size < 2:
-        raise InputError(f"{origin}: a size of {size} has no neighbours; take at least 2")
+        raise InputError(f"{origin}: a size of {size} has no neighbours; choose at least 2")
     if periodic and size < 4:
         raise InputError(
-            f"{origin}: periodic lattices must have an even size of at least 4, not {size}; take "
+            f"{origin}: periodic lattices must have an even size of at least 4, not {size}; choose "
             "size 4 or --boundary open"
         )
     if periodic and size % 2:
         raise InputError(
-            f"{origin}: periodic lattices must have an even size of at least 4, not {size}; take "
+            f"{origin}: periodic lattices must have an even size of at least 4, not {size}; choose "
             f"size {size - 1} or {size + 1}, or --boundary open"
         )
 
@@ -220,12 +220,12 @@ def _check_shapes(
         )
     if len(right) != 3 or right[1] != right[2]:
         raise InputError(
-            f"{origin}: couplings of shape {right} are not those of square lattices; they must be "
+            f"{origin}: couplings of shape {right} are not those of square lattices; expected "
             "(M, L, L)"
         )
     check_size(right[1], periodic, origin)
 
 
 def _first(wrong: NDArray[np.bool_] | np.bool_) -> list[int]:
-    """The first record of (M,) that is wrong; at most one."""
+    """The index of the first wrong record of (M,), or nothing."""
     return [int(wrong.argmax())] if wrong.any() else []
