@@ -27,6 +27,7 @@ TINY = (
 WATER = "3\nwater\nO 0 0 0\nH 0.96 0 0\nH -0.24 0.93 0\n"
 
 
+@pytest.mark.slow
 def test_the_main_job(cli, tmp_path):
     """Train on the bundled sample, sample from the newest run, evaluate."""
     trained = cli("train", "--loss", "energy", "--steps", "20", *TINY)
@@ -52,6 +53,7 @@ def test_the_main_job(cli, tmp_path):
     assert found["reference"]["metrics"]["molecule_stability"]["value"] > 0.9
 
 
+@pytest.mark.slow
 def test_options_of_train(cli, tmp_path, sample_path):
     cli("train", "--loss", "mse", "--epochs", "1", "--data", sample_path, "--lr", "1e-3",
         "--seed", "5", "--device", "cpu", "-o", "mine", *TINY)  # fmt: skip
@@ -73,6 +75,7 @@ def test_options_of_train(cli, tmp_path, sample_path):
     cli("sample", "-n", "2", "--checkpoint", "lj")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopped_and_resumed_from_the_shell(cli, tmp_path, number):
     command = ["train", "--steps", "100000", "-o", "run", *TINY, "--set", "training.log_every=5"]
@@ -94,6 +97,7 @@ def test_stopped_and_resumed_from_the_shell(cli, tmp_path, number):
     cli("train", "--resume", "run", "--steps", str(step + 20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_sampling_that_is_stopped_at_once_leaves_nothing(cli, tmp_path, number):
     cli("train", "--steps", "1", *TINY, "--set", "diffusion.steps=500")
@@ -145,6 +149,7 @@ def here(tiny_run, tmp_path, monkeypatch, capfd):
     return run
 
 
+@pytest.mark.slow
 def test_samplers_of_sample(here, tmp_path):
     code, stderr = here("sample", "-n", 3, "--sampler", "dpm++", "--steps", 4)
     assert code == 0
@@ -198,6 +203,7 @@ BAD_SAMPLE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", BAD_SAMPLE)
 def test_bad_requests_of_sample_are_one_line_and_exit_code_2(here, tmp_path, monkeypatch, what):
     arguments, message = BAD_SAMPLE[what]
@@ -233,6 +239,7 @@ def failing(*_, **__):
     raise OSError(28, "No space left on device", "samples.sdf")
 
 
+@pytest.mark.slow
 def test_preprocess_own_molecules(cli, tmp_path, molecules):
     frames = []
     for molecule in molecules.select(np.arange(50)):
@@ -318,6 +325,7 @@ BAD = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(cli, tmp_path, what, sample_path):
     (tmp_path / "empty.sdf").touch()
@@ -371,6 +379,7 @@ def test_evaluation_goes_on_behind_bad_records(cli, tmp_path, sample_path):
     assert salt["worst"][0]["record"] == 2
 
 
+@pytest.mark.slow
 def test_odd_files_are_evaluated(cli, tmp_path):
     """One molecule; nothing valid; five hundred atoms in one place and on a line."""
     (tmp_path / "one.xyz").write_text(WATER)
@@ -404,6 +413,7 @@ def test_a_folder_that_cannot_be_written(cli, tmp_path):
     assert "folder" in cli("preprocess", "good.xyz", "-o", tmp_path, code=2).stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["preprocess", "sample.sdf", "sample.h5", "train"])
 def test_a_disk_that_takes_no_more(tmp_path, sample_path, verb):
     """Files beyond 60 kB fail as on a full disk: one line, exit code 2, nothing half-written."""

@@ -120,6 +120,7 @@ def test_table_of_qm9pack(tmp_path, monkeypatch):
         qm9.read_qm9pack()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("qm9pack") is None, reason="qm9pack is not installed")
 def test_all_of_qm9():
     """EDM's published histogram of sizes, and the bundled sample as a part of the whole."""

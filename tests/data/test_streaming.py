@@ -179,6 +179,7 @@ def test_two_windows_are_in_memory(large):
     assert max(most) == 2
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path, large, molecules, monkeypatch):
     monkeypatch.setattr(hdf5, "_SLICE", 10_000)
     monkeypatch.setattr(batching, "_BLOCK", 1000)
@@ -302,6 +303,7 @@ def test_means_are_taken_over_a_sample(large, monkeypatch):
         task.close()
 
 
+@pytest.mark.slow
 def test_streamed_it_learns(tmp_path):
     changes = STREAMED | {"training__batch_size": 32, "training__warmup_steps": 10}
     config = tiny(training__steps=150, **changes)

@@ -23,6 +23,7 @@ def check():
     del sys.modules["check_score"]
 
 
+@pytest.mark.slow
 def test_the_score_of_the_check(check):
     """Tweedie's formula by quadrature, against the derivative of log p_t by other quadratures."""
     alpha, sigma, width = (1 - 0.05**2) ** 0.5, 0.05, 0.05
@@ -47,6 +48,7 @@ def test_the_score_of_the_check(check):
     assert float((score - finer_score).norm() / score.norm()) < 1e-3
 
 
+@pytest.mark.slow
 def test_the_energys_minimiser_is_the_score(check):
     """Proposition 4.4: the difference falls in proportion to σ."""
     found = [check.measure(sigma, seed=2, order=4) for sigma in (0.002, 0.004, 0.02)]
@@ -57,6 +59,7 @@ def test_the_energys_minimiser_is_the_score(check):
     assert found[2].score > 0.1  # there is something to predict
 
 
+@pytest.mark.slow
 def test_the_energys_minimiser_scatters_less(check):
     """Proposition 4.5: its covariance is the squared error's, projected."""
     found = check.measure(0.005, seed=3, order=4)

@@ -101,6 +101,7 @@ def test_rank_agrees_with_floating_point(dimension):
     assert 5 < sum(answers) < 55
 
 
+@pytest.mark.slow
 def test_global_rigidity_in_the_plane_agrees_with_combinatorics():
     """In the plane it is 3-connection and rigidity without any one edge (Jackson and Jordán)."""
     rng = np.random.default_rng(1)
@@ -286,6 +287,7 @@ def test_what_is_equal_within_a_tolerance_is_made_a_group():
     assert len(set(sizes)) > 1
 
 
+@pytest.mark.slow
 def test_large_rings_are_searched_at_once():
     angle = 2 * np.pi * np.arange(80) / 80
     points = np.stack([np.cos(angle), np.sin(angle)], axis=1)

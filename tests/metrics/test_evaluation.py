@@ -246,6 +246,7 @@ def flat(value: object, place: str = "") -> dict[str, object]:
     return {k: v for key, inner in items for k, v in flat(inner, f"{place}/{key}").items()}
 
 
+@pytest.mark.slow
 def test_torchrun_prints_what_one_process_does(molecules, tmp_path):
     """The same JSON, once; and of a bad record in the middle one line, without waiting."""
     with MoleculeTextWriter(tmp_path / "a.xyz", {}) as writer:

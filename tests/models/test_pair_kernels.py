@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 CHECK = Path(__file__).parent / "pair_kernels_check.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_kernels_are_the_textbook_formula(device: str) -> None:
     environment = dict(os.environ)

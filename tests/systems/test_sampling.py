@@ -84,6 +84,7 @@ def read(path: Path):
         return file.load()
 
 
+@pytest.mark.slow
 def test_a_molecule_depends_on_seed_and_number_only(checkpoint, tmp_path, monkeypatch):
     draw(checkpoint, tmp_path / "a.h5")
     monkeypatch.setattr(sampling, "_WINDOW_CPU", 7)
@@ -504,6 +505,7 @@ def many(checkpoint, tmp_path_factory):
     return options, path.read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_and_finished_by_two_processes(many, tmp_path):
     options, whole = many
     process = start(tmp_path, *options)
@@ -519,6 +521,7 @@ def test_killed_and_finished_by_two_processes(many, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["samples.sdf"]
 
 
+@pytest.mark.slow
 def test_two_processes_interrupted_and_finished_by_one(checkpoint, many, tmp_path):
     options, whole = many
     process = start(tmp_path, *options, processes=2)

@@ -160,6 +160,7 @@ def test_bad_options_of_polygons(tmp_path, options, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_claim(tmp_path):
     """Turned by all angles, polygons collapse with the squared error and not with the energy."""
     data = tmp_path / "shapes.h5"
@@ -241,6 +242,7 @@ def test_a_resumed_run_is_the_same(tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(inside, tmp_path):
     inside("preprocess", "shapes", "--vertices", "5", "--count", "200")
     command = ("train", "--config", "shapes_energy", "--edges", "sparse", "--steps", "6", *SMALL)

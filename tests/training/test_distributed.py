@@ -69,6 +69,7 @@ def alone(tmp_path_factory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(alone, tmp_path):
     done = torchrun_to_end(tmp_path, "train", "--config", config_file(tmp_path), "-o", "run")
     assert done.returncode == 0, done.stderr
@@ -77,6 +78,7 @@ def test_two_processes_take_the_steps_of_one(alone, tmp_path):
     assert ", 2 processes" in (tmp_path / "run" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_checkpoints_do_not_depend_on_the_number_of_processes(alone, tmp_path):
     """Ten steps by one process, the rest by three."""
     config = load_config(config_file(tmp_path)).replaced({"training.steps": 10})
@@ -117,6 +119,7 @@ def assert_no_thread_of_the_group(folder: Path, processes: int) -> None:
         assert not [name for name in threads if "gloo" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds threads in /proc")
 def test_no_thread_of_the_group_is_left(tmp_path):
     arguments = ("train", "--config", config_file(tmp_path), "--steps", 2, "-o", "run")
@@ -144,6 +147,7 @@ def started(folder: Path):
     return job, ranks
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_a_killed_process_ends_the_job_and_it_resumes(tmp_path):
     job, ranks = started(tmp_path)
@@ -159,6 +163,7 @@ def test_a_killed_process_ends_the_job_and_it_resumes(tmp_path):
     assert load_checkpoint(tmp_path / "run").state["progress"]["step"] == at + 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_ctrl_c_stops_all_at_one_step(tmp_path):
     job, ranks = started(tmp_path)
@@ -170,6 +175,7 @@ def test_ctrl_c_stops_all_at_one_step(tmp_path):
     assert_no_thread_of_the_group(tmp_path, 1)  # the first to end has the others terminated
 
 
+@pytest.mark.slow
 def test_bad_input_is_said_once(tmp_path):
     done = torchrun_to_end(tmp_path, "train", "--loss", "enrgy")
     assert done.returncode != 0

@@ -102,6 +102,7 @@ def test_other_files_than_those_that_were_released_are_refused(tmp_path):
     refused(r"SHA256SUMS is damaged")
 
 
+@pytest.mark.slow
 def test_sample_without_a_run(cli, tmp_path):
     done = cli("sample", "-n", "3", "--steps", "2", "-o", "a.sdf")
     begin = (
@@ -118,6 +119,7 @@ def test_sample_without_a_run(cli, tmp_path):
     assert "from quick-energy" in cli("sample", "-n", "1", "-o", "c.sdf").stderr
 
 
+@pytest.mark.slow
 def test_as_good_as_the_card_says():
     """A few molecules of the measured seed, drawn here, beside the rate of the card's 10,000."""
     generator = MoleculeGenerator(

@@ -120,6 +120,7 @@ train(MoleculeTask(tiny(training__steps=100000, training__checkpoint_every=1), C
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.13, 0.31])
 def test_killed_at_any_moment_it_resumes(tmp_path, delay):
     """SIGKILL while a checkpoint is written at every step: the run goes on from a whole one."""
@@ -258,6 +259,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
     assert "step 4 skipped: loss" in log and "norm of the gradient nan" in log
 
 
+@pytest.mark.slow
 def test_low_precision_learns_alike(tmp_path):
     """Loss curves with bfloat16 overlap with those without, closer than those of two seeds."""
 
@@ -385,6 +387,7 @@ def test_validation_molecules_are_drawn_from_the_whole_split(molecules):
     assert abs(sizes.mean() - molecules.sizes.mean()) < 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_it_learns(tmp_path, loss, process):
@@ -402,6 +405,7 @@ def test_it_learns(tmp_path, loss, process):
     assert summary.valid_loss < (0.6 if process == "diffusion" else 0.75) * before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_it_learns_with_muon_to_give_velocities(tmp_path, model):
     config = tiny(
