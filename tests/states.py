@@ -29,3 +29,8 @@ class ExactRandomNumbers(RandomNumbers):
 
     def _normal(self, *arguments):
         return super()._normal(*arguments).double()
+
+
+def on_atoms(model, atoms: torch.Tensor, time: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The output (B, N, C) of a denoiser of atoms for noisy values (B, N, C)."""
+    return model(atoms_state(model.layout, mask, atoms), time, mask).atoms
