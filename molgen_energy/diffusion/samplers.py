@@ -113,7 +113,7 @@ class SamplerContext:
     ) -> None:
         self.model, self.process, self.random = model, process, random
         self.layout, self.mask, self.condition = layout, mask, condition
-        self.hook = SamplingHook() if hook is None else hook
+        self.hook = hook
         self.advance = advance
         self._previous: State | None = None
 
@@ -130,14 +130,16 @@ class SamplerContext:
         levels = levels_of(len(self.mask), level, self.mask.device)
         prediction = self.process.predict(self.model, state, levels, self.condition, self._previous)
         self.advance()
-        prediction = self.hook.after_prediction(prediction, level)
+        if self.hook is not None:
+            prediction = self.hook.after_prediction(prediction, level)
         if getattr(self.model, "self_conditioned", False):
             self._previous = prediction.clean.projected()
         return prediction
 
     def finish_step(self, state: State, level: int) -> State:
         """The state after a step, projected: rounding would move the centre over many steps."""
-        return self.hook.after_step(state.projected(), level)
+        state = state.projected()
+        return state if self.hook is None else self.hook.after_step(state, level).projected()
 
 
 class Sampler(ABC):
@@ -202,7 +204,7 @@ class Sampler(ABC):
         context = SamplerContext(
             model, self.process, random, layout, mask, condition, hook, advance
         )
-        return self._sample(context).projected()
+        return self._sample(context)
 
     @abstractmethod
     def _sample(self, context: SamplerContext) -> State:

@@ -5,19 +5,17 @@ import pytest
 import torch
 from conftest import padded_batch
 from scipy import stats
+from states import atoms_state, layout_of, seeded_noise
 
-from molgen_energy.diffusion.geometry import centred, random_rotations
-from molgen_energy.diffusion.noise import SeededNoise, philox
-from molgen_energy.diffusion.process import (
-    DiffusionObjective,
-    FlowMatchingObjective,
-    Share,
-    Times,
-    molecule_noise,
-)
+from molgen_energy.data.batches import DeviceMolecules
+from molgen_energy.diffusion.geometry import centred, rotations_from_quaternions
+from molgen_energy.diffusion.noise import RandomNumbers, Stream, philox
+from molgen_energy.diffusion.objective import Objective, TimestepDistribution, Weights
+from molgen_energy.diffusion.process import PROCESSES, Diffusion, FlowMatching
 from molgen_energy.diffusion.schedule import PolynomialSchedule
+from molgen_energy.diffusion.state import State
 from molgen_energy.losses import LOSSES, MeanAbsoluteError, MeanSquaredError, PairwiseEnergy
-from molgen_energy.systems.molecules.encoding import MoleculeEncoding
+from molgen_energy.systems.molecules.fields import MoleculeStatistics, ScalesConfig, build_layout
 
 CPU = torch.device("cpu")
 
@@ -40,26 +38,44 @@ def test_philox_known_answers(counter, key, expected):
     assert " ".join(f"{int(w):08x}" for w in words) == expected
 
 
-def test_seeded_noise_depends_on_molecule_and_step_only():
-    alone = SeededNoise(7, torch.tensor([41])).normal(3, 10, 9)
-    together = SeededNoise(7, torch.arange(100)).normal(3, 29, 9)
+def mask_of(count, atoms):
+    return torch.ones(count, atoms, dtype=torch.bool)
+
+
+def test_noise_depends_on_molecule_and_level_only():
+    layout = layout_of(6)
+    alone = RandomNumbers(7, torch.tensor([41]))._normal(layout, "atom", mask_of(1, 10), 3)
+    together = RandomNumbers(7, torch.arange(100))._normal(layout, "atom", mask_of(100, 29), 3)
     assert torch.equal(together[41, :10], alone[0])
     for other in (
-        SeededNoise(8, torch.tensor([41])).normal(3, 10, 9),
-        SeededNoise(7, torch.tensor([42])).normal(3, 10, 9),
-        SeededNoise(7, torch.tensor([41])).normal(4, 10, 9),
+        RandomNumbers(8, torch.tensor([41]))._normal(layout, "atom", mask_of(1, 10), 3),
+        RandomNumbers(7, torch.tensor([42]))._normal(layout, "atom", mask_of(1, 10), 3),
+        RandomNumbers(7, torch.tensor([41]))._normal(layout, "atom", mask_of(1, 10), 4),
     ):
         assert (other - alone).abs().min() > 0
 
 
-def test_seeded_noise_is_normal_and_uncorrelated():
-    noise = SeededNoise(0, torch.arange(200)).normal(1, 20, 9)
+def test_noise_is_normal_and_uncorrelated():
+    random = RandomNumbers(0, torch.arange(200))
+    noise = random._normal(layout_of(6), "atom", mask_of(200, 20), 1)
     assert torch.isfinite(noise).all()
     assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 0.01
     matrix = np.corrcoef(noise.reshape(-1, 9).numpy().T)
     assert np.abs(matrix - np.eye(9)).max() < 0.06
-    uniform = SeededNoise(0, torch.arange(5000)).uniform()
+
+
+@pytest.mark.parametrize("stream", Stream)
+def test_numbers_of_samples_are_uniform_and_streams_are_independent(stream):
+    random = RandomNumbers(0, torch.arange(5000))
+    uniform = random.uniform(stream)
     assert stats.kstest(uniform.numpy(), "uniform").pvalue > 0.01
+    assert ((uniform >= 0) & (uniform < 1)).all()
+    integers = random.integers(stream)
+    assert integers.dtype == torch.int64
+    assert ((integers >= 0) & (integers < 1 << 62)).all()
+    assert stats.kstest(integers.numpy() / 2**62, "uniform").pvalue > 0.01
+    for other in set(Stream) - {stream}:
+        assert abs(np.corrcoef(uniform, random.uniform(other))[0, 1]) < 0.06
 
 
 def test_schedule():
@@ -79,7 +95,8 @@ def test_schedule():
 
 
 def test_rotations_are_proper_and_uniform():
-    rotations = random_rotations(4000, torch.Generator().manual_seed(0), torch.zeros(()).double())
+    quaternions = RandomNumbers(0, torch.arange(4000)).quaternions().double()
+    rotations = rotations_from_quaternions(quaternions)
     eye = torch.eye(3).double().expand(4000, 3, 3)
     torch.testing.assert_close(rotations @ rotations.transpose(1, 2), eye)
     torch.testing.assert_close(torch.linalg.det(rotations), torch.ones(4000).double())
@@ -98,59 +115,64 @@ def test_centred_ignores_padding():
     assert (result[~mask] == 0).all()
 
 
-def test_molecule_noise_lives_on_the_subspace():
+def test_noise_is_on_the_subspace():
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
-    noise = molecule_noise(mask, 5, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(noise[..., :3].sum(1), torch.zeros(2, 3))
-    assert (noise[~mask] == 0).all()
+    noise = seeded_noise(layout_of(2), mask)
+    torch.testing.assert_close(noise["positions"].sum(1), torch.zeros(2, 3))
+    assert (noise.atoms[~mask] == 0).all()
 
 
-def test_encoding_there_and_back(molecules):
-    encoding = MoleculeEncoding((1, 6, 7, 8, 9))
-    positions, numbers = molecules.select(np.arange(0, 2000, 100)).padded()
-    mask = torch.from_numpy(numbers > 0)
-    types = encoding.type_lookup()[torch.from_numpy(numbers).long()].clamp(min=0)
-    clean = encoding.encode(torch.from_numpy(positions), types, mask)
-    assert clean.shape[-1] == 3 + encoding.features == 9
-    assert float(clean[0, 0, 3:8].max()) == 0.25
-    assert float(clean[0, 0, 8]) == pytest.approx(numbers[0, 0] / 10)
-    back, atomic_numbers = encoding.decode(clean, mask)
-    assert (atomic_numbers.numpy() == numbers).all()
+def test_encoding_and_back(molecules):
+    names, elements = ("positions", "elements", "nuclear_charges"), (1, 6, 7, 8, 9)
+    layout = build_layout(names, ScalesConfig(), MoleculeStatistics(elements))
+    batch = DeviceMolecules(molecules, CPU).batch(np.arange(0, 2000, 100))
+    mask, numbers = batch.mask, batch.data["atomic_numbers"]
+    values = {name: field.encode(batch.data) for name, field in layout.fields.items()}
+    clean = State.from_fields(layout, mask, values)
+    assert clean.atoms.shape[-1] == layout.channels["atom"] == 9
+    assert float(clean["elements"][0, 0].max()) == 0.25
+    assert float(clean["nuclear_charges"][0, 0]) == pytest.approx(float(numbers[0, 0]) / 10)
+    back = clean.decode()
+    assert (torch.where(mask, back["atomic_numbers"], 0) == numbers).all()
+    assert (clean.atoms[~mask] == 0).all()
     pairs = mask[:, :, None] & mask[:, None, :]
-    original = torch.from_numpy(positions)
+    positions, original = back["positions"], batch.data["positions"]
     torch.testing.assert_close(
-        torch.cdist(back, back)[pairs], torch.cdist(original, original)[pairs], rtol=0, atol=1e-4
-    )
+        torch.cdist(positions, positions)[pairs], torch.cdist(original, original)[pairs],
+        rtol=0, atol=1e-4,
+    )  # fmt: skip
 
 
 class Noisy(torch.nn.Module):
     """A model that is wrong by a fixed amount."""
 
-    def __init__(self, wrong: torch.Tensor):
+    def __init__(self, wrong: State):
         super().__init__()
         self.wrong = wrong
         self.seen = None
 
-    def forward(self, noisy, time, mask):
+    def forward(self, noisy, time, mask, condition, self_condition):
         self.seen = noisy, time
         return self.wrong
 
 
-def judged(process, molecules, loss, weight, scale):
-    """Terms of a wrong prediction, what the model saw and said, clean molecules and mask."""
+def evaluated(process, molecules, loss, weight, scale):
+    """Terms of a wrong prediction, the model's inputs and output, clean molecules and mask."""
+    layout = layout_of(3, scale)
     positions, mask = padded_batch(molecules.select(np.arange(0, 2000, 250)), torch.float32)
     positions = centred(positions, mask) / scale
-    clean = torch.cat([positions, positions * 0.1], dim=-1)
-    wrong = molecule_noise(mask, 6, torch.Generator().manual_seed(5))
+    clean = atoms_state(layout, mask, torch.cat([positions, positions * 0.1], dim=-1))
+    wrong = seeded_noise(layout, mask, 5)
     model = Noisy(wrong)
-    objective = process(PolynomialSchedule(100), loss, weight, scale)
-    terms = objective(model, clean, mask, torch.Generator().manual_seed(1))
-    return terms, model.seen, wrong, clean, mask
+    objective = Objective(process, loss, Weights(weight))
+    terms = objective(model, clean, RandomNumbers(1, torch.arange(len(mask))))
+    noisy, time = model.seen
+    return terms, (noisy.atoms, time), wrong.atoms, clean.atoms, mask
 
 
 def objective_setup(molecules, loss, weight, scale=1.0):
-    terms, (noisy, time), wrong, clean, mask = judged(
-        DiffusionObjective, molecules, loss, weight, scale
+    terms, (noisy, time), wrong, clean, mask = evaluated(
+        Diffusion(100), molecules, loss, weight, scale
     )
     schedule, step = PolynomialSchedule(100), (time * 100).round().long()
     alpha, sigma = schedule.alpha(step)[:, None, None], schedule.sigma(step)[:, None, None]
@@ -160,8 +182,8 @@ def objective_setup(molecules, loss, weight, scale=1.0):
 
 def flow_setup(molecules, loss, weight, scale=1.0):
     """Terms, the true velocity, the model's, clean molecules, mask and times."""
-    terms, (noisy, time), wrong, clean, mask = judged(
-        FlowMatchingObjective, molecules, loss, weight, scale
+    terms, (noisy, time), wrong, clean, mask = evaluated(
+        FlowMatching(100), molecules, loss, weight, scale
     )
     assert ((time > 0) & (time <= 1)).all()
     time = time[:, None, None]
@@ -186,7 +208,7 @@ def test_flow_matching_with_energy(molecules):
     terms, velocity, wrong, clean, mask, time = flow_setup(molecules, loss, 0.05)
     guess = clean + time * (velocity - wrong)
     expected = 0.5 * 0.05 * loss(guess[..., :3], clean[..., :3], mask) / time.flatten() ** 2
-    torch.testing.assert_close(terms.positions, expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(terms.fields["positions"], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_objective_with_mae_is_the_absolute_error_of_the_noise(molecules):
@@ -198,29 +220,32 @@ def test_objective_with_mae_is_the_absolute_error_of_the_noise(molecules):
     torch.testing.assert_close(terms.total, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("process", [DiffusionObjective, FlowMatchingObjective])
+@pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_weight_makes_all_times_alike(molecules, process, name):
     """A given small error of the prediction costs about the same at every time."""
     positions, mask = padded_batch(molecules.select(np.full(64, 700)))
-    clean = torch.cat([centred(positions, mask), torch.zeros(64, mask.shape[1], 3)], dim=-1)
-    error = 1e-3 * molecule_noise(mask[:1], 6, torch.Generator().manual_seed(5)).double()
+    layout = layout_of(3)
+    zeros = torch.zeros(64, mask.shape[1], 3)
+    clean = atoms_state(layout, mask, torch.cat([centred(positions, mask), zeros], dim=-1))
+    error = 1e-3 * seeded_noise(layout, mask[:1], 5).atoms.double()
     schedule = PolynomialSchedule(100)
     seen = []
 
-    def model(noisy, time, mask):
+    def model(state, time, mask, condition, self_condition):
         seen.append(time)
-        if process is DiffusionObjective:
+        noisy = state.atoms
+        if process == "diffusion":
             step = (time * 100).round().long()
             alpha, sigma = (x(step)[:, None, None] for x in (schedule.alpha, schedule.sigma))
-            return (noisy - alpha * clean) / sigma + error
+            return state.with_atoms((noisy - alpha * clean.atoms) / sigma + error)
         t = time[:, None, None]
-        return (noisy - (1 - t) * clean) / t - clean + error
+        return state.with_atoms((noisy - (1 - t) * clean.atoms) / t - clean.atoms + error)
 
-    objective = process(schedule, LOSSES[name](), 1.0)
-    terms = objective(model, clean, mask, torch.Generator().manual_seed(0))
+    objective = Objective(PROCESSES[process](100), LOSSES[name](), Weights(1.0))
+    terms = objective(model, clean, RandomNumbers(0, torch.arange(64)))
     small = seen[0] < 0.6  # later the error is no longer small against the molecule
-    values = terms.positions[small]
+    values = terms.fields["positions"][small]
     assert len(values) > 10
     assert float(values.max() / values.min()) < 1.1
 
@@ -233,7 +258,7 @@ def test_objective_with_mse_is_edms(molecules, scale):
     count = mask.sum(1) * 6
     expected = 0.5 * (noise - wrong).square().sum((1, 2)) / count
     torch.testing.assert_close(terms.total, expected, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(terms.positions + terms.features, terms.total)
+    torch.testing.assert_close(terms.fields["positions"] + terms.fields["features"], terms.total)
 
 
 def test_objective_with_energy(molecules):
@@ -242,48 +267,57 @@ def test_objective_with_energy(molecules):
     noisy = alpha * clean + sigma * noise
     guess = ((noisy - sigma * wrong) / alpha)[..., :3]
     expected = 0.5 * 0.05 * (alpha / sigma).square().flatten() * loss(guess, clean[..., :3], mask)
-    torch.testing.assert_close(terms.positions, expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(terms.fields["positions"], expected, rtol=1e-3, atol=1e-5)
     count = mask.sum(1) * 6
     features = 0.5 * (noise - wrong)[..., 3:].square().sum((1, 2)) / count
-    torch.testing.assert_close(terms.features, features, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(terms.fields["features"], features, rtol=1e-3, atol=1e-5)
 
 
 def test_objective_does_not_see_padding(molecules):
     """Poisoned padding changes nothing, and gradients stay finite."""
+    layout = layout_of(2)
     positions, mask = padded_batch(molecules.select(np.arange(0, 2000, 500)), torch.float32)
-    clean = torch.cat([centred(positions, mask), torch.zeros(*mask.shape, 2)], dim=-1)
+    atoms = torch.cat([centred(positions, mask), torch.zeros(*mask.shape, 2)], dim=-1)
     weight = torch.ones(5, requires_grad=True)
 
-    def model(noisy, time, mask):
-        return torch.where(mask[..., None], noisy * weight, torch.nan)
+    def model(noisy, time, mask, condition, self_condition):
+        return noisy.with_atoms(torch.where(mask[..., None], noisy.atoms * weight, torch.nan))
 
-    objective = DiffusionObjective(PolynomialSchedule(10), PairwiseEnergy(), 0.05)
-    terms = objective(model, clean, mask, torch.Generator().manual_seed(0))
+    objective = Objective(Diffusion(10), PairwiseEnergy(), Weights(0.05))
+    random = RandomNumbers(0, torch.arange(len(mask)))
+    terms = objective(model, atoms_state(layout, mask, atoms), random)
     terms.total.sum().backward()
     assert torch.isfinite(terms.total).all()
     assert torch.isfinite(weight.grad).all()
 
 
-@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("stratified", [False, True])
 @pytest.mark.parametrize("power", [1.0, 1.5, 2.0])
-def test_times_have_their_distribution(power, spread):
-    times, levels, generator = Times(power, spread), 101, torch.Generator().manual_seed(0)
-    draws = [times.draw(levels, Share(64, 1), generator, CPU) for _ in range(1000)]
+def test_timesteps_have_their_distribution(power, stratified):
+    timesteps, levels = TimestepDistribution(power, stratified), 101
+    draws = [timesteps.draw(levels, RandomNumbers(k, torch.arange(64))) for k in range(1000)]
     found = torch.bincount(torch.cat(draws), minlength=levels).double() / 64_000
     edges = (torch.arange(levels + 1).double() / levels) ** (1 / power)
     torch.testing.assert_close(found, edges.diff(), rtol=0, atol=0.006)
 
 
-def test_spread_times_are_one_in_each_part():
-    step = Times(1.0, True).draw(640, Share(64, 1), torch.Generator().manual_seed(0), CPU)
+def test_stratified_timesteps_are_one_in_each_part():
+    step = TimestepDistribution(1.0, True).draw(640, RandomNumbers(0, torch.arange(64)))
     assert sorted((step // 10).tolist()) == list(range(64))
     assert (step.diff() < 0).any()  # not in order, as molecules of a batch may be
 
 
-@pytest.mark.parametrize("times", [Times(), Times(1.5), Times(1.5, True)])
-def test_processes_draw_the_times_of_the_whole_batch(times):
+@pytest.mark.parametrize(
+    "timesteps",
+    [
+        TimestepDistribution(),
+        TimestepDistribution(1.5),
+        TimestepDistribution(1.5, True),
+    ],
+)
+def test_shards_draw_the_timesteps_of_the_whole_batch(timesteps):
     drawn = [
-        times.draw(50, Share(7, 1, first, every), torch.Generator().manual_seed(0), CPU)
+        timesteps.draw(50, RandomNumbers(0, torch.arange(7)[first::every], 7))
         for first, every in [(0, 1), (0, 3), (1, 3), (2, 3)]
     ]
     whole = drawn[0]

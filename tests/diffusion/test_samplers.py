@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from states import ExactRandomNumbers, layout_of
 
-from molgen_energy.diffusion.geometry import on_subspace
-from molgen_energy.diffusion.noise import SeededNoise
-from molgen_energy.diffusion.process import clean_prediction
+from molgen_energy.diffusion.noise import RandomNumbers
+from molgen_energy.diffusion.process import PROCESSES, Diffusion
 from molgen_energy.diffusion.samplers import (
     DEFAULT_SAMPLERS,
     DEFAULT_SPACINGS,
@@ -20,38 +20,43 @@ from molgen_energy.diffusion.samplers import (
     build_sampler,
     samplers_for,
 )
-from molgen_energy.diffusion.schedule import PolynomialSchedule
 from molgen_energy.errors import InputError
 
 SERVED = [(process, name) for process in DEFAULT_SAMPLERS for name in samplers_for(process)]
 served = pytest.mark.parametrize(("process", "name"), SERVED)
 
 
-class ExactNoise(SeededNoise):
-    """In float64, so that rounding is far below what is measured."""
+LAYOUT = layout_of(2)
 
-    def normal(self, *arguments):
-        return super().normal(*arguments).double()
+
+def noise_of(random, mask, level):
+    """Noise (B, N, 5) of a level."""
+    return random.noise(LAYOUT, mask, level).atoms
 
 
 class Gaussian:
     """The best network for normal data of given means (N, C) and covariance of channels (C, C)."""
 
-    def __init__(self, schedule, process, mean, covariance):
-        self.schedule, self.process, self.mean = schedule, process, mean
+    def __init__(self, process, mean, covariance):
+        self.process, self.mean = process, mean
+        self.flow = process.name == "flow_matching"
         self.variances, self.axes = torch.linalg.eigh(covariance)
 
     def level(self, time):
-        t = round(float(time) * self.schedule.steps)
-        if self.process == "diffusion":
-            return float(self.schedule.alpha2[t].sqrt()), float(self.schedule.sigma2[t].sqrt())
-        return 1 - t / self.schedule.steps, t / self.schedule.steps
+        t = round(float(time) * self.process.steps)
+        if not self.flow:
+            schedule = self.process.schedule
+            return float(schedule.alpha2[t].sqrt()), float(schedule.sigma2[t].sqrt())
+        return 1 - t / self.process.steps, t / self.process.steps
 
-    def __call__(self, x, time, mask):
+    def __call__(self, state, time, mask, condition=None, self_condition=None):
+        return state.with_atoms(self.output(state.atoms, time))
+
+    def output(self, x, time):
         alpha, sigma = self.level(time[0])
         deviation = (x - alpha * self.mean) @ self.axes
         total = alpha**2 * self.variances + sigma**2
-        if self.process == "diffusion":
+        if not self.flow:
             return sigma / total * deviation @ self.axes.T
         slope = (sigma - alpha * self.variances) / total * deviation @ self.axes.T
         return slope - self.mean
@@ -75,7 +80,7 @@ def gaussian(process, steps, atoms=6):
     mean[:, 3:] = torch.tensor([0.2, -0.4])
     covariance = torch.diag(torch.tensor([0.25, 0.25, 0.25, 0, 0])).double()
     covariance[3:, 3:] = torch.tensor([[0.5, 0.3], [0.3, 0.4]])
-    return Gaussian(PolynomialSchedule(steps), process, mean, covariance)
+    return Gaussian(PROCESSES[process](steps), mean, covariance)
 
 
 ORDERS = {
@@ -91,17 +96,17 @@ ORDERS = {
 def test_order_of_convergence(process, name):
     """Twice the steps, 2^order less error, against the solution of the ODE in closed form."""
     best = gaussian(process, 20_000)
-    mask, noise = torch.ones(8, 6, dtype=torch.bool), ExactNoise(0, torch.arange(8))
-    start = on_subspace(noise.normal(best.schedule.steps + 1, 6, 5), mask)
+    mask, noise = torch.ones(8, 6, dtype=torch.bool), ExactRandomNumbers(0, torch.arange(8))
+    start = noise_of(noise, mask, best.process.steps + 1)
     end = best.flow_of(start, 0.0)
     if process == "diffusion":
         alpha, sigma = best.level(0.0)
-        clean = (end - sigma * best(end, torch.zeros(1), mask)) / alpha
+        clean = (end - sigma * best.output(end, torch.zeros(1))) / alpha
         end = torch.cat([clean[..., :3], end[..., 3:]], dim=-1)
     errors = []
     for steps in (50, 100, 200):
-        sampler = build_sampler(best.schedule, process, name, steps)
-        drawn = sampler.sample(best, noise, mask, 5)
+        sampler = build_sampler(best.process, name, steps)
+        drawn = sampler.sample(best, noise, LAYOUT, mask).atoms
         errors.append(float((drawn - end).square().mean().sqrt()))
     found = [math.log2(a / b) for a, b in pairwise(errors)]
     assert found == pytest.approx([ORDERS[process, name]] * 2, abs=0.1)
@@ -113,8 +118,9 @@ def test_order_of_convergence(process, name):
 def test_mean_and_covariance_of_a_gaussian(process, name, steps):
     """To 8 % where steps are many or of second order; few others spread too little, up to 14 %."""
     best, count = gaussian(process, 400), 500
-    mask, noise = torch.ones(count, 6, dtype=torch.bool), ExactNoise(0, torch.arange(count))
-    drawn = build_sampler(best.schedule, process, name, steps).sample(best, noise, mask, 5)
+    mask, noise = torch.ones(count, 6, dtype=torch.bool), ExactRandomNumbers(0, torch.arange(count))
+    sampler = build_sampler(best.process, name, steps)
+    drawn = sampler.sample(best, noise, LAYOUT, mask).atoms
     torch.testing.assert_close(drawn.mean(dim=0), best.mean, rtol=0, atol=0.1)
     deviation = drawn - best.mean
     positions = deviation[..., :3].square().sum(dim=1).mean(dim=0) / 5  # 5 of 6 atoms are free
@@ -126,16 +132,16 @@ def test_mean_and_covariance_of_a_gaussian(process, name, steps):
     torch.testing.assert_close(covariance, expected, rtol=near, atol=0)
 
 
-def passed(sampler, model, noise, mask, channels):
-    """What the network was shown, and what it said, by level."""
+def evaluations(sampler, model, noise, mask):
+    """The network's input and output by level, and the samples; all as tensors of atoms."""
     seen = {}
 
-    def watched(x, time, mask):
-        seen[round(float(time[0]) * sampler.schedule.steps)] = x, (said := model(x, time, mask))
-        return said
+    def watched(x, time, *others):
+        output = model(x, time, *others)
+        seen[round(float(time[0]) * sampler.process.steps)] = x.atoms, output.atoms
+        return output
 
-    drawn = sampler.sample(watched, noise, mask, channels)
-    return seen, drawn
+    return seen, sampler.sample(watched, noise, LAYOUT, mask).atoms
 
 
 @pytest.mark.parametrize("steps", [20, 7])
@@ -146,19 +152,19 @@ def test_each_step_has_the_mean_and_variance_of_the_papers(eta, steps):
     The noise of a step is known, so it must be found to the last digits.
     """
     best = gaussian("diffusion", 20)
-    schedule, mask = best.schedule, torch.ones(4, 6, dtype=torch.bool)
-    noise = ExactNoise(3, torch.arange(4))
+    schedule, mask = best.process.schedule, torch.ones(4, 6, dtype=torch.bool)
+    noise = ExactRandomNumbers(3, torch.arange(4))
     sampler = (
-        AncestralSampler(schedule, steps=steps)
+        AncestralSampler(best.process, steps=steps)
         if eta == "ancestral"
-        else DDIMSampler(schedule, steps=steps, eta=eta)
+        else DDIMSampler(best.process, steps=steps, eta=eta)
     )
-    seen, drawn = passed(sampler, best, noise, mask, 5)
+    seen, drawn = evaluations(sampler, best, noise, mask)
     assert list(seen) == sampler.levels
     alpha, sigma2 = schedule.alpha2.sqrt(), schedule.sigma2
     for t, s in pairwise(sampler.levels):
-        x, said = seen[t]
-        clean = (x - sigma2[t].sqrt() * said) / alpha[t]
+        x, output = seen[t]
+        clean = (x - sigma2[t].sqrt() * output) / alpha[t]
         ratio = alpha[t] / alpha[s]
         step = sigma2[t] - ratio**2 * sigma2[s]
         if eta in ("ancestral", 1.0):
@@ -166,104 +172,112 @@ def test_each_step_has_the_mean_and_variance_of_the_papers(eta, steps):
             spread = (step * sigma2[s] / sigma2[t]).sqrt()
         else:
             spread = eta * (step * sigma2[s] / sigma2[t]).sqrt()
-            mean = alpha[s] * clean + (sigma2[s] - spread**2).sqrt() * said
-        added = on_subspace(noise.normal(t, 6, 5), mask)
+            mean = alpha[s] * clean + (sigma2[s] - spread**2).sqrt() * output
+        added = noise_of(noise, mask, t)
         torch.testing.assert_close(seen[s][0], mean + spread * added)
-    x, said = seen[0]
-    end = (x - sigma2[0].sqrt() * said) / alpha[0]
+    x, output = seen[0]
+    end = (x - sigma2[0].sqrt() * output) / alpha[0]
     if eta == "ancestral":
-        end = end + sigma2[0].sqrt() / alpha[0] * on_subspace(noise.normal(0, 6, 5), mask)
+        end = end + sigma2[0].sqrt() / alpha[0] * noise_of(noise, mask, 0)
     torch.testing.assert_close(drawn, torch.cat([end[..., :3], x[..., 3:]], dim=-1))
 
 
 def test_all_levels_are_edms_algorithm_to_the_last_bit():
     """As it was before there were fewer steps: molecules of a seed stay what they are."""
-    schedule, mask = PolynomialSchedule(30), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]).bool()
-    noise, atoms, channels = SeededNoise(2, torch.arange(2)), 4, 5
+    process, mask = Diffusion(30), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]).bool()
+    noise = RandomNumbers(2, torch.arange(2))
     weight = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
 
-    def model(x, time, mask):
-        return on_subspace(torch.tanh(x @ weight) + time[:, None, None], mask)
+    def projected(atoms):
+        return LAYOUT.project("atom", atoms, mask)
 
-    alpha2, sigma2 = schedule.alpha2, schedule.sigma2
-    x = on_subspace(noise.normal(31, atoms, channels), mask)
+    def output(x, time):
+        return projected(torch.tanh(x @ weight) + time[:, None, None])
+
+    def model(state, time, mask, condition, self_condition):
+        return state.with_atoms(output(state.atoms, time))
+
+    alpha2, sigma2 = process.schedule.alpha2, process.schedule.sigma2
+    x = noise_of(noise, mask, 31)
     for t in range(30, 0, -1):
         s = t - 1
         ratio2 = alpha2[t] / alpha2[s]
         variance = sigma2[t] - ratio2 * sigma2[s]
         toward = float(variance / (ratio2 * sigma2[t]).sqrt())
         spread = float((variance * sigma2[s] / sigma2[t]).sqrt())
-        said = model(x, torch.full((2,), t / 30), mask)
-        added = on_subspace(noise.normal(t, atoms, channels), mask)
-        x = on_subspace(x / float(ratio2.sqrt()) - toward * said + spread * added, mask)
+        predicted = output(x, torch.full((2,), t / 30))
+        added = noise_of(noise, mask, t)
+        x = projected(x / float(ratio2.sqrt()) - toward * predicted + spread * added)
     alpha, sigma = float(alpha2[0].sqrt()), float(sigma2[0].sqrt())
-    said = model(x, torch.zeros(2), mask)
-    clean = clean_prediction(x, said, torch.tensor([alpha]), torch.tensor([sigma]))
-    clean = clean + sigma / alpha * on_subspace(noise.normal(0, atoms, channels), mask)
-    expected = torch.cat([clean[..., :3], x[..., 3:]], dim=-1)
-    assert torch.equal(AncestralSampler(schedule).sample(model, noise, mask, channels), expected)
+    clean = (x - torch.tensor(sigma) * output(x, torch.zeros(2))) / torch.tensor(alpha)
+    clean = clean + sigma / alpha * noise_of(noise, mask, 0)
+    expected = projected(torch.cat([clean[..., :3], x[..., 3:]], dim=-1))
+    drawn = AncestralSampler(process).sample(model, noise, LAYOUT, mask)
+    assert torch.equal(drawn.atoms, expected)
 
 
 @served
 @pytest.mark.parametrize("trained", [2, 7, 100, 1000])
 def test_levels_are_distinct_and_run_from_noise_to_data(process, name, trained):
-    schedule = PolynomialSchedule(trained)
+    trained_with = PROCESSES[process](trained)
     for steps in {1, 2, trained // 3 or 1, trained - 1, trained}:
-        levels = build_sampler(schedule, process, name, steps).levels
+        levels = build_sampler(trained_with, name, steps).levels
         assert len(levels) == steps + 1
         assert (levels[0], levels[-1]) == (trained, 0)
         assert all(a > b for a, b in pairwise(levels))
     assert levels == list(range(trained, -1, -1)) or steps != trained
-    assert build_sampler(schedule, process, name).levels == list(range(trained, -1, -1))
+    assert build_sampler(trained_with, name).levels == list(range(trained, -1, -1))
 
 
 def test_few_levels_are_equally_far_apart_in_log_snr():
-    schedule = PolynomialSchedule(100_000)
-    levels = torch.tensor(build_sampler(schedule, "diffusion", "ddim", 9).levels)
+    process = Diffusion(100_000)
+    schedule = process.schedule
+    levels = torch.tensor(build_sampler(process, "ddim", 9).levels)
     distances = (schedule.alpha2 / schedule.sigma2).log()[levels].diff()
     assert float(distances.max() / distances.min()) < 1.01
-    flow = build_sampler(schedule, "flow_matching", "euler", 10).levels
+    flow = build_sampler(PROCESSES["flow_matching"](100_000), "euler", 10).levels
     assert flow == list(range(100_000, -1, -10_000))
 
 
 @served
 @pytest.mark.parametrize("steps", [1, 5, 20])
 def test_calls_of_the_network_are_counted(process, name, steps):
-    schedule, mask = PolynomialSchedule(20), torch.ones(2, 3, dtype=torch.bool)
-    calls, told, times = 0, 0, []
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    calls, reported, times = 0, 0, []
 
-    def model(x, time, mask):
+    def model(state, time, mask, condition, self_condition):
         nonlocal calls
         calls += 1
         times.append(float(time[0]))
-        return torch.zeros_like(x)
+        return 0 * state
 
     def advance():
-        nonlocal told
-        told += 1
+        nonlocal reported
+        reported += 1
 
-    sampler = build_sampler(schedule, process, name, steps)
-    sampler.sample(model, SeededNoise(0, torch.arange(2)), mask, 5, advance)
+    sampler = build_sampler(PROCESSES[process](20), name, steps)
+    random = RandomNumbers(0, torch.arange(2))
+    sampler.sample(model, random, LAYOUT, mask, advance=advance)
     expected = {"heun": 2 * steps, "euler": steps - 1}.get(name, steps) + (process == "diffusion")
     if process == "flow_matching":
         expected = {"heun": 2 * steps - 1, "euler": steps}[name]
         assert min(times) > 0  # where the network of a flow was never trained
-    assert calls == told == sampler.evaluations == expected
+    assert calls == reported == sampler.evaluations == expected
 
 
 @served
-def test_only_what_is_random_draws_noise(process, name):
+def test_only_random_steps_draw_noise(process, name):
     """Of the ODE's samplers the start alone is random, and no noise is drawn for nothing."""
     drawn = []
 
-    class Counted(SeededNoise):
-        def normal(self, step, atoms, channels):
-            drawn.append(step)
-            return super().normal(step, atoms, channels)
+    class Counted(RandomNumbers):
+        def noise(self, layout, mask, level):
+            drawn.append(level)
+            return super().noise(layout, mask, level)
 
-    sampler = build_sampler(PolynomialSchedule(10), process, name)
+    sampler = build_sampler(PROCESSES[process](10), name)
     mask = torch.ones(1, 3, dtype=torch.bool)
-    sampler.sample(lambda x, t, m: torch.zeros_like(x), Counted(0, torch.arange(1)), mask, 5)
+    sampler.sample(lambda x, *others: 0 * x, Counted(0, torch.arange(1)), LAYOUT, mask)
     assert drawn == ([11, *range(10, -1, -1)] if name == "ancestral" else [11])
 
 
@@ -271,8 +285,12 @@ def test_only_what_is_random_draws_noise(process, name):
     ("process", "options", "message"),
     [
         ("diffusion", {"name": "ddmi"}, "unknown sampler 'ddmi'; did you mean 'ddim'"),
-        ("diffusion", {"name": "euler"}, "--sampler euler is for networks of flow_matching"),
-        ("flow_matching", {"name": "ddim"}, "take heun or euler"),
+        (
+            "diffusion",
+            {"name": "euler"},
+            "--sampler euler is for networks trained with flow_matching",
+        ),
+        ("flow_matching", {"name": "ddim"}, "choose heun or euler"),
         ("diffusion", {"steps": 21}, "--steps 21: the network was trained with 20 steps"),
         ("diffusion", {"steps": 0}, "--steps 0: the network was trained with 20 steps"),
         (
@@ -289,27 +307,27 @@ def test_only_what_is_random_draws_noise(process, name):
 )
 def test_bad_requests(process, options, message):
     with pytest.raises(InputError, match=message.replace("+", r"\+")):
-        build_sampler(PolynomialSchedule(20), process, **options)
+        build_sampler(PROCESSES[process](20), **options)
 
 
 @pytest.mark.parametrize("process", DEFAULT_SAMPLERS)
 def test_spacing_of_levels(process):
-    schedule = PolynomialSchedule(400)
-    quadratic = build_sampler(schedule, process, steps=20, spacing="quadratic")
+    trained_with = PROCESSES[process](400)
+    quadratic = build_sampler(trained_with, steps=20, spacing="quadratic")
     assert quadratic.levels == [(20 - k) ** 2 for k in range(21)]
     assert quadratic.spacing == "quadratic"
-    even = build_sampler(schedule, process, steps=20, spacing="even")
+    even = build_sampler(trained_with, steps=20, spacing="even")
     assert even.levels == list(range(400, -1, -20))
-    own = build_sampler(schedule, process, steps=20)
-    named = build_sampler(schedule, process, steps=20, spacing=DEFAULT_SPACINGS[process])
+    own = build_sampler(trained_with, steps=20)
+    named = build_sampler(trained_with, steps=20, spacing=DEFAULT_SPACINGS[process])
     assert own.levels == named.levels
     assert own.spacing == named.spacing == DEFAULT_SPACINGS[process]
     assert own.levels != quadratic.levels
-    assert build_sampler(schedule, process, spacing="quadratic").spacing is None  # all levels
+    assert build_sampler(trained_with, spacing="quadratic").spacing is None  # all levels
 
 
 def test_each_process_has_a_default_and_each_sampler_a_process():
     for process, name in DEFAULT_SAMPLERS.items():
-        assert type(build_sampler(PolynomialSchedule(5), process)) is SAMPLERS[name]
+        assert type(build_sampler(PROCESSES[process](5))) is SAMPLERS[name]
         assert samplers_for(process)[0] in SAMPLERS
     assert {name for _, name in SERVED} == set(SAMPLERS)

@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 from conftest import padded_batch
+from states import layout_of, on_atoms
 from torch import nn
 from torch.nn import functional as F
 
@@ -43,15 +44,15 @@ def with_distances(model: GDMPairs, noisy, time, row, col):
     log_ratio = torch.log(time / (1 - time))
     angles = log_ratio * torch.arange(1, 17) / 4
     time = F.silu(model.time.linear(torch.cat([angles.sin(), angles.cos(), time[None]])))
-    apart = noisy[row, :3] - noisy[col, :3]
-    d = torch.sqrt((apart**2).sum(dim=1, keepdim=True) + 1e-8)
+    relative = noisy[row, :3] - noisy[col, :3]
+    d = torch.sqrt((relative**2).sum(dim=1, keepdim=True) + 1e-8)
     gaussians = [torch.exp(-((d - 0.5 - k / 2) ** 2) / (2 * 0.5**2)) for k in range(10)]
     e_ij = torch.cat([*gaussians, 1 / (1 + d), d / 5], dim=1)
     h = model.embed(noisy) + model.embed_time(time)
     for layer in model.layers:
         x = timed(layer.norm, h, time)
         message, numbers = on_pairs(layer.pairs, x[row], x[col], e_ij)
-        vectors = numbers[:, 1:, None] * (apart / (1 + d))[:, None]
+        vectors = numbers[:, 1:, None] * (relative / (1 + d))[:, None]
         sent = [torch.sigmoid(numbers[:, :1]) * message, vectors.flatten(1)]
         zeros = torch.zeros(len(h), sum(part.shape[1] for part in sent), dtype=h.dtype)
         gathered = zeros.index_add(0, row, torch.cat(sent, dim=1)) * layer.factor
@@ -77,12 +78,12 @@ def textbook(model: nn.Module, noisy, time):
         x, h = noisy[:, :3], model.embed(torch.cat([noisy[:, 3:], t], dim=1))
         start = ((x[row] - x[col]) ** 2).sum(dim=1, keepdim=True)
         for layer in model.layers:
-            apart = x[row] - x[col]
-            square = (apart**2).sum(dim=1, keepdim=True)
+            relative = x[row] - x[col]
+            square = (relative**2).sum(dim=1, keepdim=True)
             e_ij = torch.cat([square, start], dim=1)
             h = message_layer(layer.message, h, row, col, e_ij)
             _, number = on_pairs(layer.shift, h[row], h[col], e_ij)
-            step = apart / (torch.sqrt(square + 1e-8) + 1) * torch.tanh(number) * 15.0
+            step = relative / (torch.sqrt(square + 1e-8) + 1) * torch.tanh(number) * 15.0
             x = x + torch.zeros_like(x).index_add(0, row, step) / layer.normalization
         shift, features = x - noisy[:, :3], model.readout(h)
     return torch.cat([shift - shift.mean(dim=0), features], dim=1)
@@ -90,7 +91,7 @@ def textbook(model: nn.Module, noisy, time):
 
 def small(name, seed=0, **options):
     torch.manual_seed(seed)
-    model = MODELS[name](features=6, layers=2, width=12, **options).double()
+    model = MODELS[name](layout_of(6), layers=2, width=12, **options).double()
     with torch.no_grad():
         for parameter in model.parameters():  # so that EDM's shifts are not near zero
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -121,7 +122,7 @@ def test_value_and_gradient_are_the_textbooks(monkeypatch, batch, name, cut, nor
     model = small(name, normalization=normalization)
     parameters = list(model.parameters())
     weight = torch.randn(noisy.shape).double()
-    ours = model(noisy, time, mask)
+    ours = on_atoms(model, noisy, time, mask)
     gradients = torch.autograd.grad((ours * weight).sum(), parameters)
     theirs = torch.zeros_like(ours)
     for k, n in enumerate(mask.sum(dim=1).tolist()):
@@ -140,7 +141,9 @@ def test_gradient_of_the_input(batch, name):
     noisy, time, mask = batch
     noisy = torch.where(mask[..., None], noisy, 0)[:2].requires_grad_()
     model = small(name)
-    assert torch.autograd.gradcheck(lambda x: model(x, time[:2], mask[:2]), noisy, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda x: on_atoms(model, x, time[:2], mask[:2]), noisy, fast_mode=True
+    )
 
 
 def test_cuts_are_what_they_are_meant_to_be(monkeypatch):
@@ -190,7 +193,7 @@ def test_low_precision_gradient_points_the_same_way(monkeypatch, batch, name, cu
     monkeypatch.setattr(pair_network, "_KEPT_CPU", cut[1])
     noisy, time, mask = batch
     model = small(name)
-    loss = lambda m, *x: m(*x).square().sum()  # noqa: E731
+    loss = lambda m, *x: on_atoms(m, *x).square().sum()  # noqa: E731
     exact = torch.autograd.grad(loss(model, noisy, time, mask), list(model.parameters()))
     model.float().low_precision = True
     values = loss(model, noisy.float(), time.float(), mask)
@@ -200,13 +203,15 @@ def test_low_precision_gradient_points_the_same_way(monkeypatch, batch, name, cu
 
 
 def test_sizes_are_the_papers():
-    count = {name: sum(p.numel() for p in m(features=6).parameters()) for name, m in MODELS.items()}
+    models = {name: model(layout_of(6)) for name, model in MODELS.items()}
+    count = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     assert count["gdm"] == 3_555_602
     assert count["gdm_pairs"] == 5_047_130  # not the paper's
     assert count["edm"] == 5_339_663  # the readout lacks EDM's unused channel of time
 
 
 def test_edm_does_not_move_a_lone_atom():
-    model = EDM(features=2, layers=2, width=8)
-    result = model(torch.randn(1, 1, 5), torch.rand(1), torch.ones(1, 1, dtype=torch.bool))
+    model = EDM(layout_of(2), layers=2, width=8)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    result = on_atoms(model, torch.randn(1, 1, 5), torch.rand(1), mask)
     assert (result[..., :3] == 0).all()
