@@ -19,10 +19,10 @@ from rdkit import rdBase
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.geometry import QM9_TYPES
 from molgen_energy.chemistry.rdkit import sanitize
-from molgen_energy.data.datasets import qm9
-from molgen_energy.data.datasets.files import preprocess_qm9
 from molgen_energy.data.hdf5 import MoleculeWriter
 from molgen_energy.data.molecules import Molecules
+from molgen_energy.datasets import qm9
+from molgen_energy.datasets.files import preprocess_qm9
 from molgen_energy.distributed import default_workers
 from molgen_energy.metrics.options import METRIC_GROUPS, EvaluationOptions, is_missing
 from molgen_energy.metrics.reference import bundled_training_hashes, evaluate_reference

@@ -26,6 +26,7 @@ LAYERS = (
     "models",
     "diffusion",
     "losses",
+    "datasets",
     "chemistry",
     "data",
     "workers",

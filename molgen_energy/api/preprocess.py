@@ -8,10 +8,10 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
-from molgen_energy.data.datasets.base import Dataset, PreprocessResult
-from molgen_energy.data.datasets.files import MoleculeFiles
-from molgen_energy.data.datasets.memory import MoleculesInMemory
 from molgen_energy.data.molecules import Molecules
+from molgen_energy.datasets.base import Dataset, PreprocessResult
+from molgen_energy.datasets.files import MoleculeFiles
+from molgen_energy.datasets.memory import MoleculesInMemory
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.systems.datasets import DATASETS

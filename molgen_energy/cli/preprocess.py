@@ -14,8 +14,8 @@ import typer
 from typer.core import TyperGroup
 
 from molgen_energy.cli.console import ThrottledLog, exit_on_error, progress_bar, say, warn
-from molgen_energy.data.datasets.base import Dataset
-from molgen_energy.data.datasets.files import MoleculeFiles
+from molgen_energy.datasets.base import Dataset
+from molgen_energy.datasets.files import MoleculeFiles
 from molgen_energy.errors import InputError
 from molgen_energy.systems.datasets import DATASETS
 

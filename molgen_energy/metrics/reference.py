@@ -17,8 +17,8 @@ from molgen_energy.chemistry.geometry import (
     GEOMETRY_TYPES,
     KINDS,
     GeometryTypes,
-    type_name,
     code_of,
+    type_name,
 )
 from molgen_energy.data.molecules import MoleculeChunk
 from molgen_energy.errors import InputError, unknown_name

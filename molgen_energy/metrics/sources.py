@@ -12,7 +12,8 @@ import h5py
 import numpy as np
 
 from molgen_energy.chemistry.convert import molecule_from_rdkit
-from molgen_energy.chemistry.molfiles import PERCEIVED, MoleculeReader
+from molgen_energy.chemistry.fields import BONDS
+from molgen_energy.chemistry.molfiles import MoleculeReader
 from molgen_energy.data.hdf5 import SCHEMA, MoleculeFile
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.errors import InputError
@@ -196,7 +197,7 @@ class RDKitSource:
                     raise InputError(f"molecule {number}: {error}") from None
                 self.skipped += 1
                 continue
-            if molecule.HasProp(PERCEIVED) and molecule.GetProp(PERCEIVED) == "perceived":
+            if molecule.HasProp(BONDS) and molecule.GetProp(BONDS) == "perceived":
                 converted = _without_bonds(converted)
             yield number, converted
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from molgen_energy.data.datasets.base import Dataset
-from molgen_energy.data.datasets.files import MoleculeFiles
-from molgen_energy.data.datasets.qm9 import QM9
+from molgen_energy.datasets.base import Dataset
+from molgen_energy.datasets.files import MoleculeFiles
+from molgen_energy.datasets.qm9 import QM9
 from molgen_energy.systems.shapes.dataset import Polygons
 from molgen_energy.systems.spins.dataset import SpinGlasses
 

@@ -18,9 +18,9 @@ from molgen_energy import cli as cli_package
 from molgen_energy.api.preprocess import preprocess
 from molgen_energy.chemistry.convert import from_rdkit
 from molgen_energy.chemistry.molfiles import MoleculeReader, MoleculeTextWriter
-from molgen_energy.data.datasets.base import DatasetLog, RandomSplitDataset, option
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules, Property
+from molgen_energy.datasets.base import DatasetLog, RandomSplitDataset, option
 from molgen_energy.errors import InputError
 from molgen_energy.systems import datasets
 

@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from molgen_energy.data.datasets import qm9
+from molgen_energy.datasets import qm9
 from molgen_energy.errors import InputError
 
 METHANE = """5

@@ -29,8 +29,8 @@ from molgen_energy import cli as cli_package
 from molgen_energy.cli import sample
 from molgen_energy.config import Config, RawConfig, Section, TrainingConfig, config_names
 from molgen_energy.data.arrays import ArrayFile, Column, write_arrays
-from molgen_energy.data.datasets.base import Dataset, option
 from molgen_energy.data.shards import ShardFolder
+from molgen_energy.datasets.base import Dataset, option
 from molgen_energy.errors import InputError
 from molgen_energy.losses import SPIN_LOSSES, SPRINGS, SpringFamily
 from molgen_energy.metrics.report.model import (

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.data.datasets.base import Dataset, option
 from molgen_energy.data.splits import check_fractions, check_seed, parse_fractions, random_split
+from molgen_energy.datasets.base import Dataset, option
 from molgen_energy.errors import InputError
 from molgen_energy.progress import ProgressCallback
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molgen_energy import __version__
-from molgen_energy.data.datasets.base import Dataset, option
 from molgen_energy.data.splits import check_fractions, check_seed, parse_fractions, random_split
+from molgen_energy.datasets.base import Dataset, option
 from molgen_energy.distributed import default_workers
 from molgen_energy.errors import InputError, PeerLostError, unknown_name
 from molgen_energy.progress import ProgressCallback

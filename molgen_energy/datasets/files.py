@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from molgen_energy.data.datasets.base import DatasetLog, RandomSplitDataset, argument, option
 from molgen_energy.data.molecules import MoleculeChunk
+from molgen_energy.datasets.base import DatasetLog, RandomSplitDataset, argument, option
 from molgen_energy.errors import InputError
 
 if TYPE_CHECKING:

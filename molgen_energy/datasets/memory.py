@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from molgen_energy.data.datasets.base import DatasetLog, RandomSplitDataset, option
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
+from molgen_energy.datasets.base import DatasetLog, RandomSplitDataset, option
 
 
 @dataclass(frozen=True, kw_only=True)
