@@ -7,16 +7,18 @@ import json
 import platform
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
 from molgen_energy import __version__
-from molgen_energy.metrics.report.model import EvaluatedFile, Report, ReportColumn
 from molgen_energy.metrics.report.table import metric_text, uncertainty
 from molgen_energy.output import atomic_write, display_path
+
+if TYPE_CHECKING:
+    from molgen_energy.metrics.report.model import EvaluatedFile, Report, ReportColumn
 
 PAGE = "report.html"
 SERIES = 8

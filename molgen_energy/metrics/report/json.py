@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from molgen_energy import __version__
-from molgen_energy.metrics.report.model import EvaluatedFile, MetricValue, Report
 from molgen_energy.metrics.statistics import Mean, Rate
+
+if TYPE_CHECKING:
+    from molgen_energy.metrics.report.model import EvaluatedFile, MetricValue, Report
 
 
 def to_dict(report: Report) -> dict[str, Any]:

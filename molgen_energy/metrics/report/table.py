@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import math
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from molgen_energy.metrics.report.model import EvaluatedFile, MetricValue, Report, ReportColumn
 from molgen_energy.metrics.statistics import Estimate, Mean, Rate
+
+if TYPE_CHECKING:
+    from molgen_energy.metrics.report.model import EvaluatedFile, MetricValue, Report, ReportColumn
 
 _UNLIMITED = 100_000  # characters in a line
 
