@@ -228,6 +228,7 @@ def sample(
 
     from molgen_energy.chemistry.bonds import perceive
     from molgen_energy.chemistry.convert import to_rdkit
+    from molgen_energy.chemistry.fields import BONDS
     from molgen_energy.data.hdf5 import MoleculeFile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -235,4 +236,8 @@ def sample(
         sample_to(path, count, **options)
         with MoleculeFile(path) as file:
             molecules = file.load()
-    return to_rdkit(perceive(molecules) if molecules.bonds is None else molecules)
+    perceived = molecules.bonds is None
+    drawn = to_rdkit(perceive(molecules) if perceived else molecules)
+    for molecule in drawn:  # as the records of an SDF say
+        molecule.SetProp(BONDS, "perceived" if perceived else "given")
+    return drawn

@@ -32,7 +32,7 @@ def molecule_from_rdkit(molecule: Chem.Mol, conformer: int = -1) -> Molecule:
     if 0 in numbers:
         raise ValueError(f"atom {numbers.index(0) + 1} is no chemical element")
     if molecule.GetNumConformers() == 0:
-        raise ValueError("no atoms" if not numbers else "no coordinates")
+        raise ValueError("no atoms" if not numbers else "no coordinates (no conformer)")
     bonds = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx(), b.GetBondType()) for b in molecule.GetBonds()]
     for i, j, kind in bonds:
         if kind not in ORDERS:

@@ -192,7 +192,9 @@ class RDKitSource:
                 if molecule is None:  # what RDKit's suppliers return for a broken record
                     raise InputError("it is None")
                 converted = molecule_from_rdkit(molecule)
-            except InputError as error:
+                if not np.isfinite(converted.positions).all():
+                    raise InputError("its coordinates are not finite")
+            except ValueError as error:
                 if not self.skip_bad:
                     raise InputError(f"molecule {number}: {error}") from None
                 self.skipped += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def some(molecules) -> Molecules:
 def sdf(some, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("api") / "samples.sdf"
     with MoleculeTextWriter(path, {}) as writer:
-        writer.append(some)
+        writer.append(replace(some, bonds=None))  # the writer perceives them
     return path
 
 
