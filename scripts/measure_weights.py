@@ -6,8 +6,8 @@
 
 For each of `assets/weights/`: 10,000 samples of seed 0, evaluated by every metric (`report.json`),
 and for the default also quality by sampler and steps (`steps.csv`). From these files come the
-cards, the README's table and the pictures. Samples stay in --work, and what is there, or in `steps.csv`,
-is not drawn again; `--write` needs none.
+cards, the README's table and the pictures. Samples stay in --work; those that exist, or that have a
+row in `steps.csv`, are not drawn again. `--write` needs none.
 """
 
 from __future__ import annotations

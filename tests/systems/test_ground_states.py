@@ -613,7 +613,7 @@ def test_descent(periodic, kind, rng, monkeypatch):
     assert ((several * lattices.fields(several)) >= -1e-9).all()
     assert np.array_equal(descend(lattices, start[:, 1]), several[:, 1])
     assert np.array_equal(descend(lattices, -start), -several)
-    monkeypatch.setattr("molgen_energy.systems.spins.metrics._SITES_AT_ONCE", 64)  # 4 of 6 at a time
+    monkeypatch.setattr("molgen_energy.systems.spins.metrics._SITES_AT_ONCE", 64)  # 4 of 6
     assert np.array_equal(descend(lattices, start), several)
 
 
