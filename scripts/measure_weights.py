@@ -6,8 +6,8 @@
 
 For each of `assets/weights/`: 10,000 samples of seed 0, evaluated by every metric (`report.json`),
 and for the default also quality by sampler and steps (`steps.csv`). From these files come the
-cards, the README's table and the pictures. Samples stay in --work; samples that are there, or in
-`steps.csv`, are not drawn again, and `--write` needs none.
+cards, the README's table and the pictures. Samples stay in --work; those that exist, or that have a
+row in `steps.csv`, are not drawn again. `--write` needs none.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from molgen_energy.chemistry.bonds import perceive
-from molgen_energy.chemistry.valence import stable_atoms
+from molgen_energy.chemistry.bonds import perceive, stable_atoms
 from molgen_energy.cli.console import exit_on_error, progress_bar, say
 from molgen_energy.cli.sample import SamplingBar
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
