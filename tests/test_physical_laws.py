@@ -495,6 +495,7 @@ def minimise(loss, target, start, mask, extras):
     return position.detach(), value(loss, position.detach(), target, mask, extras)
 
 
+@pytest.mark.slow
 @over(RIGID)
 def test_minimisers_of_the_energy_are_images_of_the_data(pair, loss):
     """From a start nearby, descent ends where all distances agree (corollary 4.3)."""
@@ -508,6 +509,7 @@ def test_minimisers_of_the_energy_are_images_of_the_data(pair, loss):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edges", ["complete", "sparse", "symmetrized"])
 def test_random_starts_end_at_images_of_the_data(molecules, edges):
     """Wherever the energy comes to zero, all pairs have the data's distances, joined or not."""

@@ -102,6 +102,7 @@ def failed(piece: MoleculeChunk, reason: str) -> tuple[int, str]:
     return int(piece.records[0]), reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "trouble"),
     [(hanging, "not finished within 0.7 s"), (dying, "the worker process died (exit code 11)")],

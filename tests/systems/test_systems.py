@@ -636,6 +636,7 @@ def test_pieces_of_another_command(inside, tmp_path):
     assert "holds what `molgen-energy sample` has finished" in said
 
 
+@pytest.mark.slow
 def test_processes_that_sample_what_is_not_shared(inside, tmp_path):
     inside("preprocess", "shapes", "--vertices", "5", "--count", "50")
     inside("train", "--config", "shapes_energy", "--steps", "1", "-o", "run", *SMALL)

@@ -300,7 +300,7 @@ def test_two_trainers_of_one_run_are_kept_apart(unbroken, tmp_path):
     shutil.copytree(unbroken, run)
     config = config_of(run).replaced({"training.steps": 14})
     before = (run / "metrics.csv").read_bytes()
-    with lock_file(run / "log.txt", "run"), pytest.raises(InputError, match="in another process"):
+    with lock_file(run / "log.txt", "run"), pytest.raises(InputError, match="by another process"):
         train(MoleculeTask(config, CPU), run, Watcher(), resume=True)
     assert (run / "metrics.csv").read_bytes() == before
     assert train(MoleculeTask(config, CPU), run, Watcher(), resume=True).steps == 14
