@@ -385,9 +385,9 @@ def card(weights: PretrainedWeights) -> str:
         f"| command | `{training['command']}` |",
         f"| stored as | {stored(weights)} |",
         "",
-        "`config.yaml` has all hyperparameters, `training.csv` the validation loss during training. "
-        "There was one run of one seed. These are its last weights, and no choice used test "
-        "molecules.",
+        "`config.yaml` has all hyperparameters, `training.csv` the validation loss during "
+        "training. There was one run of one seed. These are its last weights, and no choice used "
+        "test molecules.",
         "",
         f"## Evaluation on {file['molecules']:,} samples",
         "",
