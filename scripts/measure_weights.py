@@ -1,4 +1,4 @@
-"""Measure the shipped weights, and write everything that says how good they are.
+"""Measure the pretrained weights, and write cards, pictures and the table of the README.
 
     python scripts/measure_weights.py --sample   # only draw the samples: on a GPU, without RDKit
     python scripts/measure_weights.py            # draw what is missing, evaluate, write
@@ -366,12 +366,13 @@ def card(weights: PretrainedWeights) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| model | {network}, {parameters(weights):,} parameters: GDM whose layers are told "
-        "distances and directions of pairs; not equivariant, every training molecule randomly "
+        f"| model | {network}, {parameters(weights):,} parameters: GDM that takes distances and "
+        "directions of pairs as features; not equivariant, every training molecule randomly "
         "rotated |",
-        f"| diffusion | {config['diffusion']['steps']:,} steps, {config['diffusion']['prediction']}"
-        f" prediction, times u^{config['diffusion']['time_power']:g} spread over each batch |",
-        f"| loss on positions | {loss_in_words(loss)} |",
+        f"| diffusion | {config['process']['steps']:,} steps, {config['process']['prediction']} "
+        f"prediction, times u^{config['objective']['time_power']:g}, stratified over each batch |",
+        f"| loss on positions | {loss_in_words(loss)}, "
+        f"w = {config['objective']['position_weight']:g} |",
         f"| data | {state_of(weights)['data']['source']}: {trained_on(weights):,} training "
         "molecules of EDM's split; no other molecule was seen |",
         f"| length | {config['training']['steps']:,} steps of {config['training']['batch_size']}: "
@@ -384,17 +385,17 @@ def card(weights: PretrainedWeights) -> str:
         f"| command | `{training['command']}` |",
         f"| stored as | {stored(weights)} |",
         "",
-        "All hyperparameters stand in `config.yaml`, the validation loss along the way in "
-        "`training.csv`. The run is one run of one seed, its last weights are shipped, and nothing "
-        "was chosen by test molecules.",
+        "`config.yaml` has all hyperparameters, `training.csv` the validation loss during "
+        "training. There was one run of one seed. These are its last weights, and no choice used "
+        "test molecules.",
         "",
         f"## Evaluation on {file['molecules']:,} samples",
         "",
         f"Seed {drawn['seed']}, {drawn['sampler']} sampler, {drawn['steps']} steps of "
         f"{drawn['spacing']} spacing (the default of these weights), drawn on {drawn['device']}; "
-        "bonds perceived from distances; 95 % intervals of the sampling, which hold nothing of "
-        "what another seed of the training would change. The data are QM9's test molecules, their "
-        "distances those of training molecules.",
+        "bonds perceived from distances. The 95 % intervals are those of the sampling; they do not "
+        "include what another seed of the training would change. The column of the data is for "
+        "QM9's test molecules, with distances from them to training molecules.",
         "",
         "| | samples | data |",
         "|---|---|---|",
@@ -408,7 +409,7 @@ def card(weights: PretrainedWeights) -> str:
 
 
 def few_steps(weights: PretrainedWeights) -> list[str]:
-    """Quality by sampler and steps, where it was measured."""
+    """Quality by sampler and steps, if it was measured."""
     path = weights.path / "steps.csv"
     if not path.exists():
         return []
@@ -416,11 +417,11 @@ def few_steps(weights: PretrainedWeights) -> list[str]:
     lines = [
         "## Fewer and more steps",
         "",
-        f"{int(rows[0]['molecules']):,} molecules each, seed {rows[0]['seed']}; FCD of so few is "
-        "biased upwards, and serves to compare the rows. Spacing is that of the sampler's levels, "
+        f"{int(rows[0]['molecules']):,} molecules each, seed {rows[0]['seed']}. FCD of so few is "
+        "biased upwards; use it only to compare rows. Spacing is that of the sampler's levels, "
         f"`--spacing`. Drawn on {' and '.join(sorted({row['device'] for row in rows}))}.",
         "",
-        "| sampler | spacing | steps | calls | molecule stability, % | atom stability, % "
+        "| sampler | spacing | steps | evaluations | molecule stability, % | atom stability, % "
         "| validity, % | FCD |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -432,7 +433,7 @@ def few_steps(weights: PretrainedWeights) -> list[str]:
 
 
 def weaknesses(weights: PretrainedWeights) -> list[str]:
-    """What is wrong with the samples, by what was found."""
+    """What is wrong with the samples, from their report."""
     found = report(weights)
     file, data = found["files"][0], found["reference"]
     total = sum(fault["count"] for fault in file["unstable_atoms"])
@@ -447,7 +448,9 @@ def weaknesses(weights: PretrainedWeights) -> list[str]:
     _, one, two, more = found["by_unstable_atoms"]
     wrong = max(1, one + two + more)
     energy = config_of(weights)["loss"]["name"] == "energy"
-    mirror = " The energy loss cannot tell a molecule from its mirror image." if energy else ""
+    mirror = (
+        " The energy loss does not distinguish a molecule from its mirror image." if energy else ""
+    )
     return [
         f"- Stable molecules by size: {sizes}.",
         f"- Of molecules that are not stable {100 * one / wrong:.0f} % have one unstable atom, "
@@ -455,16 +458,16 @@ def weaknesses(weights: PretrainedWeights) -> list[str]:
         f"- Unstable atoms, by sum of bond orders: {worst}.",
         f"- {figures(file, 'hydrogens_assumed', 100)} % are valid only because missing hydrogens "
         f"may be added (data: {figures(data, 'hydrogens_assumed', 100)} %).",
-        "- The network is no equivariant one: a molecule's likelihood depends a little on how it "
-        f"is turned. Nothing chooses a stereoisomer.{mirror}",
-        "- H, C, N, O and F, 3 to 29 atoms, neutral closed-shell minima of B3LYP as QM9 has them: "
-        "no ions, no larger molecules; sizes outside the data's range are extrapolated.",
-        "- No property can be asked for.",
+        "- The network is not equivariant: the likelihood of a molecule depends slightly on its "
+        f"orientation. Stereoisomers cannot be selected.{mirror}",
+        "- H, C, N, O and F, 3 to 29 atoms, neutral closed-shell minima of B3LYP as in QM9: no "
+        "ions, no larger molecules; other numbers of atoms are extrapolated.",
+        "- The model has no condition: it cannot sample for a property.",
     ]
 
 
 def table(weights: dict[str, PretrainedWeights]) -> str:
-    """The README's table: samples of the shipped weights, the paper's, and the data."""
+    """The README's table: samples of the pretrained weights, the paper's, and the data."""
     lines = [
         f"| | trained | {' | '.join(RATES.values())} | FCD |",
         "|---|---|" + "---|" * (len(RATES) + 1),
@@ -486,8 +489,8 @@ def table(weights: dict[str, PretrainedWeights]) -> str:
 def with_table(readme: str, text: str) -> str:
     """The README with the table between its two marks."""
     before, rest = readme.split(BEGIN)
-    _, behind = rest.split(END)
-    return f"{before}{BEGIN}\n{text}\n{END}{behind}"
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
 def figures(evaluation: dict[str, Any], key: str, scale: float = 1) -> str:
@@ -519,13 +522,12 @@ def share(count: int, total: int) -> str:
 
 
 def loss_in_words(loss: dict[str, Any]) -> str:
-    weight = f"w = {loss['position_weight']:g}"
     if loss["name"] != "energy":
-        return f"{loss['name']}, {weight}"
+        return str(loss["name"])
     springs = loss["springs"]
     return (
         f"energy, {springs['family']} springs (c = {springs['scale']:.4g}) on "
-        f"{loss['edges']['kind']} edges, {weight}"
+        f"{loss['edges']['kind']} edges"
     )
 
 
@@ -584,7 +586,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    # Prose is wrapped by whoever reads it; only lines end where they end.
+    # Prose is not wrapped; only spaces at the ends of lines are removed.
     with atomic_replace(path) as output:
         output.temporary.write_text(re.sub(r" +\n", "\n", text), encoding="utf-8")
 

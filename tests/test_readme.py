@@ -1,4 +1,4 @@
-"""What the README prints must be what there is; only where the checkout is at hand."""
+"""What README and guides print exists and runs; only in a checkout."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def commands() -> list[list[str]]:
 
 def test_every_printed_option_exists():
     assert len(commands()) >= 8
-    verbs = typer.main.get_command(app).commands
-    for verb, *arguments in commands():
-        command = verbs[verb]
-        if verb == "preprocess":  # what is not made is read
-            command = command.commands.get(arguments[0], command.commands["molecules"])
+    known_commands = typer.main.get_command(app).commands
+    for name, *arguments in commands():
+        command = known_commands[name]
+        if name == "preprocess":  # the name of a dataset, else a file
+            command = command.commands.get(arguments[0], command.commands["files"])
         known = {option for parameter in command.params for option in parameter.opts}
         used = {word for word in arguments if word.startswith("-")}
-        assert used <= known, (verb, used - known)
+        assert used <= known, (name, used - known)
 
 
 def test_every_printed_configuration_is_shipped():
@@ -47,7 +47,7 @@ def test_every_printed_configuration_is_shipped():
 
 
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-WITH_PYTHON = [README, ROOT / "docs" / "losses.md", ROOT / "docs" / "evaluation.md"]
+WITH_PYTHON = [README, *(ROOT / "docs" / f"{n}.md" for n in ("losses", "evaluation", "training"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -95,6 +95,31 @@ def test_printed_losses_run():
     exec(symmetrized, names)
     lattice = {name: torch.rand(2, 4, 4) for name in ("right", "down")}
     exec(spins, lattice | {"logits": torch.randn(2, 16, 1), "spins": torch.ones(2, 16, 1)})
+
+
+def test_printed_model_trains(tmp_path, monkeypatch):
+    """The model of the page on training, on molecules with bonds."""
+    import molgen_energy
+    from molgen_energy.chemistry.bonds import perceive
+    from molgen_energy.data.hdf5 import MoleculeFile
+    from molgen_energy.models import MODELS
+    from molgen_energy.resources import bundled_sample
+    from molgen_energy.systems.molecules.task import MoleculeTask
+    from molgen_energy.systems.registry import load_config
+
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    model, use = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.setitem(MODELS, "tiny", None)  # removed after the test
+    exec(model, {"__name__": "example"})
+    with MoleculeFile(bundled_sample()) as file:
+        molecules = perceive(file.slice(0, 40))
+    molgen_energy.preprocess(molecules, tmp_path / "mols.h5")
+    changes = eval(re.search(r"changes = (.*)", use)[1])
+    config = load_config("quick").replaced(changes | {"data.path": str(tmp_path / "mols.h5")})
+    task = MoleculeTask(config, torch.device("cpu"))
+    losses = task.loss(task.model, task.epoch(0)[0], seed=0)
+    assert losses.keys() == {"loss", "positions_loss", "elements_loss", "bonds_loss"}
+    assert all(torch.isfinite(values).all() for values in losses.values())
 
 
 def test_the_check_runs_the_printed_test_command():
