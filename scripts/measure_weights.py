@@ -29,7 +29,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from molgen_energy.chemistry.bonds import perceive, stable_atoms
+from molgen_energy.chemistry.bonds import perceive
+from molgen_energy.chemistry.valence import stable_atoms
 from molgen_energy.cli.console import exit_on_error, progress_bar, say
 from molgen_energy.cli.sample import SamplingBar
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
