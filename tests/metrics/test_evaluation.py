@@ -86,20 +86,20 @@ def samples(molecules, tmp_path_factory) -> Path:
     return path
 
 
-def hanging(piece: MoleculeChunk) -> list[int]:
-    if 7 in piece.records:
+def hanging(chunk: MoleculeChunk) -> list[int]:
+    if 7 in chunk.records:
         time.sleep(600)
-    return piece.records.tolist()
+    return chunk.records.tolist()
 
 
-def dying(piece: MoleculeChunk) -> list[int]:
-    if 7 in piece.records:
+def dying(chunk: MoleculeChunk) -> list[int]:
+    if 7 in chunk.records:
         os._exit(11)
-    return piece.records.tolist()
+    return chunk.records.tolist()
 
 
-def failed(piece: MoleculeChunk, reason: str) -> tuple[int, str]:
-    return int(piece.records[0]), reason
+def failed(chunk: MoleculeChunk, reason: str) -> tuple[int, str]:
+    return int(chunk.records[0]), reason
 
 
 @pytest.mark.slow
@@ -108,9 +108,9 @@ def failed(piece: MoleculeChunk, reason: str) -> tuple[int, str]:
     [(hanging, "not finished within 0.7 s"), (dying, "the worker process died (exit code 11)")],
 )
 def test_a_molecule_that_hangs_or_kills_is_named_and_the_rest_goes_on(molecules, work, trouble):
-    piece = numbered(molecules.select(np.arange(30)))
+    chunk = numbered(molecules.select(np.arange(30)))
     with WorkerPool(2, 0.7) as workers:
-        results = [result for _, result in workers.map(work, piece.parts(12), failed)]
+        results = [result for _, result in workers.map(work, chunk.parts(12), failed)]
     assert (7, trouble) in results
     done = [record for result in results if isinstance(result, list) for record in result]
     assert done == [k for k in range(1, 31) if k != 7]
@@ -118,23 +118,23 @@ def test_a_molecule_that_hangs_or_kills_is_named_and_the_rest_goes_on(molecules,
 
 def test_processes_that_are_killed_are_replaced(molecules):
     """Killed from outside, at work or idle: the run ends, with every molecule once."""
-    piece = numbered(molecules.select(np.arange(0, 2000, 4)))
+    chunk = numbered(molecules.select(np.arange(0, 2000, 4)))
     settings = CheckSettings(type_codes={})
     with WorkerPool(2, 60) as workers:
         results = []
         for k, (part, found) in enumerate(
-            workers.map(partial(check_chunk, settings=settings), piece.parts(20), failed)
+            workers.map(partial(check_chunk, settings=settings), chunk.parts(20), failed)
         ):
             results += found.valid.tolist() if not isinstance(found, tuple) else [None]
             assert len(part) <= 20
             if k in (2, 9):
                 workers._workers[0].process.kill()
-    whole = check_chunk(piece, settings).valid.tolist()
+    whole = check_chunk(chunk, settings).valid.tolist()
     assert len(results) == len(whole)
     assert sum(a != b for a, b in zip(results, whole, strict=True)) <= 2
 
 
-def failing(piece: MoleculeChunk) -> None:
+def failing(chunk: MoleculeChunk) -> None:
     raise KeyError("what happened")
 
 
@@ -195,30 +195,30 @@ def with_another(here: int, there: int, seconds: float) -> Iterator[WorkerPool]:
         assert not thread.is_alive()
 
 
-def process_of(piece: MoleculeChunk) -> int:
+def process_of(chunk: MoleculeChunk) -> int:
     return os.getpid()
 
 
 @pytest.mark.parametrize(("here", "there"), [(1, 1), (0, 0)])
 def test_processes_of_a_job_share_the_work_in_order(molecules, here, there):
-    piece = numbered(molecules.select(np.arange(120)))
+    chunk = numbered(molecules.select(np.arange(120)))
     settings = CheckSettings(type_codes={})
     with with_another(here, there, 60) as workers:
         for _ in range(2):
             results = []
-            for part, found in workers.map(partial(check_chunk, settings=settings), piece.parts(7)):
+            for part, found in workers.map(partial(check_chunk, settings=settings), chunk.parts(7)):
                 assert part.records[0] == len(results) + 1
                 results += found.valid.tolist()
-            did = {pid for _, pid in workers.map(process_of, piece.parts(1))}
+            did = {pid for _, pid in workers.map(process_of, chunk.parts(1))}
             assert len(did) == max(1, here + there)
-    assert results == check_chunk(piece, settings).valid.tolist()
+    assert results == check_chunk(chunk, settings).valid.tolist()
 
 
 def test_a_molecule_that_kills_a_process_of_another_member_is_found(molecules):
-    piece = numbered(molecules.select(np.arange(6, 14)))
-    piece = replace(piece, records=piece.records + 6)
-    with with_another(1, 1, 60) as workers:  # the other is given the first piece
-        results = [result for _, result in workers.map(dying, piece.parts(2), failed)]
+    chunk = numbered(molecules.select(np.arange(6, 14)))
+    chunk = replace(chunk, records=chunk.records + 6)
+    with with_another(1, 1, 60) as workers:  # the other is given the first chunk
+        results = [result for _, result in workers.map(dying, chunk.parts(2), failed)]
     assert results[0] == (7, "the worker process died (exit code 11)")
     assert [record for result in results[1:] for record in result] == list(range(8, 15))
 
@@ -292,11 +292,11 @@ def test_a_sample_of_values_is_bounded_and_fair():
 
 
 def test_a_random_subset_does_not_depend_on_the_chunks(molecules):
-    piece = numbered(molecules.select(np.arange(300)))
+    chunk = numbered(molecules.select(np.arange(300)))
     drawn = []
     for size in (300, 7):
         subset = RandomSubset(20)
-        for part in piece.parts(size):
+        for part in chunk.parts(size):
             subset.add(part, part.records % 3 == 0)
         drawn.append([s.record for s in subset])
         assert all(s.molecule.positions.base is None for s in subset)  # no chunk is kept in memory
@@ -437,7 +437,7 @@ def test_given_bonds_are_checked_in_addition(tmp_path, molecules):
 
 
 def test_each_record_declares_its_bonds(tmp_path, molecules):
-    """Records of both kinds in one file: those with bonds of their own are judged by them."""
+    """Records of both kinds in one file: those with bonds of their own are checked by them."""
     with MoleculeTextWriter(tmp_path / "a.sdf", {}) as writer:
         writer.append(molecules.select(np.arange(40)))
     records = (tmp_path / "a.sdf").read_text().split("$$$$\n")[:-1]
@@ -499,7 +499,7 @@ def test_coordinates_that_are_out_of_this_world(tmp_path):
             run([tmp_path / "beyond.xyz"])
 
 
-def test_files_that_hold_nothing_are_told_from_those_that_are_none(tmp_path):
+def test_empty_files_and_paths_that_are_not_files(tmp_path):
     with MoleculeWriter(tmp_path / "none.h5", source="nothing"):
         pass
     for arguments in ([tmp_path / "none.h5"], None), ([], tmp_path / "none.h5"):
@@ -712,6 +712,8 @@ def test_figures_as_text():
     assert metric_text(None) == "n/a"
     assert metric_text(Estimate(None, note="none to relax")) == "n/a (none to relax)"
     assert metric_text(Estimate(0.12345, (0.1, 0.2))) == "0.123 [0.1, 0.2]"
+    assert metric_text(Estimate(17.874, (17.78, 17.98))) == "17.87 [17.8, 18]"
+    assert metric_text(Estimate(0.0, (0.0, 0.0))) == "0 [0, 0]"
     assert metric_text(Estimate(2.0)) == "2"
     assert metric_text(Rate(1, 4)) == "25.0 [4.6, 69.9]"
     assert metric_text(Mean(1.23456, 0.0123, 9)) == "1.235 ± 0.012"

@@ -96,7 +96,10 @@ def uncertainty(report: Report) -> str:
 
 
 def metric_text(metric: MetricValue | None) -> str:
-    """A value with its uncertainty, or n/a; rates in per cent."""
+    """A value with its uncertainty, or n/a; rates in per cent.
+
+    Bounds of an interval have two significant digits, or as many as it takes to tell them apart.
+    """
     if metric is None or metric.value is None:
         note = metric.note if isinstance(metric, Estimate) else ""
         return "n/a" if not note or note.startswith("pip ") else f"n/a ({note})"
@@ -107,5 +110,7 @@ def metric_text(metric: MetricValue | None) -> str:
     if isinstance(metric, Rate):
         value, *bounds = [f"{100 * number:.1f}" for number in (metric.value, *interval)]
     else:
-        value, bounds = f"{metric.value:.3g}", [f"{number:.2g}" for number in interval]
+        digits = next((d for d in (2, 3, 4) if len({f"{x:.{d}g}" for x in interval}) > 1), 2)
+        bounds = [f"{number:.{digits}g}" for number in interval]
+        value = f"{metric.value:.{digits + 1}g}"
     return f"{value} [{', '.join(bounds)}]" if bounds else value
