@@ -20,7 +20,6 @@ from molgen_energy.distributed import default_workers
 from molgen_energy.errors import InputError, PeerLostError, unknown_name
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.spins.lattices import BOUNDARIES, Lattices, Spins, check_size
-from molgen_energy.workers import WorkerPool
 
 KINDS = ("uniform", "binary")
 CHUNK_SIZE = 50
@@ -128,6 +127,7 @@ def solve_chunks(
         A worker process died.
     """
     from molgen_energy.systems.spins.ground_states import check_installed
+    from molgen_energy.workers import WorkerPool
 
     drawn = (
         LatticeChunk(
