@@ -372,8 +372,7 @@ def card(weights: PretrainedWeights) -> str:
         "rotated |",
         f"| diffusion | {config['process']['steps']:,} steps, {config['process']['prediction']} "
         f"prediction, times u^{config['objective']['time_power']:g}, stratified over each batch |",
-        f"| loss on positions | {loss_in_words(loss)}, "
-        f"w = {config['objective']['position_weight']:g} |",
+        f"| loss on positions | {loss_in_words(config)} |",
         f"| data | {state_of(weights)['data']['source']}: {trained_on(weights):,} training "
         "molecules of EDM's split; no other molecule was seen |",
         f"| length | {config['training']['steps']:,} steps of {config['training']['batch_size']}: "
@@ -522,13 +521,14 @@ def share(count: int, total: int) -> str:
     return "n/a" if rate.value is None else spelled(rate.value, list(rate.interval or ()), 100)
 
 
-def loss_in_words(loss: dict[str, Any]) -> str:
+def loss_in_words(config: dict[str, Any]) -> str:
+    loss, weight = config["loss"], f"w = {config['objective']['position_weight']:g}"
     if loss["name"] != "energy":
-        return str(loss["name"])
+        return f"{loss['name']}, {weight}"
     springs = loss["springs"]
     return (
         f"energy, {springs['family']} springs (c = {springs['scale']:.4g}) on "
-        f"{loss['edges']['kind']} edges"
+        f"{loss['edges']['kind']} edges, {weight}"
     )
 
 
