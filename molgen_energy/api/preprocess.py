@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["PreprocessResult", "preprocess"]
 
-Source = Union[str, "PathLike[str]", Dataset, Molecules, "Sequence[Chem.Mol]"]
+Source = Union[
+    str, "PathLike[str]", Dataset, Molecules, "Sequence[str | PathLike[str]]", "Sequence[Chem.Mol]"
+]
 
 
 def preprocess(
@@ -41,8 +43,8 @@ def preprocess(
     Parameters
     ----------
     dataset
-        A name of `molgen_energy.systems.datasets.DATASETS`; the path of an SDF or XYZ file; a
-        `Dataset`; `Molecules`; or RDKit molecules with conformers
+        A name of `molgen_energy.systems.datasets.DATASETS`; the path of an SDF or XYZ file, or
+        several; a `Dataset`; `Molecules`; or RDKit molecules with conformers
         (`molgen_energy.chemistry.convert.from_rdkit`).
     output
         HDF5 file to write; by default the dataset's own name for it, in the current folder.
@@ -76,9 +78,12 @@ def _dataset(dataset: Source, options: dict[str, Any]) -> Dataset:
         if not path.suffix and not path.exists():
             raise InputError(unknown_name("dataset", str(path), [*DATASETS, "FILE.sdf"]))
         return _created(MoleculeFiles, options, files=(path,))
+    items: list[Any] = list(dataset)
+    if items and all(isinstance(item, (str, PathLike)) for item in items):
+        return _created(MoleculeFiles, options, files=tuple(items))
     from molgen_energy.chemistry.convert import from_rdkit
 
-    return _created(MoleculesInMemory, options, molecules=from_rdkit(dataset))
+    return _created(MoleculesInMemory, options, molecules=from_rdkit(items))
 
 
 def _created(kind: type[Dataset], options: dict[str, Any], **given: Any) -> Dataset:

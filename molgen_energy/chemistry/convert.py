@@ -54,7 +54,7 @@ def as_positions(values: ArrayLike) -> NDArray[np.float32]:
         return np.array(values, np.float32)
 
 
-def from_rdkit(molecules: Iterable[Chem.Mol]) -> Molecules:
+def from_rdkit(molecules: Iterable[Chem.Mol | None]) -> Molecules:
     """All conformers of RDKit molecules, with bonds, formal charges and data.
 
     Every conformer becomes a molecule. A molecule's data become columns as those of an SDF record
@@ -67,16 +67,16 @@ def from_rdkit(molecules: Iterable[Chem.Mol]) -> Molecules:
     InputError
         As `molecule_from_rdkit`, or coordinates are not finite; names the molecule, from 1.
     """
-    molecules = list(molecules)
+    given = [_not_none(molecule, k) for k, molecule in enumerate(molecules, start=1)]
     fields = [
         {name: str(value) for name, value in molecule.GetPropsAsDict(False, False).items()}
-        for molecule in molecules
+        for molecule in given
     ]
     group = "group" if fields and all("group" in data for data in fields) else None
     selection = FieldSelection.detect(fields, group=group)
-    several = any(molecule.GetNumConformers() > 1 for molecule in molecules)
+    several = any(molecule.GetNumConformers() > 1 for molecule in given)
     found = []
-    for k, molecule in enumerate(molecules):
+    for k, molecule in enumerate(given):
         ids = [conformer.GetId() for conformer in molecule.GetConformers()] or [-1]
         columns = selection.columns(fields[k])
         if several and group is None:
@@ -90,6 +90,12 @@ def from_rdkit(molecules: Iterable[Chem.Mol]) -> Molecules:
         except ValueError as error:
             raise InputError(f"molecule {k + 1}: {error}") from error
     return Molecules.from_list(found)
+
+
+def _not_none(molecule: Chem.Mol | None, number: int) -> Chem.Mol:
+    if molecule is None:
+        raise InputError(f"molecule {number} is None: RDKit could not read it; leave it out")
+    return molecule
 
 
 def to_rdkit(molecules: Molecules) -> list[Chem.Mol]:

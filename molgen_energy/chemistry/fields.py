@@ -17,8 +17,7 @@ from typing import Any
 from molgen_energy.data.molecules import Molecule, Molecules
 
 BONDS = "bonds"
-"""Says `given` where the molecule came with its bonds, `perceived` where they come from distances.
-"""
+"""The field is `given` where a molecule has bonds, `perceived` where they come from distances."""
 UNITS = "property_units"
 GROUP = "group"
 
@@ -28,7 +27,7 @@ OWN_FIELDS = frozenset(
         "config", "status", "fragments", BONDS, UNITS, GROUP,
     }
 )  # fmt: skip
-"""What this package writes about a molecule that is no property of it."""
+"""Fields that this package writes and that are no properties of a molecule."""
 
 _SMILES = ("smiles", "SMILES")
 _FIRST_RECORDS = 100
@@ -98,7 +97,7 @@ class FieldSelection:
 
 
 def data_fields(molecule: Molecule) -> dict[str, str]:
-    """What a molecule has besides atoms and bonds, as fields; a missing value has none."""
+    """Properties, SMILES and group of a molecule as fields; a missing value has none."""
     fields = {
         name: repr(value) for name, value in molecule.properties.items() if not math.isnan(value)
     }
@@ -116,7 +115,7 @@ def units_field(molecules: Molecules) -> dict[str, str]:
 
 
 def read_units(text: str) -> dict[str, str]:
-    """The units of `units_field`; none where the text is something else."""
+    """The units of `units_field`; empty for other text."""
     try:
         units = json.loads(text)
     except ValueError:
@@ -148,5 +147,5 @@ def read_group(text: str) -> int:
 
 
 def _property_name(field_name: str) -> str:
-    """As a data set of HDF5 can be called."""
+    """The field's name, as a valid name of a data set of HDF5."""
     return field_name.replace("/", "_").strip() or "_"

@@ -24,7 +24,7 @@ from molgen_energy.errors import InputError
 KINDS = ("bond length", "angle", "dihedral")
 UNITS = {"bond length": "Å", "angle": "°", "dihedral": "°"}
 PERIODS = {"dihedral": 360.0}
-"""Of kinds that come round: -179° and 179° are near."""
+"""Of kinds that are periodic: -179° and 179° are close."""
 
 _ATOMS = {"bond length": 2, "angle": 3, "dihedral": 4}
 _BASE = 128  # above every atomic number and bond order
@@ -32,7 +32,7 @@ _BASE = 128  # above every atomic number and bond order
 
 @dataclass(frozen=True)
 class GeometryTypes:
-    """The types that are compared, for each kind."""
+    """Types of bond lengths, angles and dihedrals to compare."""
 
     name: str
     types: dict[str, tuple[str, ...]]
@@ -70,8 +70,9 @@ GEOMETRY_TYPES = {"qm9": QM9_TYPES, "geom": GEOM_TYPES}
 
 COUNTINGS = ("once", "jodo")
 """How angles and dihedrals are listed. `once`: each one once. `jodo`: for each bond, the angles at
-its end atom with the other bonds there, so that one is missed where it sits at two begin atoms and
-counted twice at two end atoms; and dihedrals whose ends are one atom (three-membered rings)."""
+its end atom with the other bonds there, which misses an angle between the begin atoms of two bonds
+and counts one between two end atoms twice; and dihedrals whose ends are one atom (three-membered
+rings)."""
 
 
 class Measured(NamedTuple):
@@ -98,7 +99,7 @@ def measure(
 
     Returns
     -------
-    What was measured, for each kind. Angles that coincident atoms leave undefined are left out, and
+    Values of each kind. Angles that coincident atoms leave undefined are left out, and so are
     lengths beyond float32.
     """
     graph = _Graph(molecules)
@@ -120,8 +121,8 @@ def measure(
         with np.errstate(over="ignore"):
             kept = values.astype(np.float32)
         defined = np.isfinite(kept)
-        in_turn = np.flatnonzero(defined)[np.argsort(molecule[defined], kind="stable")]
-        found[kind] = Measured(code[in_turn], kept[in_turn], molecule[in_turn])
+        ascending = np.flatnonzero(defined)[np.argsort(molecule[defined], kind="stable")]
+        found[kind] = Measured(code[ascending], kept[ascending], molecule[ascending])
     return found
 
 
@@ -143,8 +144,8 @@ class _Graph:
         start = np.concatenate([self._begin, self._end])
         stop = np.concatenate([self._end, self._begin])
         bond = np.tile(np.arange(len(pairs)), 2)
-        in_turn = np.argsort(start, kind="stable")
-        self._start, self._stop, self._bond = start[in_turn], stop[in_turn], bond[in_turn]
+        order = np.argsort(start, kind="stable")
+        self._start, self._stop, self._bond = start[order], stop[order], bond[order]
         counts = np.bincount(start, minlength=len(molecules.atomic_numbers))
         self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._count = counts.astype(np.int64)
@@ -231,7 +232,7 @@ def _dihedrals(points: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _codes(elements: NDArray[np.uint8], orders: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A number for each type, of elements (V, K) and orders (V, K-1), the same when reversed."""
+    """A code for each type, of elements (V, K) and orders (V, K-1), the same when reversed."""
     forward = _code(elements.astype(np.int64), orders)
     backward = _code(elements[:, ::-1].astype(np.int64), orders[:, ::-1])
     return np.minimum(forward, backward)
@@ -245,12 +246,12 @@ def _code(elements: NDArray[np.int64], orders: NDArray[np.int64]) -> NDArray[np.
 
 
 def code_of(kind: str, name: str) -> int:
-    """The number of a type such as ``C1C-C1H``.
+    """Code of a type such as ``C1C-C1H``, as `measure` gives it.
 
     Raises
     ------
     InputError
-        It is no type of that kind.
+        The name is not a type of that kind.
     """
     parts = [re.fullmatch(r"([A-Z][a-z]?)(\d+)([A-Z][a-z]?)", part) for part in name.split("-")]
     bonds = [match.groups() for match in parts if match]
@@ -263,7 +264,7 @@ def code_of(kind: str, name: str) -> int:
 
 
 def type_name(kind: str, code: int) -> str:
-    """The type of a number, as `measure` gives it."""
+    """Name of the type with a code, as `measure` gives it."""
     digits = []
     for _ in range(2 * _ATOMS[kind] - 1):
         code, digit = divmod(code, _BASE)

@@ -1,8 +1,8 @@
 """HDF5 files of samples that are all of one shape: columns of equal length, and their split.
 
 The schema is that of molecules' files (`molgen_energy.data.hdf5`): attributes `schema`, `system`,
-`source`, `created_by`, those of the system, and as JSON in `provenance` where samples come from;
-data sets (M, …) and `split` (M,) uint8, where there is one.
+`source`, `created_by`, those of the system, and `provenance`, JSON that names the checkpoint and
+the seed of samples; data sets (M, …), and an optional `split` (M,) uint8.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Columns = Mapping[str, NDArray[Any]]
 
 
 class Column(NamedTuple):
-    """What a data set holds."""
+    """Shape and type that a data set must have."""
 
     shape: tuple[int | str, ...]
-    """Behind the number of samples. A letter stands for one number in all columns of a file."""
+    """Of one sample. A letter stands for one number in all columns of a file."""
     kind: str = "f"
-    """Of numbers: f floating-point, i integers."""
+    """f for floating-point numbers, i for integers."""
 
 
 _MARGIN = 1 << 20  # bytes for the library's own tables
@@ -53,18 +53,18 @@ class ArrayFile:
     path
         The file.
     system
-        What it must hold.
+        Name of the physical system that it must be of.
     columns
         Data sets that it must have; those of `optional` it may have, others are not read.
         Floating-point numbers must be finite.
     remedy
-        How such a file is made, for the message where there is none.
+        The command that makes such a file, for the message where it is missing.
 
     Raises
     ------
     InputError
         The file is missing, no HDF5, cut off, of another schema or another physical system, empty,
-        lacks a column, or a column is not what it must be.
+        lacks a column, or a column has another shape or type.
     """
 
     def __init__(
@@ -78,10 +78,10 @@ class ArrayFile:
         self.path = path
         with open_store(path, system, remedy) as file:
             check_columns(file, path, columns)
-            wanted = {**columns, **optional, "split": Column((), "i")}
+            known = {**columns, **optional, "split": Column((), "i")}
             self.columns: dict[str, NDArray[Any]] = {}
             sizes: dict[str, int] = {}
-            for name, column in wanted.items():
+            for name, column in known.items():
                 if name in file:
                     self.columns[name] = _read(file[name], name, column, sizes, path)
             self.attributes = {name: _plain(value) for name, value in file.attrs.items()}
@@ -101,10 +101,10 @@ class ArrayFile:
 
     @property
     def provenance(self) -> dict[str, str]:
-        """Where samples come from: checkpoint, seed, configuration."""
+        """Checkpoint, seed and configuration that samples come from."""
         try:
             return dict(json.loads(self.attributes["provenance"]))
-        except (KeyError, TypeError, ValueError):  # none, or not of this package
+        except (KeyError, TypeError, ValueError):  # none, or of another program
             return {"source": self.source}
 
     def split_indices(self, split: str) -> NDArray[np.int64]:
@@ -117,7 +117,7 @@ class ArrayFile:
         return {name: column[which] for name, column in self.columns.items() if name != "split"}
 
     def fingerprint(self) -> str:
-        """Of the training samples, 16 hexadecimal digits."""
+        """Hash of the training samples, 16 hexadecimal digits."""
         digest = hashlib.sha256()
         for name, column in sorted(self.select(self.split_indices("train")).items()):
             digest.update(name.encode())
@@ -126,7 +126,7 @@ class ArrayFile:
 
 
 def _read(data: Any, name: str, column: Column, sizes: dict[str, int], path: Path) -> NDArray[Any]:
-    """A data set, if it is what it must be; letters of the shape stand in `sizes`."""
+    """Read a data set and check it; `sizes` holds the numbers that letters of shapes stand for."""
     kinds = {"f": "f", "i": "iu"}[column.kind]
     shape = getattr(data, "shape", None)
     fits = shape is not None and len(shape) == 1 + len(column.shape) and data.dtype.kind in kinds
@@ -164,14 +164,14 @@ def write_arrays(
     attributes: Mapping[str, Any],
     provenance: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a file that `ArrayFile` reads, under a temporary name that is changed in the end.
+    """Write a file that `ArrayFile` reads, under a temporary name that is renamed at the end.
 
     Raises
     ------
     InputError
-        The path is no name of an HDF5 file, or not writable.
+        The path does not end in .h5 or .hdf5, or is not writable.
     OSError
-        No space is left, or another fault of the disk.
+        No space is left, or the disk has another fault.
     """
     check_hdf5_name(path)
     with atomic_replace(path) as output, DeferredErrorFile(output.temporary) as raw:

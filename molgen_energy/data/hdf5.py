@@ -43,10 +43,8 @@ _MARGIN = 1 << 20  # bytes for the library's own tables
 _SLICE = 1 << 20  # most atoms of one slice: 12 MB of positions
 _GAP = 1 << 11  # atoms that are read over rather than skipped; a call costs about as much
 _OPTIONAL = ("formal_charges", "bonds", "smiles", "group")
-
-
-_REQUIRED_OF_ALL = {"formal_charges": "formal charges", "bonds/index": "bonds", "group": "groups"}
-"""Columns that all molecules of a file have, or none: what is missing has no value."""
+_ALL_OR_NONE = {"formal_charges": "formal charges", "bonds/index": "bonds", "group": "groups"}
+"""Columns that all molecules of a file have, or none, since no value says that it is missing."""
 
 
 def _chunk_rows(rows: int) -> int:
@@ -55,12 +53,12 @@ def _chunk_rows(rows: int) -> int:
 
 
 def _missing(name: str, count: int) -> NDArray[Any]:
-    """What stands for the missing values of a column."""
+    """The missing values of a column."""
     return np.full(count, "", object) if name == "smiles" else np.full(count, np.nan)
 
 
 def _allocation(values: NDArray[Any]) -> int:
-    """Bytes that appending these values can take, a begun chunk included."""
+    """Bytes that appending these values can take, with a partly filled chunk."""
     row = values.nbytes // max(1, len(values))
     texts = sum(map(len, values)) + 32 * len(values) if values.dtype == object else 0
     return values.nbytes + texts + _CHUNK_ROWS * row
@@ -101,13 +99,13 @@ class DeferredErrorFile(io.FileIO):
             return size or 0
 
     def check(self) -> None:
-        """Raise what was remembered."""
+        """Raise the first error of a write, if there was one."""
         if self._fault is not None:
             raise self._fault
 
 
 def check_hdf5_name(output: Path) -> None:
-    """Raise `InputError` unless a path can be that of an HDF5 file to write."""
+    """Raise `InputError` unless an HDF5 file can be written to a path."""
     if output.suffix.lower() not in (".h5", ".hdf5"):
         raise InputError(f"{output}: the name of an HDF5 file must end in .h5 or .hdf5")
     check_writable(output)
@@ -126,7 +124,7 @@ def system_of(path: Path) -> str:
 
 
 def open_store(path: Path, system: str, remedy: str) -> h5py.File:
-    """Open a file of a physical system for reading; `remedy` says how it is made.
+    """Open a file of a physical system for reading; `remedy` is the command that makes one.
 
     Raises
     ------
@@ -234,13 +232,13 @@ class MoleculeWriter:
     def append(self, molecules: Molecules) -> None:
         """Add molecules after those that are there.
 
-        A property that only some calls bring is NaN for the molecules of the others, a SMILES is
-        empty.
+        Where only some calls have a property, it is NaN for the molecules of the others; so is a
+        SMILES empty.
 
         Raises
         ------
         InputError
-            Only some calls bring formal charges, bonds or groups, a property has two units, or its
+            Only some calls have formal charges, bonds or groups, a property has two units, or its
             name cannot be that of a data set.
         OSError
             No space is left on the device (errno ENOSPC), or another fault of the disk.
@@ -269,14 +267,14 @@ class MoleculeWriter:
         self._raw.check()
 
     def _optional(self) -> set[str]:
-        """Columns of the file that molecules to come may lack."""
+        """Columns of the file that later molecules may lack."""
         return {name for name in self._columns if name == "smiles" or name.startswith(PROPERTIES)}
 
     def _check(self, columns: Mapping[str, NDArray[Any]], units: Mapping[str, str]) -> None:
-        """Raise `InputError` where molecules do not fit those that are there."""
+        """Raise `InputError` where molecules cannot follow those that are there."""
         last = self.count + len(columns["offsets"]) - 1
         where = f"{self._path}: molecules {self.count + 1:,} to {last:,}"
-        for name, what in _REQUIRED_OF_ALL.items():
+        for name, what in _ALL_OR_NONE.items():
             if self.count and (name in columns) != (name in self._columns):
                 here, there = ("have", "have none") if name in columns else ("have no", "have")
                 raise InputError(
@@ -294,7 +292,7 @@ class MoleculeWriter:
     def _extend(self, name: str, values: NDArray[Any]) -> None:
         text = values.dtype == object
         if name not in self._file:
-            # A column that only comes now is missing for the molecules before.
+            # The molecules before lack this column.
             before = self.count if name == "smiles" or name.startswith(PROPERTIES) else 0
             data = self._file.create_dataset(
                 name,
@@ -310,7 +308,7 @@ class MoleculeWriter:
         data[len(data) - len(values) :] = values
 
     def set_split(self, split: NDArray[np.uint8]) -> None:
-        """Say which molecules are for training (0), validation (1) and test (2), shape (M,)."""
+        """Set which molecules are for training (0), validation (1) and test (2), shape (M,)."""
         if split.shape != (self.count,):
             raise ValueError(f"split has shape {split.shape}, expected ({self.count},)")
         self._file.create_dataset("split", data=split.astype(np.uint8), **self._compression)
@@ -334,14 +332,14 @@ class MoleculeWriter:
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """What one pass over a file finds, in memory that does not grow with it."""
+    """Summary of a file, computed in one pass and in bounded memory."""
 
     first_atoms: dict[int, int]
     """By atomic number: the first atom of the file that has it, counted from 0."""
     size_histogram: dict[int, int]
     """Training molecules by number of atoms, ascending."""
     fingerprint: str
-    """Of sizes, elements and positions of the training molecules, in their order."""
+    """Hash of sizes, elements and positions of the training molecules, in their order."""
 
     @property
     def training_molecules(self) -> int:
@@ -406,7 +404,7 @@ class MoleculeFile:
 
     @property
     def provenance(self) -> dict[str, str]:
-        """Where sampled molecules come from: checkpoint, seed, configuration."""
+        """Checkpoint, seed and configuration that sampled molecules come from."""
         text = self._file.attrs.get("provenance")
         return {"source": self.source} if text is None else dict(json.loads(text))
 
@@ -502,7 +500,7 @@ class MoleculeFile:
         )
 
     def sizes(self, which: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Atoms of the molecules of these numbers; nothing is read."""
+        """Number of atoms of the molecules of these numbers; nothing is read."""
         return self.offsets[which + 1] - self.offsets[which]
 
     def read(
@@ -542,6 +540,7 @@ class MoleculeFile:
         check_cancelled: Callable[[], None] = lambda: None,
     ) -> Molecules:
         """As `read`, also molecules whose coordinates are not finite."""
+        columns = sorted(columns)  # so that the order of properties is always the same
         for name in columns:
             if name not in self.columns:
                 present = ", ".join(sorted(self.columns)) or "none"
@@ -584,7 +583,7 @@ class MoleculeFile:
         return Molecules.from_arrays(arrays, self.property_units if per_molecule else None)
 
     def _slices(self, which: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-        """Where to cut ascending molecule numbers so that each part is worth one slice."""
+        """Begin and end of runs of ascending molecule numbers that are worth one slice each."""
         first, last = self.offsets[which], self.offsets[which + 1]
         far = np.flatnonzero(first[1:] - last[:-1] > _GAP) + 1
         ends = [*far.tolist(), len(which)]
@@ -625,7 +624,7 @@ class MoleculeFile:
 
     @contextmanager
     def _readable(self, start: int, stop: int) -> Iterator[None]:
-        """Say which molecules cannot be read, where the HDF5 library only says how, or nothing."""
+        """Name the molecules that cannot be read, which the HDF5 library does not."""
         where = f"{self.path}: molecules {start + 1} to {stop} cannot be read"
         fault = None
         try:

@@ -1,4 +1,4 @@
-"""Shares of data for training, validation and test."""
+"""Splits of data into training, validation and test."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from numpy.typing import NDArray
 from molgen_energy.errors import InputError
 
 SPLITS = ("train", "valid", "test")
-"""Labels 0, 1, 2 of the data set `split` stand for these."""
+"""Names of the labels 0, 1, 2 of the data set `split`."""
 
 
 def check_seed(seed: int) -> None:
-    """Raise `InputError` unless a seed is one, from 0 to 2⁶³ − 1."""
+    """Raise `InputError` unless a seed is from 0 to 2⁶³ − 1."""
     if not 0 <= seed < 2**63:
         raise InputError(f"--seed {seed}: expected a number from 0 to 2^63 - 1")
 
 
 def parse_fractions(text: str) -> tuple[float, float, float]:
-    """Three shares of a text such as 0.8,0.1,0.1; `InputError` where it is none."""
+    """Three shares of a text such as 0.8,0.1,0.1; raises `InputError` for other text."""
     try:
         train, valid, test = (float(part) for part in text.split(","))
     except ValueError as error:

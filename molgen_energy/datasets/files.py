@@ -38,6 +38,9 @@ class MoleculeFiles(RandomSplitDataset):
     elements: str | None = option(None, "The elements that may occur, such as H,C,N,O,F.")
     skip_bad: bool = option(False, "Leave out broken records instead of stopping.")
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", tuple(map(Path, self.files)))
+
     def default_output(self) -> Path:
         """Named after the first file."""
         return Path(self.files[0].name.removesuffix(".gz")).with_suffix(".h5")

@@ -64,4 +64,6 @@ def test_what_has_no_arrays_is_named(smiles, reason):
         molecule.AddConformer(Chem.Conformer(2))
     with pytest.raises(InputError, match=f"molecule 2: .*{reason}"):
         from_rdkit([embedded("C"), molecule])
+    with pytest.raises(InputError, match="molecule 2 is None"):
+        from_rdkit([embedded("C"), None])
     assert len(from_rdkit([])) == 0

@@ -206,6 +206,20 @@ def test_more_atoms_than_16_bits_count(tmp_path):
         assert file.load().bonds.index.tolist() == [[0, size - 1]]
 
 
+def test_files_of_before_are_read(tmp_path, stored):
+    """Bond indices had 16 bits, and there were no groups."""
+    file, molecules = stored
+    path = tmp_path / "old.h5"
+    path.write_bytes(file.path.read_bytes())
+    with h5py.File(path, "r+") as old:
+        index = old["bonds/index"][:].astype("u2")
+        del old["bonds/index"], old["group"]
+        old["bonds/index"] = index
+    with MoleculeFile(path) as old:
+        assert old.columns == ALL - {"group"}
+        assert_equal(old.load(), replace(molecules, groups=None))
+
+
 def test_groups_stay_together():
     rng = np.random.default_rng(0)
     groups = rng.integers(0, 300, 2000)

@@ -181,6 +181,7 @@ def test_several_files_are_one_dataset(tmp_path, rich, monkeypatch):
     assert "left out a.xyz: record 2 (line 6)" in done.output
     molecules = loaded(tmp_path / "a.h5")
     np.testing.assert_array_equal(molecules.properties["mu"].values, [np.nan, 2, 2])
+    assert preprocess(["b.xyz", "b.xyz"], "e.h5").count == 4
     written(tmp_path / "c.sdf", rich)
     done = runner.invoke(app, ["preprocess", "files", "b.xyz", "c.sdf", "-o", "d.h5"])
     assert done.exit_code == 2
