@@ -41,16 +41,16 @@ def preprocess(
     Parameters
     ----------
     dataset
-        A name of `molgen_energy.systems.datasets.DATASETS`; the path of an SDF or XYZ file; a
-        `Dataset`; `Molecules`; or RDKit molecules with conformers
+        The name of a dataset in `molgen_energy.systems.datasets.DATASETS`; the path of an SDF or
+        XYZ file; a `Dataset`; `Molecules`; or RDKit molecules with conformers
         (`molgen_energy.chemistry.convert.from_rdkit`).
     output
-        HDF5 file to write; by default the dataset's own name for it, in the current folder.
+        HDF5 file to write; by default the `output` of the dataset, in the current folder.
     progress
-        Called as the work goes on.
+        Called with the number of finished samples.
     options
-        Fields of the dataset's class, which are the options of `preprocess NAME`; none with a
-        `Dataset`, which has them already.
+        Fields of the dataset's class, which are the options of `preprocess NAME`. A `Dataset` has
+        its options already.
 
     Raises
     ------
