@@ -1,1 +1,1 @@
-"""Plain functions behind the commands."""
+"""The commands as Python functions, one file each."""

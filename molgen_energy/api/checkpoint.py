@@ -10,7 +10,7 @@ from molgen_energy.training.pretrained import resolve_checkpoint
 
 
 def load_checkpoint(checkpoint: str | Path, which: str = "last") -> Checkpoint:
-    """The checkpoint of a run or of pretrained weights; weights are read on demand.
+    """Load the checkpoint of a run or of pretrained weights; weights are read on demand.
 
     Parameters
     ----------

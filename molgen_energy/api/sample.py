@@ -1,4 +1,4 @@
-"""Draw samples: the function behind `molgen-energy sample`."""
+"""Draw samples: `molgen-energy sample` as a function."""
 
 from __future__ import annotations
 
@@ -58,30 +58,31 @@ def sample_to(
     Parameters
     ----------
     output
-        The file; by default that of the physical system, such as `samples.sdf`.
+        File to write; by default that of the physical system, such as `samples.sdf`.
     count
-        How many; by default 100, of spins all lattices.
+        Number of samples; by default 100, for spins all lattices.
     checkpoint
         Folder of a run or checkpoint, or the name of pretrained weights; by default the newest run
         in `runs/`, else the pretrained weights of QM9.
     seed
-        Of the samples, by default 0.
+        Seed of the samples, by default 0.
     n_atoms
-        Number of atoms, or lowest and highest; by default as in the training data.
+        Number of atoms, or its range; by default as in the training data.
     condition
-        Values of properties on which the model was conditioned.
+        Values of properties that the model was trained on, in the unit of the data; by default
+        drawn from the training molecules.
     sampler, steps, spacing, eta
         See `molgen_energy.diffusion.samplers`.
     batch_size
-        Samples in a batch; chosen by size and device by default.
+        Samples in a batch; by default chosen by size and device.
     low_precision
         Run the work on pairs of atoms in bfloat16.
     data
-        Couplings of spins to predict ground states for.
+        For spins: file of couplings to predict ground states for.
     device
         `auto`, `cpu`, `cuda` or `cuda:1`.
     resume
-        File of an interrupted job to continue.
+        File of an interrupted job to continue; needs no other option.
     callback
         Receives progress.
     on_start
@@ -89,7 +90,7 @@ def sample_to(
 
     Returns
     -------
-    The file and what was written; None in processes that take no part.
+    The file and how many samples were written; None in a process that takes no part.
 
     Raises
     ------
@@ -115,7 +116,7 @@ def sample_to(
     given = {name: value for name, value in values.items() if value is not None}
     target = local_device(choose_device(device))
     with process_group(target):
-        # The first process decides for all: another run may be the newest one a second later.
+        # The first process decides for all, since another run may be the newest one a second later.
         found, path, options = broadcast(
             _options(
                 given,
@@ -206,11 +207,11 @@ def sample(
     Parameters
     ----------
     count
-        How many, by default 100.
+        Number of samples, by default 100.
     output
-        File to write; None returns the molecules themselves.
+        File to write; None returns molecules.
     **options
-        Those of `sample_to`.
+        Further parameters of `sample_to`.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Train a model: the function behind `molgen-energy train`."""
+"""Train a model: `molgen-energy train` as a function."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from molgen_energy.training.task import Task
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A run that is about to train."""
+    """A run that is about to start."""
 
     folder: Path
     system: System
@@ -76,7 +76,7 @@ def train(
     steps, epochs
         Length of the run; set one of them.
     batch_size, lr, seed
-        Of the training.
+        Values of the section `training`.
     changes
         Other values by dotted key, such as ``{"model.layers": 6}``.
     device
@@ -86,9 +86,9 @@ def train(
     resume
         Folder of a run to continue; only `steps`, `epochs`, `data` and `device` can be set then.
     callback
-        Receives progress after each step.
+        Called after each step.
     progress
-        Receives the progress of preparing data, if that takes long.
+        Called with the number of prepared samples, if preparing data takes long.
     on_start
         Called when data and model are ready.
 

@@ -26,7 +26,7 @@ def command(
         None,
         "-n",
         "--count",
-        help="How many; default: 100, for spins all lattices.",
+        help="Number of samples; default: 100, for spins all lattices.",
     ),
     checkpoint: Path | None = typer.Option(
         None,
@@ -45,14 +45,14 @@ def command(
         None,
         "--n-atoms",
         metavar="N|A-B",
-        help="Atoms of each molecule; default: distributed as in the training data.",
+        help="Number of atoms of a molecule, or its range; default: as in the training data.",
     ),
     seed: int | None = typer.Option(
         None,
         "--seed",
         min=0,
         max=2**64 - 1,
-        help="Of the samples; default: 0.",
+        help="Seed of the samples; default: 0.",
     ),
     sampler: str | None = typer.Option(
         None,
@@ -72,13 +72,13 @@ def command(
         "quadratic. Default: the first, or what pretrained weights were evaluated with.",
     ),
     eta: float | None = typer.Option(
-        None, "--eta", help="Noise of ddim's steps, 0 (the default) to 1 (as ancestral)."
+        None, "--eta", help="Noise in the steps of ddim, from 0 (default) to 1 (as ancestral)."
     ),
     condition: list[str] = typer.Option(
         [],
         "--condition",
         metavar="NAME=VALUE",
-        help="Value of a property on which the model was trained, in the data's unit; default: "
+        help="Value of a property that the model was trained on, in the unit of the data; default: "
         "drawn from the training molecules.",
     ),
     output: Path | None = typer.Option(

@@ -1,4 +1,4 @@
-"""`molgen-energy train`: from data to a run's folder."""
+"""`molgen-energy train`: train a model on data."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def command(
         [], "--set", metavar="KEY=VALUE", help="Change a value, such as model.layers=6."
     ),
     data: Path | None = typer.Option(
-        None, "--data", help="HDF5 file of `preprocess`; default: as configured."
+        None, "--data", help="HDF5 file of `preprocess`; default: that of the configuration."
     ),
     steps: int | None = typer.Option(None, "--steps", help="Length of the run in steps."),
-    epochs: int | None = typer.Option(None, "--epochs", help="Length in passes over the data."),
-    batch_size: int | None = typer.Option(None, "--batch-size"),
+    epochs: int | None = typer.Option(None, "--epochs", help="Length of the run in epochs."),
+    batch_size: int | None = typer.Option(None, "--batch-size", help="Samples in a batch."),
     lr: float | None = typer.Option(None, "--lr", help="Learning rate."),
-    seed: int | None = typer.Option(None, "--seed"),
+    seed: int | None = typer.Option(None, "--seed", help="Seed of the run."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1."),
     output: Path | None = typer.Option(
         None, "-o", "--output", help="Folder of the run; default: a new one under runs/."

@@ -1,9 +1,9 @@
 """Training data as batches of molecules of about the same size, resident or streamed.
 
-Training molecules come in *windows*: sets of molecules that are in memory as a whole, on the
-device, with the other inputs of a loss. Data that fits in memory is one window, made at the start.
-Of a larger file, each epoch is a new sequence of windows, each of many short runs of the file; a
-thread reads the next window during training on the present one. A `BatchIndex` names its window and
+Training molecules come in *windows*: sets of molecules that are in memory, on the device, with the
+other inputs of a loss. Data that fits in memory is one window, made at the start. A larger file is
+cut into short runs of molecules. Each epoch is a new sequence of windows, each of many runs, and a
+thread reads the next window during training on the current one. A `BatchIndex` names its window and
 the molecules in it.
 """
 
@@ -26,9 +26,9 @@ from molgen_energy.data.molecules import Molecules
 from molgen_energy.data.splits import SPLITS
 
 _BATCHES_PER_BLOCK = 32
-_RUN = 4096  # most molecules of a run: few enough to mix, enough to be read at speed
+_RUN = 4096  # most molecules of a run: few enough to mix well, enough to read fast
 _RUNS_PER_WINDOW = 32  # at least, where batches are small enough
-_BLOCK = 1 << 20  # molecules whose split is looked at in one go
+_BLOCK = 1 << 20  # molecules whose split is read at once
 
 Window = TypeVar("Window")
 Window_co = TypeVar("Window_co", covariant=True)
@@ -54,11 +54,11 @@ class BatchIndex:
         return len(self.which)
 
     def shard(self, rank: int, world: int) -> BatchIndex:
-        """The part of process `rank` of `world`; empty for more processes than molecules."""
+        """The shard of process `rank` of `world`; empty with more processes than molecules."""
         return BatchIndex(self.window, self.which[rank::world], self.sizes[rank::world])
 
     def largest(self, count: int) -> BatchIndex:
-        """So many of its largest molecules."""
+        """The `count` largest molecules of the batch."""
         order = np.argsort(-self.sizes, kind="stable")[:count]
         return BatchIndex(self.window, self.which[order], self.sizes[order])
 
@@ -71,7 +71,7 @@ class MoleculeBatch:
         (B, N), true at real atoms.
     data
         `positions` (B, N, 3) float32 in Å, `atomic_numbers` (B, N) uint8, and of the optional
-        columns that were asked for `formal_charges` (B, N) int8 and `bond_orders` (B, N, N) uint8.
+        columns, if they were read, `formal_charges` (B, N) int8 and `bond_orders` (B, N, N) uint8.
     properties
         (B,) float64 by name, NaN where missing.
     bonds
@@ -183,16 +183,16 @@ class TrainingData(Protocol[Window_co]):
 
     batches_per_epoch: int
     seconds_waited: float
-    """Time that `window` has waited for data, the first window included."""
+    """Seconds that `window` has waited for data, including the first window."""
 
     def epoch(self, epoch: int) -> Sequence[BatchIndex]:
         """The batches of an epoch: every training molecule once, by seed and `epoch` alone."""
 
     def window(self, number: int) -> Window_co:
-        """The window that batches of this number index."""
+        """The window with a number, which `BatchIndex.window` names."""
 
     def sample(self, molecules: int) -> Window_co:
-        """About so many training molecules, or more if they are in memory, for averages."""
+        """About `molecules` training molecules for averages; all of them if they are in memory."""
 
     def close(self) -> None:
         """Stop reading; no window is available after that."""
@@ -239,24 +239,24 @@ class ResidentData(Generic[Window]):
 class StreamedData(Generic[Window]):
     """Training data of a file that need not fit in memory, in windows read in advance.
 
-    The file's training molecules are cut into short runs. An epoch puts the runs in random order
-    and makes a window of every few; within a window batches are made as for resident data. Window
-    k of epoch e has the number e·windows + k, which determines its molecules. At most two windows
-    are in memory: the present one, and the next one, which a thread reads meanwhile.
+    The training molecules of the file are cut into short runs. An epoch puts the runs in random
+    order and makes each window of several; within a window batches are made as for resident data.
+    Window k of epoch e has the number e·windows + k, which determines its molecules. At most two
+    windows are in memory: the current one, and the next one, which a thread reads.
 
     Parameters
     ----------
     file
-        Open, with training molecules; closed by `close`. Its offsets and split (9 bytes a molecule)
-        are all that grows with it in memory.
+        An open file with training molecules; `close` closes it. Only its offsets and split
+        (9 bytes a molecule) take memory that grows with the file.
     make
-        Makes a window of molecules, given their numbers in the file and among the training
-        molecules (M,), and `check_cancelled`, which raises once the window is not needed any more.
+        Makes a window of molecules, their numbers in the file and among the training molecules,
+        (M,) each, and `check_cancelled`, which raises once the window is not needed any more.
         Called in the reading thread.
     molecules
-        In a window, at most, but at least a batch.
+        Most molecules of a window; at least a batch.
     batch_size, seed
-        Of the batches.
+        Size of the batches, and seed of their order.
     columns
         Optional columns of the file that molecules are read with.
     """
@@ -275,8 +275,8 @@ class StreamedData(Generic[Window]):
     ) -> None:
         self._file, self._make, self._columns = file, make, columns
         self._batch_size, self._seed = batch_size, seed
-        # Runs are whole batches, but for the last, so that every epoch has as many batches
-        # whichever runs meet, and no window ends in a small one.
+        # All runs except the last are whole batches, so every epoch has the same number of batches
+        # for any combination of runs, and no window ends with a small batch.
         self._run = batch_size * max(1, min(_RUN, molecules // _RUNS_PER_WINDOW) // batch_size)
         self._starts, total = self._cut()
         self._windows = -(-(len(self._starts) - 1) // max(1, molecules // self._run))
@@ -309,7 +309,7 @@ class StreamedData(Generic[Window]):
         return np.concatenate(numbers), np.concatenate(ranks)
 
     def _shuffled(self, stream: int, epoch: int) -> NDArray[np.int64]:
-        """All runs in a random order; the stream keeps it apart from the orders of batches."""
+        """All runs in a random order, which differs from that of batches by the stream."""
         rng = np.random.default_rng([self._seed, epoch, stream])
         return rng.permutation(len(self._starts) - 1)
 
@@ -345,7 +345,7 @@ class StreamedData(Generic[Window]):
         Raises
         ------
         InputError
-            The file breaks off, or holds what cannot be trained on.
+            The file is cut off, or holds data that cannot be trained on.
         """
         if self._present is None or self._present[0] != number:
             began = time.perf_counter()
@@ -374,7 +374,7 @@ class StreamedData(Generic[Window]):
             raise _Cancelled
 
     def sample(self, molecules: int) -> Window:
-        """About so many training molecules, in runs that the seed chooses."""
+        """About `molecules` training molecules, in runs that the seed chooses."""
         runs = self._shuffled(2, 0)[: max(1, molecules // self._run)]
         return self._read(*self._members(np.sort(runs)))
 

@@ -1,9 +1,9 @@
 """Finished shards of a file that a long command writes, so that no work is done twice.
 
 Beside `samples.sdf` the folder `samples.sdf.shards` holds `manifest.yaml`, which describes the job,
-and a file for each finished shard: 32 bytes, the SHA-256 of the manifest and of the rest, then a
-safetensors file of arrays. The folder with its manifest, and each shard, appear under their names
-when they are complete.
+and a file for each finished shard. Its first 32 bytes are the SHA-256 of the manifest and of the
+rest, which is a safetensors file of arrays. The folder with its manifest, and each shard, get their
+names when they are complete.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ShardFolder:
     output
         The file.
     command
-        The command that writes it.
+        Name of the command that writes it.
     lead
         Whether to lock the folder, so that no other process writes the file.
 

@@ -1,1 +1,1 @@
-"""Noising, the training objective, and sampling."""
+"""Fields and states, noise processes, the training objective, and samplers."""

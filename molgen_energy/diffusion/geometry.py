@@ -17,7 +17,7 @@ def centred(positions: Tensor, mask: Tensor) -> Tensor:
 def rotated(positions: Tensor, rotations: Tensor) -> Tensor:
     """Positions (B, N, 3) rotated by matrices R (B, 3, 3), each x ↦ R·x.
 
-    Computed as sums of products, so that the result is exact where matrix products use TF32.
+    Computed elementwise, so that the result has full precision where matrix products use TF32.
     """
     return (positions[:, :, None] * rotations[:, None]).sum(dim=-1)
 

@@ -7,17 +7,17 @@ from molgen_energy.diffusion.state import State
 
 
 class SamplingHook:
-    """Changes predictions and states while a sampler runs; this one leaves both unchanged.
+    """Changes predictions and states while a sampler runs. This base class changes neither.
 
     Guidance overrides `after_prediction`, for example to add the gradient of a function of the
     clean prediction. Inpainting overrides `after_step` to set fixed atoms to their values with the
-    noise of the level. The sampler projects what a hook returns on the subspaces of the fields.
+    noise of the level. The sampler projects what a hook returns onto the subspaces of the fields.
     """
 
     def after_prediction(self, prediction: Prediction, level: int) -> Prediction:
-        """The prediction that the sampler uses at a level."""
+        """Return the prediction that the sampler uses at a level."""
         return prediction
 
     def after_step(self, state: State, level: int) -> State:
-        """The state from which the sampler goes on, after a step to a level."""
+        """Return the state from which the sampler continues after a step to a level."""
         return state

@@ -5,7 +5,7 @@ Philox4x32-10, a counter-based generator (Salmon et al., "Parallel random number
 batch are computed at once, on any device, with the same bits. The key is the seed; the counter
 holds the sample, the level, the domain, and the atom or pair with the channel. A sample therefore
 gets the same numbers in every batch, on every process and for every padding. Training and sampling
-use this generator for everything random.
+draw noise, levels, sizes, rotations and random graphs from this generator.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WORD = 0xFFFFFFFF
 
 
 class Stream(IntEnum):
-    """Streams of one number for each sample. Noise levels count up from 0 and never reach them."""
+    """Streams of one number for each sample, far above all noise levels, which start at 0."""
 
     SIZE = _WORD
     LEVEL = _WORD - 1
@@ -41,8 +41,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     """Four tensors of random 32-bit words (int64) from counters (broadcast together) and a key."""
     a, b, c, d = torch.broadcast_tensors(*counter)  # type: ignore[no-untyped-call]
     device = a.device
-    # Both multiplications of a round are one operation on stacked words. The halves swap their
-    # places at every round, and multipliers and keys with them.
+    # Both multiplications of a round are one operation on stacked words. The halves swap places
+    # in every round, and multipliers and keys swap with them.
     first, second = torch.stack([a, c]), torch.stack([b, d])
     shape = (2, *[1] * a.ndim)
     multipliers = torch.tensor(_MULTIPLIERS, device=device).view(shape)
@@ -59,24 +59,24 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def pair_numbers(atoms: int, device: torch.device) -> Tensor:
-    """A number for each ordered pair of atoms, (N, N), which does not depend on N (M. Szudzik)."""
+    """A number for each ordered pair of atoms, (N, N), independent of N (pairing of M. Szudzik)."""
     i = torch.arange(atoms, device=device)[:, None]
     j = torch.arange(atoms, device=device)[None]
     return torch.where(i >= j, i * i + i + j, j * j + i)
 
 
 class RandomNumbers:
-    """Random numbers of some samples.
+    """Random numbers for a batch of samples.
 
     Parameters
     ----------
     seed
-        64 bits are used.
+        An integer of 64 bits.
     samples
-        (B,) int64, the number of each sample, below 2³².
+        (B,) int64, the number that identifies each sample, below 2³².
     population
-        How many samples there are in all, over all batch shards; None is B. Needed for stratified
-        numbers, where `samples` must be below it.
+        Number of samples in all shards of the batch; None is B. Stratified numbers
+        require that `samples` are below it.
     """
 
     def __init__(self, seed: int, samples: Tensor, population: int | None = None) -> None:
@@ -107,9 +107,9 @@ class RandomNumbers:
         return (self._single(stream)[:, 0] >> 8).float() * 2.0**-24
 
     def stratified(self, stream: Stream) -> Tensor:
-        """A number in [0, 1) for each sample, (B,) float32, one of the population in each stratum.
+        """A number in [0, 1) for each sample, (B,) float32, stratified over the population.
 
-        The strata are the `population` equal parts of the interval, in random order.
+        Each of the `population` equal parts of the interval holds the number of one sample.
         """
         everyone = torch.arange(self.population, device=self.samples.device)
         order = RandomNumbers(self.seed, everyone)._single(Stream.STRATUM)[:, 0].argsort()
@@ -136,7 +136,7 @@ class RandomNumbers:
         mask
             (B, N), true at real atoms.
         level
-            Of the noise, at least 0; each level has numbers of its own.
+            Noise level, at least 0. Each level has its own numbers.
         """
         tensors = {
             domain: layout.standard_noise(domain, self._normal(layout, domain, mask, level), mask)

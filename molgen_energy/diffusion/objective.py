@@ -25,18 +25,18 @@ class TimestepDistribution(NamedTuple):
 
     power: float = 1.0
     stratified: bool = False
-    """Whether one u of a batch lies in each of its equal parts of [0, 1), which reduces the
-    variance of the batch's mean loss."""
+    """Whether a batch has one u in each of its equal parts of [0, 1), which reduces the variance of
+    the mean loss."""
 
     def draw(self, levels: int, random: RandomNumbers) -> Tensor:
-        """Numbers of levels, from 0, (B,) int64."""
+        """Level numbers, from 0 to `levels` − 1, (B,) int64."""
         draw = random.stratified if self.stratified else random.uniform
         uniform = draw(Stream.LEVEL)
         return (levels * uniform**self.power).long().clamp(max=levels - 1)
 
 
 class Terms(NamedTuple):
-    """The objective of each sample, (B,), and its parts by field."""
+    """The objective of each sample, (B,), and its terms by field, each (B,)."""
 
     total: Tensor
     fields: dict[str, Tensor]
@@ -48,9 +48,9 @@ class Weights(NamedTuple):
     Parameters
     ----------
     positions
-        w, of the loss on positions.
+        w, the weight of the loss on positions.
     fields
-        Of the errors of the other fields, by name; 1 where a field is missing.
+        Weights of the errors of the other fields, by name; 1 for fields that are not named.
     """
 
     positions: float
@@ -70,18 +70,19 @@ class Objective:
     process
         Adds the noise.
     position_loss
-        L, called with clean positions in Å.
+        L, called with clean positions in Å, (B, N, 3).
     weights
         w and w_f.
     timesteps
         How often each level is drawn.
     weighting
-        `noise`: f is the process's target (noise of a diffusion, velocity of a flow) and
-        W = (α/σ)^p, or 1/t^p of a flow, so that a small error of the target costs the same at every
-        level. `clean`: f is clean data, and all terms have the weight √(α/σ) (JODO: Huang et al.,
-        2023), which suits denoisers that predict clean data.
+        `noise`: f is the target of the process (noise for diffusion, velocity for flow matching)
+        and W = (α/σ)^p, for flow matching 1/t^p, so that a small error of the target costs the same
+        at every level. `clean`: f is clean data, and all terms have the weight √(α/σ) (JODO: Huang
+        et al., 2023), which suits denoisers that predict clean data.
     self_condition_probability
-        How often a self-conditioned denoiser gets its own first prediction; for the whole batch.
+        Probability that a self-conditioned denoiser gets its own first prediction, the same for
+        the whole batch.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class Objective:
         condition: Tensor | None = None,
         loss_inputs: Mapping[str, Any] = MappingProxyType({}),
     ) -> Terms:
-        """Draw a level and noise for each sample, and take the losses of the model's prediction.
+        """Draw a level and noise for each sample, and compute the losses of the prediction.
 
         Parameters
         ----------
@@ -117,7 +118,7 @@ class Objective:
         clean
             The data.
         random
-            Of the samples.
+            Random numbers of the samples.
         condition
             (B, K), or None.
         loss_inputs
@@ -143,10 +144,10 @@ class Objective:
         condition: Tensor | None,
         random: RandomNumbers,
     ) -> State | None:
-        """A clean prediction without gradient for self-conditioned denoisers, or None."""
+        """A clean prediction without gradient for a self-conditioned denoiser, or None."""
         if not getattr(getattr(model, "module", model), "self_conditioned", False):
             return None
-        # One draw for the batch, the same in all processes.
+        # One draw for the whole batch, the same in all processes.
         coin = RandomNumbers(random.seed, random.samples.new_zeros(1))
         if float(coin.uniform(Stream.SELF_CONDITION)) >= self.self_condition_probability:
             return None
@@ -154,7 +155,7 @@ class Objective:
             return self.process.predict(model, noisy, level, condition).clean.projected().detach()
 
     def _signal_to_noise(self, level: Tensor) -> Tensor:
-        """α/σ, of flow matching 1/t, (B,)."""
+        """α/σ, for flow matching 1/t, (B,)."""
         if self.process.target == "velocity":
             return 1 / self.process.sigma(level)
         return self.process.alpha(level) / self.process.sigma(level)
@@ -187,7 +188,7 @@ class Objective:
     def _error_terms(
         self, prediction: Prediction, clean: State, noise: State, level: Tensor
     ) -> dict[str, Tensor]:
-        """Errors of all fields but the positions."""
+        """Error terms of all fields except positions."""
         if self.weighting == "noise":
             predicted, true = prediction.target, self.process.true_target(clean, noise, level)
             weight = torch.ones_like(self.process.sigma(level))

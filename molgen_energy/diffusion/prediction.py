@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 class Prediction:
     """A denoiser's output for a noisy state x_t = α_t x + σ_t ε, as each of three parametrisations.
 
-    ε̂ is the noise, x̂ the clean data and v̂ the velocity: v = α_t ε − σ_t x of a diffusion (Salimans
-    and Ho, ICLR 2022), v = ε − x of flow matching. Each is computed when it is first used.
+    ε̂ is the noise, x̂ the clean data and v̂ the velocity: v = α_t ε − σ_t x for diffusion (Salimans
+    and Ho, ICLR 2022), v = ε − x for flow matching. Each is computed when it is first used.
 
     Parameters
     ----------
     process
-        Of the training.
+        The process of the training.
     noisy
         x_t.
     level
-        Of the noise, (B,) int64.
+        Noise levels, (B,) int64.
     output
         What the denoiser returned, in the parametrisation `process.prediction`.
     """
@@ -63,5 +63,5 @@ class Prediction:
 
     @property
     def target(self) -> State:
-        """The parametrisation whose error the process weights alike at all levels."""
+        """The parametrisation whose error has the same weight at all levels, `Process.target`."""
         return self.noise if self.process.target == "noise" else self.velocity

@@ -1,4 +1,4 @@
-"""The forward processes: how data become noise, and what a denoiser predicts at a noise level."""
+"""Forward processes: how noise is added, and what a denoiser predicts at a noise level."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Denoise = Callable[..., State]
 
 
 class ProcessConfig(Section):
-    """Forward process, told apart by `name`."""
+    """Base of the sections of processes, told apart by `name`."""
 
     name: str
     steps: Annotated[int, Option(ge=2)] = 1000
@@ -53,7 +53,7 @@ class Process(ABC):
     predictions: ClassVar[tuple[str, ...]]
     """What a denoiser may predict."""
     target: ClassVar[Literal["noise", "velocity"]]
-    """The parametrisation whose squared error counts the same at every level, see `Objective`."""
+    """The parametrisation whose squared error has equal weight at all levels, see `Objective`."""
     first_level: ClassVar[int]
     """The lowest level that denoisers are trained at."""
 
@@ -67,11 +67,11 @@ class Process(ABC):
 
     @abstractmethod
     def alpha(self, level: Tensor) -> Tensor:
-        """α of levels (any shape), float32."""
+        """α at levels (any shape), float32."""
 
     @abstractmethod
     def sigma(self, level: Tensor) -> Tensor:
-        """σ of levels (any shape), float32."""
+        """σ at levels (any shape), float32."""
 
     @abstractmethod
     def velocity(self, clean: State, noise: State, alpha: Tensor, sigma: Tensor) -> State:
@@ -106,7 +106,7 @@ class Process(ABC):
         return self.alpha(level) * clean + self.sigma(level) * noise
 
     def true_target(self, clean: State, noise: State, level: Tensor) -> State:
-        """What `Prediction.target` is of a perfect denoiser."""
+        """The `Prediction.target` of a perfect denoiser."""
         if self.target == "noise":
             return noise
         return self.velocity(clean, noise, self.alpha(level), self.sigma(level))
@@ -154,8 +154,8 @@ class DiffusionConfig(ProcessConfig):
 class Diffusion(Process):
     """Variance-preserving diffusion, α² + σ² = 1, trained at levels 0 … T.
 
-    A clean prediction x̂ = (x_t − σ_t ε̂)/α_t with weight (α_t/σ_t)² costs the squared error of the
-    noise. Equation 2 of Hoogeboom et al., ICML 2022.
+    The squared error of the clean prediction x̂ = (x_t − σ_t ε̂)/α_t with weight (α_t/σ_t)² is that
+    of the noise. Equation 2 of Hoogeboom et al., ICML 2022.
 
     Parameters
     ----------
@@ -211,7 +211,7 @@ class FlowMatchingConfig(ProcessConfig):
 class FlowMatching(Process):
     """x_t = (1 − t) x + t ε, trained at t = 1/T … 1; the velocity is u = ε − x.
 
-    A clean prediction x̂ = x_t − t û with weight 1/t² costs the squared error of the velocity
+    The squared error of the clean prediction x̂ = x_t − t û with weight 1/t² is that of the velocity
     (appendix A.7 of Kaba et al., NeurIPS 2025; Lipman et al., ICLR 2023).
     """
 
@@ -248,5 +248,5 @@ PROCESSES: dict[str, type[Process]] = {"diffusion": Diffusion, "flow_matching": 
 
 
 def levels_of(count: int, level: int, device: torch.device) -> Tensor:
-    """The same level for so many samples, (B,) int64."""
+    """One level for all of `count` samples, (count,) int64."""
     return torch.full((count,), level, dtype=torch.long, device=device)

@@ -27,12 +27,12 @@ from molgen_energy.errors import InputError, unknown_name
 def spaced_levels(places: Tensor, steps: int) -> list[int]:
     """S + 1 of the levels, T first and 0 last, about equally far apart.
 
-    Where levels lie further apart than the steps, the next free one is taken, so that all differ.
+    Where several would round to the same level, the next free ones are used, so that all differ.
 
     Parameters
     ----------
     places
-        Where the levels lie, ascending, (T+1,) float64.
+        The quantity that is evenly spaced, at each level, ascending, (T+1,) float64.
     steps
         S, 1 to T.
     """
@@ -40,7 +40,7 @@ def spaced_levels(places: Tensor, steps: int) -> list[int]:
     wanted = torch.linspace(float(places[0]), float(places[-1]), steps + 1, dtype=torch.float64)
     above = torch.searchsorted(places, wanted).clamp(1, top)
     nearer_below = wanted - places[above - 1] < places[above] - wanted
-    # At least k levels lie below the k-th that is taken, and S − k above.
+    # At least k levels are below the k-th chosen one, and S − k above.
     k = torch.arange(steps + 1)
     levels = torch.cummax(above - nearer_below.long() - k, dim=0).values + k
     levels = torch.minimum(levels, top - steps + k)
@@ -68,9 +68,9 @@ SPACINGS: dict[str, Callable[[Process], Tensor]] = {
     "even": _times,
     "quadratic": _root_times,
 }
-"""The quantity in which the levels that a sampler visits are equally far apart, (T+1,), by name."""
+"""The quantity in which the visited levels are equally far apart, (T+1,), by name."""
 
-# Equal steps in log(σ/α) are best where few steps of a diffusion use exact scores: every sampler
+# With exact scores, equal steps in log(σ/α) are best for few steps of a diffusion: every sampler
 # here comes closer to the data than with even or quadratic spacing.
 DEFAULT_SPACINGS = {"diffusion": "log", "flow_matching": "even"}
 """By the process that the denoiser was trained with."""
@@ -85,7 +85,7 @@ class SamplerContext:
         Denoiser, called as model(state, time, mask, condition, self_condition). If its attribute
         `self_conditioned` is true, it gets the previous clean prediction.
     process
-        That it was trained with.
+        The process of its training.
     random
         Random numbers of the samples.
     layout
@@ -118,11 +118,11 @@ class SamplerContext:
         self._previous: State | None = None
 
     def start(self) -> State:
-        """Noise of level T, the same for every sampler."""
+        """The state at level T: pure noise, the same for every sampler."""
         return self.noise(self.process.steps + 1)
 
     def noise(self, level: int) -> State:
-        """Standard normal noise, numbered by the level that the sampler leaves."""
+        """Standard normal noise for the step that starts at a level."""
         return self.random.noise(self.layout, self.mask, level)
 
     def predict(self, state: State, level: int) -> Prediction:
@@ -143,12 +143,12 @@ class SamplerContext:
 
 
 class Sampler(ABC):
-    """From noise to samples, with a denoiser that was trained with a process.
+    """Draws samples from noise with a denoiser that was trained with a process.
 
     Parameters
     ----------
     process
-        Of the training.
+        The process of the training.
     steps
         S, 1 to T; None visits all levels.
     spacing
@@ -157,13 +157,13 @@ class Sampler(ABC):
     Raises
     ------
     InputError
-        S is out of range, or the process has no such spacing.
+        S is out of range, or the spacing is not defined for the process.
     """
 
     processes: ClassVar[tuple[str, ...]]
     """Processes whose denoisers it can use."""
     eta: float | None = None
-    """η, of a sampler that has one."""
+    """η, for samplers that have one."""
 
     def __init__(
         self, process: Process, steps: int | None = None, spacing: str | None = None
@@ -200,7 +200,7 @@ class Sampler(ABC):
         hook: SamplingHook | None = None,
         advance: Callable[[], None] = lambda: None,
     ) -> State:
-        """Draw samples in the units of the state; parameters as of `SamplerContext`."""
+        """Draw samples in the units of the state; for the parameters see `SamplerContext`."""
         context = SamplerContext(
             model, self.process, random, layout, mask, condition, hook, advance
         )
@@ -212,7 +212,7 @@ class Sampler(ABC):
 
 
 class DiffusionSampler(Sampler):
-    """A sampler of denoisers that were trained by diffusion."""
+    """Base of the samplers for denoisers that were trained by diffusion."""
 
     processes = ("diffusion",)
     process: Diffusion
@@ -222,7 +222,7 @@ class DiffusionSampler(Sampler):
         return self.steps + 1
 
     def _last_step(self, x: State, context: SamplerContext, spread: float = 0.0) -> State:
-        """x̂ + spread·(σ_0/α_0)·ε of continuous fields, and x_0 itself of discrete ones.
+        """x̂ + spread·(σ_0/α_0)·ε for continuous fields, and x_0 itself for discrete ones.
 
         The remaining noise of discrete fields is far below half a unit, so rounding removes it.
         """
@@ -244,7 +244,7 @@ class AncestralSampler(DiffusionSampler):
     """Ancestral sampling of EDM (Hoogeboom et al., ICML 2022, algorithm 2).
 
     x_s = x_t/α_{t|s} − σ²_{t|s}/(α_{t|s} σ_t)·ε̂ + (σ_{t|s} σ_s/σ_t)·ε from each level t to the next
-    level s, with α_{t|s} = α_t/α_s and σ²_{t|s} = σ²_t − α²_{t|s} σ²_s. In the end positions are
+    level s, with α_{t|s} = α_t/α_s and σ²_{t|s} = σ²_t − α²_{t|s} σ²_s. At the end positions are
     drawn from N(x̂, σ_0²/α_0²), and discrete fields are those of x_0 itself.
     """
 
@@ -265,15 +265,15 @@ class AncestralSampler(DiffusionSampler):
 class DDIMSampler(DiffusionSampler):
     """Denoising diffusion implicit models (Song, Meng, Ermon, ICLR 2021, equations 12 and 16).
 
-    x_s = α_s x̂ + √(σ_s² − c²)·ε̂ + c·ε with c = η σ_{t|s} σ_s/σ_t and σ_{t|s} as of
-    `AncestralSampler`, whose steps are those at η = 1. At η = 0 only the start is random, and the
-    steps are Euler's on the probability-flow ODE d(x/α)/d(σ/α) = ε̂: of first order in 1/S. In the
-    end positions are x̂, and discrete fields are those of x_0 itself.
+    x_s = α_s x̂ + √(σ_s² − c²)·ε̂ + c·ε with c = η σ_{t|s} σ_s/σ_t and σ_{t|s} as in
+    `AncestralSampler`, which has the same steps at η = 1. At η = 0 only the start is random, and
+    the steps are Euler's for the probability-flow ODE d(x/α)/d(σ/α) = ε̂: of first order in 1/S. At
+    the end positions are x̂, and discrete fields are those of x_0 itself.
 
     Parameters
     ----------
     eta
-        η in [0, 1]; other parameters as of `Sampler`.
+        η in [0, 1]; for the other parameters see `Sampler`.
     """
 
     eta: float
@@ -310,7 +310,7 @@ class DPMSolverSampler(DiffusionSampler):
     x_s = (σ_s/σ_t) x_t − α_s (e^{−h} − 1) D with λ = log(α/σ), h = λ_s − λ_t, and
     D = (1 + 1/(2r)) x̂_t − 1/(2r) x̂_{t'}, where t' is the level before t and r = (λ_t − λ_{t'})/h.
     The first step has D = x̂_t. Of second order in 1/S, with one evaluation of the model for each
-    step. In the end positions are x̂, and discrete fields are those of x_0 itself.
+    step. At the end positions are x̂, and discrete fields are those of x_0 itself.
     """
 
     def _sample(self, context: SamplerContext) -> State:
@@ -336,10 +336,10 @@ class HeunSampler(Sampler):
     """Heun's method on the probability-flow ODE (Karras et al., NeurIPS 2022, algorithm 1).
 
     In y = x/α_t and τ = σ_t/α_t the ODE is dy/dτ = ε̂ (equation 4 there, with s(t) = α and
-    σ(t) = τ); of a flow y = x, τ = t/T, and dy/dτ = û. A step goes to y + (τ_s − τ_t)·d_t, and then
-    from y again with the mean of d_t and the slope there. Of second order in 1/S. Only the start is
-    random. A diffusion ends with positions x̂ and discrete fields of x_0; a flow's last step, to
-    t = 0 where the network was never trained, is Euler's.
+    σ(t) = τ); for flow matching y = x, τ = t/T, and dy/dτ = û. A step first goes to
+    y + (τ_s − τ_t)·d_t. It is repeated from y with the mean of d_t and the slope at that point. Of
+    second order in 1/S. Only the start is random. A diffusion ends with positions x̂ and discrete
+    fields of x_0. The last step of a flow, to t = 0 where the network is not trained, is Euler's.
     """
 
     processes = ("diffusion", "flow_matching")
@@ -412,7 +412,7 @@ def build_sampler(
     eta: float | None = None,
     spacing: str | None = None,
 ) -> Sampler:
-    """The sampler of a name; None takes the default of the process, all levels, and η = 0.
+    """The named sampler; None selects the default of the process, all levels, and η = 0.
 
     Raises
     ------

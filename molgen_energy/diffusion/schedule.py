@@ -1,4 +1,4 @@
-"""How much signal and noise there is at each step."""
+"""Noise schedules: factors of signal and noise at each level."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LEAST_RATIO = 0.001  # of α² from one step to the next, so that no step divid
 class PolynomialSchedule:
     """x_t = α_t x + σ_t ε with α²(u) = (1 − 2s)·(1 − u²)² + s, u = t/T, α² + σ² = 1.
 
-    The ratio of α² between steps is clipped at 0.001 from below first. EDM's schedule
+    The ratio of α² from one level to the next is first clipped to at least 0.001. EDM's schedule
     `polynomial_2` (Hoogeboom et al., ICML 2022).
 
     Parameters
@@ -20,7 +20,7 @@ class PolynomialSchedule:
     steps
         T; there are T + 1 noise levels, t = 0 … T.
     precision
-        s: the noise variance at t = 0, the signal's at t = T.
+        s: the variance of the noise at t = 0, and of the signal at t = T.
     """
 
     def __init__(self, steps: int, precision: float = 1e-5) -> None:
@@ -30,10 +30,10 @@ class PolynomialSchedule:
         ratios = np.clip(alpha2[1:] / alpha2[:-1], _LEAST_RATIO, 1.0)
         alpha2 = np.concatenate([[1.0], np.cumprod(ratios)])
         alpha2 = (1 - 2 * precision) * alpha2 + precision
-        # float64: differences of neighbouring steps are small
+        # float64, since differences between neighbouring levels are small.
         self.alpha2 = torch.from_numpy(alpha2)
         self.sigma2 = torch.from_numpy(1 - alpha2)
-        # α and σ by device: a copy at every step would make a GPU wait.
+        # α and σ on each device: copying them at every step would make a GPU wait.
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def alpha(self, step: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Named fields of a sample, and the state that batches, processes, models and samplers pass on.
 
 A field is a named quantity of the atoms, of the pairs of atoms, or of the whole sample. A `Layout`
-puts the fields of one domain side by side into one contiguous tensor, so that noising a state costs
-one operation for each domain, whatever the number of fields:
+puts the fields of one domain side by side into one contiguous tensor, so that adding noise takes
+one operation for each domain, for any number of fields:
 
 ========  =================  ==============================================
 domain    tensor             examples
@@ -12,7 +12,7 @@ domain    tensor             examples
 `graph`   (B, C)             a periodic cell
 ========  =================  ==============================================
 
-B samples, N atoms of the largest of them, C channels of all fields of the domain. Tensors are zero
+B samples, N atoms of the largest one, C channels of all fields of the domain. Tensors are zero
 at padding, and tensors of pairs on the diagonal as well.
 """
 
@@ -93,7 +93,7 @@ class _Segment:
 
 
 class Layout:
-    """Fields, and their places in the tensor of their domain.
+    """Fields, and their channels in the tensors of their domains.
 
     Raises
     ------
@@ -138,7 +138,7 @@ class Layout:
         return (*place, self.channels[domain])
 
     def project(self, domain: Domain, values: Tensor, mask: Tensor) -> Tensor:
-        """The orthogonal projection of a domain's tensor on the subspaces of its fields."""
+        """The orthogonal projection of a domain's tensor onto the subspaces of its fields."""
         inside = _inside(domain, mask)
         parts = []
         for segment in self._segments[domain]:
@@ -179,7 +179,7 @@ def _inside(domain: Domain, mask: Tensor) -> Tensor | None:
 
 
 def pairs_inside(mask: Tensor) -> Tensor:
-    """(B, N, N) from (B, N): true where two different real atoms meet."""
+    """(B, N, N) from (B, N): true for pairs of different real atoms."""
     distinct = ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
     return mask[:, :, None] & mask[:, None, :] & distinct
 
@@ -257,12 +257,12 @@ class State:
         return State(self.layout, self.mask, {**self.tensors, "atom": atoms})
 
     def map(self, function: Callable[[Tensor], Tensor]) -> State:
-        """The function of each domain's tensor."""
+        """A state with a function applied to the tensor of each domain."""
         tensors = {domain: function(values) for domain, values in self.tensors.items()}
         return State(self.layout, self.mask, tensors)
 
     def projected(self) -> State:
-        """The state projected on the subspaces of its fields, zero at padding."""
+        """The state projected onto the subspaces of its fields, zero at padding."""
         tensors = {
             domain: self.layout.project(domain, values, self.mask)
             for domain, values in self.tensors.items()
@@ -303,7 +303,7 @@ class State:
 
 
 def _aligned(factor: float | Tensor, values: Tensor) -> float | Tensor:
-    """A factor for each sample (B,), with further dimensions to multiply (B, …)."""
+    """A factor for each sample, (B,), with the dimensions to multiply a tensor (B, …)."""
     if not isinstance(factor, Tensor):
         return factor
     return factor.view(-1, *[1] * (values.ndim - 1))

@@ -1,4 +1,4 @@
-"""What every denoiser shares: its call, and the section that configures it."""
+"""The interface of denoisers, and the base of the sections that configure them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ class Denoiser(nn.Module, ABC):
     Config: ClassVar[type[DenoiserConfig]]
     """The section that configures it."""
     equivariant: ClassVar[bool] = False
-    """Whether rotating, reflecting or translating the positions does the same to the output."""
+    """Whether it is E(3)-equivariant: rotations and reflections of the positions do the same to the
+    output, and translations leave it unchanged."""
     self_conditioned: ClassVar[bool] = False
-    """Whether it uses its previous clean prediction (Chen, Zhang, Hinton, ICLR 2023)."""
+    """Whether it takes its previous clean prediction as input (Chen, Zhang, Hinton, ICLR 2023)."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
@@ -67,9 +68,9 @@ class Denoiser(nn.Module, ABC):
 
 
 class Published(NamedTuple):
-    """Learning rate and weight of the loss on positions that `auto` stands for.
+    """Published learning rate and weight of the loss on positions, the values of `auto`.
 
-    The weight goes with springs of mean 1 over all pairs, and with errors of features averaged over
+    The weight is for springs of mean 1 over all pairs, and for errors of features averaged over
     real atoms.
     """
 
@@ -78,7 +79,7 @@ class Published(NamedTuple):
 
 
 class DenoiserConfig(Section):
-    """Network, told apart by `name`."""
+    """Base of the sections of networks, told apart by `name`."""
 
     name: str
     fields: ClassVar[tuple[str, ...]] = ("positions", "elements", "nuclear_charges")
@@ -86,7 +87,8 @@ class DenoiserConfig(Section):
     conditional: ClassVar[bool] = False
     """Whether the network accepts a condition."""
     published: ClassVar[Mapping[tuple[str, str | None], Published]] = {}
-    """By name and variant of the loss, such as the spring family of the energy."""
+    """Values of `auto`, by name and variant of the loss; the variant of the energy is its spring
+    family."""
 
     def build(self, layout: Layout, condition_channels: int, low_precision: bool) -> Denoiser:
         """The network with random weights.
@@ -96,7 +98,7 @@ class DenoiserConfig(Section):
         layout
             Fields of the states.
         condition_channels
-            K, numbers of a condition; 0 without.
+            K, channels of a condition; 0 without a condition.
         low_precision
             Whether to run the work on pairs in bfloat16.
         """
@@ -104,7 +106,7 @@ class DenoiserConfig(Section):
 
 
 class AtomNetworkConfig(DenoiserConfig):
-    """Network whose state is one vector for each atom."""
+    """Base of the sections of networks with one vector for each atom."""
 
     layers: PositiveInt = 9
     width: PositiveInt = 256
@@ -113,10 +115,10 @@ class AtomNetworkConfig(DenoiserConfig):
 
 
 def pair_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, N, N) from (B, N): 1 where two different real atoms meet, else 0."""
+    """(B, N, N) from (B, N): 1 for pairs of different real atoms, else 0."""
     return pairs_inside(mask).to(dtype)
 
 
 def embed_condition(channels: int, width: int) -> nn.Linear | None:
-    """A linear layer from a condition (B, K) to a bias of the atoms' states, None without one."""
+    """A linear layer from a condition (B, K) to a bias of atom states; None without a condition."""
     return nn.Linear(channels, width) if channels else None

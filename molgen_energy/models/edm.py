@@ -88,7 +88,7 @@ class EDMConfig(AtomNetworkConfig):
 
 
 class EDM(Denoiser):
-    """A prediction of all fields of atoms from their noisy values, E(3)-equivariant.
+    """EDM's network for all fields of atoms, E(3)-equivariant.
 
     Rotating, reflecting or translating the positions rotates or reflects the prediction of the
     positions and leaves that of the other fields unchanged.
@@ -105,9 +105,9 @@ class EDM(Denoiser):
         Run the work on pairs in bfloat16; parameters, states, positions and the result stay
         float32.
     condition_channels
-        K, numbers of a condition.
+        K, channels of a condition.
     coordinate_range
-        R. EDM's code divides it by the number of layers, but then does not use the quotient.
+        R. EDM's code divides it by the number of layers, but does not use the quotient.
     """
 
     Config = EDMConfig

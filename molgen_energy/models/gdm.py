@@ -24,15 +24,15 @@ from molgen_energy.models.pair_network import PairNetwork
 class MessageLayer(nn.Module):
     """h_i ← h_i + φ_h(h_i, Σ_{j≠i} g_ij m_ij / c), m_ij = φ_m(h_i, h_j, e_ij).
 
-    The gate is g_ij = σ(w·m_ij + o). φ_m and φ_h are two linear layers with SiLU between; φ_m ends
-    with another one.
+    The gate is g_ij = σ(w·m_ij + o). φ_m and φ_h are two linear layers with SiLU in between; φ_m
+    ends with another SiLU.
 
     Parameters
     ----------
     width
-        Of atoms' states.
+        W, channels of atom states.
     features
-        Of pairs.
+        Features of a pair.
     normalization
         c.
     """
@@ -85,7 +85,7 @@ class GDMConfig(AtomNetworkConfig):
 
 
 class GDM(Denoiser):
-    """A prediction of all fields of atoms from their noisy values.
+    """The network GDM for all fields of atoms, not equivariant.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ class GDM(Denoiser):
     low_precision
         Run the work on pairs in bfloat16; parameters, states and the result stay float32.
     condition_channels
-        K, numbers of a condition.
+        K, channels of a condition.
     """
 
     Config = GDMConfig

@@ -1,8 +1,9 @@
 """GDM with pair distances and directions as features, for short training.
 
-GDM has to learn the distances of atoms from their coordinates, which takes a small network most of
-its training. Here every layer takes the distances of the noisy positions as features of pairs, and
-sums directions to other atoms. The network is not equivariant: coordinates are inputs as well.
+GDM has to learn the distances between atoms from their coordinates, which takes a small network
+most of its training. Here every layer takes the distances of the noisy positions as features of
+pairs, and sums directions to other atoms. The network is not equivariant: coordinates are inputs as
+well.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _EPSILON = 1e-8  # Å², so that the root has a gradient at coincident atoms
 _FIRST_CENTRE, _LAST_CENTRE = 0.5, 5.0  # Å, of the Gaussians of the distance
 _FREQUENCIES = 16  # k/4, less than one period apart over all times
 _SUM_SCALE = 0.25  # factor of sums over neighbours
-_LARGEST_LOGIT = 7.0  # of the time
+_LARGEST_LOGIT = 7.0  # of the time, in absolute value
 
 
 class TimeEmbedding(nn.Module):
@@ -45,7 +46,7 @@ class TimeEmbedding(nn.Module):
 
 
 class AdaRMSNorm(nn.Module):
-    """x/rms(x), times 1 + a and plus b, where a and b are linear in features of the time."""
+    """(1 + a)·x/rms(x) + b, with a and b linear in features of the time."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ class GDMPairsConfig(AtomNetworkConfig):
 
     name: str = "gdm_pairs"
     conditional = True
-    published = PUBLISHED_GDM  # not measured for this network; those of the nearest one
+    published = PUBLISHED_GDM  # values of GDM; not measured for this network
 
     def build(self, layout: Layout, condition_channels: int, low_precision: bool) -> GDMPairs:
         return GDMPairs(
@@ -114,7 +115,7 @@ class GDMPairsConfig(AtomNetworkConfig):
 
 
 class GDMPairs(Denoiser):
-    """A prediction of all fields of atoms from their noisy values.
+    """GDM with pair distances and directions as features, for all fields of atoms.
 
     Parameters
     ----------
@@ -127,11 +128,11 @@ class GDMPairs(Denoiser):
     low_precision
         Run the work on pairs in bfloat16; parameters, states and the result stay float32.
     condition_channels
-        K, numbers of a condition.
+        K, channels of a condition.
     distances
-        Gaussians of the distance in the features of a pair, besides 1/(1 + d) and d.
+        Number of Gaussians of the distance among the features of a pair, besides 1/(1 + d) and d.
     directions
-        C, directions that a layer sums for each atom.
+        C, number of direction vectors that a layer sums for each atom.
     """
 
     Config = GDMPairsConfig
@@ -163,7 +164,7 @@ class GDMPairs(Denoiser):
         )
         self.norm = AdaRMSNorm(width)
         self.readout = nn.Linear(width, channels)
-        # Small, so that training starts from a prediction of almost nothing.
+        # Small, so that the first predictions are close to zero.
         nn.init.normal_(self.readout.weight, std=1e-3)
         nn.init.zeros_(self.readout.bias)
 

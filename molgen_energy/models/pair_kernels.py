@@ -43,7 +43,7 @@ def _hidden_kernel(
     receiver, sender, features, feature, hidden, total, atoms,
     width: tl.constexpr, count: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
-    """Some pairs."""
+    """SiLU(p) of the pairs of a tile; one program for each tile."""
     pair = tl.program_id(0) * rows + tl.arange(0, rows)
     inside = pair < total
     row = pair // atoms
@@ -61,7 +61,7 @@ def _gather_kernel(
     linear, pairs, read, offset, gathered, gates, further, atoms,
     width: tl.constexpr, channels: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
-    """One receiver."""
+    """Gated sum, gates and numbers of a receiver; one program for each receiver."""
     row = tl.program_id(0)
     w = tl.arange(0, width)
     total = tl.zeros((rows, width), tl.float32)
@@ -89,7 +89,7 @@ def _message_backward_kernel(
     width: tl.constexpr, channels: tl.constexpr, padded: tl.constexpr, rows: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Every P-th tile of pairs, for P programs; each writes its part of the sums over all pairs."""
+    """∂linear of every P-th tile of pairs, for P programs; each writes its part of all sums."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     w, c = tl.arange(0, width), tl.arange(0, padded)
     read_at = c[:, None] * width + w[None, :]
@@ -131,7 +131,7 @@ def _hidden_backward_kernel(
     atoms, width: tl.constexpr, count: tl.constexpr, padded: tl.constexpr, rows: tl.constexpr,
     columns: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Some senders and channels of a molecule; of sums over all senders it writes its part."""
+    """∂a, ∂b and ∂f for some senders and channels of a molecule; partial sums over senders."""
     molecule, part = tl.program_id(0), tl.program_id(2)
     w = tl.program_id(1) * columns + tl.arange(0, columns)
     j = part * rows + tl.arange(0, rows)

@@ -31,7 +31,7 @@ _BLOCK_PER_THREAD, _BLOCK_GPU = 1 << 18, 1 << 27
 # A layer keeps the product with W for the backward pass up to this many bytes, else recomputes it:
 # a third more work.
 _KEPT_CPU, _KEPT_GPU = 1 << 28, 1 << 29
-# Larger messages use blocks even where there are kernels; and the widths that have kernels.
+# Most elements of messages for which the kernels are used, and the widths that they support.
 _FUSED_GPU, _FUSED_WIDTHS = 1 << 29, (32, 64, 128, 256, 512)
 
 
@@ -96,7 +96,7 @@ class PairNetwork(nn.Module):
     def values(
         self, h: Tensor, features: Tensor | None = None, low_precision: bool = False
     ) -> Tensor:
-        """r·m_ij + o for all pairs, (B, N, N); parameters as of `gated_sum`."""
+        """r·m_ij + o for all pairs, (B, N, N); for the parameters see `gated_sum`."""
         values, _ = self._apply_to(h, None, features, low_precision)
         return values
 

@@ -1,8 +1,7 @@
-"""What a physical system is to the commands `train` and `sample`.
+"""The interface of a physical system for `train` and `sample`.
 
-`preprocess` finds its data sets in `molgen_energy.systems.datasets`, `evaluate` its evaluator in
-`molgen_energy.systems.evaluators`; neither needs a network. For `train` and `sample`, a `System`
-joins data, network and loss.
+A `System` brings data, network and loss together. `preprocess` and `evaluate` need no network;
+their registries are in `molgen_energy.systems.datasets` and `molgen_energy.systems.evaluators`.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from molgen_energy.training.task import Task
 
 @dataclass(frozen=True)
 class SamplingResult:
-    """What was written where, how many samples were drawn now, and how many diverged.
+    """The file of samples, and how many samples were written, drawn now, and diverged.
 
-    Only the first of several processes writes a file.
+    Of several processes only the first writes a file.
     """
 
     path: Path | None
@@ -45,7 +44,7 @@ class SamplingCallback(Protocol):
         ...
 
     def advance(self, samples: int, share: float) -> None:
-        """Called after an evaluation of the network for some samples, a share of all theirs."""
+        """Called after a network evaluation of some samples, a share of all that they need."""
         ...
 
     def interrupted(self, samples: int) -> None:
@@ -74,7 +73,7 @@ class Generator(Protocol):
     inputs: tuple[Path, ...]
     """Files that it reads, which the output must not replace."""
     distributed: bool
-    """Whether several processes share the work; else the first one does all of it."""
+    """Whether several processes share the work; otherwise the first one does all of it."""
 
     @property
     def origin(self) -> str:
@@ -83,7 +82,7 @@ class Generator(Protocol):
 
     @property
     def method(self) -> str:
-        """How samples are drawn, in a few words."""
+        """A few words on how samples are drawn, such as the sampler and its steps."""
         ...
 
     def write(
@@ -102,15 +101,15 @@ class System(ABC):
     config: ClassVar[type[Config]]
     """All sections with their defaults."""
     sampling: ClassVar[Mapping[str, Any]]
-    """The options of `sample` that this system takes, by parameter name, with their defaults."""
+    """The options of `sample` for this system, by parameter name, with their defaults."""
     output: ClassVar[str]
     """Default file of `sample`."""
     default_config: ClassVar[str | None] = None
-    """The configuration of `train` without `--config`; None if there must be one."""
+    """The configuration of `train` without `--config`; None if one must be named."""
 
     @abstractmethod
     def task(self, config: Any, device: torch.device, progress: ProgressCallback) -> Task:
-        """What the training loop needs, from a configuration of this system.
+        """The training task of a configuration of this system.
 
         Raises
         ------
@@ -122,7 +121,7 @@ class System(ABC):
     def generator(
         self, checkpoint: Checkpoint, device: torch.device, options: Mapping[str, Any]
     ) -> Generator:
-        """What draws samples with a checkpoint of this system; `options` has every option.
+        """The generator of samples for a checkpoint of this system; `options` has every option.
 
         Raises
         ------
@@ -152,16 +151,16 @@ class System(ABC):
         )
 
     def details(self, config: Any) -> str:
-        """Further words of `describe`."""
+        """Text that `describe` appends."""
         return ""
 
     def after_training(self, config: Any) -> str:
-        """What to suggest after a run, in addition to sampling; empty for nothing."""
+        """A suggestion to print after a run, besides sampling; may be empty."""
         return ""
 
 
 def build_with_seed(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
-    """A network whose weights are drawn with a seed."""
+    """Build a network with random weights of a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()

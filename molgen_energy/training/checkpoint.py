@@ -30,7 +30,7 @@ from molgen_energy.training.pretrained import verify_checksums
 FORMAT = 3
 _OLDEST = 2
 _REMEDY = "train again, or name another checkpoint"
-_ATTEMPTS = 5  # to read a checkpoint that a trainer replaces meanwhile
+_ATTEMPTS = 5  # at reading a checkpoint that a trainer may replace at the same time
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Checkpoint:
             The run is on another system, or a key or a value is not valid.
         """
         if self.system != schema.of_system():
-            raise InputError(f"{self.path} is no checkpoint of a run on {schema.of_system()}")
+            raise InputError(f"{self.path} is not a checkpoint of a run on {schema.of_system()}")
         raw = self.raw_config
         if self.state["format"] < FORMAT:
             raw = raw._replace(values=schema.upgrade(dict(raw.values)))
@@ -183,11 +183,11 @@ def find_checkpoint(path: Path, which: str = "last") -> Path:
                 return folder
     if not path.exists():
         raise InputError(f"{path} does not exist; name a run's folder or a checkpoint in one")
-    raise InputError(f"{path} holds no checkpoint (it is no run, or stopped before the first)")
+    raise InputError(f"{path} holds no checkpoint (it is not a run, or stopped before its first)")
 
 
 def newest_run(root: Path) -> Path | None:
-    """The run under `root` whose last checkpoint is the youngest, if there is any."""
+    """The run under `root` with the newest last checkpoint; None if there is no run."""
     states = [
         *root.glob("*/checkpoints/last/state.yaml"),
         *root.glob("*/checkpoints/last.old/state.yaml"),
@@ -234,7 +234,7 @@ def load_checkpoint(path: Path, which: str = "last", weights: Sequence[str] = ()
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Tells a folder from another that took its name; None if there is none."""
+    """Distinguishes a folder from one that replaced it; None if there is no folder."""
     try:
         found = folder.stat()
     except FileNotFoundError:
@@ -250,7 +250,7 @@ def _read(folder: Path) -> Checkpoint:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{folder / 'state.yaml'} is damaged; {_REMEDY}") from error
     if not isinstance(state, dict) or "format" not in state:
-        raise InputError(f"{folder} is no checkpoint of molgen-energy")
+        raise InputError(f"{folder} is not a checkpoint of molgen-energy")
     if not _OLDEST <= state["format"] <= FORMAT:
         raise InputError(
             f"{folder} has checkpoint format {state['format']}, this version reads {_OLDEST} to "

@@ -1,4 +1,4 @@
-"""Gradient clipping at a bound that follows the norms of the last steps."""
+"""Gradient clipping with a bound from the norms of recent steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FIRST = 3000.0
 
 
 class GradientClipper:
-    """Scale gradients down to 1.5·mean + 2·std of the last 50 clipped norms, the first 3000.
+    """Clip gradients to a norm of 1.5·mean + 2·std of the last 50 clipped norms, 3000 at first.
 
     The rule of EDM's code (Hoogeboom et al., ICML 2022).
     """
@@ -24,7 +24,7 @@ class GradientClipper:
         self._norms: deque[float] = deque([_FIRST], maxlen=_REMEMBERED)
 
     def clip(self, parameters: Iterable[Tensor]) -> float:
-        """Clip in place; returns the norm before."""
+        """Clip in place; returns the norm before clipping."""
         bound = 1.5 * float(np.mean(self._norms)) + 2 * float(np.std(self._norms))
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
         if math.isfinite(norm):
@@ -32,9 +32,9 @@ class GradientClipper:
         return norm
 
     def state(self) -> Tensor:
-        """The remembered norms, for a checkpoint."""
+        """The stored norms, for a checkpoint."""
         return torch.tensor(list(self._norms), dtype=torch.float64)
 
     def load(self, state: Tensor) -> None:
-        """Take remembered norms over from a checkpoint."""
+        """Restore the norms from a checkpoint."""
         self._norms = deque(state.tolist(), maxlen=_REMEMBERED)

@@ -1,4 +1,4 @@
-"""Which device to run on."""
+"""Devices: choice, precision of matrix products, and available memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from molgen_energy.errors import InputError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name; `auto` takes a GPU where there is one.
+    """The device of a name; `auto` is a GPU if there is one.
 
     Raises
     ------
@@ -32,10 +32,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def _multiply_by_onednn() -> None:
-    """Take products in float32 from oneDNN where that is faster than MKL, at the same precision.
+    """Use oneDNN for float32 matrix products where it is faster than MKL, at the same precision.
 
-    MKL uses half the vector units of AMD's processors with AVX-512. PyTorch takes oneDNN where
-    lower precision is allowed, which oneDNN has for float32 on processors with AMX alone.
+    MKL uses half of the vector units of AMD processors with AVX-512. PyTorch uses oneDNN if lower
+    precision is allowed; oneDNN lowers the precision of float32 only on processors with AMX.
     """
     by_amd = "AuthenticAMD" in _text("/proc/cpuinfo")
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
@@ -44,16 +44,16 @@ def _multiply_by_onednn() -> None:
 
 
 def lower_precision(device: torch.device) -> None:
-    """Let a GPU take products of float32 matrices in TF32, where bfloat16 serves for most."""
+    """Let a GPU use TF32 for float32 matrix products, in runs that use bfloat16 for most work."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that this process may still take: of a GPU's memory and of the machine's, the lesser.
+    """Bytes that this process can still allocate: the minimum for the GPU and for the machine.
 
-    The machine's is what Linux calls available, or what a control group leaves of its limit where
-    that is less; elsewhere all that is installed. None where the system does not say.
+    For the machine this is the available memory of Linux, or the rest of a control group's limit
+    if that is less; on other systems all installed memory. None if it is unknown.
     """
     found = []
     if device.type == "cuda":
@@ -62,7 +62,7 @@ def available_memory(device: torch.device) -> int | None:
     found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     limit, used = (_text(f"/sys/fs/cgroup/memory.{what}").strip() for what in ("max", "current"))
     if limit.isdigit() and used.isdigit():
-        # Pages of files count as used, but go when memory is wanted.
+        # Cached pages of files count as used, but are freed when memory is needed.
         parts = dict(line.split() for line in _text("/sys/fs/cgroup/memory.stat").splitlines())
         cache = int(parts.get("inactive_file", 0)) + int(parts.get("slab_reclaimable", 0))
         found.append(max(0, int(limit) - int(used) + cache))

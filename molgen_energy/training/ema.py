@@ -11,7 +11,7 @@ from torch import nn
 class ExponentialMovingAverage:
     """θ̄ ← d·θ̄ + (1 − d)·θ, with d rising as (1 + t)/(10 + t) to `decay`.
 
-    The rise lets short runs forget their random start.
+    With the rise, the average of a short run does not keep its random initialisation.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -20,6 +20,6 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Average in the parameters after `step` updates."""
+        """Update the average with the parameters after `step` updates."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)

@@ -86,16 +86,16 @@ class TrainingSummary:
 
 @dataclass
 class _Progress:
-    """What the loop keeps from step to step besides weights; written to `state.yaml`."""
+    """The state of the loop besides weights; written to `state.yaml`."""
 
     step: int = 0
     seconds: float = 0.0
     best_valid: float | None = None
     last_valid: float | None = None
-    # Sums since the last row of metrics.csv: a row does not depend on interruptions.
+    # Sums since the last row of metrics.csv, so that rows do not depend on interruptions.
     sums: tuple[float, ...] = ()
     count: int = 0
-    # Skipped steps, whose loss or gradient was not finite: all, and the last in a row.
+    # Steps skipped because loss or gradient was not finite: in all, and in a row up to now.
     skipped: int = 0
     skipped_in_row: int = 0
 
@@ -117,7 +117,7 @@ def total_steps(training: TrainingConfig, batches_per_epoch: int) -> int:
 
 
 def learning_rate(training: TrainingConfig, step: int, steps: int) -> float:
-    """Rate of update number `step` (from 0): linear warm-up, then constant or half a cosine."""
+    """Learning rate of update `step` (from 0): linear warm-up, then constant or half a cosine."""
     assert not isinstance(training.lr, str)
     rate = training.lr
     if step < training.warmup_steps:
@@ -149,11 +149,11 @@ def train(
     ------
     InputError
         The checkpoint does not fit the task, or streamed data is damaged.
-    Stopped
-        Interrupted by SIGINT or SIGTERM, after writing a checkpoint.
-    TrainingFailed
-        Loss or gradient were not finite for ten steps in a row, memory does not suffice, or
-        another process of the job ended.
+    TrainingInterrupted
+        SIGINT or SIGTERM stopped the run after a checkpoint.
+    TrainingFailedError
+        Loss or gradient were not finite for ten steps in a row, memory ran out, or another process
+        of the job ended.
     """
     with closing(task):
         trainer = _Trainer(task, run, callback)
@@ -228,7 +228,7 @@ class _Trainer:
     def _save(self, which: str) -> None:
         """Write a checkpoint, unless weights are not finite or the last steps were skipped.
 
-        Then the previous checkpoint is kept; resuming from it takes the same steps again.
+        In that case the previous checkpoint stays; resuming from it repeats the steps since.
         """
         if not self._is_finite() or (self.at.skipped_in_row and self.at.step < self.steps):
             self._log(f"no checkpoint at step {self.at.step}: steps are not finite")
@@ -485,7 +485,7 @@ def _optimizers(
     """Optimizers of disjoint parts of the parameters; learning rates are set at each step."""
     matrices = hidden_matrices(model) if training.optimizer == "muon" else []
     if training.optimizer == "muon" and not matrices:
-        raise InputError("training.optimizer: muon has no matrices in this network; take adamw")
+        raise InputError("training.optimizer: muon finds no matrices in this network; choose adamw")
     taken = set(matrices)
     adamw = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter not in taken],

@@ -13,7 +13,7 @@ from molgen_energy.output import atomic_replace
 _BEFORE = ("step", "epoch", "loss")
 _AFTER = ("valid_loss", "gradient_norm", "lr", "samples_per_second", "seconds", "skipped")
 """Columns before and after the terms of the loss. `seconds` is training time, over all resumptions;
-`skipped` counts steps whose loss or gradient was not finite."""
+`skipped` counts all steps whose loss or gradient was not finite."""
 
 
 class MetricsLog:
@@ -55,7 +55,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Rows of a `metrics.csv` as texts by column; an empty text where there is no value."""
+    """Rows of a `metrics.csv` as strings by column; missing values are empty strings."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are made orthogonal before they are added."""
+"""The optimiser Muon: momentum with orthogonalised updates of matrices."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update; parameters without a gradient stay."""
+        """One update; parameters without a gradient are unchanged."""
         for group in self.param_groups:
             alike: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for parameter in group["params"]:
@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_([*parameters], list(updates.unbind()), alpha=-rate)
 
     def _directions(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """The gradients on the way to the new momenta."""
+        """Update the momenta, and return Nesterov's interpolation from gradients to momenta."""
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
@@ -59,7 +59,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (B, m, n) with the same singular vectors and singular values from 0.7 to 1.2."""
+    """Matrices (B, m, n) with the same singular vectors, and singular values from 0.7 to 1.2."""
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
@@ -72,7 +72,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Matrices of the model's `layers` that join states with states, not with numbers of a pair."""
+    """Matrices of the model's `layers` from states to states, without features and read-outs."""
     narrow: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, PairNetwork):

@@ -1,4 +1,4 @@
-"""What the training loop needs of a physical system."""
+"""The interface between the training loop and a physical system."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Task(Protocol):
     device: torch.device
     model: nn.Module
     state: dict[str, Any]
-    """What a checkpoint needs for sampling. Under `data`: `source` in words, the number of
+    """What sampling needs from a checkpoint. The key `data` holds `source` in words, the number of
     `training_samples`, and the `fingerprint` of the training data."""
     loss_terms: tuple[str, ...]
     """Names of the parts of the loss: keys of `loss`, and columns of `metrics.csv`."""
@@ -38,8 +38,8 @@ class Task(Protocol):
     ) -> dict[str, Tensor]:
         """The loss of the samples of process `rank`'s shard of a batch, (B,), as `loss`.
 
-        After it the terms that it is the sum of, by name, if `loss_terms` has any. Random numbers
-        depend on the seed and on the place of a sample in the whole batch.
+        Then its terms by name, (B,) each, if there are `loss_terms`. Random numbers depend on the
+        seed and on the place of a sample in the whole batch.
         """
         ...
 

@@ -16,7 +16,7 @@ from molgen_energy.config import Section
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.errors import InputError, unknown_name
 
-_STORED = 1000  # training molecules whose properties a checkpoint keeps, to sample conditions from
+_STORED = 1000  # training molecules whose properties a checkpoint holds, to draw conditions from
 
 
 class NoConditionConfig(Section):
@@ -26,7 +26,7 @@ class NoConditionConfig(Section):
 
 
 class PropertyConditionConfig(Section):
-    """Properties of the data file."""
+    """Properties of the data file as a condition."""
 
     name: str = "properties"
     properties: Annotated[tuple[str, ...], Option(min_length=1)] = ("gap",)
@@ -36,7 +36,7 @@ class PropertyConditionConfig(Section):
 
 
 class NoCondition:
-    """Row of `CONDITIONS` for models without a condition."""
+    """No condition."""
 
     Config: ClassVar[type[Section]] = NoConditionConfig
 
@@ -61,7 +61,7 @@ class PropertyCondition:
 
     @property
     def channels(self) -> int:
-        """Numbers that a denoiser gets, 2P."""
+        """Channels of the condition, 2P."""
         return 2 * len(self.names)
 
     @classmethod
@@ -78,7 +78,7 @@ class PropertyCondition:
         Raises
         ------
         InputError
-            A property is missing for all molecules, or the same for all.
+            A property is missing in all molecules, or the same in all.
         """
         complete = values[np.isfinite(values).all(axis=1)]
         for name, column in zip(names, values.T, strict=True):
@@ -96,7 +96,7 @@ class PropertyCondition:
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """As a checkpoint's `state.yaml` holds it."""
+        """The condition in YAML types, for the `state.yaml` of a checkpoint."""
         return {
             "names": list(self.names), "units": list(self.units),
             "mean": list(self.mean), "std": list(self.std),
@@ -105,15 +105,15 @@ class PropertyCondition:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> PropertyCondition:
-        """What `to_dict` gave."""
+        """The condition from the result of `to_dict`."""
         names = tuple(state["names"])
         values = np.array(state["values"], np.float64).reshape(-1, len(names))
         return cls(names, tuple(state["units"]), tuple(state["mean"]), tuple(state["std"]), values)
 
     def encode(self, values: Tensor, random: RandomNumbers | None = None) -> Tensor:
-        """What a denoiser gets, (B, 2P), for properties (B, P), NaN where missing.
+        """The condition of a denoiser, (B, 2P), from properties (B, P), NaN where missing.
 
-        With random numbers, the properties of some molecules are withheld.
+        With random numbers, the properties of a share `dropout` of the molecules are withheld.
         """
         known = torch.isfinite(values)
         if random is not None and self.dropout:
@@ -129,7 +129,7 @@ class PropertyCondition:
         return torch.from_numpy(self.values[rows.numpy()])
 
     def given(self, wanted: Mapping[str, float], count: int) -> Tensor:
-        """The same properties (B, P) float64 for so many samples, NaN where not given.
+        """Given properties for all of `count` samples, (count, P) float64, NaN where not given.
 
         Raises
         ------

@@ -35,10 +35,10 @@ def _check_symbols(value: list[str] | Auto) -> list[str] | Auto:
 
 
 class MoleculeDataConfig(DataConfig):
-    """Training data; without a path the bundled sample of QM9."""
+    """Training data; the bundled sample of QM9 without a path."""
 
     elements: Annotated[list[str] | Auto, AfterValidator(_check_symbols)] = "auto"
-    """Symbols of the elements; `auto` takes those of the file."""
+    """Symbols of the elements; `auto` is those of the file."""
     in_memory: bool | Auto = "auto"
     """Whether training molecules stay in memory, on the device, or are streamed in windows; `auto`
     streams them if they would take more than a quarter of the available memory."""
@@ -50,17 +50,18 @@ class ObjectiveConfig(Section):
     """Weights of the loss, and the noise levels that training draws."""
 
     position_weight: PositiveOrAuto = "auto"
-    """w of the loss on positions; `auto` takes the published one, converted to the run's springs
-    and edges for the energy."""
+    """w of the loss on positions; `auto` is the published one, for the energy converted to the
+    springs and edges of the run."""
     field_weights: dict[str, Annotated[float, Option(ge=0, allow_inf_nan=False)]] = Option(
         default_factory=dict
     )
     """Weights of the errors of the other fields; 1 for fields that are not named."""
     weighting: Literal["auto", "noise", "clean"] = "auto"
-    """`noise` weights errors of the noise alike at all levels; `clean` takes errors of clean data,
-    weighted by √(α/σ). `auto` is `clean` for models that predict clean data, else `noise`."""
+    """`noise`: errors of the noise have the same weight at all levels. `clean`: errors of clean
+    data, weighted by √(α/σ). `auto` is `clean` for models that predict clean data, else `noise`."""
     time_power: PositiveFloat = 1.0
-    """Training draws times u^power, u uniform: a power above 1 draws low noise more often."""
+    """Training draws times u^power with u uniform in [0, 1). A power above 1 draws low noise more
+    often."""
     stratified_timesteps: bool = False
     """Whether a batch has one time in each of its equal parts of [0, 1)."""
     self_condition_probability: Annotated[float, Option(ge=0, le=1)] = 0.5
@@ -74,7 +75,7 @@ class MoleculeTrainingConfig(TrainingConfig):
     low_precision: bool | Literal["auto"] = "auto"
     """bfloat16 for pairs; `auto` uses it on devices with units for it (AMX, a GPU)."""
     validation_molecules: PositiveInt = 2048
-    """Molecules of the validation split over which the validation loss is taken, at most."""
+    """Most molecules of the validation split that the validation loss is averaged over."""
 
 
 class MoleculeConfig(Config):
@@ -94,7 +95,7 @@ class MoleculeConfig(Config):
 
     @classmethod
     def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Today's keys: `diffusion` became `process`, `scales` and a part of `objective`."""
+        """Current keys: `diffusion` is now `process`, `scales` and a part of `objective`."""
         values = dict(values)
         old = dict(values.pop("diffusion", {}))
         loss = dict(values.get("loss", {}))

@@ -1,4 +1,4 @@
-"""The fields of a molecule: how its data become a state of the diffusion, and a state a molecule.
+"""The fields of molecules, which encode data as a state and decode states as data.
 
 `MOLECULE_FIELDS` holds them by name. A model lists the fields that it predicts
 (`DenoiserConfig.fields`); `build_layout` makes them for the molecules of a data set.
@@ -24,10 +24,10 @@ from molgen_energy.errors import InputError, unknown_name
 
 
 class ScalesConfig(Section):
-    """What each field is divided by.
+    """Scales that fields are divided by.
 
-    Small classes keep the noise of level 0 far below half a unit, so that rounding removes it (EDM:
-    Hoogeboom et al., ICML 2022).
+    Scales above 1 keep the noise of level 0 in classes and integers far below half a unit, so that
+    rounding removes it (EDM: Hoogeboom et al., ICML 2022).
     """
 
     positions: PositiveFloat = 1.0
@@ -40,7 +40,7 @@ class ScalesConfig(Section):
 
 @dataclass(frozen=True)
 class MoleculeStatistics:
-    """What fields need to know of the training molecules."""
+    """Statistics of the training molecules that fields need."""
 
     elements: tuple[int, ...]
     """Atomic numbers, ascending."""
@@ -50,7 +50,7 @@ class MoleculeStatistics:
     """Whether there are aromatic bonds."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As YAML holds it; elements are stored by symbol elsewhere."""
+        """In YAML types, without the elements, which checkpoints store by symbol."""
         return {"charges": list(self.charges), "aromatic": self.aromatic}
 
 
@@ -71,7 +71,7 @@ class MoleculeField(Field):
 
 @dataclass(frozen=True)
 class Positions(MoleculeField):
-    """Positions, centred, from and to `positions` (B, N, 3) in Å."""
+    """Centred positions; encodes and decodes `positions` (B, N, 3) in Å."""
 
     @classmethod
     def build(cls, scale: float, statistics: MoleculeStatistics) -> Positions:
@@ -80,7 +80,7 @@ class Positions(MoleculeField):
 
 @dataclass(frozen=True)
 class Elements(MoleculeField):
-    """One-hot elements, from and to `atomic_numbers` (B, N)."""
+    """One-hot elements; encodes and decodes `atomic_numbers` (B, N)."""
 
     elements: tuple[int, ...] = ()
 
@@ -101,7 +101,7 @@ class Elements(MoleculeField):
 
 @lru_cache
 def _element_index(elements: tuple[int, ...], device: torch.device) -> Tensor:
-    """Place of an atomic number among the elements, (256,)."""
+    """Index of each atomic number among the elements, (256,)."""
     index = torch.zeros(256, dtype=torch.long)
     index[list(elements)] = torch.arange(len(elements))
     return index.to(device)
@@ -109,7 +109,7 @@ def _element_index(elements: tuple[int, ...], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class NuclearCharges(MoleculeField):
-    """Atomic numbers as numbers, from `atomic_numbers`; `Elements` decodes them."""
+    """Atomic numbers as numbers; encodes `atomic_numbers`, which `Elements` decodes."""
 
     @classmethod
     def build(cls, scale: float, statistics: MoleculeStatistics) -> NuclearCharges:
@@ -125,7 +125,7 @@ class NuclearCharges(MoleculeField):
 
 @dataclass(frozen=True)
 class FormalCharges(MoleculeField):
-    """Formal charges as numbers, from and to `formal_charges` (B, N), within the data's range."""
+    """Formal charges as numbers; encodes and decodes `formal_charges` (B, N) in a range."""
 
     lowest: int = 0
     highest: int = 0
@@ -149,7 +149,7 @@ class FormalCharges(MoleculeField):
 
 @dataclass(frozen=True)
 class Bonds(MoleculeField):
-    """One-hot bond orders of pairs, from and to `bond_orders` (B, N, N), 0 without a bond."""
+    """One-hot bond orders; encodes and decodes `bond_orders` (B, N, N), 0 without a bond."""
 
     orders: tuple[int, ...] = attribute(default=(0, 1, 2, 3))
 
@@ -182,10 +182,10 @@ MOLECULE_FIELDS: dict[str, type[MoleculeField]] = {
     "formal_charges": FormalCharges,
     "bonds": Bonds,
 }
-"""Fields by name. A field of your own is a subclass of `MoleculeField` and a row here."""
+"""Fields by name. To add one, subclass `MoleculeField` and add a row."""
 
 DEFAULT_SCALE = 1.0
-"""Of fields that `ScalesConfig` does not name."""
+"""Scale of fields that `ScalesConfig` does not name."""
 
 
 def build_layout(

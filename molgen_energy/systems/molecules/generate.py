@@ -35,24 +35,24 @@ class MoleculeGenerator:
     checkpoint
         Of a run on molecules; its EMA weights are used.
     device
-        Of the network.
+        Device of the network.
     seed
-        With a molecule's number, it determines the size and all noise of the molecule.
+        With the number of a molecule, it determines the molecule's size and noise.
     sizes
-        Fewest and most atoms of a molecule, all sizes in the range equally frequent; None draws
-        sizes from the training molecules' histogram.
+        Fewest and most atoms of a molecule, with all sizes in the range equally frequent. None
+        draws sizes from the histogram of the training molecules.
     low_precision
         Run the work on pairs in bfloat16.
     sampler
-        One of `SAMPLERS` for the process; None takes the default of the process.
+        One of `SAMPLERS`; None is the default of the process.
     steps
-        Of the sampler, at most those of the training; None takes those that pretrained weights were
-        evaluated with, else all.
+        Steps of the sampler, at most those of the training. None is the number that pretrained
+        weights were evaluated with, else all.
     eta
         Noise of the sampler `ddim`, 0 to 1; None for other samplers.
     spacing
-        Of the levels that the sampler visits, one of `SPACINGS`; None takes that which pretrained
-        weights were evaluated with, else the default of the process.
+        Spacing of the levels that the sampler visits, one of `SPACINGS`. None is the one that
+        pretrained weights were evaluated with, else the default of the process.
     condition
         Values of properties on which the model was conditioned, by name; properties without a
         value are unconditional. None draws them from the training molecules.
@@ -63,7 +63,7 @@ class MoleculeGenerator:
     ------
     InputError
         The checkpoint is damaged or of another model, a size is below 1, the model has no such
-        condition, or the sampler is not for its process.
+        condition, or the sampler does not support its process.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class MoleculeGenerator:
     ) -> None:
         self.config, state = checkpoint.config_as(MoleculeConfig), checkpoint.state
         if not {"elements", "size_histogram"} <= state.keys():
-            raise InputError(f"{checkpoint.path} is no checkpoint of a run on molecules")
+            raise InputError(f"{checkpoint.path} is not a checkpoint of a run on molecules")
         if sizes is not None and not 1 <= sizes[0] <= sizes[1]:
             raise InputError(f"sizes {sizes[0]}-{sizes[1]}: expected 1 or more atoms, ascending")
         self.layout = build_layout(
@@ -121,14 +121,14 @@ class MoleculeGenerator:
 
     @property
     def units(self) -> dict[str, str]:
-        """Units of the properties that molecules get, by name."""
+        """Units of the properties of drawn molecules, by name."""
         if self._condition is None:
             return {}
         names = (f"condition_{name}" for name in self._condition.names)
         return dict(zip(names, self._condition.units, strict=True))
 
     def fingerprint(self) -> str:
-        """Hash of everything in the checkpoint that molecules depend on, 32 hexadecimal digits."""
+        """Hash of all that molecules depend on in the checkpoint, 32 hexadecimal digits."""
         state = self.checkpoint.state
         digest = hashlib.sha256(self.config.to_yaml().encode())
         digest.update(repr((state["elements"], list(state["size_histogram"].items()))).encode())
@@ -175,7 +175,7 @@ class MoleculeGenerator:
 
 
 def _statistics_of(state: Mapping[str, Any]) -> MoleculeStatistics:
-    """What a checkpoint's state says of its training molecules."""
+    """Statistics of the training molecules, from the state of a checkpoint."""
     elements = tuple(atomic_number(name) for name in state["elements"])
     rest = state.get("statistics", {})
     low, high = rest.get("charges", (0, 0))

@@ -24,32 +24,32 @@ _Table = tuple[NDArray[np.int64], NDArray[np.integer[Any]], NDArray[np.float32]]
 
 
 def with_required_bonds(molecules: Molecules, loss: LossConfig) -> Molecules:
-    """The molecules, with bonds perceived from distances if the loss needs bonds and has none."""
+    """The molecules, with perceived bonds if the loss requires bonds and they have none."""
     if "bonds" in loss.requires and molecules.bonds is None:
         return perceive(molecules)
     return molecules
 
 
 class LossInputs:
-    """What a loss requires besides positions: bonds, features, or tables of neighbours.
+    """Inputs of a loss besides positions: bonds, features, or tables of neighbours.
 
     Parameters
     ----------
     loss
-        Its attribute `requires` says what it needs.
+        Names the inputs in its attribute `requires`.
     seed
-        Of the graphs that edges draw.
+        Seed of the random graphs of the edges.
     molecules
-        Of the data set.
+        The molecules of the data set.
     device
-        Where tables are kept.
+        Device of the tables.
     name, numbers
-        Of the data, and of the molecules in it, for messages.
+        Name of the data, and numbers of the molecules in it, for messages.
     ranks
         Numbers of the molecules among all training molecules (M,), which select their random
         graphs; None is 0, 1, 2 and so on.
     progress
-        Reports molecules whose symmetries are found.
+        Called with the number of molecules whose symmetries are found.
     check_cancelled
         Called between steps; may raise to stop.
 
@@ -102,17 +102,17 @@ class LossInputs:
             at = torch.from_numpy(which).to(batch.mask.device)
             index, weight = self._neighbours.index[at, :atoms], self._neighbours.weight
             assert weight is not None
-            # Padding names atoms beyond the batch's largest molecule.
+            # Indices at padding may exceed the largest molecule of the batch.
             index = index.long().clamp(max=max(0, atoms - 1))
             inputs["neighbours"] = Neighbours(index, weight[at, :atoms])
         return inputs
 
 
 def table_bytes(loss: LossConfig, molecules: int, largest: int) -> int:
-    """Memory that `LossInputs` takes at most, for molecules of at most so many atoms.
+    """Memory that `LossInputs` takes at most, for molecules of at most `largest` atoms.
 
-    Symmetries may join an atom to all others, with a number of 1 byte and a weight of 4 each. The
-    table is in memory twice while it is put together.
+    Symmetries may connect an atom with all others, with an index of 1 byte and a weight of 4 bytes
+    each. The table is in memory twice while it is built.
     """
     return 2 * 5 * molecules * largest**2 if "neighbours" in loss.requires else 0
 
@@ -130,7 +130,7 @@ def _neighbour_table(
     progress: ProgressCallback,
     check_cancelled: Callable[[], None],
 ) -> tuple[NDArray[np.integer[Any]], NDArray[np.float32]]:
-    """Neighbours and weights of each atom, (M, N, K); an atom with fewer than K names itself."""
+    """Neighbours and weights of each atom, (M, N, K); free places hold the atom itself."""
     tables: list[_Table] = []
     done = 0
     for which in batch_by_size(molecules.sizes, _PAIRS_AT_ONCE):

@@ -1,8 +1,8 @@
 """Sample molecules into a file, in memory that does not grow with their number.
 
-Molecules are drawn in batches by one process or several, and each finished batch is stored as a
-shard. When all are there, they are written into the file in the order of their numbers. Sampling
-can be interrupted at any moment, and resumes to the same file.
+Molecules are drawn in batches by one or several processes, and each finished batch is stored as a
+shard. When all shards are there, the molecules are written into the file in the order of their
+numbers. Sampling can be interrupted at any moment, and resumes to the same file.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SUFFIXES = (".sdf", ".xyz", ".h5")
 # The molecules of a window are sorted by size and cut into batches: molecules of similar size need
 # little padding, and memory is that of a window. On a CPU batches are small, so windows may be.
 _WINDOW_CPU, _WINDOW_GPU = 1024, 4096
-# Pairs of atoms in a batch. On a CPU more than its cache holds is slower, not faster.
+# Pairs of atoms in a batch. On a CPU, batches beyond the size of its cache are slower.
 _PAIRS_CPU, _PAIRS_GPU = 20_000, 1_000_000
 _POLL = 0.2  # seconds between checks whether other processes have finished
 
@@ -60,18 +60,18 @@ def sample_to_file(
     Of several processes (`molgen_energy.distributed`) each draws its share of the batches, and the
     first one writes the file; the others return when they have finished their share.
 
-    When interrupted in any way, it leaves finished batches beside the output. On SIGINT it also
-    writes them under a name with `.partial` in it, which the result names; if no batch is finished,
-    it leaves nothing.
+    After any interruption, finished batches stay beside the output. On SIGINT their molecules are
+    also written to a file with `.partial` in its name, which the result names. If no batch is
+    finished, nothing stays.
 
     Parameters
     ----------
     generator
         Model, seed, sizes and sampler.
     count
-        How many, at least 1.
+        Number of molecules, at least 1.
     output
-        Ends in .sdf, .xyz or .h5.
+        File name that ends in .sdf, .xyz or .h5.
     callback
         Receives progress.
     batch_size
@@ -171,7 +171,7 @@ def _open_shards(
 
 
 class _SamplingRun:
-    """A job that writes a file."""
+    """The execution of a job that writes a file."""
 
     def __init__(
         self,
@@ -197,8 +197,8 @@ class _SamplingRun:
     def in_turn(self) -> Iterator[Shard]:
         """All shards, those of a window mixed.
 
-        So finished shards have about the sizes of the whole at any moment, and processes that draw
-        every K-th have about the same work.
+        So at any moment the finished shards have about the sizes of the whole, and processes that
+        draw every K-th shard have about the same work.
         """
         for shards in self.windows():
             # Multiples of the golden ratio, modulo 1, are evenly spread for any number of them.
@@ -237,9 +237,9 @@ class _SamplingRun:
         return self._output.with_name(f"{self._output.stem}.partial{self._output.suffix}")
 
     def write_finished(self) -> SamplingResult:
-        """Write finished molecules into a file of their own, unless a second SIGINT comes.
+        """Write finished molecules into a separate file, unless a second SIGINT comes.
 
-        Shards stay, to resume the job.
+        The shards stay, so that the job can be resumed.
         """
         target = self._partial()
         finished, path, not_finite = self.finished(), None, 0
@@ -255,7 +255,7 @@ class _SamplingRun:
         return molecules
 
     def _in_memory(self, numbers: Tensor) -> Molecules:
-        """Draw, in halves when out of memory: molecules do not depend on the batch."""
+        """Draw; when out of memory, draw halves, since molecules do not depend on the batch."""
         # The first process reports the progress of all, assuming equal speed.
         size, share = len(numbers) * world_size(), 1 / self._generator.sampler.evaluations
 
@@ -267,15 +267,15 @@ class _SamplingRun:
         except torch.OutOfMemoryError:
             if len(numbers) == 1:
                 raise
-        # Only here, after the exception, is the memory of the attempt free.
+        # The memory of the attempt is only free here, after the exception.
         half = len(numbers) // 2
         return Molecules.concatenate(
             [self._in_memory(numbers[:half]), self._in_memory(numbers[half:])]
         )
 
     def _write(self, target: Path, complete: bool) -> tuple[int, int]:
-        """Write all molecules, or the finished ones, in order; how many, and how many diverged."""
-        # Written in the folder of the shards, so that a kill leaves no file elsewhere.
+        """Write all or the finished molecules in order; returns how many, and how many diverged."""
+        # Written in the folder of the shards, so that a kill leaves no other file.
         check_writable(target)
         merged, not_finite, in_order = self._shards.folder / target.name, 0, True
         with _writer(merged, self._job, self._generator.config.to_yaml()) as writer:
@@ -345,7 +345,7 @@ def _append(
     molecules = Molecules.concatenate(drawn).select(order)
     finite = molecules.finite()
     if isinstance(writer, MoleculeWriter):
-        writer.append(_at_origin(molecules, ~finite))  # the text formats have a field for it
+        writer.append(_at_origin(molecules, ~finite))  # text formats have a field for this
     else:
         writer.append(molecules, numbers[order])
     return int((~finite).sum())
@@ -360,6 +360,6 @@ def _count(path: Path) -> int:
 
 
 def _at_origin(molecules: Molecules, which: NDArray[np.bool_]) -> Molecules:
-    """The molecules with the atoms of some at the origin, which have no finite coordinates."""
+    """The molecules, with all atoms of the chosen ones at the origin."""
     atoms = np.repeat(which, molecules.sizes)[:, None]
     return replace(molecules, positions=np.where(atoms, np.float32(0), molecules.positions))

@@ -1,4 +1,4 @@
-"""The shards of a file of sampled molecules: batches that were drawn together."""
+"""The shards of a file of sampled molecules; a shard is a batch that was drawn together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SamplingJob:
     """Of the sampler's levels; None if it visits all."""
     eta: float | None
     n_atoms: tuple[int, int] | None
-    """Fewest and most atoms; None draws from the training histogram."""
+    """Fewest and most atoms; None draws sizes from the histogram of the training molecules."""
     condition: dict[str, float] | None
     """Values of properties; None draws them from the training molecules."""
     low_precision: bool
@@ -41,11 +41,11 @@ class SamplingJob:
     weights: str
     """Fingerprint of the checkpoint."""
     checkpoint: str
-    """Its absolute path."""
+    """Absolute path of the checkpoint, or the name of pretrained weights."""
     origin: str
-    """Run and step, which the file of molecules names."""
+    """Run and step of the weights, for the file of molecules."""
     version: str
-    """Of this package."""
+    """Version of this package."""
 
 
 class Shard(NamedTuple):
@@ -53,13 +53,13 @@ class Shard(NamedTuple):
 
     window: int
     place: int
-    """Among the shards of its window, by size."""
+    """Index among the shards of its window, by size."""
     numbers: NDArray[np.int64]
-    """Of the molecules, (M,)."""
+    """Numbers of the molecules, (M,)."""
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of its file."""
         return f"{self.window:06d}-{self.place:05d}.shard"
 
 
@@ -108,7 +108,7 @@ class MoleculeShards(ShardFolder):
 
     @classmethod
     def open(cls, output: Path, lead: bool) -> MoleculeShards:
-        """A folder that exists.
+        """Open an existing folder.
 
         Raises
         ------
@@ -135,7 +135,7 @@ class MoleculeShards(ShardFolder):
         self.store(shard.name, arrays | {"numbers": shard.numbers})
 
     def mark_done(self, process: int) -> None:
-        """Note that a process has drawn its share and needs the folder no more."""
+        """Mark that a process has drawn its shards and does not need the folder any more."""
         (self.folder / f"{process}{_DONE}").touch()
 
     def is_done(self, process: int) -> bool:
@@ -171,6 +171,6 @@ def check_same(begun: SamplingJob, now: SamplingJob, output: Path) -> None:
 
 
 def _plain(job: SamplingJob) -> dict[str, Any]:
-    """In YAML types."""
+    """The job in YAML types."""
     values = asdict(job)
     return values | {"n_atoms": None if job.n_atoms is None else list(job.n_atoms)}

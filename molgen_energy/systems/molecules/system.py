@@ -39,7 +39,7 @@ class _MoleculeSampling:
     def write(
         self, output: Path, callback: SamplingCallback, resume: bool = False
     ) -> SamplingResult:
-        """Draw the molecules and write them, or resume that."""
+        """Draw the molecules and write them; with `resume`, continue an interrupted job."""
         return sample_to_file(
             self._generator, self.count, output, callback, self._batch_size, resume
         )
@@ -74,13 +74,13 @@ class MoleculeSystem(System):
         check_writable(path)
 
     def task(self, config: Any, device: torch.device, progress: ProgressCallback) -> MoleculeTask:
-        """What the training loop needs."""
+        """The training task of a configuration."""
         return MoleculeTask(config, device, progress)
 
     def generator(
         self, checkpoint: Checkpoint, device: torch.device, options: Mapping[str, Any]
     ) -> _MoleculeSampling:
-        """What draws molecules with a checkpoint."""
+        """The generator of molecules for a checkpoint."""
         generator = MoleculeGenerator(
             checkpoint,
             device,
@@ -101,12 +101,12 @@ class MoleculeSystem(System):
         return {name: getattr(job, name) for name in (*self.sampling, "checkpoint")}
 
     def details(self, config: Any) -> str:
-        """Springs, and the process if it is not diffusion."""
+        """Springs and edges, and the process if it is not diffusion."""
         process = "" if config.process.name == "diffusion" else ", by flow matching"
         return f"{config.loss.describe()}{process}"
 
     def after_training(self, config: Any) -> str:
-        """After a run on the bundled sample, how to train on all of QM9."""
+        """After a run on the bundled sample, the commands that train on all of QM9."""
         if config.data.path is not None:
             return ""
         return (

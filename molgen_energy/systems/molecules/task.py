@@ -55,7 +55,7 @@ from molgen_energy.systems.molecules.loss_inputs import (
 )
 from molgen_energy.training.devices import available_memory, lower_precision
 
-_SAMPLE = 100_000  # streamed molecules over which means are taken
+_SAMPLE = 100_000  # streamed molecules that means are taken over
 _SMALL = 256_000_000  # bytes of training molecules that always stay in memory
 
 
@@ -82,7 +82,7 @@ def build_model(config: MoleculeConfig, layout: Layout, condition_channels: int 
 
 
 def has_native_bfloat16(device: torch.device) -> bool:
-    """Whether the device has units for products in bfloat16, which make them the faster ones."""
+    """Whether the device has units that make matrix products in bfloat16 faster than in float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
@@ -94,7 +94,7 @@ def has_native_bfloat16(device: torch.device) -> bool:
 
 
 class _Split(NamedTuple):
-    """Molecules on the device, and the further inputs of the loss for them."""
+    """Molecules on the device, and their further inputs of the loss."""
 
     data: DeviceMolecules
     inputs: LossInputs
@@ -106,17 +106,17 @@ class MoleculeTask:
     Parameters
     ----------
     config
-        Of the run; `self.config` is the same without `auto`.
+        Configuration of the run; `self.config` is the same without `auto`.
     device
-        Of data and model.
+        Device of data and model.
     progress
-        Reports prepared molecules, if the preparation takes long.
+        Called with the number of prepared molecules, if preparation takes long.
 
     Raises
     ------
     InputError
-        The data is missing or broken, has no training molecule or not the columns that the model,
-        the loss or the condition need, or holds an element outside `data.elements`.
+        The data is missing or broken, has no training molecule, lacks columns that the model, the
+        loss or the condition need, or holds an element outside `data.elements`.
     """
 
     def __init__(
@@ -224,8 +224,8 @@ class MoleculeTask:
     def _resolve_auto(self, config: MoleculeConfig) -> MoleculeConfig:
         """Replace every `auto` by its value.
 
-        Means over the training molecules are taken over a sample of them if they are streamed:
-        runs of the file, chosen by the seed, of 100,000 molecules or less.
+        For streamed data, means are taken over at most about 100,000 training molecules, in runs of
+        the file that the seed chooses.
         """
         training, objective = config.training, config.objective
         changes: dict[str, Any] = {
@@ -262,7 +262,7 @@ class MoleculeTask:
         values = {name: field.encode(batch.data) for name, field in self.layout.fields.items()}
         return State.from_fields(self.layout, batch.mask, values)
 
-    # -- what the training loop calls ----------------------------------------------------------
+    # -- the interface `Task` -------------------------------------------------------------------
 
     @property
     def batches_per_epoch(self) -> int:
@@ -271,7 +271,7 @@ class MoleculeTask:
 
     @property
     def seconds_waited(self) -> float:
-        """Time that steps have waited for molecules to be read."""
+        """Seconds that steps have waited for molecules to be read."""
         return self._train.seconds_waited
 
     def epoch(self, epoch: int) -> Sequence[BatchIndex]:
@@ -281,10 +281,10 @@ class MoleculeTask:
     def loss(
         self, model: nn.Module, batch: BatchIndex, seed: int, rank: int = 0, world: int = 1
     ) -> dict[str, Tensor]:
-        """The objective of process `rank`'s shard of a batch, and its parts, (B,) each.
+        """The objective of process `rank`'s shard of a batch, and its terms, (B,) each.
 
-        Random numbers depend on the seed and the place of a molecule in the whole batch, so that K
-        processes together do what one would do.
+        Random numbers depend on the seed and on the place of a molecule in the whole batch, so K
+        processes together compute the losses that one would.
 
         Raises
         ------
@@ -311,7 +311,7 @@ class MoleculeTask:
 
     @torch.no_grad()
     def validation_loss(self, model: nn.Module) -> float | None:
-        """Mean objective over validation molecules, with the same noise each time; None without.
+        """Mean objective over validation molecules, with fixed noise; None without any.
 
         The processes of a job share the work.
         """
@@ -392,7 +392,7 @@ def _published(config: MoleculeConfig, key: str) -> Published:
 def _required_columns(config: MoleculeConfig, file: MoleculeFile) -> frozenset[str]:
     """Optional columns of the file that model, loss and condition need.
 
-    Bonds that only the loss needs may be missing: they are perceived from distances then.
+    Bonds that only the loss requires may be missing; they are then perceived from distances.
     """
     layout = build_layout(config.model.fields, config.scales, MoleculeStatistics((1,)))
     needed = field_columns(layout)
@@ -461,7 +461,7 @@ def _in_memory(
 ) -> bool:
     """Whether training molecules stay in memory; `auto` allows a quarter of it at most.
 
-    Small data stay there in any case, so that a run does not depend on other processes.
+    Small data always stay in memory, so that a run does not depend on other processes.
     """
     if config.data.in_memory != "auto":
         return config.data.in_memory
@@ -470,8 +470,8 @@ def _in_memory(
         return True
     atoms = sum(size * count for size, count in summary.size_histogram.items())
     molecules, largest = summary.training_molecules, max(summary.size_histogram)
-    # Positions, an element and a charge for each atom, about one bond; offsets, sizes, numbers in
-    # the file and properties for each molecule.
+    # For each atom: position, element, charge, and about one bond. For each molecule: offset,
+    # size, number in the file, and properties.
     per_atom = 13 + int("formal_charges" in columns) + 9 * int("bonds" in columns)
     per_molecule = 40 + 8 * sum("/" in name for name in columns)
     needed = per_atom * atoms + per_molecule * molecules
