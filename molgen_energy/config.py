@@ -246,6 +246,13 @@ class Config(Section):
         """Today's keys for the configuration of a checkpoint of format 2."""
         return values
 
+    def without_paths(self: Self) -> Self:
+        """A copy for files that users share: of the data's path, only the file name."""
+        if self.data.path is None:
+            return self
+        data = self.data.model_copy(update={"path": Path(self.data.path).name})
+        return self.model_copy(update={"data": data})
+
     def to_yaml(self) -> str:
         """All values, including defaults."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -145,10 +145,10 @@ class System(ABC):
 
     def describe(self, config: Any, parameters: int) -> str:
         """Network and loss of a run, in one line."""
-        return (
-            f"{config.model.name} {config.model.layers}×{config.model.width}, "
-            f"{parameters:,} parameters, loss {config.loss.name}{self.details(config)}"
-        )
+        model = config.model.name
+        if {"layers", "width"} <= type(config.model).model_fields.keys():
+            model += f" {config.model.layers}×{config.model.width}"
+        return f"{model}, {parameters:,} parameters, loss {config.loss.name}{self.details(config)}"
 
     def details(self, config: Any) -> str:
         """Text that `describe` appends."""

@@ -278,7 +278,7 @@ class _SamplingRun:
         # Written in the folder of the shards, so that a kill leaves no other file.
         check_writable(target)
         merged, not_finite, in_order = self._shards.folder / target.name, 0, True
-        with _writer(merged, self._job, self._generator.config.to_yaml()) as writer:
+        with _writer(merged, self._job, self._generator.config.without_paths().to_yaml()) as writer:
             for shards in self.windows():
                 drawn, numbers = [], []
                 for shard in shards:

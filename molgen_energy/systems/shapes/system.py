@@ -151,7 +151,7 @@ class ShapeGenerator:
         provenance = {
             "checkpoint": self.origin,
             "seed": str(self._seed),
-            "config": self._config.to_yaml(),
+            "config": self._config.without_paths().to_yaml(),
         }
         write_arrays(
             output,

@@ -202,7 +202,7 @@ class SpinGenerator:
         provenance = {
             "checkpoint": self.origin,
             "couplings": self._source,
-            "config": self._config.to_yaml(),
+            "config": self._config.without_paths().to_yaml(),
         }
         write_arrays(
             output,
