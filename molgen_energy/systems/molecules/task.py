@@ -472,7 +472,8 @@ def _in_memory(
     molecules, largest = summary.training_molecules, max(summary.size_histogram)
     # Positions, an element and a charge for each atom, about one bond; offsets, sizes, numbers in
     # the file and properties for each molecule.
-    per_atom = 13 + int("formal_charges" in columns) + 9 * int("bonds" in columns)
+    bonds = "bonds" in columns or "bonds" in config.loss.requires
+    per_atom = 13 + int("formal_charges" in columns) + 9 * int(bonds)
     per_molecule = 40 + 8 * sum("/" in name for name in columns)
     needed = per_atom * atoms + per_molecule * molecules
     needed += table_bytes(config.loss, molecules, largest)
