@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from molgen_energy.api.evaluate import evaluate
-from molgen_energy.cli.console import exit_on_error, progress_bar, say
+from molgen_energy.cli.console import exit_on_error, say
 from molgen_energy.cli.sample import SamplingBar
 from molgen_energy.data.shards import shards_folder
 from molgen_energy.diffusion.samplers import samplers_for
@@ -31,8 +31,8 @@ from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.metrics.options import is_missing
 from molgen_energy.output import atomic_replace
 from molgen_energy.systems.molecules.config import MoleculeConfig
+from molgen_energy.systems.molecules.generate import MoleculeGenerator
 from molgen_energy.systems.molecules.sampling import sample_to_file
-from molgen_energy.systems.molecules.task import MoleculeGenerator
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.devices import choose_device
 from molgen_energy.training.pretrained import resolve_checkpoint
@@ -76,9 +76,8 @@ def compare(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     # Read once: a run that is still trained would have other weights for other rows.
     loaded = load_checkpoint(resolve_checkpoint(arguments.checkpoint), weights=["ema"])
-    diffusion = loaded.config_as(MoleculeConfig).diffusion
-    process, trained = diffusion.process, diffusion.steps
-    samplers = chosen_samplers(arguments.samplers, process)
+    process = loaded.config_as(MoleculeConfig).process
+    samplers = chosen_samplers(arguments.samplers, process.name)
     spacings = [None] if arguments.spacings is None else chosen(arguments.spacings)
     generators = [
         MoleculeGenerator(
@@ -92,7 +91,7 @@ def compare(arguments: argparse.Namespace) -> None:
         )
         for sampler in samplers
         for spacing in spacings
-        for steps in chosen_steps(arguments.steps, trained)
+        for steps in chosen_steps(arguments.steps, process.steps)
     ]
     generators.sort(key=lambda generator: generator.sampler.evaluations)
     rows = read_rows(arguments.output)
@@ -157,10 +156,9 @@ def row_of(
     speed, not_finite = "", ""
     if not path.exists():
         began = time.perf_counter()
-        with progress_bar("rate", transient=True) as bar:
-            observer = SamplingBar(bar, count, "molecules", "go on with the same command", name)
+        with SamplingBar(count, "molecules", "continue with the same command", name) as bar:
             resume = shards_folder(path).exists()
-            outcome = sample_to_file(generator, count, path, observer, resume=resume)
+            outcome = sample_to_file(generator, count, path, bar, resume=resume)
         if outcome.interrupted:
             sys.exit(1)
         if outcome.drawn:

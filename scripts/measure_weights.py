@@ -31,14 +31,15 @@ from matplotlib.ticker import NullLocator
 
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.valence import stable_atoms
-from molgen_energy.cli.console import exit_on_error, progress_bar, say
+from molgen_energy.cli.console import exit_on_error, say
 from molgen_energy.cli.sample import SamplingBar
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.shards import shards_folder
 from molgen_energy.metrics.statistics import Rate
 from molgen_energy.output import atomic_replace
+from molgen_energy.systems.molecules.config import MoleculeConfig
+from molgen_energy.systems.molecules.generate import MoleculeGenerator
 from molgen_energy.systems.molecules.sampling import sample_to_file
-from molgen_energy.systems.molecules.task import MoleculeGenerator
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.devices import choose_device
 from molgen_energy.training.pretrained import DEFAULT, SUMS, PretrainedWeights, pretrained_weights
@@ -182,13 +183,10 @@ def draw_file(
         take_first(longer, count, path)
         return path
     began = time.perf_counter()
-    with progress_bar("rate", transient=True) as bar:
-        observer = SamplingBar(
-            bar, count, "molecules", "go on with the same command", f"{weights.name} {kind}"
-        )
-        outcome = sample_to_file(
-            generator, count, path, observer, resume=shards_folder(path).exists()
-        )
+    hint = "continue with the same command"
+    with SamplingBar(count, "molecules", hint, f"{weights.name} {kind}") as bar:
+        resume = shards_folder(path).exists()
+        outcome = sample_to_file(generator, count, path, bar, resume=resume)
     if outcome.interrupted:
         sys.exit(1)
     seconds = time.perf_counter() - began
@@ -533,7 +531,7 @@ def loss_in_words(config: dict[str, Any]) -> str:
 
 
 def stored(weights: PretrainedWeights) -> str:
-    bits = {torch_dtype(t) for t in load_checkpoint(weights.path).tensors("ema").values()}
+    bits = {torch_dtype(t) for t in load_checkpoint(weights.path).read_tensors("ema").values()}
     size = (weights.path / "ema.safetensors").stat().st_size
     return f"{', '.join(sorted(bits))}, {size / 1e6:.1f} MB, SHA-256 `{digest(weights)}`"
 
@@ -548,11 +546,14 @@ def duration(training: dict[str, Any]) -> str:
 
 
 def parameters(weights: PretrainedWeights) -> int:
-    return sum(t.numel() for t in load_checkpoint(weights.path).tensors("ema").values())
+    return sum(t.numel() for t in load_checkpoint(weights.path).read_tensors("ema").values())
 
 
 def config_of(weights: PretrainedWeights) -> dict[str, Any]:
-    return loaded(weights.path / "config.yaml")
+    """The configuration with today's keys, by section."""
+    config = load_checkpoint(weights.path).config_as(MoleculeConfig)
+    found: dict[str, Any] = yaml.safe_load(config.to_yaml())
+    return found
 
 
 def state_of(weights: PretrainedWeights) -> dict[str, Any]:

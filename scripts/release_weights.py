@@ -20,11 +20,12 @@ from molgen_energy.cli.console import exit_on_error, say
 from molgen_energy.errors import InputError
 from molgen_energy.output import atomic_replace
 from molgen_energy.systems.molecules.config import MoleculeConfig
+from molgen_energy.systems.molecules.generate import MoleculeGenerator
 from molgen_energy.training.checkpoint import load_checkpoint, save_checkpoint
 from molgen_energy.training.pretrained import weights_directory, write_checksums
 
-KEPT = ("elements", "size_histogram", "data")
-COLUMNS = ("step", "loss", "position_loss", "feature_loss", "valid_loss", "lr", "seconds")
+KEPT = ("elements", "statistics", "size_histogram", "data", "condition")  # where there is one
+COLUMNS = ("step", "loss", "valid_loss", "lr", "seconds")
 
 
 def main() -> None:
@@ -48,8 +49,8 @@ def release(arguments: argparse.Namespace) -> None:
     progress = checkpoint.state["progress"]
     if progress["step"] != config.training.steps:
         raise InputError(
-            f"{arguments.run} ends at step {progress['step']} of {config.training.steps}; go on "
-            f"with molgen-energy train --resume {arguments.run}"
+            f"{arguments.run} ends at step {progress['step']} of {config.training.steps}; "
+            f"continue with molgen-energy train --resume {arguments.run}"
         )
     if config.data.path is not None:
         config = config.replaced({"data.path": Path(config.data.path).name})
@@ -61,10 +62,11 @@ def release(arguments: argparse.Namespace) -> None:
             "hardware": arguments.hardware,
             "minutes": round(progress["seconds"] / 60, 1),
         },
-        **{name: checkpoint.state[name] for name in KEPT},
+        **{name: checkpoint.state[name] for name in KEPT if name in checkpoint.state},
     }
     dtype = torch.float32 if arguments.float32 else torch.float16
-    weights = {name: tensor.to(dtype) for name, tensor in checkpoint.tensors("ema").items()}
+    model = MoleculeGenerator(checkpoint, torch.device("cpu")).model  # with its EMA weights
+    weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     folder = weights_directory() / arguments.name
     save_checkpoint(folder, config, state, {"ema": weights})
     write_checksums(folder)
@@ -74,7 +76,9 @@ def release(arguments: argparse.Namespace) -> None:
         atomic_replace(folder / "training.csv") as output,
         output.temporary.open("w", newline="", encoding="utf-8") as file,
     ):
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        terms = [name for name in rows[0] if name.endswith("_loss") and name != "valid_loss"]
+        columns = [*COLUMNS[:2], *terms, *COLUMNS[2:]]
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     say(f"{folder}; next: python scripts/measure_weights.py")

@@ -26,12 +26,12 @@ TINY = {
 
 
 class Watcher:
-    """Counts steps, and runs `at[step]` when it comes."""
+    """A callback of training that counts steps, and runs `at[step]` after a step."""
 
     def __init__(self, at=None):
         self.steps, self.losses, self.at = [], [], at or {}
 
-    def progress(self, step, steps, loss, samples_per_second):
+    def __call__(self, step, steps, loss, samples_per_second):
         self.steps.append(step)
         self.losses.append(loss)
         self.at.get(step, lambda: None)()
@@ -44,7 +44,7 @@ def tiny(**changes) -> Config:
 
 
 def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_checkpoint(run).tensors(name)
+    return load_checkpoint(run).read_tensors(name)
 
 
 def assert_same_run(a: Path, b: Path) -> None:

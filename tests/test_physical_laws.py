@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import dense_orders, padded_batch
 from scipy.spatial.transform import Rotation
+from states import layout_of, on_atoms
 
-from molgen_energy.diffusion.geometry import random_rotations
-from molgen_energy.diffusion.noise import SeededNoise
+from molgen_energy.diffusion.noise import RandomNumbers
+from molgen_energy.diffusion.process import PROCESSES
 from molgen_energy.diffusion.samplers import SAMPLERS, build_sampler
-from molgen_energy.diffusion.schedule import PolynomialSchedule
 from molgen_energy.losses import (
     EDGES,
     LOSSES,
@@ -550,11 +550,11 @@ def test_mse_is_the_energy_of_springs_to_far_anchors(pair):
     n = int(mask.sum())
     anchors = 1e7 * torch.eye(3, dtype=torch.float64)[None]
     held = torch.cat([target[:, :n], anchors], dim=1)
-    guess = torch.cat([prediction[:, :n], anchors], dim=1)
+    predicted = torch.cat([prediction[:, :n], anchors], dim=1)
     bonds = torch.zeros(1, n + 3, n + 3)
     bonds[:, :n, n:] = 1
     bonds[:, n:, :n] = 1
-    energy = PairwiseEnergy("constant", 1.0, "bonds")(guess, held, bonds=bonds)
+    energy = PairwiseEnergy("constant", 1.0, "bonds")(predicted, held, bonds=bonds)
     squared = LOSSES["mse"](channels=1)(prediction, target, mask)
     torch.testing.assert_close(energy * (n + 3) / n, squared, rtol=1e-5, atol=0)
 
@@ -564,7 +564,7 @@ class TestModels:
     def inputs(self, molecules, name):
         target, mask = padded_batch(molecules.select(np.arange(0, 2000, 300)), torch.float32)
         torch.manual_seed(0)
-        model = MODELS[name](features=6, layers=2, width=16)
+        model = MODELS[name](layout_of(6), layers=2, width=16)
         features = torch.randn(*mask.shape, 6)
         noisy = torch.cat([target, torch.where(mask[..., None], features, torch.nan)], dim=-1)
         return model, noisy, torch.rand(len(mask)), mask
@@ -572,33 +572,33 @@ class TestModels:
     def test_permuting_atoms_permutes_the_result(self, molecules, name):
         model, noisy, time, mask = self.inputs(molecules, name)
         order = torch.randperm(mask.shape[1])
-        straight = model(noisy, time, mask)[:, order]
-        torch.testing.assert_close(model(noisy[:, order], time, mask[:, order]), straight)
+        straight = on_atoms(model, noisy, time, mask)[:, order]
+        torch.testing.assert_close(on_atoms(model, noisy[:, order], time, mask[:, order]), straight)
 
     def test_padding_has_no_effect(self, molecules, name):
         model, noisy, time, mask = self.inputs(molecules, name)
-        together = model(noisy, time, mask)
+        together = on_atoms(model, noisy, time, mask)
         assert (together[~mask] == 0).all()
         for k in range(len(mask)):
             n = int(mask[k].sum())
-            alone = model(noisy[k : k + 1, :n], time[k : k + 1], mask[k : k + 1, :n])
+            alone = on_atoms(model, noisy[k : k + 1, :n], time[k : k + 1], mask[k : k + 1, :n])
             torch.testing.assert_close(together[k : k + 1, :n], alone)
 
     def test_position_noise_has_zero_mean(self, molecules, name):
         model, noisy, time, mask = self.inputs(molecules, name)
-        sums = model(noisy, time, mask)[..., :3].sum(dim=1)
+        sums = on_atoms(model, noisy, time, mask)[..., :3].sum(dim=1)
         torch.testing.assert_close(sums, torch.zeros_like(sums), rtol=0, atol=1e-5)
 
     def test_gradient_is_finite(self, molecules, name):
         model, noisy, time, mask = self.inputs(molecules, name)
-        model(noisy, time, mask).square().sum().backward()
+        on_atoms(model, noisy, time, mask).square().sum().backward()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
     def test_low_precision_is_the_same_function(self, molecules, name):
         model, noisy, time, mask = self.inputs(molecules, name)
-        exact = model(noisy, time, mask)
+        exact = on_atoms(model, noisy, time, mask)
         model.low_precision = True
-        rough = model(noisy, time, mask)
+        rough = on_atoms(model, noisy, time, mask)
         assert rough.dtype == torch.float32
         assert (rough - exact).norm() / exact.norm() < 0.02
 
@@ -613,33 +613,37 @@ class TestModels:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(2)
-        rotation = mirror * random_rotations(1, torch.Generator().manual_seed(3), noisy)[0]
+        rotation = mirror * torch.from_numpy(Rotation.random(random_state=3).as_matrix())
 
         def turned(x):
             return torch.cat([x[..., :3] @ rotation.T, x[..., 3:]], dim=-1)
 
         moved = turned(noisy)
         moved[..., :3] += torch.tensor([1.0, -2.0, 3.0])
-        result, expected = model(moved, time, mask), turned(model(noisy, time, mask))
+        result, expected = (
+            on_atoms(model, moved, time, mask),
+            turned(on_atoms(model, noisy, time, mask)),
+        )
         error = float(((result - expected).norm() / expected.norm()).detach())
         assert error < 1e-11 if model.equivariant else error > 1e-3
 
     def test_single_atom(self, molecules, name):
-        model = MODELS[name](features=6, layers=2, width=16)
+        model = MODELS[name](layout_of(6), layers=2, width=16)
         mask = torch.ones(1, 1, dtype=torch.bool)
-        assert torch.isfinite(model(torch.randn(1, 1, 9), torch.rand(1), mask)).all()
+        result = on_atoms(model, torch.randn(1, 1, 9), torch.rand(1), mask)
+        assert torch.isfinite(result).all()
 
 
-class Diffusion:
+class BestNoise:
     """The best network for known data, when it predicts noise."""
 
-    def __init__(self, schedule):
-        self.schedule = schedule
-        self.last = float(schedule.sigma2[0].sqrt())  # noise that is left in a sample
+    def __init__(self, process):
+        self.process = process
+        self.last = float(process.schedule.sigma2[0].sqrt())  # noise that is left in a sample
 
     def level(self, time):
-        step = (time * self.schedule.steps).round().long()
-        return self.schedule.alpha(step)[:, None, None], self.schedule.sigma(step)[:, None, None]
+        step = (time * self.process.steps).round().long()
+        return self.process.alpha(step)[:, None, None], self.process.sigma(step)[:, None, None]
 
     def of_point(self, noisy, time, clean):
         alpha, sigma = self.level(time)
@@ -650,12 +654,12 @@ class Diffusion:
         return sigma / (alpha**2 * spread**2 + sigma**2) * noisy
 
 
-class FlowMatching:
-    """The same when it predicts the velocity ε − x."""
+class BestVelocity:
+    """The same when it predicts the velocity ε − x of a flow."""
 
     last = 1e-5
 
-    def __init__(self, schedule):
+    def __init__(self, process):
         pass
 
     def of_point(self, noisy, time, clean):
@@ -666,35 +670,35 @@ class FlowMatching:
         return (t - (1 - t) * spread**2) / ((1 - t) ** 2 * spread**2 + t**2) * noisy
 
 
-BEST = {"diffusion": Diffusion, "flow_matching": FlowMatching}
+BEST = {"diffusion": BestNoise, "flow_matching": BestVelocity}
 
 
 class Interacting:
     """A network of forces between atoms: equivariant, not linear, and NaN at padding."""
 
-    def __call__(self, x, time, mask):
-        positions, features = x[..., :3], x[..., 3:]
+    def __call__(self, state, time, mask, condition, self_condition):
+        positions, features = state["positions"], state["features"]
         arrows = positions[:, :, None] - positions[:, None]
         pairs = (mask[:, :, None] & mask[:, None])[..., None]
         alike = (features[:, :, None] * features[:, None]).sum(-1, keepdim=True).tanh()
         strength = (alike - arrows.square().sum(-1, keepdim=True)).exp().clamp(max=3)
         forces = torch.where(pairs, strength * arrows, 0).sum(2) + 0.5 * positions
         inputs = torch.where(pairs, strength * features[:, None], 0).sum(2) + 0.5 * features
-        said = torch.cat([forces, inputs], dim=-1) * (1 - 0.5 * time[:, None, None])
-        centre = torch.where(mask[..., None], said, 0)[..., :3].sum(1, keepdim=True)
-        said[..., :3] -= centre / mask.sum(1)[:, None, None]
-        return torch.where(mask[..., None], said, torch.nan)
+        output = torch.cat([forces, inputs], dim=-1) * (1 - 0.5 * time[:, None, None])
+        centre = torch.where(mask[..., None], output, 0)[..., :3].sum(1, keepdim=True)
+        output[..., :3] -= centre / mask.sum(1)[:, None, None]
+        return state.with_atoms(torch.where(mask[..., None], output, torch.nan))
 
 
-class MovedNoise(SeededNoise):
+class MovedNoise(RandomNumbers):
     """The noise of atoms that were given other numbers, in space that was turned; in float64."""
 
     def __init__(self, numbers, order=None, rotation=None):
         super().__init__(7, numbers)
         self.order, self.rotation = order, rotation
 
-    def normal(self, *arguments):
-        noise = super().normal(*arguments).double()
+    def _normal(self, *arguments):
+        noise = super()._normal(*arguments).double()
         if self.order is not None:
             noise = noise[:, self.order]
         if self.rotation is not None:
@@ -714,33 +718,33 @@ class TestSamplers:
         clean = torch.where(mask[..., None], torch.cat([positions, positions * 0.1], dim=-1), 0)
         centre = clean[..., :3].sum(1, keepdim=True) / mask.sum(1)[:, None, None]
         clean[..., :3] = torch.where(mask[..., None], clean[..., :3] - centre, 0)
-        schedule = PolynomialSchedule(100)
-        best = BEST[process](schedule)
-        drawn = build_sampler(schedule, process, name, steps).sample(
-            lambda noisy, time, mask: best.of_point(noisy, time, clean),
-            SeededNoise(0, torch.arange(2)), mask, 6,
-        )  # fmt: skip
+        trained_with = PROCESSES[process](100)
+        best = BEST[process](trained_with)
+        drawn = build_sampler(trained_with, name, steps).sample(
+            lambda x, time, *rest: x.with_atoms(best.of_point(x.atoms, time, clean)),
+            RandomNumbers(0, torch.arange(2)), layout_of(3), mask,
+        ).atoms  # fmt: skip
         assert (drawn - clean).abs().max() < 6 * best.last
         assert (drawn != clean).any()  # it is drawn, not copied
 
     def test_gaussian_data_keep_their_spread(self, process, name, steps):
         """For normal data of spread s the best prediction is linear; samples have spread s."""
-        spread, schedule = 0.5, PolynomialSchedule(200)
+        spread, trained_with = 0.5, PROCESSES[process](200)
         mask = torch.ones(400, 10, dtype=torch.bool)
-        best = BEST[process](schedule)
-        drawn = build_sampler(schedule, process, name, steps).sample(
-            lambda noisy, time, mask: best.of_spread(noisy, time, spread),
-            SeededNoise(1, torch.arange(400)), mask, 5,
-        )  # fmt: skip
+        best = BEST[process](trained_with)
+        drawn = build_sampler(trained_with, name, steps).sample(
+            lambda x, time, *rest: x.with_atoms(best.of_spread(x.atoms, time, spread)),
+            RandomNumbers(1, torch.arange(400)), layout_of(2), mask,
+        ).atoms  # fmt: skip
         # positions live on the zero-mean subspace: 9 of 10 atoms are free
         free = (drawn[..., :3].square().sum(1) / 9).mean().sqrt()
         near = 0.03 if steps is None else 0.4  # twelve steps are rough
         assert float(free) == pytest.approx(spread, rel=near)
         assert float(drawn[..., 3:].std()) == pytest.approx(spread, rel=near)
 
-    def drawn(self, process, name, steps, mask, noise):
-        sampler = build_sampler(PolynomialSchedule(30), process, name, steps)
-        return sampler.sample(Interacting(), noise, mask, 6)
+    def drawn(self, process, name, steps, mask, random):
+        sampler = build_sampler(PROCESSES[process](30), name, steps)
+        return sampler.sample(Interacting(), random, layout_of(3), mask).atoms
 
     def mask(self):
         return torch.arange(7)[None] < torch.tensor([7, 4, 1])[:, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,9 +115,9 @@ def command(
     if checkpoint == Path("list") and not checkpoint.exists():
         _list_pretrained()
         return
-    bar = _SamplingBar()
+    job = _Job()
     try:
-        with bar:
+        with job:
             result = sample_to(
                 output,
                 count,
@@ -133,18 +134,18 @@ def command(
                 data=data,
                 device=device,
                 resume=resume,
-                on_start=bar.start,
+                on_start=job.start,
             )
     except (OSError, RuntimeError, MemoryError):
-        if bar.output is not None and shards_folder(bar.output).exists():
-            say(f"finished samples stay in {shards_folder(bar.output)}; {bar.resume_hint}")
+        if job.output is not None and shards_folder(job.output).exists():
+            say(f"finished samples stay in {shards_folder(job.output)}; {job.resume_hint}")
         raise
     if result is not None and is_main():
-        _conclude(result, bar)
+        _conclude(result, job)
 
 
-def _conclude(result: SamplingResult, bar: _SamplingBar) -> None:
-    samples, seconds = bar.samples, time.perf_counter() - bar.began
+def _conclude(result: SamplingResult, job: _Job) -> None:
+    samples, seconds = job.samples, time.perf_counter() - job.began
     if not result.interrupted:
         say(
             f"{result.written:,} {samples} written to {result.path} in {seconds:.0f} s "
@@ -171,57 +172,84 @@ def _list_pretrained() -> None:
     stdout.print(table)
 
 
-class _SamplingBar:
-    """Shows the progress of sampling; a `SamplingCallback`."""
+class SamplingBar:
+    """Shows the progress of sampling; a `SamplingCallback` and a context manager.
 
-    def __init__(self) -> None:
-        self.output: Path | None = None
-        self.samples, self.resume_hint = "samples", ""
-        self.began = time.perf_counter()
-        self._bar: Progress = progress_bar("rate")
-        self._log, self._total = ThrottledLog(), 0
-        self._before, self._done = 0, 0.0
+    Parameters
+    ----------
+    total
+        How many samples there will be.
+    samples
+        Plural noun for them.
+    resume_hint
+        How to continue after an interruption.
+    title
+        Of the bar.
+    """
 
-    def __enter__(self) -> _SamplingBar:
+    def __init__(self, total: int, samples: str, resume_hint: str, title: str = "sampling") -> None:
+        self._total, self._samples, self._resume_hint = total, samples, resume_hint
+        self._bar: Progress = progress_bar("rate", transient=title != "sampling")
+        self._handle = self._bar.add_task(title, total=max(total, 0), rate="")
+        self._log = ThrottledLog()
+        self._began, self._before, self._done = time.perf_counter(), 0, 0.0
+
+    def __enter__(self) -> SamplingBar:
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def start(self, job: SamplingJobInfo) -> _SamplingBar:
-        """Announce a job and show the bar."""
+    def found(self, samples: int) -> None:
+        self._before = samples
+        say(f"{samples:,} of {self._total:,} {self._samples} are finished already")
+
+    def interrupted(self, samples: int) -> None:
+        say(
+            f"interrupted: {samples:,} of {self._total:,} {self._samples} are finished; "
+            f"{self._resume_hint}"
+        )
+
+    def advance(self, samples: int, share: float) -> None:
+        self._done += samples * share
+        rate = f"{self._done / (time.perf_counter() - self._began):.2f} {self._samples}/s"
+        there = self._before + self._done
+        self._bar.update(self._handle, completed=round(there), rate=rate)
+        self._log.say(f"{there:,.0f} {self._samples}, {rate}")
+
+
+class _Job:
+    """What is sampled where, announced at the start, with its bar."""
+
+    def __init__(self) -> None:
+        self.output: Path | None = None
+        self.samples, self.resume_hint = "samples", ""
+        self.began = time.perf_counter()
+        self._bars = ExitStack()
+
+    def __enter__(self) -> _Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.close()
+
+    def start(self, job: SamplingJobInfo) -> SamplingBar:
+        """Announce a job and show its bar."""
         generator, self.output = job.generator, job.output
-        self.samples, self._total = job.system.samples, generator.count
+        self.samples = job.system.samples
         self.resume_hint = (
             f"continue with: molgen-energy sample --resume {shlex.quote(str(job.output))}"
         )
         shared = generator.distributed and world_size() > 1
         processes = f", by {world_size()} processes" if shared else ""
         say(
-            f"sampling {self._total:,} {self.samples} from {generator.origin}: "
+            f"sampling {generator.count:,} {self.samples} from {generator.origin}: "
             f"{generator.method}{processes}"
         )
         self.began = time.perf_counter()
-        self._bar.start()
-        self._handle = self._bar.add_task("sampling", total=max(self._total, 0), rate="")
-        return self
-
-    def found(self, samples: int) -> None:
-        self._before = samples
-        say(f"{samples:,} of {self._total:,} {self.samples} are finished already")
-
-    def interrupted(self, samples: int) -> None:
-        say(
-            f"interrupted: {samples:,} of {self._total:,} {self.samples} are finished; "
-            f"{self.resume_hint}"
-        )
-
-    def advance(self, samples: int, share: float) -> None:
-        self._done += samples * share
-        rate = f"{self._done / (time.perf_counter() - self.began):.2f} {self.samples}/s"
-        there = self._before + self._done
-        self._bar.update(self._handle, completed=round(there), rate=rate)
-        self._log.say(f"{there:,.0f} {self.samples}, {rate}")
+        bar = SamplingBar(generator.count, self.samples, self.resume_hint)
+        return self._bars.enter_context(bar)
 
 
 def _parse_sizes(text: str) -> tuple[int, int]:

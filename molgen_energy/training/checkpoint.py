@@ -50,9 +50,9 @@ class Checkpoint:
         Raises
         ------
         InputError
-            The file is missing or cut off.
+            As of `read_tensors`.
         """
-        tensors = self._read_tensors(name)
+        tensors = self.read_tensors(name)
         if self.state["format"] < FORMAT:
             own = model.state_dict().keys()
             return {
@@ -61,7 +61,14 @@ class Checkpoint:
             }
         return tensors
 
-    def _read_tensors(self, name: str) -> dict[str, Tensor]:
+    def read_tensors(self, name: str) -> dict[str, Tensor]:
+        """Tensors of `model`, `ema` or `optimizer`, on the CPU, by their names in the file.
+
+        Raises
+        ------
+        InputError
+            The file is missing or cut off.
+        """
         if name in self.read:
             return dict(self.read[name])
         path = self.path / f"{name}.safetensors"
@@ -222,7 +229,7 @@ def load_checkpoint(path: Path, which: str = "last", weights: Sequence[str] = ()
             folder = find_checkpoint(path, which)
             identity = _identity(folder)
             loaded = _read(folder)
-            loaded = replace(loaded, read={name: loaded._read_tensors(name) for name in weights})
+            loaded = replace(loaded, read={name: loaded.read_tensors(name) for name in weights})
         except (InputError, OSError):
             changed = identity is None or _identity(folder) != identity
             if attempt + 1 == _ATTEMPTS or not changed:

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from molgen_energy.data import hdf5
-from molgen_energy.data.batches import ResidentMolecules, epoch_batches
+from molgen_energy.data.batches import DeviceMolecules, epoch_batches
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
-from molgen_energy.data.molecules import Molecule, Molecules, batch_by_size
+from molgen_energy.data.molecules import Molecule, Molecules, Property, batch_by_size
 from molgen_energy.data.splits import random_split
 from molgen_energy.errors import InputError
 
@@ -291,15 +291,44 @@ def test_pieces_by_size_hold_all_within_the_bound():
     assert [p.tolist() for p in batch_by_size(np.array([100, 3]), 50)] == [[1], [0]]
 
 
-def test_resident_batch_is_the_molecules(molecules):
-    lookup = torch.full((256,), -1)
-    lookup[[1, 6, 7, 8, 9]] = torch.arange(5)
-    resident = ResidentMolecules(molecules, lookup, torch.device("cpu"))
+def test_a_batch_on_the_device_is_the_molecules(molecules):
+    on_device = DeviceMolecules(molecules, torch.device("cpu"))
     which = list(batch_by_size(molecules.sizes, 16_000))[7]
-    positions, types, mask = resident.batch(which)
-    assert mask.sum(1).tolist() == molecules.sizes[which].tolist()
+    batch = on_device.batch(which)
+    assert batch.mask.sum(1).tolist() == molecules.sizes[which].tolist()
     for k, i in enumerate(which):
         n = len(molecules[i])
-        np.testing.assert_array_equal(positions[k, :n], molecules[i].positions)
-        numbers = torch.tensor([1, 6, 7, 8, 9])[types[k, :n]]
+        np.testing.assert_array_equal(batch.data["positions"][k, :n], molecules[i].positions)
+        numbers = batch.data["atomic_numbers"][k, :n]
         assert numbers.tolist() == molecules[i].atomic_numbers.tolist()
+    assert (batch.data["positions"][~batch.mask] == 0).all()
+    assert batch.data["atomic_numbers"].dtype == torch.uint8
+    assert batch.bonds is None and "formal_charges" not in batch.data
+
+
+def test_a_batch_on_the_device_has_every_column(bonded):
+    """Charges, bonds as a list and dense, properties, groups and SMILES."""
+    gap = Property(np.array([0.1, np.nan, 0.3, 0.4]), "hartree")
+    every = replace(
+        bonded,
+        properties={"gap": gap},
+        groups=np.array([3, 3, 5, 7]),
+        smiles=np.array(["a", "b", "", "d"], dtype=object),
+    )
+    which = np.array([2, 0, 3])
+    batch = DeviceMolecules(every, torch.device("cpu"), dense_bonds=True).batch(which)
+    assert batch.groups is not None and batch.groups.tolist() == [5, 3, 7]
+    assert batch.smiles is not None and batch.smiles.tolist() == ["", "a", "d"]
+    np.testing.assert_array_equal(batch.properties["gap"], [0.3, 0.1, 0.4])
+    assert batch.bonds is not None
+    molecule, first, second = batch.bonds
+    for k, i in enumerate(which.tolist()):
+        one, n = every[i], len(every[i])
+        assert batch.data["formal_charges"][k, :n].tolist() == one.formal_charges.tolist()
+        pairs = torch.stack([first, second], dim=1)[molecule == k].tolist()
+        assert pairs == one.bond_index.tolist()
+        dense = np.zeros(batch.mask.shape[1:] * 2, int)
+        for (a, b), order in zip(one.bond_index.tolist(), one.bond_order.tolist(), strict=True):
+            dense[a, b] = dense[b, a] = order
+        np.testing.assert_array_equal(batch.data["bond_orders"][k], dense)
+    assert (batch.data["formal_charges"][~batch.mask] == 0).all()

@@ -20,7 +20,7 @@ from runs import CPU, Watcher, assert_same_run, tiny
 from molgen_energy.data import batches as batching
 from molgen_energy.data import hdf5
 from molgen_energy.data.batches import (
-    Batch,
+    BatchIndex,
     ResidentData,
     StreamedData,
     batches_per_epoch,
@@ -66,7 +66,7 @@ def opened(path: Path, molecules=300, batch_size=16, seed=0, make=None) -> Strea
     """Whose windows are the molecules themselves, with their numbers in the file."""
     return StreamedData(
         MoleculeFile(path),
-        make or (lambda molecules, numbers, ranks, go_on: (molecules, numbers, ranks)),
+        make or (lambda molecules, numbers, ranks, check_cancelled: (molecules, numbers, ranks)),
         molecules=molecules,
         batch_size=batch_size,
         seed=seed,
@@ -138,9 +138,9 @@ def test_batches_are_a_sequence(large):
     data.close()
 
 
-def test_going_on_reads_no_window_before(large):
+def test_resuming_reads_no_window_before(large):
     made = []
-    data = opened(large, make=lambda molecules, numbers, ranks, go_on: made.append(ranks))
+    data = opened(large, make=lambda molecules, numbers, ranks, check_cancelled: made.append(ranks))
     batches = data.epoch(2)
     place = next(k for k, batch in enumerate(batches) if batch.window == batches[0].window + 3)
     for batch in batches[place : place + 2]:
@@ -150,8 +150,8 @@ def test_going_on_reads_no_window_before(large):
     assert [ranks.tolist() for ranks in made] in (expected, expected[:1])  # 4 is read ahead
 
 
-def test_any_window_can_be_asked_for(large):
-    """What was read ahead for nothing is dropped."""
+def test_any_window_can_be_read(large):
+    """A window that was read ahead and is not needed is dropped."""
     data = opened(large)
     for number in (0, 7, 8, 3, 3, 40):
         assert (data.window(number)[1] == data._content(number)[0]).all()
@@ -164,7 +164,7 @@ def test_two_windows_are_in_memory(large):
 
     alive, most = weakref.WeakSet(), []
 
-    def make(molecules, numbers, ranks, go_on):
+    def make(molecules, numbers, ranks, check_cancelled):
         window = Window()
         window.molecules = molecules
         alive.add(window)
@@ -216,17 +216,17 @@ def test_little_padding_of_either_kind(large):
 
 def test_share_of_padding():
     sizes = np.array([3, 4])
-    batches = [Batch(0, np.arange(2), sizes), Batch(0, np.arange(2), sizes[::-1])]
+    batches = [BatchIndex(0, np.arange(2), sizes), BatchIndex(0, np.arange(2), sizes[::-1])]
     assert padding(batches) == pytest.approx((1 / 8, 7 / 32))
 
 
-def test_shares_make_up_a_batch():
-    batch = Batch(3, np.arange(10, 17), np.arange(7))
-    shares = [batch.share(rank, 3) for rank in range(3)]
-    assert [len(share) for share in shares] == [3, 2, 2]
-    assert {share.window for share in shares} == {3}
-    assert sorted(np.concatenate([share.which for share in shares])) == batch.which.tolist()
-    assert (shares[1].sizes == shares[1].which - 10).all()
+def test_shards_make_up_a_batch():
+    batch = BatchIndex(3, np.arange(10, 17), np.arange(7))
+    shards = [batch.shard(rank, 3) for rank in range(3)]
+    assert [len(shard) for shard in shards] == [3, 2, 2]
+    assert {shard.window for shard in shards} == {3}
+    assert sorted(np.concatenate([shard.which for shard in shards])) == batch.which.tolist()
+    assert (shards[1].sizes == shards[1].which - 10).all()
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_shares_make_up_a_batch():
 )
 def test_streamed_molecules_are_the_resident_ones(changes):
     """The same loss, but for the order of sums."""
-    changes = {"loss__position_weight": 1.0, "training__batch_size": 64} | changes
+    changes = {"objective__position_weight": 1.0, "training__batch_size": 64} | changes
     resident = MoleculeTask(tiny(**changes), CPU)
     streamed = MoleculeTask(tiny(**STREAMED | changes), CPU)
     scale = resident.config.loss.springs.scale
@@ -248,18 +248,20 @@ def test_streamed_molecules_are_the_resident_ones(changes):
     streamed._objective = resident._objective
     assert streamed.state == resident.state
     for batch in streamed.epoch(1)[3:9:2]:
-        terms = streamed.loss(resident.model, batch, torch.Generator().manual_seed(1))
+        found = streamed.loss(resident.model, batch, 1)
         ranks = streamed._train._content(batch.window)[1][batch.which]
-        same = Batch(0, ranks, batch.sizes)
-        expected = resident.loss(resident.model, same, torch.Generator().manual_seed(1))
-        torch.testing.assert_close(terms.total, expected.total, rtol=1e-6, atol=0)
+        same = BatchIndex(0, ranks, batch.sizes)
+        expected = resident.loss(resident.model, same, 1)
+        assert found.keys() == expected.keys() == {"loss", *resident.loss_terms}
+        for name, values in found.items():
+            torch.testing.assert_close(values, expected[name], rtol=1e-6, atol=0)
     model = resident.model
     assert streamed.validation_loss(model) == resident.validation_loss(model)
     streamed.close()
 
 
 def test_bonds_of_the_file_are_read_with_a_window(tmp_path, molecules):
-    """One bond in each molecule, from its first atom to its last, which nobody would perceive."""
+    """One bond in each molecule, from its first atom to its last, which would not be perceived."""
     last = (molecules.sizes - 1).astype(np.uint16)
     bonds = hdf5.Bonds(
         np.stack([np.zeros_like(last), last], axis=1), np.ones(2000, "u1"), np.arange(2001)
@@ -272,9 +274,12 @@ def test_bonds_of_the_file_are_read_with_a_window(tmp_path, molecules):
     task = MoleculeTask(tiny(data__path=str(tmp_path / "a.h5"), **changes), CPU)
     batch = task.epoch(0)[5]
     window = task._train.window(batch.window)
-    found = window.inputs.of(batch.which, torch.zeros(64, int(batch.sizes.max()), 6))["bonds"]
-    assert found.sum() == 2 * 64
-    assert found[torch.arange(64), 0, torch.from_numpy(batch.sizes) - 1].all()
+    molecules_of_batch = window.data.batch(batch.which)
+    state = task._encode(molecules_of_batch)
+    molecule, i, j = window.inputs.of(batch.which, molecules_of_batch, state)["bonds"]
+    assert molecule.tolist() == list(range(64))
+    assert (i == 0).all()
+    assert j.tolist() == (batch.sizes - 1).tolist()
     task.close()
 
 
@@ -336,20 +341,22 @@ def test_streamed_interrupted_and_resumed_equals_unbroken(unbroken, tmp_path, at
 
 
 def test_a_run_stays_resident_or_streamed(tmp_path, monkeypatch):
-    """`auto` is settled once, by a quarter of what is available, where the data is not small."""
+    """`auto` is resolved once, by a quarter of what is available, where the data is not small."""
     needed = 13 * 1000 * 18
     monkeypatch.setattr(system, "_SMALL", 0)
 
-    def settled(available, **changes):
+    def resolved(available, **changes):
         monkeypatch.setattr(system, "available_memory", lambda device: available)
         task = MoleculeTask(tiny(**changes), CPU)
         task.close()
         return task.config.data.in_memory
 
-    assert settled(None) is settled(10 * needed) is True
-    assert settled(3 * needed) is settled(1000) is False
-    assert settled(10 * needed, loss__edges__kind="bonds") is False  # tables take more
-    assert settled(1000, data__in_memory=True) is True
+    assert resolved(None) is resolved(10 * needed) is True
+    assert resolved(3 * needed) is resolved(1000) is False
+    assert resolved(6 * needed) is True
+    assert resolved(6 * needed, loss__edges__kind="bonds") is False  # bonds take more
+    assert resolved(10 * needed, loss__edges__kind="symmetrized") is False  # tables even more
+    assert resolved(1000, data__in_memory=True) is True
     run = tmp_path / "run"
     train(MoleculeTask(tiny(training__steps=1), CPU), run, Watcher())
     config = config_of(run)
@@ -366,7 +373,7 @@ def test_available_memory():
 
 
 def poisoned(large: Path, path: Path) -> tuple[Path, MoleculeTask, int]:
-    """A task whose file has a NaN, written behind its back; its molecule, of the third window."""
+    """A task whose file got a NaN after it was opened, and its molecule, of the third window."""
     path.write_bytes(large.read_bytes())
     task = MoleculeTask(
         tiny(training__steps=100, data__path=str(path), **STREAMED | {"data__window": 512}), CPU
@@ -414,7 +421,7 @@ def test_coincident_atoms_of_a_window_are_named(tmp_path, molecules):
         file["positions"][at] = file["positions"][at + 1]
         file["split"][1234] = 0
     changes = STREAMED | {"loss__edges__kind": "symmetrized", "data__path": str(path)}
-    given = {"loss__springs__scale": 10.0, "loss__position_weight": 1.0}  # no sample is read
+    given = {"loss__springs__scale": 10.0, "objective__position_weight": 1.0}  # no sample is read
     task = MoleculeTask(tiny(**changes, **given), CPU)
     windows = {batch.window for batch in task.epoch(0)}
     (broken,) = [window for window in windows if 1234 in task._train._content(window)[0]]
@@ -427,12 +434,12 @@ def slow(monkeypatch, task: MoleculeTask) -> threading.Event:
     """From now on no reading ends by itself; the event says that one has begun."""
     begun, whole = threading.Event(), MoleculeFile.read
 
-    def read(file, which, bonds, go_on):
+    def read(file, which, columns, check_cancelled):
         if threading.current_thread() is threading.main_thread():
-            return whole(file, which, bonds, go_on)
+            return whole(file, which, columns, check_cancelled)
         begun.set()
         while True:
-            go_on()
+            check_cancelled()
             time.sleep(0.01)
 
     monkeypatch.setattr(MoleculeFile, "read", read)
@@ -440,7 +447,7 @@ def slow(monkeypatch, task: MoleculeTask) -> threading.Event:
 
 
 def test_interrupted_while_a_window_is_read_it_stops(tmp_path, monkeypatch):
-    """The window that is read ahead is given up, and not waited for."""
+    """Reading ahead is cancelled, not waited for."""
     task = MoleculeTask(tiny(training__steps=20, **STREAMED), CPU)
     task._train.window(0)
     task._train._following[1].result()

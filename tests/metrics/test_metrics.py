@@ -11,7 +11,8 @@ from rdkit import Chem
 from scipy import stats
 
 from molgen_energy.chemistry.bonds import perceive
-from molgen_energy.chemistry.rdkit import build, from_rdkit, kekulised, sanitize
+from molgen_energy.chemistry.convert import molecule_from_rdkit
+from molgen_energy.chemistry.rdkit import build, kekulised, sanitize
 from molgen_energy.chemistry.valence import (
     CHARGED_VALENCES,
     VALENCES,
@@ -502,28 +503,28 @@ def test_dense_orders_of_the_tests(molecules):
 
 
 def test_molecules_of_rdkit(molecules):
-    """What `build` writes, `from_rdkit` reads."""
+    """What `build` writes, `molecule_from_rdkit` reads."""
     for molecule in perceive(molecules.select(np.arange(0, 2000, 100))):
         charged = replace(molecule, formal_charges=np.ones(len(molecule), "i1"))
-        back = from_rdkit(build(charged, positions=True))
+        back = molecule_from_rdkit(build(charged, positions=True))
         for name, value in vars(charged).items():
             np.testing.assert_array_equal(getattr(back, name), value)
 
 
 @pytest.mark.parametrize(
     ("smiles", "message"),
-    [("", "no atoms"), ("C*", "atom 2 is not a chemical element"), ("CC", "no conformer")],
+    [("", "no atoms"), ("C*", "atom 2 is no chemical element"), ("CC", "no conformer")],
 )
 def test_molecules_of_rdkit_that_cannot_be_used(smiles, message):
-    with pytest.raises(InputError, match=message):
-        from_rdkit(Chem.MolFromSmiles(smiles))
+    with pytest.raises(ValueError, match=message):
+        molecule_from_rdkit(Chem.MolFromSmiles(smiles))
 
 
 def test_bonds_of_rdkit_that_cannot_be_used():
     molecule = Chem.MolFromSmiles("N->[Fe]")
     molecule.AddConformer(Chem.Conformer(2))
-    with pytest.raises(InputError, match="bond of atoms 1 and 2 has no order"):
-        from_rdkit(molecule)
+    with pytest.raises(ValueError, match="bond of atoms 1 and 2 has no order"):
+        molecule_from_rdkit(molecule)
 
 
 def test_names_of_options():

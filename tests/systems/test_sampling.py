@@ -21,11 +21,12 @@ from runs import CPU, Watcher, tiny
 from molgen_energy.chemistry.molfiles import MoleculeReader, MoleculeTextWriter
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules, offsets_from_sizes
-from molgen_energy.data.shards import MoleculeShards
 from molgen_energy.errors import InputError
 from molgen_energy.systems.molecules import sampling
+from molgen_energy.systems.molecules.generate import MoleculeGenerator
 from molgen_energy.systems.molecules.sampling import sample_to_file
-from molgen_energy.systems.molecules.task import MoleculeGenerator, MoleculeTask
+from molgen_energy.systems.molecules.shards import MoleculeShards
+from molgen_energy.systems.molecules.task import MoleculeTask
 from molgen_energy.training.checkpoint import load_checkpoint, save_checkpoint
 from molgen_energy.training.loop import train
 
@@ -34,7 +35,7 @@ from molgen_energy.training.loop import train
 def checkpoint(tmp_path_factory):
     """A little trained, so that it neither diverges nor copies; 20 diffusion steps."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    config = tiny(training__steps=60, diffusion__steps=20, training__warmup_steps=5)
+    config = tiny(training__steps=60, process__steps=20, training__warmup_steps=5)
     train(MoleculeTask(config, CPU), run, Watcher())
     moved = tmp_path_factory.mktemp("elsewhere") / "checkpoint"
     shutil.copytree(run / "checkpoints" / "last", moved)  # nothing but its own folder
@@ -72,8 +73,8 @@ def draw(checkpoint, path: Path, count=30, batch_size=None, resume=False, **opti
 FEW = {"sampler": "ddim", "steps": 3}
 
 
-def broken_off(checkpoint, path: Path, at=12, count=30, batch_size=5, **options):
-    """Begin, and stop behind so many molecules."""
+def interrupt(checkpoint, path: Path, at=12, count=30, batch_size=5, **options):
+    """Begin, and stop after so many molecules."""
     options = FEW | options
     generator = MoleculeGenerator(checkpoint, CPU, **options)
     return sample_to_file(generator, count, path, Counter(at), batch_size)
@@ -145,8 +146,8 @@ def test_sizes(checkpoint, tmp_path):
 
 def test_ema_weights_are_used(checkpoint):
     model = MoleculeGenerator(checkpoint, CPU).model.state_dict()
-    assert torch.equal(model["embed.weight"], checkpoint.tensors("ema")["embed.weight"])
-    assert not torch.equal(model["embed.weight"], checkpoint.tensors("model")["embed.weight"])
+    assert torch.equal(model["embed.weight"], checkpoint.read_tensors("ema")["embed.weight"])
+    assert not torch.equal(model["embed.weight"], checkpoint.read_tensors("model")["embed.weight"])
 
 
 def test_molecules_that_diverge_are_counted_and_written(checkpoint, tmp_path):
@@ -165,7 +166,7 @@ def test_interrupted_and_resumed_equals_unbroken(checkpoint, tmp_path, monkeypat
     options = {"sampler": "ddim", "steps": 9, "eta": 0.5, "seed": 3, "sizes": (4, 18)}
     draw(checkpoint, tmp_path / f"whole.{suffix}", batch_size=5, **options)
     path = tmp_path / f"a.{suffix}"
-    outcome = broken_off(checkpoint, path, at, **options)
+    outcome = interrupt(checkpoint, path, at, **options)
     assert outcome.interrupted
     assert outcome.written == at // 5 * 5
     # What is finished is also there at once, called by its own numbers.
@@ -186,7 +187,7 @@ def test_interrupted_and_resumed_equals_unbroken(checkpoint, tmp_path, monkeypat
 
 def test_interrupted_before_anything_is_finished_leaves_nothing(checkpoint, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        broken_off(checkpoint, tmp_path / "a.sdf", at=2)
+        interrupt(checkpoint, tmp_path / "a.sdf", at=2)
     assert not list(tmp_path.iterdir())
 
 
@@ -200,7 +201,7 @@ def test_interrupted_while_the_file_is_written(checkpoint, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(MoleculeTextWriter, "append", interrupted)
-    outcome = broken_off(checkpoint, tmp_path / "a.sdf", at=None, batch_size=None)
+    outcome = interrupt(checkpoint, tmp_path / "a.sdf", at=None, batch_size=None)
     assert outcome.interrupted
     assert outcome.written == 30
     assert draw(checkpoint, tmp_path / "a.sdf", resume=True, **FEW).drawn == 0
@@ -219,20 +220,22 @@ DAMAGES = {
 @pytest.mark.parametrize(
     ("damage", "when"), [*((damage, "before") for damage in DAMAGES), ("empty", "while writing")]
 )
-def test_a_damaged_part_is_drawn_again(checkpoint, tmp_path, monkeypatch, damage, when):
+def test_a_damaged_shard_is_drawn_again(checkpoint, tmp_path, monkeypatch, damage, when):
     draw(checkpoint, tmp_path / "whole.sdf", batch_size=5, **FEW)
     path = tmp_path / "a.sdf"
 
     def spoil():
-        first, second, *_ = sorted((tmp_path / "a.sdf.parts").glob("*.part"))
+        first, second, *_ = sorted((tmp_path / "a.sdf.shards").glob("*.shard"))
         first.write_bytes(DAMAGES[damage](first.read_bytes(), second.read_bytes()))
 
-    broken_off(checkpoint, path)
-    write = sampling._Work._write
+    interrupt(checkpoint, path)
+    write = sampling._SamplingRun._write
     if when == "before":
         spoil()
     else:
-        monkeypatch.setattr(sampling._Work, "_write", lambda *a, **k: spoil() or write(*a, **k))
+        monkeypatch.setattr(
+            sampling._SamplingRun, "_write", lambda *a, **k: spoil() or write(*a, **k)
+        )
     counter = Counter()
     generator = MoleculeGenerator(checkpoint, CPU, **FEW)
     sample_to_file(generator, 30, path, counter, resume=True)
@@ -241,12 +244,12 @@ def test_a_damaged_part_is_drawn_again(checkpoint, tmp_path, monkeypatch, damage
     assert path.read_bytes() == (tmp_path / "whole.sdf").read_bytes()
 
 
-def test_parts_of_another_job_are_not_trusted(checkpoint, tmp_path):
-    """A part holds the digest of its manifest."""
+def test_shards_of_another_job_are_not_trusted(checkpoint, tmp_path):
+    """A shard holds the digest of its manifest."""
     for name, seed in (("a", 0), ("b", 1)):
-        broken_off(checkpoint, tmp_path / f"{name}.sdf", seed=seed, sizes=(9, 9))
-    for part in (tmp_path / "b.sdf.parts").glob("*.part"):
-        shutil.copy(part, tmp_path / "a.sdf.parts")
+        interrupt(checkpoint, tmp_path / f"{name}.sdf", seed=seed, sizes=(9, 9))
+    for shard in (tmp_path / "b.sdf.shards").glob("*.shard"):
+        shutil.copy(shard, tmp_path / "a.sdf.shards")
     counter = Counter()
     generator = MoleculeGenerator(checkpoint, CPU, sizes=(9, 9), **FEW)
     sample_to_file(generator, 30, tmp_path / "a.sdf", counter, resume=True)
@@ -254,14 +257,14 @@ def test_parts_of_another_job_are_not_trusted(checkpoint, tmp_path):
 
 
 def test_other_weights_are_refused(checkpoint, tmp_path):
-    broken_off(checkpoint, tmp_path / "a.sdf")
+    interrupt(checkpoint, tmp_path / "a.sdf")
     generator = MoleculeGenerator(checkpoint, CPU, **FEW)
     with torch.no_grad():
         generator.model.readout.bias[0] += 1e-6
     with pytest.raises(InputError, match="holds other weights") as refused:
         sample_to_file(generator, 30, tmp_path / "a.sdf", Counter(), resume=True)
     assert str(checkpoint.path.resolve()) in str(refused.value)
-    assert len(list((tmp_path / "a.sdf.parts").glob("*.part"))) == 2
+    assert len(list((tmp_path / "a.sdf.shards").glob("*.shard"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -277,47 +280,47 @@ def test_other_weights_are_refused(checkpoint, tmp_path):
     ],
 )
 def test_another_job_is_refused(checkpoint, tmp_path, name, changed):
-    broken_off(checkpoint, tmp_path / "a.sdf")
+    interrupt(checkpoint, tmp_path / "a.sdf")
     with pytest.raises(InputError, match=f"was begun with {name} .*, which cannot change to"):
         draw(checkpoint, tmp_path / "a.sdf", resume=True, **(FEW | changed))
 
 
 def test_what_was_begun_is_not_begun_again(checkpoint, tmp_path):
-    broken_off(checkpoint, tmp_path / "a.sdf")
-    with pytest.raises(InputError, match=r"go on with `molgen-energy sample --resume .*a\.sdf`"):
+    interrupt(checkpoint, tmp_path / "a.sdf")
+    with pytest.raises(InputError, match=r"continue with `molgen-energy sample --resume .*a\.sdf`"):
         draw(checkpoint, tmp_path / "a.sdf")
-    assert len(list((tmp_path / "a.sdf.parts").glob("*.part"))) == 2
+    assert len(list((tmp_path / "a.sdf.shards").glob("*.shard"))) == 2
 
 
 def test_nothing_to_resume(checkpoint, tmp_path):
     path = tmp_path / "a.sdf"
-    with pytest.raises(InputError, match="does not exist, there is nothing to go on with"):
+    with pytest.raises(InputError, match="does not exist; there is nothing to resume"):
         draw(checkpoint, path, resume=True)
     draw(checkpoint, path, count=2)
     with pytest.raises(InputError, match=r"a\.sdf is complete"):
         draw(checkpoint, path, count=2, resume=True)
-    (tmp_path / "a.sdf.parts").mkdir()
+    (tmp_path / "a.sdf.shards").mkdir()
     with pytest.raises(InputError, match=r"lacks manifest\.yaml"):
         draw(checkpoint, path, resume=True)
     for text in ("{", "count: 3", "[]", "format: 2\n"):
-        (tmp_path / "a.sdf.parts" / "manifest.yaml").write_text(text)
+        (tmp_path / "a.sdf.shards" / "manifest.yaml").write_text(text)
         with pytest.raises(InputError, match=r"manifest\.yaml is damaged; remove"):
             draw(checkpoint, path, resume=True)
 
 
-def test_what_other_processes_said_before_counts_no_more(checkpoint, tmp_path):
-    broken_off(checkpoint, tmp_path / "a.sdf")
-    with MoleculeShards.open(tmp_path / "a.sdf", lead=False) as parts:
-        parts.say_done(1)
-    with MoleculeShards.open(tmp_path / "a.sdf", lead=False) as parts:
-        assert parts.is_done(1)
-    with MoleculeShards.open(tmp_path / "a.sdf", lead=True) as parts:
-        assert not parts.is_done(1)
+def test_marks_of_processes_of_an_earlier_job_are_removed(checkpoint, tmp_path):
+    interrupt(checkpoint, tmp_path / "a.sdf")
+    with MoleculeShards.open(tmp_path / "a.sdf", lead=False) as shards:
+        shards.mark_done(1)
+    with MoleculeShards.open(tmp_path / "a.sdf", lead=False) as shards:
+        assert shards.is_done(1)
+    with MoleculeShards.open(tmp_path / "a.sdf", lead=True) as shards:
+        assert not shards.is_done(1)
 
 
 def test_one_process_at_a_time(checkpoint, tmp_path):
     pytest.importorskip("fcntl")
-    broken_off(checkpoint, tmp_path / "a.sdf")
+    interrupt(checkpoint, tmp_path / "a.sdf")
     with (
         MoleculeShards.open(tmp_path / "a.sdf", lead=True),
         pytest.raises(InputError, match="is in use by another process"),
@@ -372,8 +375,9 @@ def test_batches_are_full_and_of_one_size(checkpoint, tmp_path):
     """By default some sixty molecules of QM9's sizes, within a window of 1,024, sizes mixed."""
     generator = MoleculeGenerator(checkpoint, CPU)
     job = sampling._job(generator, 3000, None)
-    with MoleculeShards.create(tmp_path / "a.sdf", job) as parts:
-        batches = list(sampling._Work(generator, parts, tmp_path / "a.sdf", Counter()).in_turn())
+    with MoleculeShards.create(tmp_path / "a.sdf", job, {}) as shards:
+        run = sampling._SamplingRun(generator, shards, tmp_path / "a.sdf", Counter())
+        batches = list(run.in_turn())
     numbers = np.concatenate([batch.numbers for batch in batches])
     assert sorted(numbers.tolist()) == list(range(3000))
     assert np.median([len(batch.numbers) for batch in batches]) > 45
@@ -460,7 +464,7 @@ def test_a_checkpoint_that_a_trainer_replaces_is_read_whole(tmp_path):
                 assert "is replaced faster than it can be read" in str(error)
                 continue
             steps.add(loaded.state["step"])
-            assert loaded.tensors("ema")["x"][0] == loaded.state["step"]
+            assert loaded.read_tensors("ema")["x"][0] == loaded.state["step"]
     finally:
         stop.set()
         trainer.join()
@@ -481,15 +485,15 @@ def start(folder: Path, *arguments, processes=1):
     )  # fmt: skip
 
 
-def stop_half_way(process, parts: Path, number):
+def stop_half_way(process, shards: Path, number):
     deadline = time.monotonic() + 120
-    while len(list(parts.glob("*.part"))) < 3:
+    while len(list(shards.glob("*.shard"))) < 3:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(number)
     stderr = process.communicate(timeout=60)[1]
-    assert 3 <= len(list(parts.glob("*.part"))) < MANY["count"] // MANY["batch_size"]
+    assert 3 <= len(list(shards.glob("*.shard"))) < MANY["count"] // MANY["batch_size"]
     return stderr
 
 
@@ -509,9 +513,9 @@ def many(checkpoint, tmp_path_factory):
 def test_killed_and_finished_by_two_processes(many, tmp_path):
     options, whole = many
     process = start(tmp_path, *options)
-    stop_half_way(process, tmp_path / "samples.sdf.parts", signal.SIGKILL)
+    stop_half_way(process, tmp_path / "samples.sdf.shards", signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert [p.name for p in tmp_path.iterdir()] == ["samples.sdf.parts"]
+    assert [p.name for p in tmp_path.iterdir()] == ["samples.sdf.shards"]
     done = start(tmp_path, "--resume", "samples.sdf", processes=2)
     stderr = done.communicate(timeout=120)[1]
     assert done.returncode == 0, stderr
@@ -525,17 +529,17 @@ def test_killed_and_finished_by_two_processes(many, tmp_path):
 def test_two_processes_interrupted_and_finished_by_one(checkpoint, many, tmp_path):
     options, whole = many
     process = start(tmp_path, *options, processes=2)
-    stderr = stop_half_way(process, tmp_path / "samples.sdf.parts", signal.SIGINT)
+    stderr = stop_half_way(process, tmp_path / "samples.sdf.shards", signal.SIGINT)
     assert process.returncode != 0
-    said = re.findall(
-        r"interrupted: (\d+) of 200 molecules are finished; go on with: molgen-energy sample "
-        r"--resume samples\.sdf\nwhat is finished can be used already: samples\.partial\.sdf\n",
+    found = re.findall(
+        r"interrupted: (\d+) of 200 molecules are finished; continue with: molgen-energy sample "
+        r"--resume samples\.sdf\nfinished samples are in samples\.partial\.sdf\n",
         stderr,
     )
-    assert len(said) == 1
-    assert int(said[0]) >= 16
+    assert len(found) == 1
+    assert int(found[0]) >= 16
     outcome = draw(checkpoint, tmp_path / "samples.sdf", resume=True, **MANY)
-    assert 0 < outcome.drawn <= 200 - int(said[0])
+    assert 0 < outcome.drawn <= 200 - int(found[0])
     assert (tmp_path / "samples.sdf").read_bytes() == whole
 
 

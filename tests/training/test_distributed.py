@@ -23,7 +23,7 @@ from molgen_energy.training.metrics import read_metrics
 # Batches of 37: the last of an epoch of 1,000 molecules is a single one, fewer than processes.
 CONFIG = """
 model: {name: NAME, layers: 2, width: 16}
-diffusion: {steps: 100}
+process: {steps: 100}
 loss: {name: energy, edges: {kind: sparse}}
 training:
   steps: 30
@@ -45,7 +45,7 @@ def config_file(folder: Path, model: str = "gdm") -> Path:
 
 
 def tensors_of(run: Path) -> torch.Tensor:
-    tensors = load_checkpoint(run).tensors("ema")
+    tensors = load_checkpoint(run).read_tensors("ema")
     # The mean of the predicted noise is taken away, so this has no gradient but rounding, of
     # which Adam makes steps of full length.
     tensors["readout.bias"][:3] = 0
@@ -55,7 +55,8 @@ def tensors_of(run: Path) -> torch.Tensor:
 def assert_close_runs(ours: Path, theirs: Path) -> None:
     rows = [read_metrics(run / "metrics.csv") for run in (ours, theirs)]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
-    for name in ("loss", "position_loss", "feature_loss", "valid_loss", "gradient_norm"):
+    terms = ("positions_loss", "elements_loss", "nuclear_charges_loss")
+    for name in ("loss", *terms, "valid_loss", "gradient_norm"):
         a, b = ([float(row[name] or 0) for row in part] for part in rows)
         np.testing.assert_allclose(a, b, rtol=2e-4, err_msg=name)
     a, b = tensors_of(ours), tensors_of(theirs)
@@ -153,10 +154,10 @@ def test_a_killed_process_ends_the_job_and_it_resumes(tmp_path):
     job, ranks = started(tmp_path)
     os.kill(ranks[1], signal.SIGKILL)
     began = time.monotonic()
-    _, said = job.communicate(timeout=90)
+    _, stderr = job.communicate(timeout=90)
     assert time.monotonic() - began < 60
     assert job.returncode != 0
-    assert "error: " in said
+    assert "error: " in stderr
     at = load_checkpoint(tmp_path / "run").state["progress"]["step"]
     config = config_of(tmp_path / "run").replaced({"training.steps": at + 3})
     train(MoleculeTask(config, CPU), tmp_path / "run", Watcher(), resume=True)
@@ -168,10 +169,10 @@ def test_a_killed_process_ends_the_job_and_it_resumes(tmp_path):
 def test_ctrl_c_stops_all_at_one_step(tmp_path):
     job, ranks = started(tmp_path)
     os.kill(ranks[1], signal.SIGINT)  # one of them is enough: they agree
-    _, said = job.communicate(timeout=90)
-    assert "go on with: molgen-energy train --resume run" in said
+    _, stderr = job.communicate(timeout=90)
+    assert "continue with: molgen-energy train --resume run" in stderr
     step = load_checkpoint(tmp_path / "run").state["progress"]["step"]
-    assert f"stopped at step {step} of 100000" in said
+    assert f"stopped at step {step} of 100000" in stderr
     assert_no_thread_of_the_group(tmp_path, 1)  # the first to end has the others terminated
 
 

@@ -18,7 +18,7 @@ from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.valence import stable_atoms
 from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.errors import InputError
-from molgen_energy.systems.molecules.task import MoleculeGenerator
+from molgen_energy.systems.molecules.generate import MoleculeGenerator
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.pretrained import (
     DEFAULT,
@@ -53,15 +53,16 @@ def test_what_ships():
 @pytest.mark.parametrize("name", NAMES)
 def test_half_precision_on_disk_float32_in_memory(name):
     checkpoint = load_checkpoint(pretrained_weights()[name].path)
-    stored = checkpoint.tensors("ema")
+    stored = checkpoint.read_tensors("ema")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     generator = MoleculeGenerator(checkpoint, CPU)
+    stored = checkpoint.tensors("ema", generator.model)
     for key, parameter in generator.model.named_parameters():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter.half(), stored[key])
-    sampler, judged_with = generator.sampler, {"steps": 100, "spacing": "quadratic"}
-    assert checkpoint.state["sampling"] == judged_with
-    assert {"steps": sampler.steps, "spacing": sampler.spacing} == judged_with
+    sampler, evaluated_with = generator.sampler, {"steps": 100, "spacing": "quadratic"}
+    assert checkpoint.state["sampling"] == evaluated_with
+    assert {"steps": sampler.steps, "spacing": sampler.spacing} == evaluated_with
     other = MoleculeGenerator(checkpoint, CPU, steps=7, spacing="log").sampler
     assert (other.steps, other.spacing) == (7, "log")
     assert MoleculeGenerator(checkpoint, CPU, steps=7).sampler.spacing == "quadratic"
@@ -115,7 +116,7 @@ def test_sample_without_a_run(cli, tmp_path):
     assert "of 10,000 molecules stable" in listed
     done = cli("sample", "-n", "1", "--steps", "2", "--checkpoint", "qm9_mse", "-o", "b.sdf")
     assert "from qm9_mse" in done.stderr
-    cli("train", "--steps", "1", "--set", "model.width=16", "--set", "diffusion.steps=5")
+    cli("train", "--steps", "1", "--set", "model.width=16", "--set", "process.steps=5")
     assert "from quick-energy" in cli("sample", "-n", "1", "-o", "c.sdf").stderr
 
 
@@ -171,7 +172,7 @@ def test_every_way_of_sampling_is_measured(measuring):
     ]
 
 
-def test_measuring_goes_on_where_it_was(measuring, tmp_path, monkeypatch, molecules):
+def test_measuring_continues_where_it_was(measuring, tmp_path, monkeypatch, molecules):
     """Files that are there are not drawn again, and their note says how they were drawn."""
     one = pretrained_weights()[DEFAULT]
     monkeypatch.setattr(measuring, "SAMPLES", 3)

@@ -1,4 +1,4 @@
-"""The loop: it learns, it is deterministic, and what was broken off goes on to the same numbers."""
+"""The loop: it learns, it is deterministic, and an interrupted run resumes to the same numbers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from conftest import config_of
 from runs import CPU, Watcher, assert_same_run, tiny, weights
 
 from molgen_energy.diffusion.geometry import centred
+from molgen_energy.diffusion.objective import Terms
 from molgen_energy.diffusion.process import PROCESSES
 from molgen_energy.errors import InputError, TrainingFailedError
 from molgen_energy.losses import EDGES, LOSSES, SPRINGS
 from molgen_energy.losses.pointwise import KabschError
-from molgen_energy.models import MODELS
+from molgen_energy.models import GDM, MODELS
 from molgen_energy.output import lock_file
-from molgen_energy.systems.molecules.task import PAPER, MoleculeTask
+from molgen_energy.systems.molecules.task import MoleculeTask
 from molgen_energy.systems.registry import load_config
 from molgen_energy.training import checkpoint as checkpoints
 from molgen_energy.training import devices
@@ -53,7 +54,7 @@ def test_run_directory(unbroken):
     assert {p.name for p in best.iterdir()} == names
     assert [p.name for p in sorted((unbroken / "checkpoints").iterdir())] == ["best", "last"]
     config = load_config(unbroken / "config.yaml")
-    assert config.loss.position_weight == pytest.approx(0.26)
+    assert config.objective.position_weight == pytest.approx(0.26)
     assert config.data.elements == ["H", "C", "N", "O", "F"]
     assert isinstance(config.loss.springs.scale, float)
     assert config.data.in_memory is True
@@ -171,7 +172,7 @@ def test_a_checkpoint_is_old_or_new_at_every_moment(tmp_path, monkeypatch, momen
         save_checkpoint(path, config, {"step": 2}, {"model": {"w": 2 * torch.ones(3)}})
     monkeypatch.undo()
     found = load_checkpoint(path)
-    assert torch.equal(found.tensors("model")["w"], found.state["step"] * torch.ones(3))
+    assert torch.equal(found.read_tensors("model")["w"], found.state["step"] * torch.ones(3))
     save_checkpoint(path, config, {"step": 3}, {"model": {"w": 3 * torch.ones(3)}})
     assert load_checkpoint(path).state["step"] == 3
 
@@ -300,7 +301,10 @@ def test_two_trainers_of_one_run_are_kept_apart(unbroken, tmp_path):
     shutil.copytree(unbroken, run)
     config = config_of(run).replaced({"training.steps": 14})
     before = (run / "metrics.csv").read_bytes()
-    with lock_file(run / "log.txt", "run"), pytest.raises(InputError, match="by another process"):
+    with (
+        lock_file(run / "log.txt", "run"),
+        pytest.raises(InputError, match="in use by another process"),
+    ):
         train(MoleculeTask(config, CPU), run, Watcher(), resume=True)
     assert (run / "metrics.csv").read_bytes() == before
     assert train(MoleculeTask(config, CPU), run, Watcher(), resume=True).steps == 14
@@ -311,9 +315,9 @@ def test_skipped_steps_resume_to_the_same_numbers(tmp_path):
         task = MoleculeTask(tiny(), CPU)
         original = task.loss
 
-        def loss(model, batch, generator, rank=0, world=1):
-            terms = original(model, batch, generator, rank, world)
-            return terms._replace(total=terms.total * torch.nan) if next(count) == 7 else terms
+        def loss(model, batch, seed, rank=0, world=1):
+            terms = original(model, batch, seed, rank, world)
+            return terms | {"loss": terms["loss"] * torch.nan} if next(count) == 7 else terms
 
         task.loss = loss
         return task
@@ -340,13 +344,13 @@ def test_a_row_of_skipped_steps_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fits", "said"), [(5, "4 fit: train anew with --batch-size 4"), (0, "not even one")]
+    ("fits", "message"), [(5, "4 fit: train again with --batch-size 4"), (0, "not even one")]
 )
-def test_out_of_memory_says_what_fits(tmp_path, fits, said):
+def test_out_of_memory_says_what_fits(tmp_path, fits, message):
     task = MoleculeTask(tiny(), CPU)
     original, tried, failed = task.loss, [], []
 
-    def loss(model, batch, generator, rank=0, world=1):
+    def loss(model, batch, seed, rank=0, world=1):
         if len(watcher.steps) == 5:
             assert not [held for held in failed if held() is not None], "memory is not free"
         if len(watcher.steps) == 5 and len(batch) > fits:
@@ -355,12 +359,12 @@ def test_out_of_memory_says_what_fits(tmp_path, fits, said):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         if len(watcher.steps) == 5:
             tried.append(batch)
-        return original(model, batch, generator, rank, world)
+        return original(model, batch, seed, rank, world)
 
     watcher = Watcher()
     task.loss = loss
     with pytest.raises(
-        TrainingFailedError, match=f"out of memory with batches of 16 at step 5.*{said}"
+        TrainingFailedError, match=f"out of memory with batches of 16 at step 5.*{message}"
     ):
         train(task, tmp_path / "run", watcher)
     assert [len(batch) for batch in tried] == [4] * (fits > 0)
@@ -396,7 +400,7 @@ def test_it_learns(tmp_path, loss, process):
         training__batch_size=32,
         training__warmup_steps=10,
         loss__name=loss,
-        diffusion__process=process,
+        process__name=process,
     )
     task = MoleculeTask(config, CPU)
     before = task.validation_loss(task.model)
@@ -413,7 +417,7 @@ def test_it_learns_with_muon_to_give_velocities(tmp_path, model):
         training__batch_size=32,
         training__optimizer="muon",
         training__warmup_steps=10,
-        diffusion__prediction="velocity",
+        process__prediction="velocity",
         model__name=model,
     )
     task = MoleculeTask(config, CPU)
@@ -426,12 +430,12 @@ def test_what_auto_stands_for():
     """Softer springs get a larger weight, so that the energy counts as much."""
     auto = MoleculeTask(tiny(), CPU).config
     given = MoleculeTask(tiny(loss__springs__scale=42.0, training__lr="auto"), CPU).config
-    products = [c.loss.springs.scale * c.loss.position_weight for c in (auto, given)]
+    products = [c.loss.springs.scale * c.objective.position_weight for c in (auto, given)]
     assert products[0] == pytest.approx(products[1])
     assert given.loss.springs.scale == 42.0
     assert given.training.lr == 4e-4
     mse = MoleculeTask(tiny(loss__name="mse", training__lr="auto"), CPU).config
-    assert (mse.loss.position_weight, mse.training.lr) == (1.5, 1e-3)
+    assert (mse.objective.position_weight, mse.training.lr) == (1.5, 1e-3)
 
 
 @pytest.mark.parametrize("springs", SPRINGS)
@@ -444,14 +448,15 @@ def test_auto_is_the_same_pull_whatever_the_springs(springs, edges):
     assert type(loss.edges) is EDGES[edges]
     generator = torch.Generator().manual_seed(1)
     forces = pairs = 0.0
-    for piece in task._pieces(task._train.sample(1)):
-        atoms = piece["mask"].sum(1)
-        total = loss.total_stiffness(**piece, generator=generator).total
+    for chunk in task._samples():
+        atoms = chunk["mask"].sum(1)
+        total = loss.total_stiffness(**chunk, generator=generator).total
         forces += loss.scale * float((total / atoms).sum())
         pairs += float((atoms - 1).sum())
-    weight = PAPER["gdm"]["energy", springs].position_weight
-    assert task.config.loss.position_weight * forces / pairs == pytest.approx(weight, rel=0.02)
-    assert task.config.training.lr == PAPER["gdm"]["energy", springs].lr
+    published = GDM.Config.published["energy", springs]
+    weight = task.config.objective.position_weight
+    assert weight * forces / pairs == pytest.approx(published.position_weight, rel=0.02)
+    assert task.config.training.lr == published.lr
 
 
 def test_published_scale():
@@ -466,9 +471,9 @@ def test_published_scale():
     [
         {"loss__edges__kind": "sparse"},
         {"loss__edges__kind": "symmetrized", "loss__springs__distance": "features"},
-        {"loss__springs__family": "lennard_jones", "diffusion__process": "flow_matching"},
+        {"loss__springs__family": "lennard_jones", "process__name": "flow_matching"},
         {"loss__name": "kabsch"},
-        {"training__optimizer": "muon", "diffusion__prediction": "velocity"},
+        {"training__optimizer": "muon", "process__prediction": "velocity"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -478,8 +483,8 @@ def test_every_choice_resumes_to_the_same_numbers(tmp_path, changes):
     watcher = Watcher({2: lambda: os.kill(os.getpid(), signal.SIGINT)})
     with pytest.raises(TrainingInterrupted):
         train(MoleculeTask(config, CPU), tmp_path / "run", watcher)
-    settled = config_of(tmp_path / "run")
-    train(MoleculeTask(settled, CPU), tmp_path / "run", Watcher(), resume=True)
+    resolved = config_of(tmp_path / "run")
+    train(MoleculeTask(resolved, CPU), tmp_path / "run", Watcher(), resume=True)
     assert_same_run(tmp_path / "unbroken", tmp_path / "run")
 
 
@@ -494,26 +499,33 @@ def test_augmentation_rotates_the_batch():
     for augment in (False, True):
         task = MoleculeTask(tiny(training__augment_rotations=augment), CPU)
 
-        def objective(model, clean, mask, generator, given, share):
-            seen.append((clean, mask))
+        def objective(model, clean, random, condition, inputs):
+            seen.append(clean)
+            zero = torch.zeros(len(clean))
+            return Terms(zero, dict.fromkeys(clean.layout.fields, zero))
 
         task._objective = objective
-        task.loss(task.model, task.epoch(0)[0], torch.Generator().manual_seed(0))
-    (plain, mask), (turned, _) = seen
+        task.loss(task.model, task.epoch(0)[0], 0)
+    plain, turned = seen
+    assert torch.equal(plain.mask, turned.mask)
     torch.testing.assert_close(
-        torch.cdist(plain[..., :3], plain[..., :3]), torch.cdist(turned[..., :3], turned[..., :3]),
+        torch.cdist(plain["positions"], plain["positions"]),
+        torch.cdist(turned["positions"], turned["positions"]),
         rtol=0, atol=1e-4,
     )  # fmt: skip
-    assert (plain[..., :3] - turned[..., :3])[mask].norm(dim=-1).mean() > 1
-    torch.testing.assert_close(plain[..., 3:], turned[..., 3:])
-    torch.testing.assert_close(turned[..., :3], centred(turned[..., :3], mask), rtol=0, atol=1e-5)
+    assert (plain["positions"] - turned["positions"])[plain.mask].norm(dim=-1).mean() > 1
+    for name in ("elements", "nuclear_charges"):
+        torch.testing.assert_close(plain[name], turned[name])
+    centre = centred(turned["positions"], turned.mask)
+    torch.testing.assert_close(turned["positions"], centre, rtol=0, atol=1e-5)
 
 
-def test_vocabulary(tmp_path):
-    with pytest.raises(InputError, match=r"molecule \d+ holds F, which is outside the vocabulary"):
+def test_elements(tmp_path):
+    with pytest.raises(InputError, match=r"molecule \d+ holds F, which is not among the elements"):
         MoleculeTask(tiny(data__elements=["H", "C", "N", "O"]), CPU)
     wide = MoleculeTask(tiny(data__elements=["S", "H", "C", "N", "O", "F"]), CPU)
-    assert wide.encoding.elements == (1, 6, 7, 8, 9, 16)
+    assert wide.layout.fields["elements"].elements == (1, 6, 7, 8, 9, 16)
+    assert wide.state["elements"] == ["H", "C", "N", "O", "F", "S"]
 
 
 def test_initial_weights_depend_on_the_seed_alone():
@@ -566,7 +578,7 @@ def test_length_of_a_run():
     epochs = tiny().replaced({"training.epochs": 3})
     assert epochs.training.steps is None
     assert total_steps(epochs.training, 7) == 21
-    with pytest.raises(InputError, match=r"either training\.steps or training\.epochs"):
+    with pytest.raises(InputError, match=r"exactly one of training\.steps and training\.epochs"):
         total_steps(tiny().training.model_copy(update={"epochs": 2}), 7)
 
 
@@ -589,13 +601,13 @@ def test_damaged_checkpoints(unbroken, tmp_path):
     file = broken / "ema.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(InputError, match="cut off or damaged"):
-        load_checkpoint(broken).tensors("ema")
+        load_checkpoint(broken).read_tensors("ema")
     file.unlink()
     with pytest.raises(InputError, match=r"lacks ema\.safetensors"):
-        load_checkpoint(broken).tensors("ema")
+        load_checkpoint(broken).read_tensors("ema")
     text = (broken / "state.yaml").read_text()
-    (broken / "state.yaml").write_text(text.replace("format: 2", "format: 9"))
-    with pytest.raises(InputError, match="checkpoint format 9, this version reads 2; upgrade"):
+    (broken / "state.yaml").write_text(text.replace("format: 3", "format: 9"))
+    with pytest.raises(InputError, match="checkpoint format 9, this version reads 2 to 3; upgrade"):
         load_checkpoint(broken)
     (broken / "state.yaml").write_text("{")
     with pytest.raises(InputError, match="damaged"):
@@ -617,17 +629,20 @@ def test_metrics_are_readable_as_csv(unbroken):
     assert len({len(row) for row in rows}) == 1
 
 
-def test_metrics_with_a_column_of_another_name(tmp_path):
-    """A run that was begun when throughput was counted in molecules goes on."""
+def test_metrics_with_other_columns(tmp_path):
+    """Rows of a version that had other columns keep the columns that there still are."""
     (tmp_path / "metrics.csv").write_text(
-        "step,epoch,loss,valid_loss,gradient_norm,lr,molecules_per_second,seconds,skipped\n"
-        "5,0,1.5,,2,0.1,300,9,0\n"
+        "step,epoch,loss,position_loss,valid_loss,gradient_norm,lr,samples_per_second,seconds,skipped\n"
+        "5,0,1.5,1.2,,2,0.1,300,9,0\n"
     )
-    log = MetricsLog(tmp_path, 5, ())
+    log = MetricsLog(tmp_path, 5, ("positions_loss",))
     log.write(step=6, epoch=0, loss=1.0, samples_per_second=310.0, seconds=10.0, skipped=0)
     log.close()
     rows = read_metrics(tmp_path / "metrics.csv")
     assert [row["samples_per_second"] for row in rows] == ["300", "310"]
+    assert [row["loss"] for row in rows] == ["1.5", "1"]
+    assert [row["positions_loss"] for row in rows] == ["", ""]
+    assert "position_loss" not in rows[0]
 
 
 @pytest.mark.parametrize(

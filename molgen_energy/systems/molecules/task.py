@@ -472,7 +472,8 @@ def _in_memory(
     molecules, largest = summary.training_molecules, max(summary.size_histogram)
     # For each atom: position, element, charge, and about one bond. For each molecule: offset,
     # size, number in the file, and properties.
-    per_atom = 13 + int("formal_charges" in columns) + 9 * int("bonds" in columns)
+    bonds = "bonds" in columns or "bonds" in config.loss.requires
+    per_atom = 13 + int("formal_charges" in columns) + 9 * int(bonds)
     per_molecule = 40 + 8 * sum("/" in name for name in columns)
     needed = per_atom * atoms + per_molecule * molecules
     needed += table_bytes(config.loss, molecules, largest)
