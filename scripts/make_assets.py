@@ -22,7 +22,6 @@ from molgen_energy.chemistry.rdkit import sanitize
 from molgen_energy.data.hdf5 import MoleculeWriter
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.datasets import qm9
-from molgen_energy.datasets.files import preprocess_qm9
 from molgen_energy.distributed import default_workers
 from molgen_energy.metrics.options import METRIC_GROUPS, EvaluationOptions, is_missing
 from molgen_energy.metrics.reference import bundled_training_hashes, evaluate_reference
@@ -88,7 +87,7 @@ def write_test_statistics() -> None:
         WorkerPool(default_workers(), timeout=120) as workers,
     ):
         path = Path(folder) / "qm9.h5"
-        preprocess_qm9(path)
+        qm9.QM9().make(path)
         training = bundled_training_hashes()
         reference = evaluate_reference(path, "QM9 test", options, QM9_TYPES, training, workers)
         reference.save(asset("qm9_test_statistics.h5"), "QM9 (qm9pack), test split of EDM")

@@ -308,18 +308,18 @@ def test_a_batch_on_the_device_is_the_molecules(molecules):
 
 def test_a_batch_on_the_device_has_every_column(bonded):
     """Charges, bonds as a list and dense, properties, groups and SMILES."""
-    gap = Property(np.array([0.1, np.nan, 0.3, 0.4]), "hartree")
+    gap = Property(np.array([0.1, np.nan, 0.3]), "hartree")
     every = replace(
         bonded,
         properties={"gap": gap},
-        groups=np.array([3, 3, 5, 7]),
-        smiles=np.array(["a", "b", "", "d"], dtype=object),
+        groups=np.array([3, 7, 5]),
+        smiles=np.array(["a", "b", ""], dtype=object),
     )
-    which = np.array([2, 0, 3])
+    which = np.array([2, 0, 1])
     batch = DeviceMolecules(every, torch.device("cpu"), dense_bonds=True).batch(which)
     assert batch.groups is not None and batch.groups.tolist() == [5, 3, 7]
-    assert batch.smiles is not None and batch.smiles.tolist() == ["", "a", "d"]
-    np.testing.assert_array_equal(batch.properties["gap"], [0.3, 0.1, 0.4])
+    assert batch.smiles is not None and batch.smiles.tolist() == ["", "a", "b"]
+    np.testing.assert_array_equal(batch.properties["gap"], [0.3, 0.1, np.nan])
     assert batch.bonds is not None
     molecule, first, second = batch.bonds
     for k, i in enumerate(which.tolist()):

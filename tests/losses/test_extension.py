@@ -120,11 +120,10 @@ def test_a_new_row_is_trained_by_its_name(registered, tmp_path, loss, said):
     assert said in system.describe(task.config, 1)
     losses = []
 
-    class Watch:
-        def progress(self, step: int, steps: int, loss: float, rate: float) -> None:
-            losses.append(loss)
+    def watch(step: int, steps: int, loss: float, samples_per_second: float) -> None:
+        losses.append(loss)
 
-    train(task, tmp_path / "run", Watch())
+    train(task, tmp_path / "run", watch)
     assert losses
     assert all(value > 0 for value in losses)
     config = load_checkpoint(tmp_path / "run").config_as(system.config)
