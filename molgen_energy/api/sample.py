@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,14 +210,15 @@ def sample(
     count
         Number of samples, by default 100.
     output
-        File to write; None returns molecules.
+        File to write; None returns the samples.
     **options
         Further parameters of `sample_to`.
 
     Returns
     -------
-    With an output, its `SamplingResult`. Without, a list of RDKit molecules with their conformers,
-    and the bonds and formal charges that the model generates, or bonds perceived from distances.
+    With an output, its `SamplingResult`. Without, the samples as their physical system represents
+    them: molecules are a list of RDKit molecules with conformers, and the bonds and formal charges
+    that the model generates, or bonds perceived from distances; others are arrays by name.
 
     Raises
     ------
@@ -225,20 +227,13 @@ def sample(
     """
     if output is not None or "resume" in options:
         return sample_to(output, count, **options)
-    import tempfile
+    jobs: list[SamplingJobInfo] = []
 
-    from molgen_energy.chemistry.bonds import perceive
-    from molgen_energy.chemistry.convert import to_rdkit
-    from molgen_energy.chemistry.fields import BONDS
-    from molgen_energy.data.hdf5 import MoleculeFile
+    def on_start(job: SamplingJobInfo) -> SamplingCallback | None:
+        jobs.append(job)
+        return None
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "samples.h5"
-        sample_to(path, count, **options)
-        with MoleculeFile(path) as file:
-            molecules = file.load()
-    perceived = molecules.bonds is None
-    drawn = to_rdkit(perceive(molecules) if perceived else molecules)
-    for molecule in drawn:  # as the records of an SDF say
-        molecule.SetProp(BONDS, "perceived" if perceived else "given")
-    return drawn
+        sample_to(path, count, on_start=on_start, **options)
+        return jobs[0].system.read_samples(path)

@@ -152,6 +152,12 @@ def _read(data: Any, name: str, column: Column, sizes: dict[str, int], path: Pat
     return values
 
 
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """All data sets of a file, by name."""
+    with h5py.File(path, "r") as file:
+        return {name: data[:] for name, data in file.items()}
+
+
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from molgen_energy.config import Config
+from molgen_energy.data.arrays import read_arrays
 from molgen_energy.data.hdf5 import check_hdf5_name
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.training.checkpoint import Checkpoint
@@ -132,6 +133,10 @@ class System(ABC):
     def check_output(self, path: Path) -> None:
         """Raise `InputError` unless samples can be written to a path; by default HDF5."""
         check_hdf5_name(path)
+
+    def read_samples(self, path: Path) -> Any:
+        """The samples of an HDF5 file in memory; by default its arrays by name."""
+        return read_arrays(path)
 
     def sampling_options(self, output: Path) -> Mapping[str, Any] | None:
         """Options of the interrupted job of a file, with `checkpoint`; None if it cannot resume.

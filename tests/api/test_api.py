@@ -73,6 +73,15 @@ def test_from_molecules_in_memory_to_a_report(tmp_path, monkeypatch):
     assert report.files[0].count == 4
 
 
+def test_samples_of_another_system_are_arrays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    molgen_energy.preprocess("shapes", "shapes.h5", vertices=5, count=40)
+    molgen_energy.train("shapes_energy", data="shapes.h5", steps=2, output="run")
+    arrays = molgen_energy.sample(7, checkpoint="run")
+    assert arrays["positions"].shape == (7, 5, 2)
+    assert arrays["radius"].shape == (7,)
+
+
 def test_bad_options_name_the_remedy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"did you mean 'qm9_energy'\?"):

@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+from molgen_energy.chemistry.bonds import perceive
+from molgen_energy.chemistry.convert import to_rdkit
+from molgen_energy.chemistry.fields import BONDS
+from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.output import check_writable
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.base import SamplingCallback, SamplingResult, System
@@ -94,6 +98,16 @@ class MoleculeSystem(System):
             options["condition"],
         )
         return _MoleculeSampling(generator, options["count"], options["batch_size"])
+
+    def read_samples(self, path: Path) -> list[Any]:
+        """RDKit molecules with conformers; without bonds in the file, bonds are perceived."""
+        with MoleculeFile(path) as file:
+            molecules = file.load()
+        perceived = molecules.bonds is None
+        samples = to_rdkit(perceive(molecules) if perceived else molecules)
+        for molecule in samples:  # the field that the records of an SDF have
+            molecule.SetProp(BONDS, "perceived" if perceived else "given")
+        return samples
 
     def sampling_options(self, output: Path) -> Mapping[str, Any]:
         """Options of the interrupted job of a file."""
