@@ -43,8 +43,8 @@ task = MoleculeTask(load_config("quick").replaced(changes), torch.device("cpu"))
 started, prepared = time.perf_counter() - start, peak()
 rows = []
 
-class Observer:
-    def progress(self, step, steps, loss, rate):
+class Windows:
+    def __call__(self, step, steps, loss, samples_per_second):
         if step % per_window == 1:
             # The first step of a window is the one that waits for it.
             self.began = self.now
@@ -55,9 +55,9 @@ class Observer:
 def spent():  # of both threads; where others use the machine, wall time says little
     return time.perf_counter(), task.seconds_waited, time.process_time()
 
-observer = Observer()
-observer.now = spent()
-train(task, Path(run), observer)
+callback = Windows()
+callback.now = spent()
+train(task, Path(run), callback)
 batches = task.epoch(0)[: per_window * windows]
 print(json.dumps({
     "rows": rows, "imported": imported, "prepared": prepared, "peak": peak(), "start": started,
@@ -100,13 +100,13 @@ def repeat(source: Path, count: int, target: Path) -> None:
 
 def reading(path: Path) -> None:
     """How fast a window of the default size is read, with nothing else to do."""
-    from molgen_energy.config import DataConfig
     from molgen_energy.data.batches import StreamedData
+    from molgen_energy.systems.molecules.config import MoleculeDataConfig
 
-    window = DataConfig().window
+    window = MoleculeDataConfig().window
     data = StreamedData(
         MoleculeFile(path),
-        lambda molecules, numbers, ranks, go_on: molecules.positions.nbytes,
+        lambda molecules, numbers, ranks, check_cancelled: molecules.positions.nbytes,
         molecules=window,
         batch_size=64,
         seed=0,

@@ -27,8 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from molgen_energy.data.batches import Batch, padding
+from molgen_energy.data.batches import BatchIndex, padding
 from molgen_energy.diffusion.geometry import centred
+from molgen_energy.diffusion.state import State
 from molgen_energy.models import EDM, GDM
 from molgen_energy.models.pair_network import PairNetwork
 from molgen_energy.systems.molecules.task import MoleculeTask
@@ -75,10 +76,18 @@ class PairList(nn.Module):
         shifts = [m.shift for m in ours.layers] if isinstance(ours, EDM) else []
         self.shifts = nn.ModuleList(PairMLP(network) for network in shifts)
 
-    def forward(self, noisy: Tensor, time: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        state: State,
+        time: Tensor,
+        mask: Tensor,
+        condition: Tensor | None = None,
+        self_condition: State | None = None,
+    ) -> State:
+        noisy = state.atoms
         batch, atoms = mask.shape
-        apart = ~torch.eye(atoms, dtype=torch.bool, device=mask.device)
-        real = mask[:, :, None] & mask[:, None, :] & apart
+        distinct = ~torch.eye(atoms, dtype=torch.bool, device=mask.device)
+        real = mask[:, :, None] & mask[:, None, :] & distinct
         listed = torch.ones_like(real) if self.padded else real
         molecule, i, j = torch.nonzero(listed, as_tuple=True)
         row, col = molecule * atoms + i, molecule * atoms + j
@@ -106,7 +115,7 @@ class PairList(nn.Module):
             shift = (x - flat[:, :3]).view(batch, atoms, 3)
             features = self.ours.readout(h).view(batch, atoms, -1)
         shift, features = (torch.where(mask[..., None], v, 0) for v in (shift, features))
-        return torch.cat([centred(shift, mask), features], dim=-1)
+        return state.with_atoms(torch.cat([centred(shift, mask), features], dim=-1))
 
     @staticmethod
     def _message(
@@ -136,10 +145,10 @@ class TrainingStep:
         self.ema = ExponentialMovingAverage(network, 0.9999)
         self.count = 0
 
-    def __call__(self, batch: Batch) -> None:
-        generator = torch.Generator(self.task.device).manual_seed(self.count)
+    def __call__(self, batch: BatchIndex) -> None:
+        losses = self.task.loss(self.network, batch, seed=self.count)
         self.count += 1
-        self.task.loss(self.network, batch, generator).total.mean().backward()  # type: ignore[no-untyped-call]
+        losses["loss"].mean().backward()  # type: ignore[no-untyped-call]
         self.clipper.clip(list(self.network.parameters()))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -153,13 +162,12 @@ class Evaluation:
         self.task, self.network = task, network
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> None:
-        data = self.task.molecules(batch)
-        noisy = self.task.encoding.encode(*data)
-        self.network(noisy, torch.rand(len(batch), device=noisy.device), data.mask)
+    def __call__(self, batch: BatchIndex) -> None:
+        state = self.task.encode(self.task.molecules(batch))
+        self.network(state, torch.rand(len(batch), device=state.mask.device), state.mask)
 
 
-def sizes_spread(batches: list[Batch], count: int) -> list[Batch]:
+def sizes_spread(batches: list[BatchIndex], count: int) -> list[BatchIndex]:
     """So many batches whose molecules are small to large as in all of them."""
     ordered = sorted(batches, key=lambda batch: float(batch.sizes.mean()))
     places = (np.arange(count) + 0.5) / count * len(ordered)
@@ -167,8 +175,8 @@ def sizes_spread(batches: list[Batch], count: int) -> list[Batch]:
 
 
 def rates(
-    steps: dict[str, Callable[[Batch], None]],
-    batches: dict[str, list[Batch]],
+    steps: dict[str, Callable[[BatchIndex], None]],
+    batches: dict[str, list[BatchIndex]],
     device: torch.device,
     seconds: float,
 ) -> dict[str, float]:
@@ -177,7 +185,7 @@ def rates(
     Whoever is fast takes more of its batches in a turn, so that all have about as much time.
     """
 
-    def timed(name: str, batch: Batch) -> float:
+    def timed(name: str, batch: BatchIndex) -> float:
         began = time.perf_counter()
         steps[name](batch)
         if device.type == "cuda":
@@ -236,18 +244,19 @@ def compare(
     numbers = np.random.default_rng(0).permutation(len(sizes))[: options.batch_size * 50]
     every = np.empty(len(sizes), np.int64)
     every[np.concatenate([batch.which for batch in epoch])] = sizes
-    random = [Batch(0, which, every[which]) for which in np.split(numbers, 50)]
+    random = [BatchIndex(0, which, every[which]) for which in np.split(numbers, 50)]
     networks = {
         "padded": PairList(task.model, padded=True).to(options.device),
         "real": PairList(task.model, padded=False).to(options.device),
         "ours": task.model,
     }
     batches = {"padded": random, "real": random, "ours": sizes_spread(epoch, 12)}
-    data = task.molecules(random[0])
-    noisy, at = task.encoding.encode(*data), torch.rand(len(data.mask), device=options.device)
+    state = task.encode(task.molecules(random[0]))
+    times = torch.rand(len(state), device=options.device)
     with torch.no_grad():
-        exact = networks["padded"](noisy, at, data.mask)
-        error = float((networks["ours"](noisy, at, data.mask) - exact).norm() / exact.norm())
+        exact = networks["padded"](state, times, state.mask).atoms
+        ours = networks["ours"](state, times, state.mask).atoms
+        error = float((ours - exact).norm() / exact.norm())
     table = Table(
         title=f"{name} {layers}×{width}, batches of {options.batch_size}: molecules/s "
         f"(results differ by {error:.0e})"

@@ -435,6 +435,9 @@ def _located(
             keys.append("name")
             break
         if inner is None:
+            following = location[len(keys) : len(keys) + 1]
+            if isinstance(values, Mapping) and following and following[0] in values:
+                keys.append(str(following[0]))
             break
         schema = inner
     return schema, keys

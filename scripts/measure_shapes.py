@@ -26,9 +26,11 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rows import Silent, ignored, read, write
+from rows import read, write
 
 from molgen_energy.output import atomic_replace
+from molgen_energy.progress import no_progress
+from molgen_energy.systems.base import NoCallback
 from molgen_energy.systems.registry import SYSTEMS, load_config
 from molgen_energy.systems.shapes.dataset import Polygons
 from molgen_energy.systems.shapes.files import read_polygons
@@ -85,7 +87,7 @@ def measured(
             seed=setting.seed,
             split="1,0,0",
         )
-        polygons.write(data, ignored)
+        polygons.write(data, no_progress)
         config = load_config("shapes_energy").replaced(
             {
                 **LOSSES[setting.loss],
@@ -99,13 +101,13 @@ def measured(
             }
         )
         system, device = SYSTEMS["shapes"], torch.device("cpu")
-        task = system.task(config, device, ignored)
-        train(task, run, Silent())
+        task = system.task(config, device, no_progress)
+        train(task, run)
         checkpoint, scores, shown = load_checkpoint(run, weights=["ema"]), [], None
         for seed in (VALIDATION, TEST):
             options = {"count": EVALUATED, "seed": seed, "batch_size": None}
             out = Path(folder) / f"{seed}.h5"
-            system.generator(checkpoint, device, options).write(out, Silent())
+            system.generator(checkpoint, device, options).write(out, NoCallback())
             file = read_polygons(out, "this")
             scores.append(quality(file.columns["positions"]))
             shown = file.columns["positions"][:12] / file.columns["radius"][:12, None, None]

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rows import Silent, read, write
+from rows import read, write
 
 from molgen_energy.metrics.statistics import Mean
 from molgen_energy.output import remove
 from molgen_energy.progress import no_progress
+from molgen_energy.systems.base import NoCallback
 from molgen_energy.systems.registry import SYSTEMS, load_config
 from molgen_energy.systems.spins.dataset import SpinGlasses
 from molgen_energy.systems.spins.metrics import evaluate_spins
@@ -92,11 +93,11 @@ def run_once(
     run = work / f"{boundary}-{loss}-{gauge}-{seed}"
     system = SYSTEMS["spins"]
     task = system.task(config, device, no_progress)
-    summary = train(task, run, Silent(), resume=(run / "checkpoints").exists())
+    summary = train(task, run, resume=(run / "checkpoints").exists())
     options = {"count": None, "data": None, "batch_size": 256}
     predicted = work / f"{run.name}.h5"
     checkpoint = load_checkpoint(run, weights=["ema"])
-    system.generator(checkpoint, device, options).write(predicted, Silent())
+    system.generator(checkpoint, device, options).write(predicted, NoCallback())
     (evaluated,) = evaluate_spins([predicted]).files
     prediction, descent, random = (column.metrics for column in evaluated.columns)
     result = Result(

@@ -1,4 +1,4 @@
-"""What scripts that measure share: rows of a CSV that are not measured twice, and silence."""
+"""What measuring scripts share: rows of a CSV that are not measured twice."""
 
 from __future__ import annotations
 
@@ -12,19 +12,6 @@ from molgen_energy.output import atomic_replace
 
 Row = TypeVar("Row")
 _TYPES = {"str": str, "float": float, "int": int}
-
-
-class Silent:
-    """Nobody needs to be told."""
-
-    def progress(self, *_: object) -> None: ...
-    def found(self, _: int) -> None: ...
-    def advance(self, *_: object) -> None: ...
-    def interrupted(self, _: int) -> None: ...
-
-
-def ignored(done: int, total: int) -> None:
-    """No progress is shown."""
 
 
 def read(path: Path, kind: type[Row]) -> list[Row]:

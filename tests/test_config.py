@@ -65,10 +65,23 @@ def test_assignments():
         ("loss.springs.distance=feature", r"loss\.springs\.distance: .*'positions' or 'features'"),
         ("loss.springs.scale=big", r"loss\.springs\.scale: .*above 0 or auto, gdm, edm, jodo"),
         ("loss.springs.scale=-1", r"loss\.springs\.scale: .*greater than 0"),
-        ("loss.position_weight=big", r"loss\.position_weight: .*above 0 or auto"),
+        ("objective.position_weight=big", r"objective\.position_weight: .*above 0 or auto"),
+        (
+            "objective.field_weights={elements: -1}",
+            r"objective\.field_weights\.elements: .*equal to 0",
+        ),
+        ("objective.weighting=noisy", r"objective\.weighting: .*'auto', 'noise' or 'clean'"),
+        ("scales.elements=0", r"scales\.elements: .*greater than 0"),
         ("loss.edges.pool=100000000", r"loss\.edges\.pool: .*10000"),
         ("loss.edges=sparse", r"loss\.edges: holds kind, pool, tolerance"),
-        ("diffusion.process=flow", r"unknown process 'flow'.*flow_matching"),
+        ("process.name=flow", r"process\.name: unknown process 'flow'.*flow_matching"),
+        ("process.steps=1", r"process\.steps: .*greater than or equal to 2"),
+        ("process.prediction=score", r"process\.prediction: .*'noise', 'velocity' or 'clean'"),
+        ("condition.name=property", r"unknown condition 'property'; did you mean 'properties'\?"),
+        (
+            "condition.dropout=0.1",
+            r"unknown config key 'condition\.dropout' \(valid: condition\.name",
+        ),
         ("training.lr=fast", r"training\.lr: "),
         ("training.lr=-1", r"training\.lr: .*greater than 0"),
         ("training.lr=.nan", r"training\.lr: "),
@@ -281,6 +294,26 @@ def test_a_row_may_be_added_at_run_time(monkeypatch):
     monkeypatch.setitem(TREES, "palm", Palm)
     config = forest().replaced({"tree.name": "palm", "tree.dates": 8})
     assert config.tree == Palm.Config(dates=8)
+
+
+def test_processes_are_changed_by_name():
+    """A key of another process is refused by name."""
+    config = load_config("quick").replaced({"process.name": "flow_matching", "process.steps": 50})
+    assert (config.process.steps, config.process.prediction) == (50, "velocity")
+    with pytest.raises(InputError, match=r"unknown config key 'process\.precision'"):
+        config.replaced({"process.precision": 1e-4})
+    back = config.replaced({"process.name": "diffusion", "process.prediction": "clean"})
+    assert (back.process.steps, back.process.prediction) == (50, "clean")
+
+
+def test_conditions_are_changed_by_name():
+    config = load_config("quick")
+    assert config.condition.model_dump() == {"name": "none"}
+    changes = parse_assignments(["condition.name=properties", "condition.properties=[gap, mu]"])
+    found = config.replaced(changes).condition
+    assert (found.properties, found.dropout) == (("gap", "mu"), 0.1)
+    with pytest.raises(InputError, match=r"condition\.properties: .*at least 1"):
+        config.replaced(parse_assignments(["condition.name=properties", "condition.properties=[]"]))
 
 
 def test_losses_are_changed_by_name():

@@ -1,4 +1,4 @@
-"""The four verbs as a user runs them: the main job, and every kind of bad input."""
+"""The commands as a user runs them: the main job, and every kind of bad input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from molgen_energy.cli import app
 from molgen_energy.systems.molecules import sampling
 
 TINY = (
-    "--set", "model.layers=2", "--set", "model.width=16", "--set", "diffusion.steps=10",
+    "--set", "model.layers=2", "--set", "model.width=16", "--set", "process.steps=10",
     "--batch-size", "32", "--set", "training.checkpoint_every=10",
 )  # fmt: skip
 WATER = "3\nwater\nO 0 0 0\nH 0.96 0 0\nH -0.24 0.93 0\n"
@@ -69,7 +69,7 @@ def test_options_of_train(cli, tmp_path, sample_path):
     cli("train", "--springs", "inverse", "--steps", "1", "-o", "inverse", *TINY)
     assert "family: inverse" in (tmp_path / "inverse" / "config.yaml").read_text()
     cli("train", "--springs", "lennard_jones", "--edges", "sparse", "--steps", "1", "-o", "lj",
-        "--set", "diffusion.process=flow_matching", *TINY)  # fmt: skip
+        "--set", "process.name=flow_matching", *TINY)  # fmt: skip
     text = (tmp_path / "lj" / "config.yaml").read_text()
     assert "kind: sparse" in text
     cli("sample", "-n", "2", "--checkpoint", "lj")
@@ -92,7 +92,7 @@ def test_stopped_and_resumed_from_the_shell(cli, tmp_path, number):
     assert "Traceback" not in stderr
     if number != signal.SIGKILL:
         assert process.returncode == 130
-        assert "go on with: molgen-energy train --resume run" in stderr
+        assert "continue with: molgen-energy train --resume run" in stderr
     step = int(metrics.read_text().splitlines()[-1].split(",")[0])
     cli("train", "--resume", "run", "--steps", str(step + 20))
 
@@ -100,12 +100,12 @@ def test_stopped_and_resumed_from_the_shell(cli, tmp_path, number):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_sampling_that_is_stopped_at_once_leaves_nothing(cli, tmp_path, number):
-    cli("train", "--steps", "1", *TINY, "--set", "diffusion.steps=500")
+    cli("train", "--steps", "1", *TINY, "--set", "process.steps=500")
     process = subprocess.Popen(
         [sys.executable, "-m", "molgen_energy", "sample", "-n", "500", "--batch-size", "500"],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while not (tmp_path / "samples.sdf.parts").exists():
+    while not (tmp_path / "samples.sdf.shards").exists():
         assert process.poll() is None
         time.sleep(0.02)
     time.sleep(0.5)
@@ -175,12 +175,12 @@ def test_samplers_of_sample(here, tmp_path):
     assert (tmp_path / "a.xyz").is_symlink()
     assert (tmp_path / "target.xyz").is_file()
     assert "step 1: ancestral, 10 steps, 11 network evaluations each" in stderr
-    assert "sampler='ancestral' steps='10'" in (tmp_path / "a.xyz").read_text()
+    assert "sampler=ancestral steps=10" in (tmp_path / "a.xyz").read_text()
 
 
 BAD_SAMPLE = {
     "unknown sampler": (("--sampler", "ancestor"), "unknown sampler 'ancestor'; did you mean"),
-    "of another process": (("--sampler", "euler"), "--sampler euler is for networks of flow"),
+    "of another process": (("--sampler", "euler"), "euler is for networks trained with flow"),
     "too many steps": (("--steps", "11"), "--steps 11: the network was trained with 10 steps"),
     "no steps": (("--steps", "0"), "--steps 0: the network was trained with 10 steps"),
     "eta of another": (("--eta", "1"), "--eta goes with --sampler ddim, not ancestral"),
@@ -190,14 +190,14 @@ BAD_SAMPLE = {
     "none": (("-n", "0"), "-n 0: ask for at least one molecule"),
     "begun before": ((), "or remove that folder"),
     "another seed": (("--resume", "samples.sdf", "--seed", "1"), "--seed cannot change: samples."),
-    "another count": (("--resume", "samples.sdf", "-n", "9"), "-n cannot change: samples.sdf.par"),
+    "another count": (("--resume", "samples.sdf", "-n", "9"), "-n cannot change: samples.sdf.sha"),
     "other steps": (("--resume", "samples.sdf", "--steps", "9"), "was begun with 10; --resume"),
     "other spacing": (("--resume", "samples.sdf", "--spacing", "even"), "--spacing cannot change"),
     "no such spacing": (("--spacing", "evn"), "unknown spacing 'evn'; did you mean 'even'?"),
     "other sizes": (("--resume", "samples.sdf", "--n-atoms", "9"), "with the default; --resume"),
     "rougher": (("--resume", "samples.sdf", "--low-precision"), "--low-precision cannot change"),
     "another output": (("--resume", "samples.sdf", "-o", "b.sdf"), "leave out -o b.sdf"),
-    "nothing begun": (("--resume", "b.sdf"), "b.sdf.parts does not exist, there is nothing to go"),
+    "nothing begun": (("--resume", "b.sdf"), "b.sdf.shards does not exist; there is nothing to re"),
     "weights changed": (("--resume", "samples.sdf"), "holds other weights (run, step 1)"),
     "checkpoint gone": (("--resume", "samples.sdf"), "does not exist; name its new place with --"),
 }  # fmt: skip
@@ -208,13 +208,13 @@ BAD_SAMPLE = {
 def test_bad_requests_of_sample_are_one_line_and_exit_code_2(here, tmp_path, monkeypatch, what):
     arguments, message = BAD_SAMPLE[what]
     if what == "begun before" or "--resume" in arguments:
-        parts = tmp_path / "samples.sdf.parts"
+        shards = tmp_path / "samples.sdf.shards"
         with monkeypatch.context() as broken:
-            broken.setattr(sampling._Work, "_write", failing)
+            broken.setattr(sampling._SamplingRun, "_write", failing)
             code, stderr = here("sample", "-n", 2)
         assert code == 2
-        assert f"what is finished stays in {parts.name}; go on with: molgen" in stderr
-        assert len(list(parts.glob("*.part"))) == 1
+        assert f"finished samples stay in {shards.name}; continue with: molgen" in stderr
+        assert len(list(shards.glob("*.shard"))) == 1
     last = tmp_path / "runs" / "run" / "checkpoints" / "last"
     if what == "weights changed":
         spoiled = bytearray((last / "ema.safetensors").read_bytes())
@@ -414,8 +414,8 @@ def test_a_folder_that_cannot_be_written(cli, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["preprocess", "sample.sdf", "sample.h5", "train"])
-def test_a_disk_that_takes_no_more(tmp_path, sample_path, verb):
+@pytest.mark.parametrize("command", ["preprocess", "sample.sdf", "sample.h5", "train"])
+def test_a_disk_that_takes_no_more(tmp_path, sample_path, command):
     """Files beyond 60 kB fail as on a full disk: one line, exit code 2, nothing half-written."""
     resource = pytest.importorskip("resource")
 
@@ -430,7 +430,7 @@ def test_a_disk_that_takes_no_more(tmp_path, sample_path, verb):
         )  # fmt: skip
 
     (tmp_path / "good.xyz").write_text(WATER * 20_000)
-    if verb.startswith("sample"):
+    if command.startswith("sample"):
         assert run("train", "--steps", "1", *TINY).returncode == 0
     before = sorted(tmp_path.rglob("*"))
     arguments = {
@@ -438,26 +438,26 @@ def test_a_disk_that_takes_no_more(tmp_path, sample_path, verb):
         "sample.sdf": ("sample", "-n", "200", "-o", "a.sdf"),
         "sample.h5": ("sample", "-n", "600", "-o", "a.h5"),
         "train": ("train", "--steps", "5", *TINY, "--set", "model.width=64", "-o", "run"),
-    }[verb]
+    }[command]
     done = run(*arguments, limit=60_000)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    name = {"preprocess": "good.h5", "train": "last"}.get(verb, verb.replace("sample", "a"))
+    name = {"preprocess": "good.h5", "train": "last"}.get(command, command.replace("sample", "a"))
     assert re.search(rf"^error: File too large: .*{name}$", done.stderr.splitlines()[-1])
-    if verb.startswith("sample"):  # what is finished stays, and is enough
-        assert f"go on with: molgen-energy sample --resume {name}" in done.stderr
+    if command.startswith("sample"):  # finished samples stay, and are enough
+        assert f"continue with: molgen-energy sample --resume {name}" in done.stderr
         assert run("sample", "--resume", name).returncode == 0
         (tmp_path / name).unlink()
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_help_is_quick_and_names_the_verbs(cli):
+def test_help_is_quick_and_names_the_commands(cli):
     began = time.monotonic()
     shown = cli("--help").stdout
     assert time.monotonic() - began < 20
-    for verb in ("preprocess", "train", "sample", "evaluate"):
-        assert verb in shown
-        assert "--help" in cli(verb, "--help").stdout
+    for command in ("preprocess", "train", "sample", "evaluate"):
+        assert command in shown
+        assert "--help" in cli(command, "--help").stdout
     assert cli("--version").stdout.startswith("molgen-energy ")
 
 
@@ -472,7 +472,7 @@ def test_help_is_quick_and_names_the_verbs(cli):
         ("molgen_energy.systems.molecules.sampling", {"molgen_energy.training.loop"}),
     ],
 )
-def test_what_a_verb_does_not_import(module, never):
+def test_what_a_command_does_not_import(module, never):
     code = f"import sys, {module}; print([m for m in {sorted(never)} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -275,7 +275,7 @@ def test_bonds_of_the_file_are_read_with_a_window(tmp_path, molecules):
     batch = task.epoch(0)[5]
     window = task._train.window(batch.window)
     molecules_of_batch = window.data.batch(batch.which)
-    state = task._encode(molecules_of_batch)
+    state = task.encode(molecules_of_batch)
     molecule, i, j = window.inputs.of(batch.which, molecules_of_batch, state)["bonds"]
     assert molecule.tolist() == list(range(64))
     assert (i == 0).all()

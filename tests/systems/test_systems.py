@@ -31,6 +31,7 @@ from molgen_energy.config import Config, RawConfig, Section, TrainingConfig, con
 from molgen_energy.data.arrays import ArrayFile, Column, write_arrays
 from molgen_energy.data.shards import ShardFolder
 from molgen_energy.datasets.base import Dataset, option
+from molgen_energy.diffusion.process import Diffusion, FlowMatching
 from molgen_energy.errors import InputError
 from molgen_energy.losses import SPIN_LOSSES, SPRINGS, SpringFamily
 from molgen_energy.metrics.report.model import (
@@ -43,7 +44,8 @@ from molgen_energy.metrics.report.model import (
 from molgen_energy.metrics.statistics import Mean
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.systems import datasets, evaluators
-from molgen_energy.systems.base import SamplingResult, System
+from molgen_energy.systems.base import NoCallback, SamplingResult, System
+from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.registry import SYSTEMS, load_config
 from molgen_energy.systems.shapes.dataset import Polygons, polygons
 from molgen_energy.systems.shapes.files import read_polygons
@@ -59,13 +61,6 @@ from molgen_energy.training.loop import train
 
 CPU = torch.device("cpu")
 SMALL = ("--set", "model.width=8", "--set", "model.layers=2", "--batch-size", "32")
-
-
-class Silent:
-    def progress(self, *_): ...
-    def found(self, *_): ...
-    def advance(self, *_): ...
-    def interrupted(self, *_): ...
 
 
 @pytest.fixture
@@ -177,11 +172,11 @@ def test_the_claim(tmp_path):
              "training.lr": 1e-2, "training.validate_every": 1000}
         )  # fmt: skip
         run = tmp_path / name
-        train(ShapeSystem().task(config, CPU, no_progress), run, Silent())
+        train(ShapeSystem().task(config, CPU, no_progress), run)
         generator = ShapeSystem().generator(
             load_checkpoint(run, weights=["ema"]), CPU, {"count": 500, "seed": 1, "batch_size": 64}
         )
-        generator.write(tmp_path / f"{name}.h5", Silent())
+        generator.write(tmp_path / f"{name}.h5", NoCallback())
         (evaluated,) = evaluate_shapes([tmp_path / f"{name}.h5"]).files
         found[name] = evaluated.metrics["quality"].value
         error = evaluated.metrics["radius_error"].value
@@ -228,17 +223,18 @@ def test_a_resumed_run_is_the_same(tmp_path):
     changes = {"data.path": str(tmp_path / "shapes.h5"), "loss.edges.kind": "sparse",
                "training.batch_size": 32, "training.log_every": 5}  # fmt: skip
     config = load_config("shapes_energy").replaced(changes | {"training.steps": 20})
-    train(ShapeSystem().task(config, CPU, no_progress), tmp_path / "whole", Silent())
+    train(ShapeSystem().task(config, CPU, no_progress), tmp_path / "whole")
 
-    class Stop(Silent):
-        def progress(self, step, *_):
-            if step == 7:
-                signal.raise_signal(signal.SIGINT)
+    def stop(step, *_, **__):
+        if step == 7:
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(Exception, match="stopped at step 7"):
-        train(ShapeSystem().task(config, CPU, no_progress), tmp_path / "broken", Stop())
-    train(ShapeSystem().task(config, CPU, no_progress), tmp_path / "broken", Silent(), resume=True)
-    one, other = (load_checkpoint(tmp_path / name).tensors("ema") for name in ("whole", "broken"))
+        train(ShapeSystem().task(config, CPU, no_progress), tmp_path / "broken", stop)
+    train(ShapeSystem().task(config, CPU, no_progress), tmp_path / "broken", resume=True)
+    one, other = (
+        load_checkpoint(tmp_path / name).read_tensors("ema") for name in ("whole", "broken")
+    )
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -248,7 +244,7 @@ def test_two_processes_do_what_one_does(inside, tmp_path):
     command = ("train", "--config", "shapes_energy", "--edges", "sparse", "--steps", "6", *SMALL)
     inside(*command, "-o", "one")
     assert torchrun_to_end(tmp_path, *command, "-o", "two").returncode == 0
-    one, other = (load_checkpoint(tmp_path / name).tensors("ema") for name in ("one", "two"))
+    one, other = (load_checkpoint(tmp_path / name).read_tensors("ema") for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
 
@@ -285,19 +281,49 @@ def test_configurations_of_format_2_are_upgraded():
     }  # fmt: skip
     with pytest.raises(InputError, match=r"unknown config key 'loss\.offset'"):
         SpinSystem.config.of(RawConfig("old", old))
-    upgraded = SpinSystem().upgrade_config(old)
+    upgraded = SpinSystem.config.upgrade(old)
     assert upgraded["loss"] == {"name": "margin", "margin": 2.0, "gauge": "fixed"}
     assert SpinSystem.config.of(RawConfig("old", upgraded)).loss.margin == 2.0
-    assert SpinSystem().upgrade_config(upgraded) == upgraded
+    assert SpinSystem.config.upgrade(upgraded) == upgraded
     springs = {"family": "inverse", "scale": 2.0, "distance": "positions"}
     edges = {"kind": "sparse", "pool": 100, "tolerance": 0.01}
     for name, kept in (("mse", {}), ("energy", {"springs": springs, "edges": edges})):
         loss = {"name": name, "springs": springs, "edges": edges}
-        found = ShapeSystem().upgrade_config({"name": "x", "system": "shapes", "loss": loss})
+        found = ShapeSystem.config.upgrade({"name": "x", "system": "shapes", "loss": loss})
         assert found["loss"] == {"name": name, **kept}
         ShapeSystem.config.of(RawConfig("old", found))
     for damaged in ({}, {"loss": 3}, {"loss": {"name": "none", "a": 1}}):
-        assert SpinSystem().upgrade_config(damaged) == damaged
+        assert SpinSystem.config.upgrade(damaged) == damaged
+
+
+def test_configurations_of_molecules_of_format_2_are_upgraded():
+    """`diffusion` became `process`, `scales` and a part of `objective`."""
+    diffusion = {
+        "process": "diffusion", "prediction": "velocity", "steps": 500, "precision": 1e-4,
+        "time_power": 1.5, "spread_times": True, "position_scale": 2.0, "type_scale": 3.0,
+        "charge_scale": 9.0,
+    }  # fmt: skip
+    springs, edges = {"family": "inverse", "scale": 2.0}, {"kind": "sparse"}
+    loss = {"name": "energy", "springs": springs, "edges": edges, "position_weight": 0.2}
+    old = {"name": "mine", "system": "molecules", "diffusion": diffusion, "loss": loss}
+    upgrade = MoleculeConfig.upgrade
+    config = MoleculeConfig.of(RawConfig("old", upgrade(old)))
+    assert config.process == Diffusion.Config(steps=500, precision=1e-4, prediction="velocity")
+    assert (config.scales.positions, config.scales.elements) == (2.0, 3.0)
+    assert config.scales.nuclear_charges == 9.0
+    assert (config.objective.position_weight, config.objective.time_power) == (0.2, 1.5)
+    assert config.objective.stratified_timesteps is True
+    assert (config.loss.springs.family, config.loss.edges.kind) == ("inverse", "sparse")
+    assert old["loss"] is loss and "position_weight" in loss  # not changed in place
+    flow = old | {"diffusion": diffusion | {"process": "flow_matching"}}
+    config = MoleculeConfig.of(RawConfig("old", upgrade(flow)))
+    assert config.process == FlowMatching.Config(steps=500)
+    mse = MoleculeConfig.of(RawConfig("old", upgrade(old | {"loss": loss | {"name": "mse"}})))
+    assert mse.loss.model_dump() == {"name": "mse"}
+    assert mse.objective.position_weight == 0.2
+    for damaged in ({"loss": 3}, {"diffusion": [1]}):
+        with pytest.raises(InputError):
+            MoleculeConfig.of(RawConfig("old", upgrade({"name": "x"} | damaged)))
 
 
 # -- spin glasses ------------------------------------------------------------------------------
@@ -373,10 +399,9 @@ def test_every_loss_on_spins_trains(tmp_path, glasses, name):
         )  # fmt: skip
         task = SpinSystem().task(config, CPU, no_progress)
         batch = task.epoch(0)[0]
-        generator = torch.Generator().manual_seed(0)
-        first = task.loss(task.model, batch, generator)[0].mean().item()
-        train(task, tmp_path / str(gauge), Silent())
-        last = task.loss(task.model, batch, generator)[0].mean().item()
+        first = task.loss(task.model, batch, 0)["loss"].mean().item()
+        train(task, tmp_path / str(gauge))
+        last = task.loss(task.model, batch, 0)["loss"].mean().item()
         assert last < first - 0.05 * abs(first)
 
 
@@ -394,7 +419,7 @@ def test_a_flip_of_the_data_changes_nothing(tmp_path, glasses):
         )
         tasks.append(SpinSystem().task(config, CPU, no_progress))
     batch = tasks[0].epoch(0)[0]
-    one, other = (t.loss(tasks[0].model, batch, torch.Generator().manual_seed(0))[0] for t in tasks)
+    one, other = (t.loss(tasks[0].model, batch, 0)["loss"] for t in tasks)
     assert torch.equal(one, other)
 
 
@@ -406,15 +431,15 @@ def test_solving_is_resumed(inside, tmp_path, number):
         [sys.executable, "-m", "molgen_energy", *command, "--workers", "1"],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    folder = tmp_path / "spins.h5.parts"
-    while len(list(folder.glob("*.part"))) < 2:
+    folder = tmp_path / "spins.h5.shards"
+    while len(list(folder.glob("*.shard"))) < 2:
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
     process.send_signal(number)
     stderr = process.communicate(timeout=60)[1]
     assert "Traceback" not in stderr
     assert not (tmp_path / "spins.h5").exists()
-    kept = sorted(folder.glob("*.part"))
+    kept = sorted(folder.glob("*.shard"))
     if number != signal.SIGKILL:
         assert process.returncode == 130
         assert "the same command goes on with it" in stderr
@@ -496,7 +521,7 @@ def test_files_of_another_system(inside, tmp_path, glasses, sample_path):
         ),
         (("train", "--config", "shapes_energy", "--springs", "lennard_jones"), "have no bonds"),
         (("train", "--config", "spins_margin", "--data", "no.h5"), "no.h5 does not exist; make"),
-        (("train", "--config", "spins_margin", "--set", "diffusion.steps=5"), "unknown config key"),
+        (("train", "--config", "spins_margin", "--set", "process.steps=5"), "unknown config key"),
         (("train", "--config", "spins_margin", "--set", "system=shapes"), "take a --config of sh"),
         (
             ("train", "--config", "shapes_energy", "--set", "loss.springs.distance=features"),
@@ -525,17 +550,20 @@ def test_options_of_another_system(inside, tmp_path, glasses):
     inside("preprocess", "spins", "--size", "4", "--count", "5", "--boundary", "periodic",
         "-o", "torus.h5", "--workers", "0")  # fmt: skip
     for arguments, message in (
-        (("polygons", "--n-atoms", "9"), "--n-atoms has no meaning for polygons"),
-        (("polygons", "--data", "shapes.h5"), "--data has no meaning for polygons"),
+        (("polygons", "--n-atoms", "9"), "--n-atoms is not an option for polygons"),
+        (("polygons", "--data", "shapes.h5"), "--data is not an option for polygons"),
         (("polygons", "-n", "0"), "-n 0"),
         (("polygons", "-o", "a.sdf"), "must end in .h5"),
-        (("lattices", "--seed", "1"), "--seed has no meaning for lattices"),
+        (("lattices", "--seed", "1"), "--seed is not an option for lattices"),
         (("lattices", "-n", "1000"), "-n 1000: expected 1 to 40"),
         (("lattices", "-n", "0"), "-n 0: expected 1 to 40"),
-        (("lattices", "-o", glasses / "spins.h5"), "is a file that samples are made from"),
+        (
+            ("lattices", "-o", glasses / "spins.h5"),
+            "is an input of this command; name another file",
+        ),
         (
             ("lattices", "--data", "some.h5", "-o", "some.h5"),
-            "is a file that samples are made from",
+            "is an input of this command; name another file",
         ),
         (("lattices", "--data", "shapes.h5"), "holds shapes, not spins"),
         (("lattices", "--data", "torus.h5"), "periodic boundaries, the run was trained on open"),
@@ -626,14 +654,16 @@ def test_windows_around_a_torus(inside, tmp_path):
     inside(*command, "--set", "model.kernel=9")
 
 
-def test_pieces_of_another_command(inside, tmp_path):
-    """`sample --resume` does not tell anybody to remove solved lattices, nor the other way."""
+def test_shards_of_another_command(inside, tmp_path):
+    """`sample --resume` does not suggest to remove solved lattices, nor the other way round."""
     ShardFolder.begin(tmp_path / "a.h5", "preprocess spins", {"count": 3})
-    said = inside("sample", "--resume", "a.h5", code=2).stderr
-    assert "holds what `molgen-energy preprocess spins` has finished" in said
+    stderr = inside("sample", "--resume", "a.h5", code=2).stderr
+    assert "holds finished shards of `molgen-energy preprocess spins` for a.h5" in stderr
     ShardFolder.begin(tmp_path / "b.h5", "sample", {"count": 3})
-    said = inside("preprocess", "spins", "--size", "4", "--count", "3", "-o", "b.h5", code=2).stderr
-    assert "holds what `molgen-energy sample` has finished" in said
+    stderr = inside(
+        "preprocess", "spins", "--size", "4", "--count", "3", "-o", "b.h5", code=2
+    ).stderr
+    assert "holds finished shards of `molgen-energy sample` for b.h5" in stderr
 
 
 @pytest.mark.slow
@@ -744,8 +774,7 @@ def chain_model(config: ChainConfig, beads: int) -> nn.Module:
 
 
 class ChainGenerator:
-    method, origin, count = "one network evaluation each", "a run", 50
-    distributed = False
+    method, origin, count, distributed = "one network evaluation each", "a run", 50, False
     inputs: tuple[Path, ...] = ()
 
     def __init__(self, checkpoint, device):
@@ -778,7 +807,7 @@ class ChainSystem(System):
             lambda c: Examples(torch.from_numpy(c["length"])[:, None],
                                torch.from_numpy(c["positions"])),
             chain_model(config, beads),
-            lambda prediction, batch, draws: energy(prediction, batch.targets),
+            lambda prediction, batch, random_integers: energy(prediction, batch.targets),
             {"beads": beads},
         )  # fmt: skip
 

@@ -96,9 +96,11 @@ class MoleculeConfig(Config):
     @classmethod
     def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Current keys: `diffusion` is now `process`, `scales` and a part of `objective`."""
-        values = dict(values)
-        old = dict(values.pop("diffusion", {}))
-        loss = dict(values.get("loss", {}))
+        old, loss = values.get("diffusion", {}), values.get("loss", {})
+        if not isinstance(old, dict) or not isinstance(loss, dict):
+            return values  # damaged, as its validation says
+        values = {key: value for key, value in values.items() if key != "diffusion"}
+        loss = dict(loss)
         flow = old.get("process") == "flow_matching"
         process = {"name": "flow_matching" if flow else "diffusion"}
         for key in ("steps", "precision", "prediction"):

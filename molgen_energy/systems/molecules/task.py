@@ -252,12 +252,12 @@ class MoleculeTask:
         split = self._train.sample(_SAMPLE)
         for which in batch_by_size(split.data.sizes, pairs=1_000_000):
             batch = split.data.batch(which)
-            inputs = split.inputs.of(which, batch, self._encode(batch))
+            inputs = split.inputs.of(which, batch, self.encode(batch))
             if "features" in inputs:
                 inputs["features"] = inputs["features"].double()
             yield {"target": batch.data["positions"].double(), "mask": batch.mask, **inputs}
 
-    def _encode(self, batch: MoleculeBatch) -> State:
+    def encode(self, batch: MoleculeBatch) -> State:
         """The state of a batch's molecules."""
         values = {name: field.encode(batch.data) for name, field in self.layout.fields.items()}
         return State.from_fields(self.layout, batch.mask, values)
@@ -338,7 +338,7 @@ class MoleculeTask:
         if augment:
             rotations = rotations_from_quaternions(random.quaternions())
             batch.data["positions"] = rotated(batch.data["positions"], rotations)
-        clean = self._encode(batch)
+        clean = self.encode(batch)
         condition = None
         if self._condition is not None:
             values = [batch.properties[name] for name in self._condition.names]
