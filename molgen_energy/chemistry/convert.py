@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -110,10 +109,9 @@ def to_rdkit(molecules: Molecules) -> list[Chem.Mol]:
 def _to_rdkit(molecule: Molecule) -> Chem.Mol:
     built = build(molecule, positions=True)
     built.UpdatePropertyCache(strict=False)
-    values: dict[str, Any] = data_fields(molecule)
-    for name, value in values.items():
-        if name in molecule.properties:
-            built.SetDoubleProp(name, molecule.properties[name])
+    for name, value in data_fields(molecule).items():
+        if isinstance(value, float):
+            built.SetDoubleProp(name, value)
         else:
-            built.SetProp(name, value)
+            built.SetProp(name, str(value))
     return built.GetMol()

@@ -96,15 +96,15 @@ class FieldSelection:
         return columns
 
 
-def data_fields(molecule: Molecule) -> dict[str, str]:
+def data_fields(molecule: Molecule) -> dict[str, str | float]:
     """Properties, SMILES and group of a molecule as fields; a missing value has none."""
-    fields = {
-        name: repr(value) for name, value in molecule.properties.items() if not math.isnan(value)
+    fields: dict[str, str | float] = {
+        name: value for name, value in molecule.properties.items() if not math.isnan(value)
     }
     if molecule.smiles:
         fields["smiles"] = molecule.smiles
     if molecule.group is not None:
-        fields[GROUP] = str(molecule.group)
+        fields[GROUP] = molecule.group
     return fields
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rdkit import Chem, rdBase
 
@@ -12,8 +12,9 @@ from molgen_energy.chemistry.molfiles.lines import Lines, Record
 from molgen_energy.chemistry.rdkit import build
 from molgen_energy.data.molecules import Molecule
 
-_HEADER = re.compile(r">.*<([^>]+)>")
 _END = "M  END\n"
+# A header `>  <name>`, and the lines up to an empty one or to the next header.
+_FIELD = re.compile(r"^>.*?<([^>\n]+)>.*\n((?:(?!>.*<).*\S.*\n?)*)", re.MULTILINE)
 
 
 def read_records(lines: Lines) -> Iterator[Record]:
@@ -24,28 +25,18 @@ def read_records(lines: Lines) -> Iterator[Record]:
         while (line := lines.next()) is not None and not line.startswith("$$$$"):
             record.append(line)
         if any(text.strip() for text in record):
-            yield Record(start, _parse_mol_block("".join(record)), _data_fields(record))
+            text = "".join(record)
+            yield Record(start, _parse_mol_block(text), _data_fields(text))
         elif line is not None:
             yield Record(start, "an empty record", {})
         if line is None:
             return
 
 
-def _data_fields(record: list[str]) -> dict[str, str]:
-    """The data fields of a record, `> <name>` and the lines up to an empty one."""
-    fields: dict[str, str] = {}
-    name = None
-    first = record.index(_END) + 1 if _END in record else 0
-    for line in record[first:]:
-        header = _HEADER.match(line) if line[0] == ">" else None
-        if header:
-            name = header[1]
-            fields[name] = ""
-        elif line.isspace():
-            name = None
-        elif name is not None:
-            fields[name] += line
-    return {name: value.rstrip("\n") for name, value in fields.items()}
+def _data_fields(record: str) -> dict[str, str]:
+    """The data fields of a record, after its mol block."""
+    fields = _FIELD.findall(record, max(0, record.find(_END)))
+    return {name: value.rstrip("\n") for name, value in fields}
 
 
 def _parse_mol_block(block: str) -> Molecule | str:
@@ -62,7 +53,7 @@ def _parse_mol_block(block: str) -> Molecule | str:
         return str(error)
 
 
-def format_record(molecule: Molecule, name: str, fields: dict[str, str]) -> str:
+def format_record(molecule: Molecule, name: str, fields: Mapping[str, str | float]) -> str:
     """A record of a molecule, with the bonds and charges that it has as they are."""
     with rdBase.BlockLogs():
         built = build(molecule, positions=True)
@@ -70,9 +61,8 @@ def format_record(molecule: Molecule, name: str, fields: dict[str, str]) -> str:
         built.SetProp("_Name", name)
         block = Chem.MolToMolBlock(built, kekulize=False)
     # An empty line would end a field.
-    data = "".join(
-        f">  <{_key(key)}>\n{value.strip()}\n\n" for key, value in fields.items() if value
-    )
+    texts = {_key(name): str(value).strip() for name, value in fields.items()}
+    data = "".join(f">  <{key}>\n{text}\n\n" for key, text in texts.items() if text)
     return f"{block}{data}$$$$\n"
 
 

@@ -69,9 +69,13 @@ class MoleculeTextWriter:
             molecules = replace(perceive(molecules), formal_charges=molecules.formal_charges)
         for k, molecule in enumerate(molecules):
             number = self.count if numbers is None else int(numbers[k])
-            fields = {"molecule": str(number)} | data_fields(molecule) | self._fields
+            fields: dict[str, str | float] = {"molecule": str(number)}
+            fields |= data_fields(molecule)
+            fields |= self._fields
             if self.count == 0:
-                fields |= (self._once if self._is_sdf else {}) | units_field(molecules)
+                fields |= units_field(molecules)
+            if self.count == 0 and self._is_sdf:
+                fields |= self._once
             record = _sdf_record(molecule, fields, bonds) if self._is_sdf else None
             self._file.write(record or _xyz_record(molecule, fields))
             self.count += 1
@@ -80,7 +84,7 @@ class MoleculeTextWriter:
         self._stack.__exit__(*error)
 
 
-def _sdf_record(molecule: Molecule, fields: dict[str, str], bonds: str) -> str:
+def _sdf_record(molecule: Molecule, fields: dict[str, str | float], bonds: str) -> str:
     finite = bool(np.isfinite(molecule.positions).all())
     if not finite:
         molecule = _at_origin(molecule)
@@ -94,7 +98,7 @@ def _sdf_record(molecule: Molecule, fields: dict[str, str], bonds: str) -> str:
     return sdf.format_record(molecule, f"molecule {fields['molecule']}", fields)
 
 
-def _xyz_record(molecule: Molecule, fields: dict[str, str]) -> str:
+def _xyz_record(molecule: Molecule, fields: dict[str, str | float]) -> str:
     if not np.isfinite(molecule.positions).all():
         molecule, fields = _at_origin(molecule), fields | {"status": "coordinates not finite"}
     return xyz.format_record(molecule, fields)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from molgen_energy.data.molecules import Molecule
 from molgen_energy.elements import atomic_number, symbol
 
 _PAIR = re.compile(r"""([^\s=]+)=(?:"([^"]*)"|'([^']*)'|(\S*))""")
-_PLAIN = re.compile(r"[^\s\"'=,\[\]{}]+")
 
 
 def read_records(lines: Lines) -> Iterator[Record]:
@@ -95,9 +94,10 @@ def _seek_frame(lines: Lines) -> None:
             return
 
 
-def format_record(molecule: Molecule, fields: dict[str, str]) -> str:
-    """A frame of a molecule with fields in the comment."""
-    comment = " ".join(f"{_key(key)}={_quoted(value)}" for key, value in fields.items() if value)
+def format_record(molecule: Molecule, fields: Mapping[str, str | float]) -> str:
+    """A frame of a molecule with fields in the comment; text is quoted, numbers are not."""
+    pairs = (f"{_key(name)}={_quoted(value)}" for name, value in fields.items() if value != "")
+    comment = " ".join(pairs)
     atoms = (
         f"{symbol(z):<2} {x:14.6f} {y:14.6f} {z_:14.6f}"
         for z, (x, y, z_) in zip(
@@ -111,11 +111,11 @@ def _key(name: str) -> str:
     return re.sub(r"[\s=\"']+", "_", name)
 
 
-def _quoted(value: str) -> str:
-    """A value as the comment can hold it: in quotes, without line breaks; a number is plain."""
+def _quoted(value: str | float) -> str:
+    """A value as the comment can hold it: text in quotes, without line breaks."""
+    if not isinstance(value, str):
+        return repr(value)
     value = " ".join(value.split())
-    if _PLAIN.fullmatch(value):
-        return value
     if "'" not in value:
         return f"'{value}'"
     return '"' + value.replace('"', "'") + '"'
