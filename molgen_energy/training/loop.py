@@ -286,6 +286,8 @@ class _Trainer:
                 optimizer.state[parameter][key] = value.to(device)
         progress = checkpoint.state["progress"]
         self.at = _Progress(**progress | {"sums": tuple(progress["sums"])})
+        if len(self.at.sums) != len(self._zero_sums()):  # a run of a version with other terms
+            self.at.sums, self.at.count = self._zero_sums(), 0
 
     # -- the loop ------------------------------------------------------------------------------
 
