@@ -32,8 +32,8 @@ def test_every_printed_option_exists():
     verbs = typer.main.get_command(app).commands
     for verb, *arguments in commands():
         command = verbs[verb]
-        if verb == "preprocess":  # what is not made is read
-            command = command.commands.get(arguments[0], command.commands["molecules"])
+        if verb == "preprocess":  # anything but the name of a data set is a file
+            command = command.commands.get(arguments[0], command.commands["files"])
         known = {option for parameter in command.params for option in parameter.opts}
         used = {word for word in arguments if word.startswith("-")}
         assert used <= known, (verb, used - known)
