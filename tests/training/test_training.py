@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import yaml
 from conftest import config_of
 from runs import CPU, Watcher, assert_same_run, tiny, weights
 
@@ -612,6 +614,51 @@ def test_damaged_checkpoints(unbroken, tmp_path):
     (broken / "state.yaml").write_text("{")
     with pytest.raises(InputError, match="damaged"):
         load_checkpoint(broken)
+
+
+def as_format_2(folder: Path) -> None:
+    """Rewrite a checkpoint of a velocity prediction as an older version wrote it."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    process, scales, objective = (config.pop(key) for key in ("process", "scales", "objective"))
+    del config["condition"]
+    config["diffusion"] = {
+        "process": process["name"], "prediction": process["prediction"],
+        "steps": process["steps"], "precision": process["precision"],
+        "time_power": objective["time_power"], "spread_times": objective["stratified_timesteps"],
+        "position_scale": scales["positions"], "type_scale": scales["elements"],
+        "charge_scale": scales["nuclear_charges"],
+    }  # fmt: skip
+    config["loss"]["position_weight"] = objective["position_weight"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    state = yaml.safe_load((folder / "state.yaml").read_text()) | {"format": 2}
+    del state["statistics"]
+    loss, positions, *others, norm = state["progress"]["sums"]
+    state["progress"]["sums"] = [loss, positions, sum(others), norm]
+    (folder / "state.yaml").write_text(yaml.safe_dump(state, sort_keys=False))
+    for name in ("model", "ema", "optimizer"):
+        path = folder / f"{name}.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        own = {key if key == "clipper/norms" else f"network.{key}": tensors[key] for key in tensors}
+        safetensors.torch.save_file(own, path)
+
+
+def test_a_run_of_format_2_resumes_to_the_same_weights(tmp_path):
+    config = tiny(process__prediction="velocity", process__steps=50, scales__elements=3.0)
+    train(MoleculeTask(config, CPU), tmp_path / "unbroken")
+    run = tmp_path / "run"
+    watcher = Watcher({5: lambda: os.kill(os.getpid(), signal.SIGINT)})
+    with pytest.raises(TrainingInterrupted):
+        train(MoleculeTask(config, CPU), run, watcher)
+    as_format_2(run / "checkpoints" / "last")
+    before = config_of(run)
+    assert before == config_of(tmp_path / "unbroken").replaced({"objective.weighting": "auto"})
+    train(MoleculeTask(before, CPU), run, resume=True)
+    for name in ("model", "ema", "optimizer"):
+        ours, theirs = weights(run, name), weights(tmp_path / "unbroken", name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    rows = read_metrics(run / "metrics.csv")
+    assert [row["step"] for row in rows] == ["3", "6", "9", "12"]
 
 
 def test_newest_run(unbroken, tmp_path):

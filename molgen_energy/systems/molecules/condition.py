@@ -78,16 +78,21 @@ class PropertyCondition:
         Raises
         ------
         InputError
-            A property is missing in all molecules, or the same in all.
+            A property is missing for all molecules, or the same for all; or no molecule has all.
         """
-        complete = values[np.isfinite(values).all(axis=1)]
         for name, column in zip(names, values.T, strict=True):
             known = column[np.isfinite(column)]
-            if not len(complete) or not len(known) or float(known.std()) == 0:
+            if not len(known) or float(known.std()) == 0:
                 raise InputError(
                     f"condition.properties: {name} has no two different values in the training "
                     "molecules; choose other properties"
                 )
+        complete = values[np.isfinite(values).all(axis=1)]
+        if not len(complete):
+            raise InputError(
+                f"condition.properties: no training molecule has all of {', '.join(names)}; "
+                "choose fewer"
+            )
         chosen = np.random.default_rng(seed).permutation(len(complete))[:_STORED]
         mean, std = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
         return cls(
