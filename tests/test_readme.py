@@ -77,7 +77,9 @@ def test_printed_python_is_python(page):
 def test_printed_losses_run():
     """The examples of the page on losses, on data of the shapes that they name."""
     text = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
-    training, packed, symmetrized, spins = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    training, packed, symmetrized, spins, extension = re.findall(
+        r"```python\n(.*?)```", text, re.DOTALL
+    )
     x, mask = torch.randn(2, 5, 3), torch.ones(2, 5, dtype=torch.bool)
     names = {
         "batches": [(x, mask)],
@@ -95,6 +97,12 @@ def test_printed_losses_run():
     exec(symmetrized, names)
     lattice = {name: torch.rand(2, 4, 4) for name in ("right", "down")}
     exec(spins, lattice | {"logits": torch.randn(2, 16, 1), "spins": torch.ones(2, 16, 1)})
+    exec(compile(extension, "losses.md", "exec", dont_inherit=True), names)
+    huber = names["HuberConfig"](delta=0.5).build()
+    inside, outside = x + 0.1, x + 10  # every error below delta, every error above it
+    half_squares = 0.5 * 0.1**2 * 3
+    torch.testing.assert_close(huber(inside, x, mask), torch.full((2,), half_squares))
+    torch.testing.assert_close(huber(outside, x, mask), torch.full((2,), 0.5 * (10 - 0.25) * 3))
 
 
 def test_printed_model_trains(tmp_path, monkeypatch):

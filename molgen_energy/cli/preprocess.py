@@ -86,7 +86,7 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> tuple[str, Any, Any]
 
 
 def _run(dataset: Dataset, output: Path | None) -> None:
-    """Make the file, show progress, and say what came of it."""
+    """Make the file, show progress, and print the summary."""
     from molgen_energy.api.preprocess import preprocess
     from molgen_energy.data.shards import shards_folder
 
@@ -108,7 +108,7 @@ def _run(dataset: Dataset, output: Path | None) -> None:
             result = preprocess(dataset, path, progress=progress)
         except (KeyboardInterrupt, OSError):
             if (folder := shards_folder(path)).exists():
-                say(f"finished work stays in {folder}; the same command goes on with it")
+                say(f"finished work stays in {folder}; repeat the command to continue")
             raise
     for text in result.skipped:
         warn(f"left out {text}")

@@ -20,12 +20,12 @@ from molgen_energy.progress import ProgressCallback, no_progress
 
 @dataclass(frozen=True)
 class PreprocessResult:
-    """What came of preprocessing a dataset."""
+    """The result of preprocessing a dataset."""
 
     path: Path
     """The HDF5 file."""
     samples: str
-    """What there are many of: molecules, polygons, …"""
+    """The plural noun of its records: molecules, polygons, …"""
     counts: dict[str, int]
     """Samples of each split: train, valid, test."""
     summary: str
@@ -52,7 +52,7 @@ class Dataset(ABC):
 
     name: ClassVar[str]
     samples: ClassVar[str]
-    """What there are many of."""
+    """The plural noun of its records."""
     output: ClassVar[str]
     """The file that is written where none is named."""
 
@@ -71,7 +71,7 @@ class Dataset(ABC):
         """
 
     def make(self, output: Path, progress: ProgressCallback = no_progress) -> PreprocessResult:
-        """Write the file, and say what came of it; raises as `write` does."""
+        """Write the file and return its summary; raises as `write` does."""
         from molgen_energy.data.hdf5 import split_counts
 
         summary = self.write(output, progress)
@@ -145,7 +145,7 @@ class MoleculeDataset(Dataset):
         return self.make(output, progress).summary
 
     def make(self, output: Path, progress: ProgressCallback = no_progress) -> PreprocessResult:
-        """Write the molecules with their split, and say what came of it.
+        """Write the molecules with their split, and return the summary.
 
         Raises
         ------

@@ -507,8 +507,8 @@ def test_molecules_of_rdkit(molecules):
     for molecule in perceive(molecules.select(np.arange(0, 2000, 100))):
         charged = replace(molecule, formal_charges=np.ones(len(molecule), "i1"))
         back = molecule_from_rdkit(build(charged, positions=True))
-        for name, value in vars(charged).items():
-            np.testing.assert_array_equal(getattr(back, name), value)
+        for name in ("atomic_numbers", "positions", "formal_charges", "bond_index", "bond_order"):
+            np.testing.assert_array_equal(getattr(back, name), getattr(charged, name))
 
 
 @pytest.mark.parametrize(

@@ -442,7 +442,7 @@ def test_solving_is_resumed(inside, tmp_path, number):
     kept = sorted(folder.glob("*.shard"))
     if number != signal.SIGKILL:
         assert process.returncode == 130
-        assert "the same command goes on with it" in stderr
+        assert "repeat the command to continue" in stderr
     said = inside(*command[:4], "--count", "401", "--seed", "3", code=2).stderr
     assert re.search(r"was begun with count 400, which cannot change to 401", said)
     kept[0].write_bytes(kept[0].read_bytes()[:-1] + b"?")  # damaged: solved again
