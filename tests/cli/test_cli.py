@@ -175,7 +175,7 @@ def test_samplers_of_sample(here, tmp_path):
     assert (tmp_path / "a.xyz").is_symlink()
     assert (tmp_path / "target.xyz").is_file()
     assert "step 1: ancestral, 10 steps, 11 network evaluations each" in stderr
-    assert "sampler=ancestral steps=10" in (tmp_path / "a.xyz").read_text()
+    assert "sampler='ancestral' steps='10'" in (tmp_path / "a.xyz").read_text()
 
 
 BAD_SAMPLE = {

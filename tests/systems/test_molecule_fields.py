@@ -160,7 +160,7 @@ def changed(path: Path, **changes):
 
 def test_charges_and_bonds_are_learned_and_written(everything, rich_file, tmp_path, monkeypatch):
     # A network that has learned little joins more atoms than an SDF of molecules would hold.
-    monkeypatch.setattr(writer, "CROWD", 99)
+    monkeypatch.setattr(writer, "MAX_NEIGHBOURS", 99)
     task = MoleculeTask(changed(rich_file, objective__field_weights={"bonds": 2.0}), CPU)
     assert task.loss_terms == tuple(f"{name}_loss" for name in MOLECULE_FIELDS)
     assert task.state["statistics"] == {"charges": [-1, 2], "aromatic": True}
