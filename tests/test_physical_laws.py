@@ -107,7 +107,7 @@ def test_sections_stand_beside_their_losses(registry, name):
     loss = resolved.config.build(seed=0, channels=None)
     assert type(loss) is registry[name]
     assert section.requires == resolved.config.requires == loss.requires
-    assert resolved.stiffness == pytest.approx(1.0)
+    assert resolved.stiffness == pytest.approx(1.0, rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("name", energy_sections())
