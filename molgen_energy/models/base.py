@@ -122,3 +122,15 @@ def pair_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def embed_condition(channels: int, width: int) -> nn.Linear | None:
     """A linear layer from a condition (B, K) to a bias of atom states; None without a condition."""
     return nn.Linear(channels, width) if channels else None
+
+
+def add_condition(h: Tensor, embedding: nn.Linear | None, condition: Tensor | None) -> Tensor:
+    """Atom states (B, N, W) plus the embedded condition (B, K), the same for all atoms.
+
+    `embedding` is that of `embed_condition`; without it, the states are returned as they are.
+    """
+    if embedding is None:
+        return h
+    assert condition is not None
+    bias: Tensor = embedding(condition)
+    return h + bias[:, None]

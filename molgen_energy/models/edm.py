@@ -14,6 +14,7 @@ from molgen_energy.models.base import (
     AtomNetworkConfig,
     Denoiser,
     Published,
+    add_condition,
     embed_condition,
     pair_mask,
 )
@@ -146,9 +147,7 @@ class EDM(Denoiser):
         times = time[:, None, None].expand(*mask.shape, 1)
         pairs = pair_mask(mask, noisy.dtype)
         h = self.embed(torch.cat([features, times], dim=-1))
-        if self.embed_condition is not None:
-            assert condition is not None
-            h = h + self.embed_condition(condition)[:, None]
+        h = add_condition(h, self.embed_condition, condition)
         squares = (start[:, :, None] - start[:, None, :]).square().sum(dim=-1)
         x = start
         for layer in self.layers:

@@ -15,6 +15,7 @@ from molgen_energy.models.base import (
     AtomNetworkConfig,
     Denoiser,
     Published,
+    add_condition,
     embed_condition,
     pair_mask,
 )
@@ -134,9 +135,7 @@ class GDM(Denoiser):
         times = time[:, None, None].expand(*mask.shape, 1)
         pairs = pair_mask(mask, noisy.dtype)
         h = self.embed(torch.cat([noisy, times], dim=-1))
-        if self.embed_condition is not None:
-            assert condition is not None
-            h = h + self.embed_condition(condition)[:, None]
+        h = add_condition(h, self.embed_condition, condition)
         for layer in self.layers:
             h = layer(h, pairs, None, self.low_precision)
         return state.with_atoms(self.readout(h)).projected()

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from molgen_energy.diffusion.state import Layout, State
-from molgen_energy.models.base import AtomNetworkConfig, Denoiser, embed_condition, pair_mask
+from molgen_energy.models.base import (
+    AtomNetworkConfig,
+    Denoiser,
+    add_condition,
+    embed_condition,
+    pair_mask,
+)
 from molgen_energy.models.gdm import PUBLISHED_GDM
 from molgen_energy.models.pair_network import PairNetwork
 
@@ -184,9 +190,7 @@ class GDMPairs(Denoiser):
         directions = relative_positions * (pairs / (1 + distances))[..., None]
         embedded_time = self.time(time)
         h = self.embed(noisy) + self.embed_time(embedded_time)[:, None]
-        if self.embed_condition is not None:
-            assert condition is not None
-            h = h + self.embed_condition(condition)[:, None]
+        h = add_condition(h, self.embed_condition, condition)
         for layer in self.layers:
             h = layer(h, embedded_time, pairs, features, directions, self.low_precision)
         return state.with_atoms(self.readout(self.norm(h, embedded_time))).projected()

@@ -126,6 +126,38 @@ class Report:
     """Restrictions of all metrics."""
     blocks: list[ReportBlock] = field(default_factory=list)
 
+    @classmethod
+    def of_files(
+        cls,
+        system: str,
+        samples: str,
+        rows: Sequence[ReportRow],
+        picture: str,
+        files: Sequence[Path],
+        evaluate: Callable[[Path, str], tuple[EvaluatedFile, ReportBlock]],
+    ) -> Report:
+        """The report of a system with one table and one picture for each file.
+
+        Parameters
+        ----------
+        system, samples
+            As for `Report`.
+        rows
+            Rows of the table.
+        picture
+            Name of the pictures, numbered if there are several files.
+        files
+            The files to evaluate.
+        evaluate
+            Called with a file and the name of its picture.
+        """
+        evaluated, blocks = [], []
+        for number, path in enumerate(files, start=1):
+            file, block = evaluate(path, f"{number}_{picture}" if len(files) > 1 else picture)
+            evaluated.append(file)
+            blocks.append(block)
+        return cls(system, samples, evaluated, [ReportSection("", rows)], blocks=blocks)
+
     @property
     def entries(self) -> list[EvaluatedFile]:
         """All files and, last, the reference."""

@@ -18,7 +18,6 @@ from molgen_energy.metrics.report.model import (
     ReportBlock,
     ReportColumn,
     ReportRow,
-    ReportSection,
 )
 from molgen_energy.metrics.report.pictures import picture_block
 from molgen_energy.metrics.statistics import Estimate, Mean
@@ -89,12 +88,7 @@ def evaluate_shapes(files: Sequence[Path]) -> Report:
     InputError
         A file is missing, broken, or of another system.
     """
-    evaluated, blocks = [], []
-    for number, path in enumerate(files, start=1):
-        file, block = _evaluate_file(path, f"{number}_polygons" if len(files) > 1 else "polygons")
-        evaluated.append(file)
-        blocks.append(block)
-    return Report("shapes", "polygons", evaluated, [ReportSection("", _ROWS)], blocks=blocks)
+    return Report.of_files("shapes", "polygons", _ROWS, "polygons", files, _evaluate_file)
 
 
 def _evaluate_file(path: Path, picture: str) -> tuple[EvaluatedFile, ReportBlock]:

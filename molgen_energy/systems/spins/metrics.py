@@ -22,7 +22,6 @@ from molgen_energy.metrics.report.model import (
     ReportBlock,
     ReportColumn,
     ReportRow,
-    ReportSection,
 )
 from molgen_energy.metrics.report.pictures import picture_block
 from molgen_energy.metrics.statistics import Clusters, Mean, Rate
@@ -219,12 +218,7 @@ def evaluate_spins(files: Sequence[Path]) -> Report:
     InputError
         A file is missing, broken, of another system, or lacks predictions or ground states.
     """
-    evaluated, blocks = [], []
-    for number, path in enumerate(files, start=1):
-        file, block = _evaluate_file(path, f"{number}_domains" if len(files) > 1 else "domains")
-        evaluated.append(file)
-        blocks.append(block)
-    return Report("spins", "lattices", evaluated, [ReportSection("", _ROWS)], blocks=blocks)
+    return Report.of_files("spins", "lattices", _ROWS, "domains", files, _evaluate_file)
 
 
 def _evaluate_file(path: Path, picture: str) -> tuple[EvaluatedFile, ReportBlock]:
