@@ -13,7 +13,7 @@ from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.diffusion.prediction import Prediction
 from molgen_energy.diffusion.process import Process
 from molgen_energy.diffusion.state import Domain, State, pairs_inside
-from molgen_energy.losses import PositionLoss
+from molgen_energy.losses import AdaptiveSprings, PositionLoss
 
 
 class TimestepDistribution(NamedTuple):
@@ -36,10 +36,10 @@ class TimestepDistribution(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """The objective of each sample, (B,), and its terms by field, each (B,)."""
+    """The objective of each sample, (B,), and its terms by field or further loss, each (B,)."""
 
     total: Tensor
-    fields: dict[str, Tensor]
+    parts: dict[str, Tensor]
 
 
 class Weights(NamedTuple):
@@ -51,19 +51,22 @@ class Weights(NamedTuple):
         w, the weight of the loss on positions.
     fields
         Weights of the errors of the other fields, by name; 1 for fields that are not named.
+    terms
+        Weights of the further losses on positions, by name; 1 for losses that are not named.
     """
 
     positions: float
     fields: Mapping[str, float] = MappingProxyType({})
+    terms: Mapping[str, float] = MappingProxyType({})
 
 
 class Objective:
-    """½·[w·W(t)·L(s·x̂, s·x) + Σ_f w_f·|f − f̂|^p / (n·C)] for each sample, p the degree of L.
+    """½·[W(t)·w·L(s·x̂, s·x) + Σ_f w_f·|f − f̂|^p / (n·C)] for each sample, p the degree of L.
 
     Section 4.2 of Kaba et al., NeurIPS 2025. L is a loss on clean positions, and f̂ the prediction
     of every other field. The error of a field of atoms is averaged over the n atoms and the C
     channels of all fields of atoms, that of a field of pairs over pairs and channels of fields of
-    pairs.
+    pairs. Further losses on clean positions L_m add ½·W(t)·w_m·L_m(s·x̂, s·x).
 
     Parameters
     ----------
@@ -72,7 +75,7 @@ class Objective:
     position_loss
         L, called with clean positions in Å, (B, N, 3).
     weights
-        w and w_f.
+        w, w_m and w_f.
     timesteps
         How often each level is drawn.
     weighting
@@ -83,6 +86,13 @@ class Objective:
     self_condition_probability
         Probability that a self-conditioned denoiser gets its own first prediction, the same for
         the whole batch.
+    terms
+        L_m, by name.
+
+    Raises
+    ------
+    ValueError
+        A term has the name of a field.
     """
 
     def __init__(
@@ -93,6 +103,7 @@ class Objective:
         timesteps: TimestepDistribution | None = None,
         weighting: Literal["noise", "clean"] = "noise",
         self_condition_probability: float = 0.5,
+        terms: Mapping[str, PositionLoss] = MappingProxyType({}),
     ) -> None:
         self.process = process
         self.position_loss = position_loss
@@ -100,6 +111,12 @@ class Objective:
         self.timesteps = TimestepDistribution() if timesteps is None else timesteps
         self.weighting = weighting
         self.self_condition_probability = self_condition_probability
+        self.terms = dict(terms)
+
+    @property
+    def adaptive(self) -> AdaptiveSprings | None:
+        """The springs of the loss on positions that are learnt, if any."""
+        return self.position_loss.adaptive
 
     def __call__(
         self,
@@ -130,11 +147,11 @@ class Objective:
         noisy = process.add_noise(clean, noise, level)
         previous = self._first_prediction(model, noisy, level, condition, random)
         prediction = process.predict(model, noisy, level, condition, previous)
-        fields = {
-            "positions": self._position_term(prediction, clean, level, random, loss_inputs),
+        parts = {
+            **self._position_terms(prediction, clean, level, random, loss_inputs),
             **self._error_terms(prediction, clean, noise, level),
         }
-        return Terms(torch.stack(list(fields.values())).sum(dim=0), fields)
+        return Terms(torch.stack(list(parts.values())).sum(dim=0), parts)
 
     def _first_prediction(
         self,
@@ -163,27 +180,41 @@ class Objective:
     def _clean_weight(self, level: Tensor) -> Tensor:
         return (self.process.alpha(level) / self.process.sigma(level)).sqrt()
 
-    def _position_term(
+    def _position_terms(
         self,
         prediction: Prediction,
         clean: State,
         level: Tensor,
         random: RandomNumbers,
         loss_inputs: Mapping[str, Any],
-    ) -> Tensor:
-        scale, degree = clean.layout.fields["positions"].scale, self.position_loss.degree
-        loss = self.position_loss(
-            scale * prediction.clean["positions"],
-            scale * clean["positions"],
-            clean.mask,
-            generator=random.integers(Stream.EDGES),
+    ) -> dict[str, Tensor]:
+        """The loss on positions and the further ones, weighted."""
+        scale = clean.layout.fields["positions"].scale
+        signal_to_noise = self._signal_to_noise(level) / scale
+        predicted, true = scale * prediction.clean["positions"], scale * clean["positions"]
+        inputs = {
             **loss_inputs,
-        )
-        if self.weighting == "noise":
-            weight = (self._signal_to_noise(level) / scale) ** degree
-        else:
-            weight = self._clean_weight(level)
-        return 0.5 * self.weights.positions * weight * loss
+            "noisy": scale * prediction.noisy["positions"].detach(),
+            "noise_level": 1 / signal_to_noise,
+        }
+        losses = {"positions": (self.weights.positions, self.position_loss)}
+        for name, term in self.terms.items():
+            losses[name] = self.weights.terms.get(name, 1.0), term
+        terms = {}
+        for name, (weight, loss) in losses.items():
+            values = loss(
+                predicted,
+                true,
+                clean.mask,
+                generator=random.integers(Stream.EDGES),
+                **{key: value for key, value in inputs.items() if key in loss.requires},
+            )
+            if self.weighting == "noise":
+                in_time = signal_to_noise**loss.degree
+            else:
+                in_time = self._clean_weight(level)
+            terms[name] = 0.5 * weight * in_time * values
+        return terms
 
     def _error_terms(
         self, prediction: Prediction, clean: State, noise: State, level: Tensor

@@ -12,6 +12,7 @@ positions also the power of a small displacement with which it grows, `degree`.
 
 from __future__ import annotations
 
+from molgen_energy.losses.adaptive import AdaptiveSprings
 from molgen_energy.losses.base import Loss, LossConfig, Neighbours, PositionLoss, ResolvedLoss
 from molgen_energy.losses.edges import (
     EDGES,
@@ -29,6 +30,7 @@ from molgen_energy.losses.pointwise import (
     MeanSquaredError,
     PointwiseLoss,
 )
+from molgen_energy.losses.score_energy import ScoreEnergy, ScoreEnergyConfig
 from molgen_energy.losses.spin import (
     CrossEntropy,
     LocalField,
@@ -46,11 +48,17 @@ from molgen_energy.losses.springs import (
 
 LOSSES: dict[str, type[PositionLoss]] = {
     "energy": PairwiseEnergy,
+    "score_energy": ScoreEnergy,
     "mse": MeanSquaredError,
     "mae": MeanAbsoluteError,
     "kabsch": KabschError,
 }
 """Losses on the positions of atoms."""
+
+POSITION_TERMS: dict[str, type[PositionLoss]] = {
+    "mse": MeanSquaredError,
+}
+"""Losses that are added to another loss on positions."""
 
 SPIN_LOSSES: dict[str, type[SpinLoss]] = {
     "local_field": LocalField,
@@ -63,9 +71,11 @@ SPIN_LOSSES: dict[str, type[SpinLoss]] = {
 __all__ = [
     "EDGES",
     "LOSSES",
+    "POSITION_TERMS",
     "PUBLISHED_SCALES",
     "SPIN_LOSSES",
     "SPRINGS",
+    "AdaptiveSprings",
     "BondEdges",
     "CompleteEdges",
     "CrossEntropy",
@@ -84,6 +94,8 @@ __all__ = [
     "PointwiseLoss",
     "PositionLoss",
     "ResolvedLoss",
+    "ScoreEnergy",
+    "ScoreEnergyConfig",
     "SparseEdges",
     "SpinLoss",
     "SpringFamily",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from molgen_energy.config import Section
 
 if TYPE_CHECKING:
+    from molgen_energy.losses.adaptive import AdaptiveSprings
     from molgen_energy.losses.edges import Edges
 
 
@@ -135,6 +136,10 @@ class Samples:
     bonds: BondedPairs | None
     neighbours: Neighbours | None
     generator: Randomness
+    noisy: Tensor | None = None
+    """(B, N, D), the positions of x_t."""
+    noise_level: Tensor | None = None
+    """(B,), σ/α in the unit of positions."""
 
     def random_integers(self, high: int) -> Tensor:
         """A random integer in [0, high) for each sample, (B,)."""
@@ -163,6 +168,11 @@ class LossConfig(Section):
     def requires(self) -> frozenset[str]:
         """The inputs that the loss requires besides positions, see `Loss.requires`."""
         return frozenset()
+
+    @property
+    def published_as(self) -> str:
+        """Name of the loss whose published learning rates and weights hold for this one."""
+        return self.name
 
     @property
     def variant(self) -> str | None:
@@ -240,12 +250,16 @@ class Loss(ABC):
     Config: ClassVar[type[LossConfig]]
     """The section class of a configuration that names this loss."""
     requires: frozenset[str] = frozenset()
-    """Inputs that the loss requires besides positions: of `bonds`, `features` and `neighbours`.
+    """Inputs that the loss requires besides positions: of `bonds`, `features`, `neighbours`,
+    `noisy` and `noise_level`.
 
     A loss on positions that names `neighbours` also finds them, see `prepare_neighbours`.
     """
     uses_target: ClassVar[bool] = True
     """Whether the loss depends on the target."""
+    adaptive: AdaptiveSprings | None = None
+    """Springs that are learnt from the predictions; a training loop ends each step with
+    `adaptive.finish_step()` and stores `adaptive.state()`."""
     requires_batch: ClassVar[bool] = False
     """Whether packed samples (ΣN, D) without `batch` are refused, not taken as one sample."""
 
@@ -259,6 +273,8 @@ class Loss(ABC):
         features: Tensor | None = None,
         bonds: Tensor | None = None,
         neighbours: Neighbours | None = None,
+        noisy: Tensor | None = None,
+        noise_level: Tensor | None = None,
         generator: Randomness = None,
         size: int | None = None,
     ) -> Tensor:
@@ -282,6 +298,10 @@ class Loss(ABC):
             indices among all atoms.
         neighbours
             Prepared edges, or the couplings of spins.
+        noisy
+            The noisy positions x_t that the prediction was made from, of its shape and unit.
+        noise_level
+            σ/α of x_t in the unit of positions, (B,).
         generator
             Source of randomness where a graph is drawn; None is PyTorch's default generator. Or
             the random numbers themselves, one for each sample, (B,) int64, not negative: then a
@@ -299,8 +319,9 @@ class Loss(ABC):
             )
         with torch.autocast(prediction.device.type, enabled=False):
             samples = as_samples(
-                prediction, target, mask, batch, features, bonds, neighbours, generator, size
-            )
+                prediction, target, mask, batch, features, bonds, neighbours, noisy, noise_level,
+                generator, size,
+            )  # fmt: skip
             return self.of(samples)
 
     @abstractmethod
@@ -345,6 +366,8 @@ def as_samples(
     features: Tensor | None = None,
     bonds: Tensor | None = None,
     neighbours: Neighbours | None = None,
+    noisy: Tensor | None = None,
+    noise_level: Tensor | None = None,
     generator: Randomness = None,
     size: int | None = None,
 ) -> Samples:
@@ -357,16 +380,29 @@ def as_samples(
         raise ValueError(
             f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ"
         )
+    if noisy is not None and noisy.shape != prediction.shape:
+        raise ValueError(
+            f"prediction {tuple(prediction.shape)} and noisy {tuple(noisy.shape)} differ"
+        )
     if prediction.ndim == 3:
         if batch is not None:
             raise ValueError("padded samples (B, N, D) take a mask, not batch")
-        return _padded(prediction, target, mask, features, bonds, neighbours, generator)
-    if prediction.ndim == 2:
+        samples = _padded(prediction, target, mask, features, bonds, neighbours, noisy, generator)
+    elif prediction.ndim == 2:
         if mask is not None:
             raise ValueError("packed samples (ΣN, D) take batch (ΣN,), not a mask")
         packing = Packing.of(batch, len(prediction), prediction.device, size)
-        return _packed(prediction, target, packing, features, bonds, neighbours, generator)
-    raise ValueError(f"expected (B, N, D) or (ΣN, D), not {prediction.ndim} dimensions")
+        samples = _packed(
+            prediction, target, packing, features, bonds, neighbours, noisy, generator
+        )
+    else:
+        raise ValueError(f"expected (B, N, D) or (ΣN, D), not {prediction.ndim} dimensions")
+    if noise_level is None:
+        return samples
+    count = len(samples.prediction)
+    if noise_level.shape != (count,):
+        raise ValueError(f"expected noise_level {(count,)}, not {tuple(noise_level.shape)}")
+    return replace(samples, noise_level=noise_level.to(samples.prediction.dtype))
 
 
 def _precision(prediction: Tensor) -> torch.dtype:
@@ -385,6 +421,7 @@ def _padded(
     features: Tensor | None,
     bonds: Tensor | None,
     neighbours: Neighbours | None,
+    noisy: Tensor | None,
     generator: Randomness,
 ) -> Samples:
     batch, atoms = prediction.shape[:2]
@@ -407,6 +444,7 @@ def _padded(
         None if bonds is None else _padded_bonds(bonds, batch, atoms),
         neighbours,
         generator,
+        None if noisy is None else _masked(noisy.to(dtype), mask),
     )
 
 
@@ -482,6 +520,7 @@ def _packed(
     features: Tensor | None,
     bonds: Tensor | None,
     neighbours: Neighbours | None,
+    noisy: Tensor | None,
     generator: Randomness,
 ) -> Samples:
     """The padded layout of packed samples."""
@@ -517,4 +556,5 @@ def _packed(
         pairs,
         local,
         generator,
+        None if noisy is None else packing.padded(noisy.to(dtype)),
     )

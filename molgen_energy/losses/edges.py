@@ -22,7 +22,7 @@ from molgen_energy.config import PositiveFloat, Section, one_of
 from molgen_energy.losses.base import Neighbours, Packing, Samples
 from molgen_energy.losses.symmetry import automorphisms, may_be_symmetric
 
-Operand = Literal["prediction", "target", "features"]
+Operand = Literal["prediction", "target", "noisy", "features"]
 
 
 class Block(ABC):
@@ -38,6 +38,10 @@ class Block(ABC):
     @abstractmethod
     def bonded(self) -> Tensor | None:
         """Whether the pairs are bonded; None without bonds."""
+
+    @abstractmethod
+    def of_samples(self, values: Tensor) -> Tensor:
+        """Values (B,) of the samples of the pairs, of a shape that broadcasts to the pairs."""
 
     @abstractmethod
     def add(self, totals: Tensor, values: Tensor) -> None:
@@ -98,6 +102,7 @@ def _coordinates(samples: Samples) -> dict[Operand, Tensor]:
     operands: dict[Operand, Tensor | None] = {
         "prediction": samples.prediction,
         "target": samples.target,
+        "noisy": samples.noisy,
         "features": samples.features,
     }
     return {
@@ -180,6 +185,9 @@ class _CompleteBlock(Block):
     def bonded(self) -> Tensor | None:
         bonds = self.pairs.samples.bonds
         return None if bonds is None else bonds.rows(self.samples, self.rows)
+
+    def of_samples(self, values: Tensor) -> Tensor:
+        return values[self.samples, None, None]
 
     def add(self, totals: Tensor, values: Tensor) -> None:
         totals[self.samples].add_(values.sum(dim=(1, 2)))
@@ -413,6 +421,9 @@ class _CircularBlock(Block):
         sample = torch.arange(len(order), device=order.device)[:, None, None]
         return bonds.between(sample.expand_as(first), first, second)
 
+    def of_samples(self, values: Tensor) -> Tensor:
+        return values[:, None, None]
+
     def add(self, totals: Tensor, values: Tensor) -> None:
         totals.add_(values.sum(dim=(1, 2)), alpha=2)
 
@@ -597,6 +608,9 @@ class _TabulatedBlock(Block):
         sample = torch.arange(batch, device=self.index.device)[:, None, None]
         own = torch.arange(atoms, device=self.index.device)[None, :, None]
         return bonds.between(sample.expand_as(self.index), own.expand_as(self.index), self.index)
+
+    def of_samples(self, values: Tensor) -> Tensor:
+        return values[:, None, None]
 
     def add(self, totals: Tensor, values: Tensor) -> None:
         totals += values.sum(dim=(1, 2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from molgen_energy.errors import InputError
+from molgen_energy.losses.adaptive import AdaptiveSprings
 from molgen_energy.losses.base import (
     LossConfig,
     Neighbours,
@@ -30,6 +31,10 @@ from molgen_energy.losses.springs import (
 )
 
 Distance = Literal["positions", "features"]
+Rest = Literal["distance", "projected", "vector"]
+SpringsAt = Literal["target", "prediction", "noisy"]
+Scale = float | str
+"""c, `sample`, or the name of a model."""
 
 
 class EnergyConfig(LossConfig):
@@ -38,28 +43,40 @@ class EnergyConfig(LossConfig):
     name: str = "energy"
     springs: SpringsConfig = SpringsConfig()
     edges: EdgesConfig = EdgesConfig()
+    rest: Rest = "distance"
+    """What springs are at rest at: the distances of the data, their vectors projected on the
+    predicted directions, or their vectors."""
+    springs_at: SpringsAt = "target"
+    """Where the distances are taken that f depends on: in the data, in the prediction (a constant
+    for the gradient), or in the noisy positions."""
 
     @property
     def requires(self) -> frozenset[str]:
         """Inputs that springs, distance and edges require together."""
         family, edges = SPRINGS[self.springs.family], EDGES[self.edges.kind]
-        return _requirements(family, self.springs.distance, edges.requires)
+        return _requirements(family, self.springs.distance, self.springs_at, edges.requires)
 
     @property
     def variant(self) -> str:
-        """The spring family."""
-        return self.springs.family
+        """The spring family; adaptive springs have the published values of exponential ones."""
+        family = self.springs.family
+        return "exponential" if SPRINGS[family].adaptive else family
 
     def resolve(
         self, samples: Callable[[], Iterable[Mapping[str, Any]]], seed: int
     ) -> ResolvedLoss:
         """Replace `auto`, and the name of a model, by the scale c; see `LossConfig.resolve`.
 
-        `auto` is 1 over the mean of f over the pairs of the samples.
+        `auto` is 1 over the mean of f over the pairs of the samples, or `sample` where f depends
+        on more than the data.
         """
         springs, mean = self.springs, None
         scale = springs.scale
-        if scale == "auto":
+        if scale == "auto" and not self._fixed:
+            scale = "sample"
+        if scale == "sample":
+            mean = 1.0
+        elif scale == "auto":
             mean = self._mean_stiffness(samples)
             scale = 1 / mean
         elif isinstance(scale, str):
@@ -73,12 +90,22 @@ class EnergyConfig(LossConfig):
 
         def stiffness() -> float:
             complete = self._mean_stiffness(samples) if mean is None else mean
-            return complete * scale * self._share_of_complete(samples, seed)
+            factor = scale if isinstance(scale, float) else 1.0
+            return complete * factor * self._share_of_complete(samples, seed)
 
         return ResolvedLoss(resolved, stiffness)
 
+    @property
+    def _fixed(self) -> bool:
+        """Whether f is known from the data alone."""
+        return self.springs_at == "target" and not SPRINGS[self.springs.family].adaptive
+
     def _unscaled(self, edges: Edges) -> PairwiseEnergy:
-        return PairwiseEnergy(self.springs.family, 1.0, edges, self.springs.distance)
+        """An energy to compare numbers and stiffnesses of pairs with; at rest at the data."""
+        if self._fixed:
+            scale: Scale = "sample" if self.springs.scale == "sample" else 1.0
+            return PairwiseEnergy(self.springs.family, scale, edges, self.springs.distance)
+        return PairwiseEnergy("constant", "sample", edges)
 
     def _mean_stiffness(self, samples: Callable[[], Iterable[Mapping[str, Any]]]) -> float:
         return mean_stiffness(self._unscaled(CompleteEdges()), samples())
@@ -110,24 +137,40 @@ class EnergyConfig(LossConfig):
         ValueError
             The scale is `auto`, or there is no such published scale.
         """
+        return PairwiseEnergy(**self._arguments(seed))
+
+    def _arguments(self, seed: int) -> dict[str, Any]:
+        """Arguments of the class."""
         springs = self.springs
         if springs.scale == "auto":
             raise ValueError("loss.springs.scale is auto: resolve the section first")
-        return PairwiseEnergy(
-            springs.family, springs.scale, self.edges.build(seed), springs.distance
-        )
+        return {
+            "springs": springs.family,
+            "scale": springs.scale,
+            "edges": self.edges.build(seed),
+            "distance": springs.distance,
+            "rest": self.rest,
+            "springs_at": self.springs_at,
+        }
 
     def describe(self) -> str:
-        """Springs and edges."""
-        return f", {self.springs.family} springs on {self.edges.kind} edges"
+        """Springs and edges, and what differs from the published energy."""
+        text = f", {self.springs.family} springs on {self.edges.kind} edges"
+        if self.springs_at != "target":
+            text += f", springs at the {self.springs_at} positions"
+        return text if self.rest == "distance" else f"{text}, {self.rest} rest lengths"
 
 
 def _requirements(
-    family: SpringFamily, distance: Distance, edges: frozenset[str]
+    family: SpringFamily, distance: Distance, springs_at: SpringsAt, edges: frozenset[str]
 ) -> frozenset[str]:
-    bonds = {"bonds"} if family.requires_bonds else set()
-    features = {"features"} if distance == "features" else set()
-    return edges | bonds | features
+    needs = {
+        "bonds": family.requires_bonds,
+        "features": distance == "features",
+        "noisy": springs_at == "noisy",
+        "noise_level": family.adaptive,
+    }
+    return edges | {name for name, needed in needs.items() if needed}
 
 
 class PairwiseEnergy(PositionLoss):
@@ -142,22 +185,37 @@ class PairwiseEnergy(PositionLoss):
     saved for the backward pass. The gradient at coincident atoms is 0. Target and springs get no
     gradient, and there is no second derivative.
 
+    With `rest="projected"` the rest length is ⟨y_i − y_j, û_ij⟩, û_ij the unit vector along
+    ŷ_i − ŷ_j. If f is not taken at the target, û and k depend on the noisy positions alone, and
+    the gradient, Σ_j 2 k_ij û_ij û_ijᵀ ((ŷ_i − ŷ_j) − (y_i − y_j)), is linear in the data. Its mean
+    over data is zero where ŷ is the posterior mean E[y | x_t], and, for a rigid graph, where ŷ and
+    it differ by an infinitesimal rotation of ŷ. `ScoreEnergy` makes the first the only one.
+    `rest="vector"` compares the vectors themselves, ½ k_ij |(ŷ_i − ŷ_j) − (y_i − y_j)|². These two
+    are not invariant under rotations of the data relative to the prediction.
+
     Parameters
     ----------
     springs
         Name of a family in `SPRINGS`, a `SpringFamily`, or a function f of distances.
     scale
-        c, or the name of the model whose published c to use: `gdm`, `edm` or `jodo`.
+        c; `sample` for 1 over the mean of f over the connected pairs of each sample; or the name of
+        the model whose published c to use: `gdm`, `edm` or `jodo`.
     edges
         Name of a kind in `EDGES`, or an object of such a kind.
     distance
         The argument of f: distances of `positions`, or of positions and `features` together, as in
         the paper's code. Springs are at rest at the distances of positions either way.
+    rest
+        `distance`, `projected` or `vector`, see above.
+    springs_at
+        Where the distances are taken that f depends on: `target`; `prediction`, without a gradient;
+        or `noisy`, the positions of x_t.
 
     Raises
     ------
     ValueError
-        There is no such family or kind, or no published scale.
+        There is no such family, kind or option, or no published scale; the springs adapt to errors
+        and the scale is not `sample`.
     """
 
     Config: ClassVar[type[EnergyConfig]] = EnergyConfig
@@ -165,14 +223,23 @@ class PairwiseEnergy(PositionLoss):
     def __init__(
         self,
         springs: str | Callable[[Tensor], Tensor] | SpringFamily = "exponential",
-        scale: float | str = 1.0,
+        scale: Scale = 1.0,
         edges: str | Edges = "complete",
         distance: Distance = "positions",
+        rest: Rest = "distance",
+        springs_at: SpringsAt = "target",
     ) -> None:
         self.family = spring_family(springs)
+        self.adaptive = AdaptiveSprings() if self.family.adaptive else None
+        if self.adaptive is not None and scale != "sample":
+            raise ValueError(f"scale {scale}: springs that adapt have the scale 'sample'")
         if not isinstance(scale, str) and not 0 < scale < float("inf"):
             raise ValueError(f"scale {scale}: expected a number above 0")
-        self.scale = published_scale(self.family, scale) if isinstance(scale, str) else scale
+        named = isinstance(scale, str) and scale != "sample"
+        if named:
+            scale = published_scale(self.family, str(scale))
+        self.scale: float | None = None if isinstance(scale, str) else float(scale)
+        """c; None is 1 over the mean of f over the pairs of each sample."""
         if isinstance(edges, str):
             if edges not in EDGES:
                 raise ValueError(f"unknown edges '{edges}' (valid: {', '.join(EDGES)})")
@@ -183,7 +250,15 @@ class PairwiseEnergy(PositionLoss):
         if distance not in ("positions", "features"):
             raise ValueError(f"unknown distance '{distance}' (valid: positions, features)")
         self.distance: Distance = distance
-        self.requires = _requirements(self.family, distance, edges.requires)
+        if rest not in get_args(Rest):
+            raise ValueError(f"unknown rest '{rest}' (valid: {', '.join(get_args(Rest))})")
+        self.rest: Rest = rest
+        if springs_at not in get_args(SpringsAt):
+            raise ValueError(
+                f"unknown springs_at '{springs_at}' (valid: {', '.join(get_args(SpringsAt))})"
+            )
+        self.springs_at: SpringsAt = springs_at
+        self.requires = _requirements(self.family, distance, springs_at, edges.requires)
 
     def prepare_neighbours(
         self,
@@ -207,32 +282,77 @@ class PairwiseEnergy(PositionLoss):
             pairs = self.edges.pairs(samples)
             least = torch.finfo(samples.prediction.dtype).tiny ** 0.5  # squares below it are 0
             energy = samples.prediction.new_zeros(len(samples.prediction))
+            sums = _StiffnessSums(energy)
             for block in pairs.blocks():
-                rest = _lengths(block.differences("target"))
-                stiffness = self._stiffness(block, rest, samples)
-                displacement = block.differences("prediction")
+                displacement, data = block.differences("prediction"), block.differences("target")
                 length = _lengths(displacement)
-                extension = length - rest
-                force = stiffness * extension  # f may return its argument: not in place
-                block.add(energy, extension.mul_(force))
-                if differentiate:
+                distances = self._distances(block, length, data, samples)
+                stiffness = self._stiffness(block, distances, samples)
+                if self.scale is None:
+                    sums.add(block, stiffness)
+                if self.rest == "vector":
+                    displacement.sub_(data)
+                    extension, force = _lengths(displacement), stiffness
+                    product = extension.square().mul_(stiffness)
+                else:
+                    extension = length - self._rest_length(displacement, length, data, least)
+                    force = stiffness * extension  # f may return its argument: not in place
+                    product = extension * force
                     # The displacement of coincident atoms is 0, and so is its product.
-                    force.div_(length.clamp_(min=least))
+                    force = force.div_(length.clamp_(min=least))
+                block.add(energy, product)
+                if self.adaptive is not None and reverse:
+                    assert samples.noise_level is not None
+                    self.adaptive.record(
+                        distances, _numbers(block, samples), samples.noise_level,
+                        extension.square_(), _weights(block, extension),
+                    )  # fmt: skip
+                if differentiate:
                     block.accumulate_forces(displacement.mul_(force))
-            constant = self.scale / samples.counts
+            scale = 1 / sums.mean() if self.scale is None else self.scale
+            constant = scale / samples.counts
             energy *= 0.5 * constant
             if not differentiate:
                 return energy
             gradient = pairs.forces().mul_(2 * constant[:, None, None])
         return _with_gradient(samples.prediction, energy, gradient)
 
-    def _stiffness(self, block: Block, rest: Tensor, samples: Samples) -> Tensor:
-        """f of the pairs of a block, times their weights."""
-        distances = rest
+    def _rest_length(
+        self, displacement: Tensor, length: Tensor, data: Tensor, least: float
+    ) -> Tensor:
+        """Rest lengths of the springs of a block."""
+        if self.rest == "distance":
+            return _lengths(data)
+        projection = displacement[0] * data[0]
+        for own, other in zip(displacement[1:], data[1:], strict=True):
+            projection.addcmul_(own, other)
+        return projection.div_(length.clamp(min=least))
+
+    def _distances(self, block: Block, length: Tensor, data: Tensor, samples: Samples) -> Tensor:
+        """Argument of f, for the lengths of the predicted pairs and the vectors of the data."""
+        if self.springs_at == "prediction":
+            distances = length.clone()
+        elif self.springs_at == "target":
+            distances = _lengths(data)
+        elif samples.noisy is None:
+            raise ValueError("springs at the noisy positions: give noisy")
+        else:
+            distances = _lengths(block.differences("noisy"))
         if self.distance == "features":
             if samples.features is None:
                 raise ValueError("springs by feature distance: give features")
-            distances = torch.hypot(rest, _lengths(block.differences("features")))
+            return torch.hypot(distances, _lengths(block.differences("features")))
+        return distances
+
+    def _stiffness(self, block: Block, distances: Tensor, samples: Samples) -> Tensor:
+        """f of the pairs of a block, times their weights."""
+        if self.adaptive is not None:
+            if samples.noise_level is None:
+                raise ValueError("springs that adapt: give noise_level")
+            stiffness = self.adaptive.stiffness(
+                distances, _numbers(block, samples), samples.noise_level
+            )
+            return stiffness if block.weight is None else stiffness.mul_(block.weight)
         bonded = block.bonded() if self.family.requires_bonds else None
         if block.weight is None:
             return self.family(distances, bonded)
@@ -249,14 +369,38 @@ class PairwiseEnergy(PositionLoss):
         Parameters are those of a call, without the prediction.
         """
         samples = as_samples(target, target, mask, **inputs)
-        total = samples.target.new_zeros(len(samples.target))
-        count = torch.zeros_like(total)
+        sums = _StiffnessSums(samples.target.new_zeros(len(samples.target)))
         for block in self.edges.pairs(samples).blocks():
-            rest = _lengths(block.differences("target"))
-            block.add(total, self._stiffness(block, rest, samples))
-            ones = torch.ones_like(rest)
-            block.add(count, ones if block.weight is None else ones * block.weight)
-        return Stiffness(total, count, total / samples.counts)
+            data = block.differences("target")
+            distances = self._distances(block, _lengths(data), data, samples)
+            sums.add(block, self._stiffness(block, distances, samples))
+        total = sums.pairs if self.scale is None else sums.total
+        return Stiffness(total, sums.pairs, total / samples.counts)
+
+
+class _StiffnessSums:
+    """Σ f and the number of ordered pairs of each sample, (B,), over blocks."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.total, self.pairs = torch.zeros_like(like), torch.zeros_like(like)
+
+    def add(self, block: Block, stiffness: Tensor) -> None:
+        block.add(self.total, stiffness)
+        block.add(self.pairs, _weights(block, stiffness).expand_as(stiffness))
+
+    def mean(self) -> Tensor:
+        """Mean of f, (B,); 1 without pairs."""
+        positive = self.total > 0
+        return torch.where(positive, self.total / self.pairs.clamp(min=1e-9), 1.0)
+
+
+def _weights(block: Block, like: Tensor) -> Tensor:
+    return torch.ones_like(like) if block.weight is None else block.weight
+
+
+def _numbers(block: Block, samples: Samples) -> Tensor:
+    """The number of each pair's sample, of a shape that broadcasts to the pairs."""
+    return block.of_samples(torch.arange(len(samples.prediction), device=samples.prediction.device))
 
 
 def _lengths(differences: Tensor) -> Tensor:

@@ -31,12 +31,15 @@ class SpringFamily:
         Whether f depends on which pairs are bonded.
     finite_at_zero
         Whether f(0) is known to be finite.
+    adaptive
+        Whether a loss replaces the function by `AdaptiveSprings`, learnt from its predictions.
     """
 
     function: Callable[..., Tensor]
     scales: Mapping[str, float] = field(default_factory=dict)
     requires_bonds: bool = False
     finite_at_zero: bool = False
+    adaptive: bool = False
 
     def __call__(self, distances: Tensor, bonded: Tensor | None = None) -> Tensor:
         """f of distances (any shape).
@@ -97,6 +100,7 @@ SPRINGS: dict[str, SpringFamily] = {
     "lennard_jones": SpringFamily(
         lennard_jones, {"gdm": 9.0}, requires_bonds=True, finite_at_zero=True
     ),
+    "auto": SpringFamily(constant, finite_at_zero=True, adaptive=True),
 }
 
 PUBLISHED_SCALES = ("gdm", "edm", "jodo")
@@ -107,9 +111,10 @@ class SpringsConfig(Section):
     """Springs of the energy loss."""
 
     family: Annotated[str, one_of("spring family", SPRINGS)] = "exponential"
-    scale: Annotated[float | str, positive_or("auto", *PUBLISHED_SCALES)] = "auto"
-    """c of k_ij = (c/n)·f(d_ij). `auto` makes the mean of c·f over the training pairs 1; the name
-    of a model stands for the c published with it."""
+    scale: Annotated[float | str, positive_or("auto", "sample", *PUBLISHED_SCALES)] = "auto"
+    """c of k_ij = (c/n)·f(d_ij). `auto` makes the mean of c·f over the training pairs 1, `sample`
+    over the pairs of each sample; the name of a model stands for the c published with it. `auto`
+    is `sample` where f does not depend on the data alone."""
     distance: Literal["positions", "features"] = "positions"
     """The argument of f: the distance in positions, or in positions and encoded features."""
 

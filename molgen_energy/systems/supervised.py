@@ -18,7 +18,7 @@ from molgen_energy.data.batches import BatchIndex, batches_per_epoch, epoch_batc
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.distributed import all_reduce_sum, rank, world_size
 from molgen_energy.errors import InputError
-from molgen_energy.losses import LossConfig
+from molgen_energy.losses import AdaptiveSprings, LossConfig
 from molgen_energy.training.checkpoint import Checkpoint
 
 _CHUNK = 1024  # samples in an evaluation without gradients
@@ -74,6 +74,7 @@ class SupervisedTask:
     """
 
     loss_terms: tuple[str, ...] = ()
+    adaptive: AdaptiveSprings | None = None  # such springs need noise levels
 
     def __init__(
         self,

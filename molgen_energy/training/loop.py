@@ -241,6 +241,8 @@ class _Trainer:
         }
         if which == "last":
             weights["optimizer"] = self._optimizer_tensors()
+        if self.task.adaptive is not None:
+            weights["springs"] = self.task.adaptive.state()
         at = self.at
         progress = vars(at) | {"sums": list(at.sums)}
         state = {"epoch": at.step // self.task.batches_per_epoch, "progress": progress}
@@ -284,6 +286,8 @@ class _Trainer:
             for key, value in own.items():
                 device = "cpu" if key == "step" and not _fused(optimizer) else parameter.device
                 optimizer.state[parameter][key] = value.to(device)
+        if self.task.adaptive is not None:
+            self.task.adaptive.load_state(checkpoint.read_tensors("springs"))
         progress = checkpoint.state["progress"]
         self.at = _Progress(**progress | {"sums": tuple(progress["sums"])})
         if len(self.at.sums) != len(self._zero_sums()):  # format 2 has sums of other terms
@@ -404,6 +408,8 @@ class _Trainer:
                 group["lr"] = rate * self._muon_ratio if muon else rate
             optimizer.step()
         self.ema.update(self.task.model, self.at.step)
+        if self.task.adaptive is not None:
+            self.task.adaptive.finish_step(all_reduce_sum)
         self.at.sums = tuple(
             old + new for old, new in zip(self.at.sums, (*values, norm), strict=True)
         )
@@ -413,6 +419,8 @@ class _Trainer:
     def _skip(self, loss: float, norm: float) -> None:
         self.at.skipped += 1
         self.at.skipped_in_row += 1
+        if self.task.adaptive is not None:
+            self.task.adaptive.discard_step()
         self._log(f"step {self.at.step} skipped: loss {loss:g}, norm of the gradient {norm:g}")
         if self.at.skipped_in_row == _MOST_SKIPPED:
             what = "loss" if not math.isfinite(loss) else "gradient's norm"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from molgen_energy.config import Config
 from molgen_energy.data.batches import BatchIndex
+from molgen_energy.losses import AdaptiveSprings
 
 
 class Task(Protocol):
@@ -44,5 +45,10 @@ class Task(Protocol):
         ...
 
     def validation_loss(self, model: nn.Module) -> float | None: ...
+
+    @property
+    def adaptive(self) -> AdaptiveSprings | None:
+        """The springs of the loss that are learnt, if any."""
+        ...
 
     def close(self) -> None: ...

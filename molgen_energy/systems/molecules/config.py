@@ -17,10 +17,17 @@ from molgen_energy.config import (
     PositiveOrAuto,
     Section,
     TrainingConfig,
+    one_of,
 )
 from molgen_energy.diffusion.process import PROCESSES, Diffusion, ProcessConfig
 from molgen_energy.elements import atomic_number
-from molgen_energy.losses import LOSSES, SPIN_LOSSES, LossConfig, PairwiseEnergy
+from molgen_energy.losses import (
+    LOSSES,
+    POSITION_TERMS,
+    SPIN_LOSSES,
+    LossConfig,
+    PairwiseEnergy,
+)
 from molgen_energy.models import GDM, MODELS
 from molgen_energy.models.base import DenoiserConfig
 from molgen_energy.systems.molecules.condition import CONDITIONS, NoConditionConfig
@@ -56,6 +63,11 @@ class ObjectiveConfig(Section):
         default_factory=dict
     )
     """Weights of the errors of the other fields; 1 for fields that are not named."""
+    terms: dict[
+        Annotated[str, one_of("term", POSITION_TERMS)],
+        Annotated[float, Option(ge=0, allow_inf_nan=False)],
+    ] = Option(default_factory=dict)
+    """Weights of further losses on positions, by name."""
     weighting: Literal["auto", "noise", "clean"] = "auto"
     """`noise`: errors of the noise have the same weight at all levels. `clean`: errors of clean
     data, weighted by √(α/σ). `auto` is `clean` for models that predict clean data, else `noise`."""
@@ -66,6 +78,10 @@ class ObjectiveConfig(Section):
     """Whether a batch has one time in each of its equal parts of [0, 1)."""
     self_condition_probability: Annotated[float, Option(ge=0, le=1)] = 0.5
     """How often a self-conditioned model gets its own first prediction in training."""
+
+    def term_configs(self) -> list[LossConfig]:
+        """The sections of the terms, with their defaults."""
+        return [POSITION_TERMS[name].Config.model_validate({}) for name in self.terms]
 
 
 class MoleculeTrainingConfig(TrainingConfig):
@@ -92,6 +108,11 @@ class MoleculeConfig(Config):
     objective: ObjectiveConfig = ObjectiveConfig()
     condition: Annotated[Section, OneOf("condition", CONDITIONS)] = NoConditionConfig()
     training: MoleculeTrainingConfig = MoleculeTrainingConfig()
+
+    @property
+    def loss_requires(self) -> frozenset[str]:
+        """Inputs that the loss on positions and the terms beside it require."""
+        return self.loss.requires.union(*(term.requires for term in self.objective.term_configs()))
 
     @classmethod
     def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:

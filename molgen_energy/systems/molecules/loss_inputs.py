@@ -23,20 +23,22 @@ _PAIRS_AT_ONCE = 300_000
 _Table = tuple[NDArray[np.int64], NDArray[np.integer[Any]], NDArray[np.float32]]
 
 
-def with_required_bonds(molecules: Molecules, loss: LossConfig) -> Molecules:
-    """The molecules, with perceived bonds if the loss requires bonds and they have none."""
-    if "bonds" in loss.requires and molecules.bonds is None:
+def with_required_bonds(molecules: Molecules, requires: frozenset[str]) -> Molecules:
+    """The molecules, with perceived bonds if losses require bonds and they have none."""
+    if "bonds" in requires and molecules.bonds is None:
         return perceive(molecules)
     return molecules
 
 
 class LossInputs:
-    """Inputs of a loss besides positions: bonds, features, or tables of neighbours.
+    """Inputs of losses besides positions: bonds, features, or tables of neighbours.
 
     Parameters
     ----------
     loss
-        Names the inputs in its attribute `requires`.
+        The loss on positions, whose edges tables of neighbours hold.
+    requires
+        Inputs that it and the terms beside it require.
     seed
         Seed of the random graphs of the edges.
     molecules
@@ -62,6 +64,7 @@ class LossInputs:
     def __init__(
         self,
         loss: LossConfig,
+        requires: frozenset[str],
         seed: int,
         molecules: Molecules,
         device: torch.device,
@@ -71,7 +74,7 @@ class LossInputs:
         progress: ProgressCallback = no_progress,
         check_cancelled: Callable[[], None] = lambda: None,
     ) -> None:
-        self._requires = loss.requires
+        self._requires = requires
         self._neighbours: Neighbours | None = None
         if "neighbours" in loss.requires:
             order = np.arange(len(molecules))

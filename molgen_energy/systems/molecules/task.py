@@ -35,7 +35,7 @@ from molgen_energy.distributed import (
 )
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError, unknown_name
-from molgen_energy.losses import PositionLoss
+from molgen_energy.losses import AdaptiveSprings, PositionLoss
 from molgen_energy.models import Denoiser
 from molgen_energy.models.base import Published
 from molgen_energy.progress import ProgressCallback, no_progress
@@ -149,7 +149,8 @@ class MoleculeTask:
             if not config.data.in_memory:
                 stack.pop_all()  # stays open until `close`
         self._objective = _build_objective(self.config, self.layout)
-        self.loss_terms: tuple[str, ...] = tuple(f"{name}_loss" for name in self.layout.fields)
+        names = ["positions", *self._objective.terms, *self.layout.fields]
+        self.loss_terms: tuple[str, ...] = tuple(f"{name}_loss" for name in dict.fromkeys(names))
         channels = 0 if self._condition is None else self._condition.channels
         self.model: nn.Module = build_model(self.config, self.layout, channels).to(device)
         self.state: dict[str, Any] = {
@@ -182,10 +183,10 @@ class MoleculeTask:
             ranks: NDArray[np.int64] | None,
             **options: Any,
         ) -> _Split:
-            molecules = with_required_bonds(molecules, config.loss)
+            molecules = with_required_bonds(molecules, config.loss_requires)
             inputs = LossInputs(
-                config.loss, training.seed, molecules, self.device, str(file.path), numbers,
-                ranks, **options,
+                config.loss, config.loss_requires, training.seed, molecules, self.device,
+                str(file.path), numbers, ranks, **options,
             )  # fmt: skip
             return _Split(DeviceMolecules(molecules, self.device, dense_bonds), inputs)
 
@@ -298,12 +299,17 @@ class MoleculeTask:
         augment = self.config.training.augment_rotations
         terms = self._loss(model, split, shard.which, random, augment)
         return {"loss": terms.total} | {
-            f"{name}_loss": values for name, values in terms.fields.items()
+            f"{name}_loss": values for name, values in terms.parts.items()
         }
 
     def molecules(self, batch: BatchIndex) -> MoleculeBatch:
         """The molecules of a batch, padded."""
         return self._train.window(batch.window).data.batch(batch.which)
+
+    @property
+    def adaptive(self) -> AdaptiveSprings | None:
+        """The springs of the loss that are learnt, if any."""
+        return self._objective.adaptive
 
     def close(self) -> None:
         """Stop reading streamed molecules; no batch is available after that."""
@@ -366,13 +372,19 @@ def _build_objective(config: MoleculeConfig, layout: Layout) -> Objective:
     channels = layout.channels["atom"]
     loss = config.loss.build(seed=config.training.seed, channels=channels)
     assert isinstance(loss, PositionLoss)
+    terms = {}
+    for term in section.term_configs():
+        built = term.build(channels=channels)
+        assert isinstance(built, PositionLoss)
+        terms[term.name] = built
     return Objective(
         config.process.build(),
         loss,
-        Weights(section.position_weight, section.field_weights),
+        Weights(section.position_weight, section.field_weights, section.terms),
         TimestepDistribution(section.time_power, section.stratified_timesteps),
         section.weighting,
         section.self_condition_probability,
+        terms,
     )
 
 
@@ -380,8 +392,8 @@ def _published(config: MoleculeConfig, key: str) -> Published:
     """The published learning rate and weight of a model with a loss."""
     loss = config.loss
     published = type(config.model).published
-    if (loss.name, loss.variant) in published:
-        return published[loss.name, loss.variant]
+    if (loss.published_as, loss.variant) in published:
+        return published[loss.published_as, loss.variant]
     variant = f" with {loss.variant} springs" if loss.variant else ""
     raise InputError(
         f"{key}: there is no published value for model {config.model.name} and loss "
@@ -406,7 +418,7 @@ def _required_columns(config: MoleculeConfig, file: MoleculeFile) -> frozenset[s
     for name in properties:
         if f"properties/{name}" not in file.columns:
             raise InputError(f"{file.path}: {unknown_name('property', name, known)}")
-    if "bonds" in config.loss.requires and "bonds" in file.columns:
+    if "bonds" in config.loss_requires and "bonds" in file.columns:
         needed |= {"bonds"}
     return needed | {f"properties/{name}" for name in properties}
 
@@ -472,7 +484,7 @@ def _in_memory(
     molecules, largest = summary.training_molecules, max(summary.size_histogram)
     # For each atom: position, element, charge, and about one bond. For each molecule: offset,
     # size, number in the file, and properties.
-    bonds = "bonds" in columns or "bonds" in config.loss.requires
+    bonds = "bonds" in columns or "bonds" in config.loss_requires
     per_atom = 13 + int("formal_charges" in columns) + 9 * int(bonds)
     per_molecule = 40 + 8 * sum("/" in name for name in columns)
     needed = per_atom * atoms + per_molecule * molecules

@@ -1,0 +1,143 @@
+"""Springs whose stiffness is learnt from the errors of the predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Nodes in log d and log s, in the unit of positions: 0.5 to 32 Å in steps of 7 %, and 10⁻³ to 10³ Å
+# with four nodes in each factor of ten. Outside, the stiffness is that of the nearest node.
+_DISTANCES = (0.5, 32.0, 64)
+_LEVELS = (1e-3, 1e3, 25)
+_MEMORY = 0.999  # factor of earlier errors at each step
+_PRIOR = 10.0  # pairs with the mean error of their level that each node begins with
+
+
+class AdaptiveSprings:
+    """f = 1/v(d, s): v is the mean squared error of pairs of distance d at the noise level s = σ/α.
+
+    If the errors r of the lengths of pairs are independent and normal with variance v, their
+    negative log-likelihood is Σ r²/(2v) + ½ log v. So 1/v is the maximum-likelihood estimate of
+    the stiffness: a pair that the network cannot know yet gets a soft spring, one that it should
+    know a stiff one (Kendall, Gal, Cipolla, CVPR 2018, weigh tasks in this way).
+
+    log v is linear between the nodes of a grid in log d and log s. v at a node is the mean squared
+    error of the pairs near it over about the last thousand steps, with linear weights. Where few
+    pairs were seen it is the mean of the level, so at first all springs are equal.
+    """
+
+    def __init__(self) -> None:
+        shape = _LEVELS[2], _DISTANCES[2]
+        self._squares = torch.zeros(shape, dtype=torch.float64)  # Σ r² near a node
+        self._pairs = torch.zeros(shape, dtype=torch.float64)
+        self._steps = 0
+        self._new: Tensor | None = None  # (2, levels, distances), since the previous step
+        self._log_variance = self._fit()
+
+    def stiffness(self, distances: Tensor, sample: Tensor, noise_level: Tensor) -> Tensor:
+        """f of pairs.
+
+        Parameters
+        ----------
+        distances
+            Of any shape.
+        sample
+            The number of each pair's sample, of a shape that broadcasts to that of `distances`.
+        noise_level
+            s of each sample, (B,).
+        """
+        below, above = self._level_weights(noise_level)
+        table = self._log_variance.to(noise_level)
+        rows = below.weight[:, None] * table[below.node] + above.weight[:, None] * table[above.node]
+        rows = -(rows - rows.mean(dim=1, keepdim=True))  # only ratios matter: stays in range
+        node, share = _locate(distances, _DISTANCES)
+        flat, at = rows.flatten(), sample * rows.shape[1] + node
+        return torch.lerp(flat[at], flat[at + 1], share).exp_()
+
+    def record(
+        self,
+        distances: Tensor,
+        sample: Tensor,
+        noise_level: Tensor,
+        squares: Tensor,
+        weight: Tensor,
+    ) -> None:
+        """Add squared errors of pairs, with weights; other parameters as in `stiffness`."""
+        count, nodes = len(noise_level), _DISTANCES[2]
+        node, share = _locate(distances, _DISTANCES)
+        at = (sample * nodes + node).flatten()
+        totals = []
+        for values in (squares * weight, weight.expand_as(squares)):
+            total = values.new_zeros(count * nodes)
+            upper = (values * share).flatten()
+            total.index_add_(0, at, values.flatten() - upper)
+            total.index_add_(0, at + 1, upper)
+            totals.append(total.view(count, nodes).double())
+        grid = torch.zeros(2, _LEVELS[2], nodes, dtype=torch.float64, device=distances.device)
+        for level in self._level_weights(noise_level):
+            for row, total in zip(grid, totals, strict=True):
+                row.index_add_(0, level.node, level.weight[:, None].double() * total)
+        self._new = grid if self._new is None else self._new + grid
+
+    def finish_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Learn from what was recorded since the previous step, added over processes."""
+        if self._new is None:
+            self._new = torch.zeros(2, *self._pairs.shape, dtype=torch.float64)
+        new = reduce(self._new)
+        keep = min(_MEMORY, (1 + self._steps) / (10 + self._steps))
+        self._squares = keep * self._squares.to(new.device) + new[0]
+        self._pairs = keep * self._pairs.to(new.device) + new[1]
+        self._steps += 1
+        self._new = None
+        self._log_variance = self._fit()
+
+    def discard_step(self) -> None:
+        """Forget what was recorded since the previous step."""
+        self._new = None
+
+    def _fit(self) -> Tensor:
+        """log v at the nodes."""
+        total, pairs = self._squares.sum(1, keepdim=True), self._pairs.sum(1, keepdim=True)
+        level = torch.where(pairs > 0, total / pairs.clamp(min=1e-300), 1.0)
+        variance = (self._squares + _PRIOR * level) / (self._pairs + _PRIOR)
+        return variance.clamp(min=1e-30).log()
+
+    def variance(self, distances: Tensor, noise_level: float) -> Tensor:
+        """v of distances at a noise level, up to a factor that depends on the level alone."""
+        levels = torch.full((1,), noise_level, dtype=distances.dtype)
+        return 1 / self.stiffness(distances, torch.zeros((), dtype=torch.long), levels)
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums over past steps."""
+        steps = torch.tensor(self._steps)
+        return {"squares": self._squares, "pairs": self._pairs, "steps": steps}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a `state`."""
+        self._squares, self._pairs = state["squares"], state["pairs"]
+        self._steps, self._new = int(state["steps"]), None
+        self._log_variance = self._fit()
+
+    def _level_weights(self, noise_level: Tensor) -> tuple[_Nodes, _Nodes]:
+        node, share = _locate(noise_level, _LEVELS)
+        return _Nodes(node, 1 - share), _Nodes(node + 1, share)
+
+
+class _Nodes(NamedTuple):
+    """A node of the levels for each sample, and its weight in the interpolation, (B,) each."""
+
+    node: Tensor
+    weight: Tensor
+
+
+def _locate(values: Tensor, grid: tuple[float, float, int]) -> tuple[Tensor, Tensor]:
+    """The node at or below each value in a logarithmic grid, and the share of the next node."""
+    first, last, nodes = grid
+    place = values.clamp(first, last).div(first).log_()
+    place.mul_((nodes - 1) / math.log(last / first)).clamp_(0, nodes - 1)
+    node = place.long().clamp_(max=nodes - 2)
+    return node, place.sub_(node)
