@@ -13,7 +13,7 @@ import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_origin
 
 import yaml
 from pydantic import (
@@ -281,10 +281,17 @@ class Config(Section):
 
 
 def _assign(schema: type[Section], values: dict[str, Any], key: str, value: Any) -> None:
-    """Set the value of a dotted key in place."""
+    """Set the value of a dotted key in place; the last part may be a key of a mapping."""
     *sections, last = key.split(".")
     for depth, section in enumerate(sections):
         field = schema.model_fields.get(section)
+        if (
+            field is not None
+            and depth + 1 == len(sections)
+            and get_origin(field.annotation) is dict
+        ):
+            values[section] = {**values.get(section, {}), last: value}
+            return
         inner = None if field is None else _section_class(field, values.get(section))
         if field is None or inner is None:
             raise InputError(_unknown_key(key, schema, sections[:depth]))

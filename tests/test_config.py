@@ -63,7 +63,10 @@ def test_assignments():
         ("loss.edges.pool=0", r"loss\.edges\.pool: .*greater than 0"),
         ("loss.edges.tolerance=-1", r"loss\.edges\.tolerance: .*greater than 0"),
         ("loss.springs.distance=feature", r"loss\.springs\.distance: .*'positions' or 'features'"),
-        ("loss.springs.scale=big", r"loss\.springs\.scale: .*above 0 or auto, gdm, edm, jodo"),
+        (
+            "loss.springs.scale=big",
+            r"loss\.springs\.scale: .*above 0 or auto, sample, gdm, edm, jodo",
+        ),
         ("loss.springs.scale=-1", r"loss\.springs\.scale: .*greater than 0"),
         ("objective.position_weight=big", r"objective\.position_weight: .*above 0 or auto"),
         (
@@ -127,7 +130,7 @@ def test_bad_values_are_named(text, message):
         (
             "shapes_energy",
             "loss.springs.scale=big",
-            r"loss\.springs\.scale: .*above 0 or auto, gdm",
+            r"loss\.springs\.scale: .*above 0 or auto, sample, gdm",
         ),
         ("shapes_energy", "loss.edges=sparse", r"loss\.edges: holds kind, pool, tolerance"),
         (

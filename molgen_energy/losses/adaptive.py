@@ -83,8 +83,14 @@ class AdaptiveSprings:
                 row.index_add_(0, level.node, level.weight[:, None].double() * total)
         self._new = grid if self._new is None else self._new + grid
 
-    def finish_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Learn from what was recorded since the previous step, added over processes."""
+    def finish_step(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:
+        """Learn from what was recorded since the previous step.
+
+        Parameters
+        ----------
+        reduce
+            Adds a tensor over the processes of a job.
+        """
         if self._new is None:
             self._new = torch.zeros(2, *self._pairs.shape, dtype=torch.float64)
         new = reduce(self._new)

@@ -37,18 +37,12 @@ Scale = float | str
 """c, `sample`, or the name of a model."""
 
 
-class EnergyConfig(LossConfig):
-    """Energy of springs between atoms, see `PairwiseEnergy`."""
+class SpringsBetweenAtomsConfig(LossConfig):
+    """Settings of a loss with springs between atoms."""
 
-    name: str = "energy"
     springs: SpringsConfig = SpringsConfig()
     edges: EdgesConfig = EdgesConfig()
-    rest: Rest = "distance"
-    """What springs are at rest at: the distances of the data, their vectors projected on the
-    predicted directions, or their vectors."""
-    springs_at: SpringsAt = "target"
-    """Where the distances are taken that f depends on: in the data, in the prediction (a constant
-    for the gradient), or in the noisy positions."""
+    springs_at: str
 
     @property
     def requires(self) -> frozenset[str]:
@@ -129,6 +123,23 @@ class EnergyConfig(LossConfig):
         """The configured edges."""
         return self.edges.build(seed)
 
+    def describe(self) -> str:
+        """Springs and edges, and where the springs are taken, if not at the data."""
+        text = f", {self.springs.family} springs on {self.edges.kind} edges"
+        return text if self.springs_at == "target" else f"{text}, at the {self.springs_at}"
+
+
+class EnergyConfig(SpringsBetweenAtomsConfig):
+    """Energy of springs between atoms, see `PairwiseEnergy`."""
+
+    name: str = "energy"
+    rest: Rest = "distance"
+    """What springs are at rest at: the distances of the data, their vectors projected on the
+    predicted directions, or their vectors."""
+    springs_at: SpringsAt = "target"
+    """Where the distances are taken that f depends on: in the data, in the prediction (a constant
+    for the gradient), or in the noisy positions."""
+
     def build(self, *, seed: int = 0, channels: int | None = None) -> PairwiseEnergy:
         """The loss; `channels` has no effect, as the energy is no mean over channels.
 
@@ -137,32 +148,21 @@ class EnergyConfig(LossConfig):
         ValueError
             The scale is `auto`, or there is no such published scale.
         """
-        return PairwiseEnergy(**self._arguments(seed))
-
-    def _arguments(self, seed: int) -> dict[str, Any]:
-        """Arguments of the class."""
-        springs = self.springs
+        springs, edges = self.springs, self.edges.build(seed)
         if springs.scale == "auto":
             raise ValueError("loss.springs.scale is auto: resolve the section first")
-        return {
-            "springs": springs.family,
-            "scale": springs.scale,
-            "edges": self.edges.build(seed),
-            "distance": springs.distance,
-            "rest": self.rest,
-            "springs_at": self.springs_at,
-        }
+        return PairwiseEnergy(
+            springs.family, springs.scale, edges, springs.distance, self.rest, self.springs_at
+        )
 
     def describe(self) -> str:
         """Springs and edges, and what differs from the published energy."""
-        text = f", {self.springs.family} springs on {self.edges.kind} edges"
-        if self.springs_at != "target":
-            text += f", springs at the {self.springs_at} positions"
+        text = super().describe()
         return text if self.rest == "distance" else f"{text}, {self.rest} rest lengths"
 
 
 def _requirements(
-    family: SpringFamily, distance: Distance, springs_at: SpringsAt, edges: frozenset[str]
+    family: SpringFamily, distance: Distance, springs_at: str, edges: frozenset[str]
 ) -> frozenset[str]:
     needs = {
         "bonds": family.requires_bonds,
@@ -218,7 +218,7 @@ class PairwiseEnergy(PositionLoss):
         and the scale is not `sample`.
     """
 
-    Config: ClassVar[type[EnergyConfig]] = EnergyConfig
+    Config: ClassVar[type[SpringsBetweenAtomsConfig]] = EnergyConfig
 
     def __init__(
         self,

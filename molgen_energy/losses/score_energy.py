@@ -3,47 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import field_validator
 from torch import Tensor
 
 from molgen_energy.config import PositiveFloat
 from molgen_energy.losses.base import Samples
 from molgen_energy.losses.edges import Edges
-from molgen_energy.losses.energy import (
-    Distance,
-    EnergyConfig,
-    PairwiseEnergy,
-    Rest,
-    Scale,
-    SpringsAt,
-)
+from molgen_energy.losses.energy import Distance, PairwiseEnergy, SpringsBetweenAtomsConfig
 from molgen_energy.losses.springs import SpringFamily, SpringsConfig
 
-_EXTERNAL = 0.64
+SpringsOf = Literal["prediction", "noisy"]
 
 
-class ScoreEnergyConfig(EnergyConfig):
+class ScoreEnergyConfig(SpringsBetweenAtomsConfig):
     """Energy whose minimiser is the score, see `ScoreEnergy`."""
 
     name: str = "score_energy"
-    springs: SpringsConfig = SpringsConfig(scale="sample")
-    rest: Rest = "projected"
-    springs_at: SpringsAt = "prediction"
-    external: PositiveFloat = Field(_EXTERNAL, description="λ of the springs to the target.")
+    springs_at: SpringsOf = "prediction"
+    """Where the distances are taken that f depends on: in the prediction (a constant for the
+    gradient), or in the noisy positions."""
+    external: PositiveFloat = 0.64
+    """λ of the springs to the target."""
+
+    @field_validator("springs")
+    @classmethod
+    def _scaled_by_sample(cls, springs: SpringsConfig) -> SpringsConfig:
+        if springs.scale not in ("auto", "sample"):
+            raise ValueError(f"scale {springs.scale}: score_energy has the scale sample (or auto)")
+        return springs
 
     @property
     def published_as(self) -> str:
         """Learning rate and weight are those of the energy."""
         return "energy"
 
-    def _arguments(self, seed: int) -> dict[str, Any]:
-        return {**super()._arguments(seed), "external": self.external}
-
     def build(self, *, seed: int = 0, channels: int | None = None) -> ScoreEnergy:
-        """The loss; see `EnergyConfig.build`."""
-        return ScoreEnergy(**self._arguments(seed))
+        """The loss; `channels` has no effect, as the energy is no mean over channels."""
+        springs, edges = self.springs, self.edges.build(seed)
+        return ScoreEnergy(springs.family, edges, springs.distance, self.springs_at, self.external)
 
 
 class ScoreEnergy(PairwiseEnergy):
@@ -65,16 +64,17 @@ class ScoreEnergy(PairwiseEnergy):
 
     Parameters
     ----------
-    springs, scale, edges, distance, rest, springs_at
-        See `PairwiseEnergy`. `springs_at="target"` and `rest="distance"` are for ablations: with
-        either the minimiser is another one.
+    springs, edges, distance
+        See `PairwiseEnergy`; c is 1 over the mean of f over the connected pairs of a sample.
+    springs_at
+        Where the distances are taken that f depends on, `prediction` or `noisy`.
     external
         λ, relative to springs of mean 1/n between the atoms.
 
     Raises
     ------
     ValueError
-        As for `PairwiseEnergy`, or λ is not above 0.
+        As for `PairwiseEnergy`; λ is not above 0; or f is to be taken at the target.
     """
 
     Config: ClassVar[type[ScoreEnergyConfig]] = ScoreEnergyConfig
@@ -82,14 +82,17 @@ class ScoreEnergy(PairwiseEnergy):
     def __init__(
         self,
         springs: str | Callable[[Tensor], Tensor] | SpringFamily = "exponential",
-        scale: Scale = "sample",
         edges: str | Edges = "complete",
         distance: Distance = "positions",
-        rest: Rest = "projected",
-        springs_at: SpringsAt = "prediction",
-        external: float = _EXTERNAL,
+        springs_at: SpringsOf = "prediction",
+        external: float = 0.64,
     ) -> None:
-        super().__init__(springs, scale, edges, distance, rest, springs_at)
+        super().__init__(springs, "sample", edges, distance, "projected", springs_at)
+        if springs_at not in get_args(SpringsOf):
+            raise ValueError(
+                f"springs_at '{springs_at}': the minimiser would not be the score; choose "
+                f"{' or '.join(get_args(SpringsOf))}"
+            )
         if not 0 < external < float("inf"):
             raise ValueError(f"external {external}: expected a number above 0")
         self.external = external

@@ -25,8 +25,8 @@ from molgen_energy.losses import (
     LOSSES,
     POSITION_TERMS,
     SPIN_LOSSES,
+    EnergyConfig,
     LossConfig,
-    PairwiseEnergy,
 )
 from molgen_energy.models import GDM, MODELS
 from molgen_energy.models.base import DenoiserConfig
@@ -102,9 +102,7 @@ class MoleculeConfig(Config):
     model: Annotated[DenoiserConfig, OneOf("model", MODELS)] = GDM.Config()
     process: Annotated[ProcessConfig, OneOf("process", PROCESSES)] = Diffusion.Config()
     scales: ScalesConfig = ScalesConfig()
-    loss: Annotated[LossConfig, OneOf("loss", LOSSES, {"spins": SPIN_LOSSES})] = (
-        PairwiseEnergy.Config()
-    )
+    loss: Annotated[LossConfig, OneOf("loss", LOSSES, {"spins": SPIN_LOSSES})] = EnergyConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     condition: Annotated[Section, OneOf("condition", CONDITIONS)] = NoConditionConfig()
     training: MoleculeTrainingConfig = MoleculeTrainingConfig()
