@@ -29,7 +29,7 @@ from molgen_energy.losses import MeanSquaredError, PairwiseEnergy, PositionLoss,
 from molgen_energy.losses.pointwise import best_rotation
 
 BOND, ANGLE = 1.53, np.deg2rad(112)  # Å
-LEVELS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.5, 5.0)
+LEVELS = (0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.5, 5.0)
 CHUNK = 1 << 15  # structures at a time
 LOSSES: dict[str, Callable[[], PositionLoss]] = {
     "mse": MeanSquaredError,
@@ -96,7 +96,7 @@ def rotations(order: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(matrices), torch.from_numpy(weight.copy())
 
 
-def density(torsions: int = 4, order: int = 6) -> Density:
+def density(torsions: int = 6, order: int = 8) -> Density:
     """The chain, with a grid of torsions (squared) in 4·`order`³ orientations."""
     angles = 2 * np.pi * np.arange(torsions) / torsions
     first, second = (x.ravel() for x in np.meshgrid(angles, angles))

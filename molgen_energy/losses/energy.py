@@ -364,7 +364,8 @@ class PairwiseEnergy(PositionLoss):
     def total_stiffness(
         self, target: Tensor, mask: Tensor | None = None, **inputs: Any
     ) -> Stiffness:
-        """Σ f over the ordered pairs that springs connect, for each sample.
+        """Σ f over the ordered pairs that springs connect, for each sample; f is 1 on average over
+        the pairs of a sample with the scale `sample`.
 
         Parameters are those of a call, without the prediction.
         """
@@ -372,10 +373,12 @@ class PairwiseEnergy(PositionLoss):
         sums = _StiffnessSums(samples.target.new_zeros(len(samples.target)))
         for block in self.edges.pairs(samples).blocks():
             data = block.differences("target")
-            distances = self._distances(block, _lengths(data), data, samples)
-            sums.add(block, self._stiffness(block, distances, samples))
-        total = sums.pairs if self.scale is None else sums.total
-        return Stiffness(total, sums.pairs, total / samples.counts)
+            if self.scale is None:
+                sums.add(block, _weights(block, data[0]))
+            else:
+                distances = self._distances(block, _lengths(data), data, samples)
+                sums.add(block, self._stiffness(block, distances, samples))
+        return Stiffness(sums.total, sums.pairs, sums.total / samples.counts)
 
 
 class _StiffnessSums:

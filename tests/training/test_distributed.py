@@ -24,7 +24,7 @@ from molgen_energy.training.metrics import read_metrics
 CONFIG = """
 model: {name: NAME, layers: 2, width: 16}
 process: {steps: 100}
-loss: {name: energy, edges: {kind: sparse}}
+loss: {name: energy, springs: {family: auto}, edges: {kind: sparse}}
 training:
   steps: 30
   batch_size: 37

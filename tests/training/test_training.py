@@ -407,8 +407,10 @@ def test_it_learns(tmp_path, loss, process):
     task = MoleculeTask(config, CPU)
     before = task.validation_loss(task.model)
     summary = train(task, tmp_path / "run", Watcher())
-    # A velocity has a part that nobody can know, at every time.
-    assert summary.valid_loss < (0.6 if process == "diffusion" else 0.75) * before
+    # A velocity has a part that nobody can know, at every time; and the springs of score_energy
+    # become stiffer as predictions come closer together than noise.
+    known = process == "diffusion" and loss != "score_energy"
+    assert summary.valid_loss < (0.6 if known else 0.75) * before
 
 
 @pytest.mark.slow
@@ -453,9 +455,9 @@ def test_auto_is_the_same_pull_whatever_the_springs(springs, edges):
     for chunk in task._samples():
         atoms = chunk["mask"].sum(1)
         total = loss.total_stiffness(**chunk, generator=generator).total
-        forces += loss.scale * float((total / atoms).sum())
+        forces += (loss.scale or 1.0) * float((total / atoms).sum())
         pairs += float((atoms - 1).sum())
-    published = GDM.Config.published["energy", springs]
+    published = GDM.Config.published["energy", "exponential" if springs == "auto" else springs]
     weight = task.config.objective.position_weight
     assert weight * forces / pairs == pytest.approx(published.position_weight, rel=0.02)
     assert task.config.training.lr == published.lr
@@ -476,6 +478,9 @@ def test_published_scale():
         {"loss__springs__family": "lennard_jones", "process__name": "flow_matching"},
         {"loss__name": "kabsch"},
         {"training__optimizer": "muon", "process__prediction": "velocity"},
+        {"loss__name": "score_energy", "loss__springs__family": "auto"},
+        {"loss__springs__family": "auto", "objective__terms": {"mse": 0.5}},
+        {"loss__springs_at": "noisy", "loss__rest": "vector", "process__name": "flow_matching"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -488,6 +493,72 @@ def test_every_choice_resumes_to_the_same_numbers(tmp_path, changes):
     resolved = config_of(tmp_path / "run")
     train(MoleculeTask(resolved, CPU), tmp_path / "run", Watcher(), resume=True)
     assert_same_run(tmp_path / "unbroken", tmp_path / "run")
+
+
+def test_learnt_springs_are_stored_and_continue(tmp_path):
+    """Every checkpoint holds them, and a resumed run starts with them."""
+    config = tiny(loss__springs__family="auto")
+    train(MoleculeTask(config, CPU), tmp_path / "run", Watcher())
+    for which in ("last", "best"):
+        state = load_checkpoint(tmp_path / "run", which).read_tensors("springs")
+        assert state["pairs"].sum() > 0
+    assert int(weights(tmp_path / "run", "springs")["steps"]) == 12
+    task = MoleculeTask(config_of(tmp_path / "run").replaced({"training.steps": 13}), CPU)
+    train(task, tmp_path / "run", Watcher(), resume=True)
+    assert int(task.adaptive.state()["steps"]) == 13
+    assert MoleculeTask(tiny(), CPU).adaptive is None
+
+
+def test_a_skipped_step_teaches_springs_nothing(tmp_path):
+    task = MoleculeTask(tiny(loss__springs__family="auto", training__steps=3), CPU)
+    loss, calls = task.loss, []
+
+    def spoilt(*arguments):
+        terms = loss(*arguments)
+        calls.append(terms)
+        return terms | {"loss": terms["loss"] * (torch.nan if len(calls) == 2 else 1)}
+
+    task.loss = spoilt
+    summary = train(task, tmp_path / "run", Watcher())
+    assert summary.skipped == 1
+    assert int(task.adaptive.state()["steps"]) == 2
+
+
+def test_further_terms_add_to_the_loss(tmp_path):
+    """They have a column of their own, and the weight that is set."""
+    tasks = [
+        MoleculeTask(tiny(objective__terms={"mse": weight}), CPU) for weight in (0.0, 1.0, 3.0)
+    ]
+    model, batch = tasks[0].model, tasks[0].epoch(0)[0]
+    without, once, thrice = (task.loss(model, batch, 7) for task in tasks)
+    assert tasks[1].loss_terms == (
+        "positions_loss", "mse_loss", "elements_loss", "nuclear_charges_loss",
+    )  # fmt: skip
+    assert (once["mse_loss"] > 0).all()
+    torch.testing.assert_close(thrice["mse_loss"], 3 * once["mse_loss"])
+    torch.testing.assert_close(once["loss"], without["loss"] + once["mse_loss"])
+    alone = MoleculeTask(tiny(loss__name="mse", objective__position_weight=3.0), CPU)
+    torch.testing.assert_close(alone.loss(model, batch, 7)["positions_loss"], thrice["mse_loss"])
+    train(tasks[1], tmp_path / "run", Watcher())
+    assert "mse_loss" in read_metrics(tmp_path / "run" / "metrics.csv")[0]
+
+
+def test_terms_are_named_by_their_registry():
+    with pytest.raises(InputError, match=r"objective\.terms.*: unknown term 'mes'; did you mean"):
+        tiny(objective__terms={"mes": 1.0})
+    with pytest.raises(InputError, match=r"objective\.terms\.mse: .*greater than or equal to 0"):
+        tiny(objective__terms={"mse": -1.0})
+    assert tiny(**{"objective.terms.mse": 2.0}).objective.terms == {"mse": 2.0}
+
+
+def test_the_score_energy_has_the_published_values_of_the_energy():
+    config = MoleculeTask(tiny(loss__name="score_energy", training__lr="auto"), CPU).config
+    published = GDM.Config.published["energy", "exponential"]
+    assert config.training.lr == published.lr
+    assert config.objective.position_weight == pytest.approx(published.position_weight)
+    assert (config.loss.springs.scale, config.loss.external) == ("sample", 0.64)
+    with pytest.raises(InputError, match="score_energy has the scale sample"):
+        tiny(loss__springs__scale=3.0).replaced({"loss.name": "score_energy"})
 
 
 def test_validation_is_the_same_each_time(tmp_path):
