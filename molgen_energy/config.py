@@ -203,6 +203,9 @@ class TrainingConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     clip_gradients: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    initial_weights: str | None = None
+    """A run, a checkpoint, or the name of pretrained weights, whose EMA weights training starts
+    from; null draws random ones."""
     log_every: PositiveInt = 50
     validate_every: PositiveInt = 1000
     checkpoint_every: PositiveInt = 1000
@@ -247,11 +250,15 @@ class Config(Section):
         return values
 
     def without_paths(self: Self) -> Self:
-        """A copy for files that users share: of the data's path, only the file name."""
-        if self.data.path is None:
-            return self
-        data = self.data.model_copy(update={"path": Path(self.data.path).name})
-        return self.model_copy(update={"data": data})
+        """A copy for files that users share: of the paths of data and weights, only the names."""
+        changes: dict[str, Section] = {}
+        if self.data.path is not None:
+            changes["data"] = self.data.model_copy(update={"path": Path(self.data.path).name})
+        weights = self.training.initial_weights
+        if weights is not None:
+            update = {"initial_weights": Path(weights).name}
+            changes["training"] = self.training.model_copy(update=update)
+        return self.model_copy(update=changes)
 
     def to_yaml(self) -> str:
         """All values, including defaults."""

@@ -29,7 +29,11 @@ from molgen_energy.training.loop import (
     total_steps,
 )
 from molgen_energy.training.loop import train as run_loop
+from molgen_energy.training.pretrained import checkpoint_name, resolve_checkpoint
 from molgen_energy.training.task import Task
+
+ENERGIES = ("energy", "score_energy")
+"""Losses with springs and edges."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ def train(
     batch_size: int | None = None,
     lr: float | None = None,
     seed: int | None = None,
+    init: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
     device: str = "auto",
     output: str | Path | None = None,
@@ -72,11 +77,14 @@ def train(
     data
         HDF5 file of `preprocess`.
     loss, springs, edges
-        Names of the loss, and of the springs and edges of the energy.
+        Names of the loss, and of the springs and edges of an energy.
     steps, epochs
         Length of the run; set one of them.
     batch_size, lr, seed
         Values of the section `training`.
+    init
+        A run, a checkpoint, or the name of pretrained weights to start from; by default random
+        weights.
     changes
         Other values by dotted key, such as ``{"model.layers": 6}``.
     device
@@ -113,6 +121,7 @@ def train(
         "training.batch_size": batch_size,
         "training.lr": lr,
         "training.seed": seed,
+        "training.initial_weights": None if init is None else _initial_weights(Path(init)),
     }
     given = {key: value for key, value in (options | length).items() if value is not None}
     if data is not None:
@@ -155,8 +164,8 @@ def _configuration(
         base = load_config(config or str(SYSTEMS[DEFAULT_SYSTEM].default_config))
     loss = options.get("loss.name", changes.get("loss.name", loss_name(base)))
     for name, key in (("springs", "loss.springs.family"), ("edges", "loss.edges.kind")):
-        if key in options and loss != "energy":
-            raise InputError(f"--{name} goes with --loss energy, not {loss}")
+        if key in options and loss not in ENERGIES:
+            raise InputError(f"--{name} goes with --loss {' or '.join(ENERGIES)}, not {loss}")
     return base.replaced(changes | options)
 
 
@@ -176,6 +185,11 @@ def _check_resumable(
         )
     if (run / "state.yaml").is_file():
         raise InputError(f"--resume {run} is a checkpoint; name its run, {run.parent.parent}")
+
+
+def _initial_weights(name: Path) -> str:
+    """The value of `training.initial_weights` for a name, valid in any working directory."""
+    return checkpoint_name(resolve_checkpoint(name, "--init"))
 
 
 def _new_folder(config: Config) -> Path:

@@ -23,14 +23,14 @@ def command(
     loss: str | None = typer.Option(
         None,
         "--loss",
-        help="energy, mse, mae or kabsch; for spins local_field, cross_entropy, margin or "
-        "true_energy.",
+        help="energy, score_energy, mse, mae or kabsch; for spins local_field, cross_entropy, "
+        "margin or true_energy.",
     ),
     springs: str | None = typer.Option(
         None,
         "--springs",
         help="Springs of the energy loss: constant, exponential, inverse, inverse_square, "
-        "lennard_jones.",
+        "lennard_jones, or auto, learnt from errors.",
     ),
     edges: str | None = typer.Option(
         None,
@@ -51,6 +51,12 @@ def command(
     batch_size: int | None = typer.Option(None, "--batch-size", help="Samples in a batch."),
     lr: float | None = typer.Option(None, "--lr", help="Learning rate."),
     seed: int | None = typer.Option(None, "--seed", help="Seed of the run."),
+    init: Path | None = typer.Option(
+        None,
+        "--init",
+        metavar="RUN|NAME",
+        help="Start from the weights of a run, a checkpoint, or the name of pretrained weights.",
+    ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1."),
     output: Path | None = typer.Option(
         None, "-o", "--output", help="Folder of the run; default: a new one under runs/."
@@ -80,6 +86,7 @@ def command(
                 batch_size=batch_size,
                 lr=lr,
                 seed=seed,
+                init=init,
                 changes=parse_assignments(assignments),
                 device=device,
                 output=output,

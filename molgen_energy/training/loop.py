@@ -44,6 +44,7 @@ from molgen_energy.training.clipping import GradientClipper
 from molgen_energy.training.ema import ExponentialMovingAverage
 from molgen_energy.training.metrics import MetricsLog
 from molgen_energy.training.muon import Muon, hidden_matrices
+from molgen_energy.training.pretrained import resolve_checkpoint
 from molgen_energy.training.task import Task
 
 _MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
@@ -203,6 +204,8 @@ class _Trainer:
     def start(self, resume: bool) -> None:
         if resume:
             self._restore(load_checkpoint(self.folder))
+        elif self.training.initial_weights is not None:
+            self._initialise(Path(self.training.initial_weights))
         if not is_main():
             return
         log = self.folder / "log.txt"
@@ -261,6 +264,32 @@ class _Trainer:
                 for key, value in optimizer.state.get(parameter, {}).items():
                     tensors[f"{name}/{key}"] = value
         return tensors
+
+    def _initialise(self, name: Path) -> None:
+        """Start from the EMA weights of a checkpoint.
+
+        Raises
+        ------
+        InputError
+            It is of another system, or its weights have another meaning or shape.
+        """
+        checkpoint = load_checkpoint(resolve_checkpoint(name, "--init"))
+        own = self.task.config
+        theirs = checkpoint.config_as(type(own))
+        for key in ("process", "scales"):
+            if getattr(theirs, key, None) != getattr(own, key, None):
+                raise InputError(
+                    f"--init {name} was trained with another section {key}: "
+                    f"{getattr(theirs, key)!r}; set the same values"
+                )
+        elements = checkpoint.state.get("elements")
+        if elements != self.task.state.get("elements"):
+            raise InputError(
+                f"--init {name} was trained on the elements {elements}, not "
+                f"{self.task.state['elements']}; set data.elements"
+            )
+        for model in (self.task.model, self.ema.model):
+            checkpoint.load_weights(model, "ema")
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         theirs, ours = checkpoint.state.get("data", {}), self.task.state["data"]

@@ -50,10 +50,11 @@ def pretrained_weights() -> dict[str, PretrainedWeights]:
     return {name: PretrainedWeights(name, folders[name]) for name in names}
 
 
-def resolve_checkpoint(name: Path) -> Path:
+def resolve_checkpoint(name: Path, option: str = "--checkpoint") -> Path:
     """The folder of a run or checkpoint, or of the pretrained weights of a name.
 
-    A folder takes precedence over pretrained weights of the same name.
+    A folder takes precedence over pretrained weights of the same name. A message names the
+    command-line option.
 
     Raises
     ------
@@ -68,7 +69,7 @@ def resolve_checkpoint(name: Path) -> Path:
     near = difflib.get_close_matches(str(name), shipped, n=1)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
     raise InputError(
-        f"--checkpoint {name} does not exist{hint}; name a run's folder, a checkpoint in one, or "
+        f"{option} {name} does not exist{hint}; name a run's folder, a checkpoint in one, or "
         f"pretrained weights: {', '.join(shipped)}"
     )
 

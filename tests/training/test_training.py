@@ -37,7 +37,13 @@ from molgen_energy.training import devices
 from molgen_energy.training.checkpoint import load_checkpoint, newest_run, save_checkpoint
 from molgen_energy.training.clipping import GradientClipper
 from molgen_energy.training.ema import ExponentialMovingAverage
-from molgen_energy.training.loop import TrainingInterrupted, learning_rate, total_steps, train
+from molgen_energy.training.loop import (
+    TrainingInterrupted,
+    _step_seed,
+    learning_rate,
+    total_steps,
+    train,
+)
 from molgen_energy.training.metrics import MetricsLog, read_metrics
 
 
@@ -559,6 +565,38 @@ def test_the_score_energy_has_the_published_values_of_the_energy():
     assert (config.loss.springs.scale, config.loss.external) == ("sample", 0.64)
     with pytest.raises(InputError, match="score_energy has the scale sample"):
         tiny(loss__springs__scale=3.0).replaced({"loss.name": "score_energy"})
+
+
+def test_training_starts_from_the_weights_of_a_run(unbroken, tmp_path):
+    """EMA weights of the run, a new optimiser, and another loss."""
+    config = tiny(training__initial_weights=str(unbroken), training__steps=1, loss__name="mse")
+    task = MoleculeTask(config, CPU)
+    train(task, tmp_path / "run", Watcher())
+    first = read_metrics(tmp_path / "run" / "metrics.csv")[0]
+    expected = MoleculeTask(tiny(loss__name="mse"), CPU)
+    load_checkpoint(unbroken).load_weights(expected.model, "ema")
+    expected.model.train()
+    loss = expected.loss(expected.model, expected.epoch(0)[0], _step_seed(0, 0))["loss"].mean()
+    assert float(first["loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
+    shared = config_of(tmp_path / "run").without_paths()
+    assert shared.training.initial_weights == unbroken.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training.initial_weights": "qm9_energy_"}, r"--init qm9_energy_ does not exist \(did"),
+        ({"process.prediction": "velocity"}, "was trained with another section process"),
+        ({"scales.positions": 2.0}, "was trained with another section scales"),
+        ({"model.width": 24}, "is a checkpoint of another model"),
+        ({"data.elements": ["H", "C", "N", "O", "F", "S"]}, "was trained on the elements"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(unbroken, tmp_path, changes, message):
+    config = tiny(**({"training.initial_weights": str(unbroken)} | changes))
+    with pytest.raises(InputError, match=message):
+        train(MoleculeTask(config, CPU), tmp_path / "run", Watcher())
+    assert not (tmp_path / "run").exists()
 
 
 def test_validation_is_the_same_each_time(tmp_path):
