@@ -35,6 +35,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from rdkit import Chem
@@ -68,15 +69,16 @@ STABILITY, FCD, FCD_EQUAL = "molecule_stability", "fcd", "fcd_equal"
 SHOWN = {
     STABILITY: ("stable, %", 100, 1),
     "validity": ("valid, %", 100, 1),
-    "connected": ("connected, %", 100, 1),
     FCD_EQUAL: ("FCD, equal number", 1, 2),
     FCD: ("FCD, all valid", 1, 2),
-    "mmd_bond_length": ("MMD lengths", 1, 4),
     "wasserstein_dihedral": ("dihedrals, °", 1, 2),
     "strain_energy": ("strain, kcal/mol", 1, 1),
 }  # columns of the first table: title, factor and decimals
 DATA = "data"  # label of real molecules
 COLOURS = ("#2563c9", "#d9651b", "#1f9254", "#a8339c", "#c22f3b", "#6b5ad0", "#8a6d1d", "#0f8f9c")
+DARK = "#3a3f46"
+FEW = 4  # curves whose temperatures are all written
+NEAR = 0.6  # of the range of curves, for real molecules in the picture
 LINES = ("-", "--", ":")
 DRAWS = 400  # resamplings for the interval of one run
 FEWEST = 2 * JACKKNIFE_GROUPS  # molecules of an FCD, for an interval
@@ -648,9 +650,10 @@ def point_table(by_label: Mapping[str, Sequence[Sequence[Point]]], data: Point) 
     """All metrics of `SHOWN` by label and temperature, and those of real molecules."""
     runs = max(map(len, by_label.values()))
     table = Table(
-        title="95 % intervals" if runs == 1 else "mean [least, largest] over the runs of a label"
+        title="temperature τ, with "
+        + ("95 % intervals" if runs == 1 else "mean [least, largest] over the runs of a label")
     )
-    for title in ("", "temperature", *(title for title, _, _ in SHOWN.values())):
+    for title in ("", "τ", *(title for title, _, _ in SHOWN.values())):
         table.add_column(title, justify="right" if title else "left")
     for label, group in by_label.items():
         for temperature in temperatures_of(group):
@@ -696,32 +699,31 @@ def equal_table(rows: Sequence[Equal], data: Point) -> Table:
 
 
 def equal_cell(row: Equal, factor: float, decimals: int) -> str:
+    if not row.reached:
+        return "not reached"
     if row.reached < row.runs:
-        several = f" ({row.reached} of {row.runs})" if row.runs > 1 else ""
-        return f"not reached{several}"
+        return f"by {row.reached} of {row.runs}"
     return cell(Spread(row.value, row.low, row.high, row.reached, row.runs), factor, decimals)
 
 
 def picture(by_label: Mapping[str, Sequence[Sequence[Point]]], data: Point) -> Figure:
     """One curve a label, and real molecules if they are near."""
-    figure = Figure(figsize=(7.6, 4.6), layout="constrained", dpi=150)
+    figure = Figure(figsize=(8.8, 4.6), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for k, (label, group) in enumerate(by_label.items()):
         style = LINES[k // len(COLOURS) % len(LINES)]
-        draw_front(axes, label, group, COLOURS[k % len(COLOURS)], style)
+        draw_front(axes, label, group, COLOURS[k % len(COLOURS)], style, len(by_label) <= FEW)
     fcd, stable = data[FCD_EQUAL].value, 100 * data[STABILITY].value
-    reference = f"real molecules: {stable:.1f} %, FCD {fcd:.2f}"
+    reference = f"real molecules:\n{stable:.1f} %, FCD {fcd:.2f}"
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    if left - fcd < right - left and stable - top < top - bottom:
-        axes.plot(fcd, stable, "*", color="#3a3f46", ms=12, ls="none", label=reference)
+    if left - fcd < NEAR * (right - left) and stable - top < NEAR * (top - bottom):
+        axes.plot(fcd, stable, "*", color=DARK, ms=12, ls="none", label=reference)
     else:  # so far away that curves would be small
-        axes.plot([], [], "*", color="#3a3f46", ms=9, ls="none", label=f"{reference} (not shown)")
-    axes.annotate(
-        "better", xy=(0.02, 0.98), xytext=(0.11, 0.87), xycoords="axes fraction", color="#6b7280",
-        ha="center", va="center", arrowprops={"arrowstyle": "-|>", "color": "#6b7280", "lw": 1.5},
-    )  # fmt: skip
-    axes.legend(frameon=False, fontsize=9, title="numbers: sampling temperature", title_fontsize=8)
+        axes.plot([], [], "*", color=DARK, ms=9, ls="none", label=f"{reference}\n(not shown)")
+    axes.set_title("↖ better", loc="left", color=DARK, fontsize=11)
+    axes.set_title("numbers: sampling temperature", loc="right", color=DARK, fontsize=8.5)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set(
         xlabel=f"FCD of {data.fcd_molecules:,} distinct valid molecules",
         ylabel="stable molecules, %",
@@ -732,9 +734,17 @@ def picture(by_label: Mapping[str, Sequence[Sequence[Point]]], data: Point) -> F
 
 
 def draw_front(
-    axes: Axes, label: str, group: Sequence[Sequence[Point]], colour: str, style: str
+    axes: Axes,
+    label: str,
+    group: Sequence[Sequence[Point]],
+    colour: str,
+    style: str,
+    every: bool,
 ) -> None:
-    """A curve through the means over the runs of a label; bars as in the first table."""
+    """A curve through the means over the runs of a label; bars as in the first table.
+
+    `every` writes all temperatures, otherwise the first and the last.
+    """
     rows = []
     for temperature in temperatures_of(group):
         same = [point for run in group for point in run if point.temperature == temperature]
@@ -749,12 +759,13 @@ def draw_front(
         x, y, xerr=[x - x_low, x_high - x], yerr=[y - y_low, y_high - y], fmt="none",
         ecolor=colour, elinewidth=1, alpha=0.35,
     )  # fmt: skip
-    seeds = f" ({len(group)} seeds)" if len(group) > 1 else ""
+    seeds = f"\n({len(group)} seeds)" if len(group) > 1 else ""
     axes.plot(x, y, style, marker="o", color=colour, ms=5, lw=1.8, label=f"{label}{seeds}")
-    for at, x_value, y_value in zip(t, x, y, strict=True):
+    axes.plot(x, y, "o", color=colour, ms=5, zorder=5)  # above the temperatures
+    for k in range(len(t)) if every else sorted({0, len(t) - 1}):
         axes.annotate(
-            f"{at:g}", (x_value, y_value), (5, 5), textcoords="offset points", fontsize=8,
-            color=colour,
+            f"{t[k]:g}", (x[k], y[k]), (0, 6), textcoords="offset points", ha="center", fontsize=8,
+            color=colour, path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )  # fmt: skip
 
 
