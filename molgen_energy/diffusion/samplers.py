@@ -21,6 +21,7 @@ from molgen_energy.diffusion.noise import RandomNumbers
 from molgen_energy.diffusion.prediction import Prediction
 from molgen_energy.diffusion.process import Diffusion, Process, levels_of
 from molgen_energy.diffusion.state import Layout, State
+from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.errors import InputError, unknown_name
 
 
@@ -76,6 +77,16 @@ DEFAULT_SPACINGS = {"diffusion": "log", "flow_matching": "even"}
 """By the process that the denoiser was trained with."""
 
 
+def noise_levels(process: Process, layout: Layout) -> Tensor:
+    """σ/α in the unit of the positions at each level, (T+1,) float64, ascending.
+
+    At t = 1 of flow matching it is infinite.
+    """
+    level = torch.arange(process.steps + 1)
+    ratios = process.sigma(level).double() / process.alpha(level).double()
+    return ratios * layout.fields["positions"].scale
+
+
 class SamplerContext:
     """A batch of samples in a sampler: the denoiser, its inputs, and the random numbers.
 
@@ -98,6 +109,8 @@ class SamplerContext:
         Guidance and constraints.
     advance
         Called after each evaluation of the model.
+    temperature
+        Changes the noise of steps, or the predictions after the hook.
     """
 
     def __init__(
@@ -110,20 +123,26 @@ class SamplerContext:
         condition: Tensor | None = None,
         hook: SamplingHook | None = None,
         advance: Callable[[], None] = lambda: None,
+        temperature: Temperature | None = None,
     ) -> None:
         self.model, self.process, self.random = model, process, random
         self.layout, self.mask, self.condition = layout, mask, condition
         self.hook = hook
         self.advance = advance
         self._previous: State | None = None
+        temperature = Temperature() if temperature is None else temperature
+        ratios = noise_levels(process, layout)
+        self._noise_factors = temperature.noise_factors(ratios)
+        self._score_factors = temperature.score_factors(ratios)
 
     def start(self) -> State:
         """The state at level T: pure noise, the same for every sampler."""
-        return self.noise(self.process.steps + 1)
+        return self.random.noise(self.layout, self.mask, self.process.steps + 1)
 
     def noise(self, level: int) -> State:
-        """Standard normal noise for the step that starts at a level."""
-        return self.random.noise(self.layout, self.mask, level)
+        """Normal noise for the step that starts at a level, standard but for the temperature."""
+        noise, factor = self.random.noise(self.layout, self.mask, level), self._noise_factors[level]
+        return noise if factor == 1 else factor * noise
 
     def predict(self, state: State, level: int) -> Prediction:
         """Evaluate the model at a level."""
@@ -134,7 +153,8 @@ class SamplerContext:
             prediction = self.hook.after_prediction(prediction, level)
         if getattr(self.model, "self_conditioned", False):
             self._previous = prediction.clean.projected()
-        return prediction
+        factor = self._score_factors[level]
+        return prediction if factor == 1 else prediction.with_noise_times(factor)
 
     def finish_step(self, state: State, level: int) -> State:
         """The state after a step, projected: rounding would move the centre over many steps."""
@@ -153,11 +173,14 @@ class Sampler(ABC):
         S, 1 to T; None visits all levels.
     spacing
         One of `SPACINGS`; None takes the default of the process.
+    temperature
+        None changes nothing. What does not apply to a sampler has no effect.
 
     Raises
     ------
     InputError
-        S is out of range, or the spacing is not defined for the process.
+        S is out of range, the spacing is not defined for the process, or the temperature is that
+        of a score which is infinite.
     """
 
     processes: ClassVar[tuple[str, ...]]
@@ -166,7 +189,11 @@ class Sampler(ABC):
     """η, for samplers that have one."""
 
     def __init__(
-        self, process: Process, steps: int | None = None, spacing: str | None = None
+        self,
+        process: Process,
+        steps: int | None = None,
+        spacing: str | None = None,
+        temperature: Temperature | None = None,
     ) -> None:
         steps = process.steps if steps is None else steps
         if not 1 <= steps <= process.steps:
@@ -183,6 +210,21 @@ class Sampler(ABC):
         self.levels = spaced_levels(SPACINGS[spacing](process), steps)
         self.spacing = None if steps == process.steps else spacing
         """None if all levels are visited."""
+        self.temperature = Temperature() if temperature is None else temperature
+        if (
+            process.name == "flow_matching"
+            and self.temperature.changes_score
+            and self.temperature.high is None
+        ):
+            raise InputError(
+                "--temperature-of score: for flow matching σ/α is infinite at the first step; "
+                "give --temperature-range an upper end, such as 0.3:5"
+            )
+
+    @property
+    def adds_noise(self) -> bool:
+        """Whether steps are random."""
+        return False
 
     @property
     @abstractmethod
@@ -202,7 +244,7 @@ class Sampler(ABC):
     ) -> State:
         """Draw samples in the units of the state; for the parameters see `SamplerContext`."""
         context = SamplerContext(
-            model, self.process, random, layout, mask, condition, hook, advance
+            model, self.process, random, layout, mask, condition, hook, advance, self.temperature
         )
         return self._sample(context)
 
@@ -248,6 +290,10 @@ class AncestralSampler(DiffusionSampler):
     drawn from N(x̂, σ_0²/α_0²), and discrete fields are those of x_0 itself.
     """
 
+    @property
+    def adds_noise(self) -> bool:
+        return True
+
     def _sample(self, context: SamplerContext) -> State:
         alpha2, sigma2 = self.process.schedule.alpha2, self.process.schedule.sigma2
         x = context.start()
@@ -284,11 +330,16 @@ class DDIMSampler(DiffusionSampler):
         steps: int | None = None,
         spacing: str | None = None,
         eta: float = 0.0,
+        temperature: Temperature | None = None,
     ) -> None:
-        super().__init__(process, steps, spacing)
+        super().__init__(process, steps, spacing, temperature)
         if not 0 <= eta <= 1:
             raise InputError(f"--eta {eta:g}: expected a number from 0 (no noise) to 1 (ancestral)")
         self.eta = eta
+
+    @property
+    def adds_noise(self) -> bool:
+        return self.eta > 0
 
     def _sample(self, context: SamplerContext) -> State:
         alpha2, sigma2 = self.process.schedule.alpha2, self.process.schedule.sigma2
@@ -411,13 +462,15 @@ def build_sampler(
     steps: int | None = None,
     eta: float | None = None,
     spacing: str | None = None,
+    temperature: Temperature | None = None,
 ) -> Sampler:
-    """The named sampler; None selects the default of the process, all levels, and η = 0.
+    """The named sampler; None selects the default of the process, all levels, η = 0, and τ = 1.
 
     Raises
     ------
     InputError
-        The process has no such sampler, the sampler has no η, or a number is out of range.
+        The process has no such sampler, the sampler has no η, the temperature has no effect on it,
+        or a number is out of range.
     """
     name = DEFAULT_SAMPLERS[process.name] if name is None else name
     valid = samplers_for(process.name)
@@ -429,9 +482,29 @@ def build_sampler(
         )
     if name not in valid:
         raise InputError(unknown_name("sampler", name, valid))
-    sampler = SAMPLERS[name]
-    if issubclass(sampler, DDIMSampler):
-        return sampler(process, steps, spacing, 0.0 if eta is None else eta)
-    if eta is not None:
+    kind = SAMPLERS[name]
+    if issubclass(kind, DDIMSampler):
+        sampler: Sampler = kind(process, steps, spacing, 0.0 if eta is None else eta, temperature)
+    elif eta is not None:
         raise InputError(f"--eta goes with --sampler ddim, not {name}")
-    return sampler(process, steps, spacing)
+    else:
+        sampler = kind(process, steps, spacing, temperature)
+    if sampler.temperature.changes_noise and not sampler.adds_noise:
+        raise InputError(_without_noise(sampler, name))
+    return sampler
+
+
+def _without_noise(sampler: Sampler, name: str) -> str:
+    """Why a temperature of the noise is refused, and what to do."""
+    temperature = sampler.temperature
+    remedies = ["use --temperature-of score" if temperature.final_noise == 1 else "leave it out"]
+    if isinstance(sampler, DDIMSampler):
+        remedies.append("an --eta above 0")
+    if sampler.process.name == "diffusion":
+        remedies.append("--sampler ancestral")
+    option = (
+        f"--temperature {temperature.value:g} is that of the noise of steps"
+        if temperature.final_noise == 1
+        else f"--final-noise {temperature.final_noise:g} scales the noise of steps"
+    )
+    return f"{option}, and {name} adds none; {', or '.join(remedies)}"
