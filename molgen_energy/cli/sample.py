@@ -86,7 +86,7 @@ def command(
         "--temperature-of",
         metavar="noise|score",
         help="Multiply the random noise of steps by the temperature (default), or divide the "
-        "predicted noise by it, for any sampler.",
+        "predicted noise by it, also for samplers without noise.",
     ),
     temperature_range: str | None = typer.Option(
         None,

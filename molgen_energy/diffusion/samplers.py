@@ -174,13 +174,12 @@ class Sampler(ABC):
     spacing
         One of `SPACINGS`; None takes the default of the process.
     temperature
-        None changes nothing. What does not apply to a sampler has no effect.
+        None changes nothing. `build_sampler` checks that it suits the sampler.
 
     Raises
     ------
     InputError
-        S is out of range, the spacing is not defined for the process, or the temperature is that
-        of a score which is infinite.
+        S is out of range, or the spacing is not defined for the process.
     """
 
     processes: ClassVar[tuple[str, ...]]
@@ -211,15 +210,6 @@ class Sampler(ABC):
         self.spacing = None if steps == process.steps else spacing
         """None if all levels are visited."""
         self.temperature = Temperature() if temperature is None else temperature
-        if (
-            process.name == "flow_matching"
-            and self.temperature.changes_score
-            and self.temperature.high is None
-        ):
-            raise InputError(
-                "--temperature-of score: for flow matching σ/α is infinite at the first step; "
-                "give --temperature-range an upper end, such as 0.3:5"
-            )
 
     @property
     def adds_noise(self) -> bool:
@@ -469,8 +459,8 @@ def build_sampler(
     Raises
     ------
     InputError
-        The process has no such sampler, the sampler has no η, the temperature has no effect on it,
-        or a number is out of range.
+        The process has no such sampler, the sampler has no η, the temperature does not suit it, or
+        a number is out of range.
     """
     name = DEFAULT_SAMPLERS[process.name] if name is None else name
     valid = samplers_for(process.name)
@@ -489,22 +479,34 @@ def build_sampler(
         raise InputError(f"--eta goes with --sampler ddim, not {name}")
     else:
         sampler = kind(process, steps, spacing, temperature)
-    if sampler.temperature.changes_noise and not sampler.adds_noise:
-        raise InputError(_without_noise(sampler, name))
+    _check_temperature(sampler, name)
     return sampler
 
 
-def _without_noise(sampler: Sampler, name: str) -> str:
-    """Why a temperature of the noise is refused, and what to do."""
+def _check_temperature(sampler: Sampler, name: str) -> None:
+    """Raise `InputError` if the temperature has no effect on the named sampler, or too much."""
     temperature = sampler.temperature
-    remedies = ["use --temperature-of score" if temperature.final_noise == 1 else "leave it out"]
+    if sampler.adds_noise:
+        return
+    if temperature.changes_score and temperature.high is None:
+        # An ODE with the score times 1/τ from level r down to q scales noise by (q/r)^{1/τ}, not
+        # by q/r. Where steps add noise, its spread stays near that of the level.
+        raise InputError(
+            f"--temperature-of score: {name} adds no noise, so high noise levels would change the "
+            "size of molecules; give --temperature-range an upper end, such as 0.3:2"
+        )
+    if not temperature.changes_noise:
+        return
+    if temperature.final_noise == 1:
+        option = f"--temperature {temperature.value:g} is that of the noise of steps"
+        others, remedies = ["--temperature-of score with --temperature-range 0.3:2"], []
+    else:
+        option = f"--final-noise {temperature.final_noise:g} scales the noise of steps"
+        others, remedies = [], ["leave it out"]
     if isinstance(sampler, DDIMSampler):
-        remedies.append("an --eta above 0")
+        others.append("an --eta above 0")
     if sampler.process.name == "diffusion":
-        remedies.append("--sampler ancestral")
-    option = (
-        f"--temperature {temperature.value:g} is that of the noise of steps"
-        if temperature.final_noise == 1
-        else f"--final-noise {temperature.final_noise:g} scales the noise of steps"
-    )
-    return f"{option}, and {name} adds none; {', or '.join(remedies)}"
+        others.append("--sampler ancestral")
+    if others:
+        remedies.append(f"use {' or '.join(others)}")
+    raise InputError(f"{option}, and {name} adds none; {', or '.join(remedies)}")

@@ -195,7 +195,7 @@ BAD_SAMPLE = {
     "eta of another": (("--eta", "1"), "--eta goes with --sampler ddim, not ancestral"),
     "eta too large": (("--sampler", "ddim", "--eta", "2"), "--eta 2: expected a number from 0"),
     "no temperature": (("--temperature", "-1"), "--temperature -1: expected a number from 0 (no"),
-    "no noise": (("--sampler", "heun", "--temperature", "0.9"), "use --temperature-of score, or"),
+    "no noise": (("--sampler", "heun", "--temperature", "0.9"), "use --temperature-of score with"),
     "no such temperature": (("--temperature-of", "scor"), "of 'scor'; did you mean 'score'?"),
     "no range": (("--temperature-range", "0.3"), "range 0.3: expected LOW:HIGH in Å, such as 0"),
     "range of words": (("--temperature-range", "a:b"), "range a:b: expected LOW:HIGH in Å, such"),

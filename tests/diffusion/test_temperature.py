@@ -284,7 +284,7 @@ def test_self_conditioned_models_get_the_prediction_before_the_temperature():
             return state * 0 + state
 
     process, mask = Diffusion(10, prediction="clean"), torch.ones(1, 3, dtype=torch.bool)
-    sampler = build_sampler(process, "ddim", temperature=Temperature(0.5, "score", None))
+    sampler = build_sampler(process, "ddim", temperature=Temperature(0.5, "score", None, 500.0))
     random = RandomNumbers(0, torch.arange(1))
     sampler.sample(Model(), random, LAYOUT, mask)
     start = random.noise(LAYOUT, mask, 11)
@@ -315,50 +315,36 @@ def test_bad_temperatures(arguments, message):
     assert str(refused.value).startswith(message)
 
 
-@pytest.mark.parametrize(
-    ("process", "name", "temperature", "message"),
-    [
-        (
-            "diffusion",
-            "dpm++",
-            Temperature(0.9),
-            "--temperature 0.9 is that of the noise of steps, and dpm++ adds none; use "
-            "--temperature-of score, or --sampler ancestral",
-        ),
-        (
-            "diffusion",
-            "ddim",
-            Temperature(0.9),
-            "--temperature 0.9 is that of the noise of steps, and ddim adds none; use "
-            "--temperature-of score, or an --eta above 0, or --sampler ancestral",
-        ),
-        (
-            "diffusion",
-            "heun",
-            Temperature(final_noise=0.0),
-            "--final-noise 0 scales the noise of steps, and heun adds none; leave it out, or "
-            "--sampler ancestral",
-        ),
-        (
-            "flow_matching",
-            "euler",
-            Temperature(0.9),
-            "--temperature 0.9 is that of the noise of steps, and euler adds none; use "
-            "--temperature-of score",
-        ),
-        (
-            "flow_matching",
-            "heun",
-            Temperature(0.9, "score"),
-            "--temperature-of score: for flow matching σ/α is infinite at the first step; give "
-            "--temperature-range an upper end, such as 0.3:5",
-        ),
-    ],
+ADDS_NONE = "--temperature 0.9 is that of the noise of steps, and {} adds none; use "
+SCORE = "--temperature-of score with --temperature-range 0.3:2"
+NO_END = (
+    "--temperature-of score: {} adds no noise, so high noise levels would change the size of "
+    "molecules; give --temperature-range an upper end, such as 0.3:2"
 )
-def test_what_has_no_effect_is_refused_with_the_remedy(process, name, temperature, message):
+FINAL = "--final-noise 0 scales the noise of steps, and {} adds none; leave it out"
+REFUSED = [
+    ("diffusion", "dpm++", Temperature(0.9), f"{ADDS_NONE}{SCORE} or --sampler ancestral"),
+    (
+        "diffusion",
+        "ddim",
+        Temperature(0.9),
+        f"{ADDS_NONE}{SCORE} or an --eta above 0 or --sampler ancestral",
+    ),
+    ("flow_matching", "euler", Temperature(0.9), f"{ADDS_NONE}{SCORE}"),
+    ("diffusion", "heun", Temperature(final_noise=0.0), f"{FINAL}, or use --sampler ancestral"),
+    ("flow_matching", "euler", Temperature(final_noise=0.0), FINAL),
+    ("flow_matching", "heun", Temperature(0.9, "score"), NO_END),
+    ("diffusion", "dpm++", Temperature(0.9, "score"), NO_END),
+]
+
+
+@pytest.mark.parametrize(("process", "name", "temperature", "message"), REFUSED)
+def test_what_does_not_suit_a_sampler_is_refused_with_the_remedy(
+    process, name, temperature, message
+):
     with pytest.raises(InputError) as refused:
         build_sampler(PROCESSES[process](20), name, temperature=temperature)
-    assert str(refused.value) == message
+    assert str(refused.value) == message.format(name)
 
 
 def test_words_and_provenance():
