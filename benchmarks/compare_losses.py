@@ -155,6 +155,7 @@ def compare(arguments: argparse.Namespace) -> None:
         for run in runs:
             print(shlex.join(["molgen-energy", *command(run, arguments.device)]))
         return
+    MoleculeFile(runs[0].data).close()  # raises before any run starts
     train(runs, arguments.jobs, arguments.device)
     fronts.checkpoints = [f"{run.label}={run.folder}" for run in runs]
     front.measure(fronts)

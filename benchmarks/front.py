@@ -21,10 +21,11 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
+import hashlib
 import json
 import math
 import multiprocessing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,9 +45,10 @@ from rich.table import Table
 
 from molgen_energy import evaluate, sample
 from molgen_energy.cli.console import exit_on_error, say, warn
+from molgen_energy.config import parse_assignments
 from molgen_energy.data.shards import shards_folder
 from molgen_energy.distributed import default_workers
-from molgen_energy.errors import InputError
+from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.metrics.accumulator import JACKKNIFE_GROUPS
 from molgen_energy.metrics.checks.chunk import CheckSettings
 from molgen_energy.metrics.distances.comparison import Distributions, compare
@@ -60,6 +62,7 @@ from molgen_energy.output import atomic_replace, atomic_write, check_writable
 from molgen_energy.resources import asset
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.generate import MoleculeGenerator
+from molgen_energy.systems.registry import SYSTEMS
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.pretrained import resolve_checkpoint
 from molgen_energy.workers import WorkerPool
@@ -108,6 +111,7 @@ class Point:
     steps: int = 0
     spacing: str = ""
     seed: int = 0
+    options: str = ""
     fcd_molecules: int = 0
     metrics: Mapping[str, Measured] = field(default_factory=dict)
 
@@ -127,6 +131,8 @@ class Job:
     steps: int
     spacing: str
     seed: int
+    options: Mapping[str, Any]
+    """Further ones of `sample`."""
     device: str
     path: Path
 
@@ -173,6 +179,13 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--steps", type=int, default=50, help="of the sampler")
     options.add_argument("--spacing", default="quadratic", help="of the sampler's levels")
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a further option of `sample`, such as temperature_of=score",
+    )
     options.add_argument("--device", default="auto")
     options.add_argument("--jobs", type=int, default=1, help="processes that draw, a thread each")
     options.add_argument("--workers", type=int, default=default_workers(), help="for judging")
@@ -239,7 +252,7 @@ def measure(arguments: argparse.Namespace) -> None:
         if len(found["smiles"]) < equal:
             warn(
                 f"{job.label} at {job.temperature:g} is on no curve: it has {len(found['smiles'])} "
-                f"distinct valid molecules, FCD takes {equal}; draw more or lower --fcd-molecules"
+                f"distinct valid molecules, FCD takes {equal}; draw more (-n)"
             )
         points.append(point_of(job, found, equal))
     points.append(data_point(reports[0], equal))
@@ -254,6 +267,8 @@ def chosen_jobs(arguments: argparse.Namespace) -> list[Job]:
     """One for each checkpoint and temperature."""
     named = parse_checkpoints(arguments.checkpoints)
     temperatures = parse_numbers("--temperatures", arguments.temperatures)
+    options = parse_options(arguments.set)
+    digest = f"-{hashlib.sha256(repr(options).encode()).hexdigest()[:6]}" if options else ""
     jobs, configs = [], dict[str, MoleculeConfig]()
     for label, checkpoint in named:
         loaded = load_checkpoint(resolve_checkpoint(Path(checkpoint)), weights=["ema"])
@@ -263,11 +278,12 @@ def chosen_jobs(arguments: argparse.Namespace) -> list[Job]:
             warn(f"{checkpoint} differs from others of the label {label} in more than its seed")
         for temperature in temperatures:
             settings = f"t{temperature:g}-{arguments.steps}-{arguments.spacing}-{arguments.seed}"
-            name = f"{weights[:12]}-{settings}-{arguments.molecules}.h5"
+            name = f"{weights[:12]}-{settings}{digest}-{arguments.molecules}.h5"
             jobs.append(
                 Job(
                     label, checkpoint, weights, temperature, arguments.molecules, arguments.steps,
-                    arguments.spacing, arguments.seed, arguments.device, arguments.work / name,
+                    arguments.spacing, arguments.seed, options, arguments.device,
+                    arguments.work / name,
                 )
             )  # fmt: skip
     return jobs
@@ -310,6 +326,23 @@ def parse_numbers(option: str, text: str) -> list[float]:
     return numbers
 
 
+def parse_options(assignments: list[str]) -> dict[str, Any]:
+    """Options of `sample` in the order of their names, without those of this program.
+
+    Raises
+    ------
+    InputError
+        There is no such option.
+    """
+    options = parse_assignments(assignments)
+    own = ("count", "seed", "steps", "spacing", "temperature")
+    valid = [name for name in SYSTEMS["molecules"].sampling if name not in own]
+    for name in options:
+        if name not in valid:
+            raise InputError(unknown_name("option of samples for --set", name, valid))
+    return dict(sorted(options.items()))
+
+
 def without_seed(config: MoleculeConfig) -> MoleculeConfig:
     """A copy without what may differ between the seeds of a curve."""
     return config.replaced({"training.seed": 0, "name": "", "data.path": None})
@@ -349,6 +382,7 @@ def draw(job: Job) -> None:
             spacing=job.spacing,
             seed=job.seed,
             device=job.device,
+            **job.options,
         )
     if result.interrupted:
         raise KeyboardInterrupt
@@ -394,6 +428,7 @@ def point_of(job: Job, found: dict[str, Any], equal: int) -> Point:
         steps=job.steps,
         spacing=job.spacing,
         seed=job.seed,
+        options=", ".join(f"{name}={value}" for name, value in job.options.items()),
         fcd_molecules=equal,
         metrics=metrics_of(file, fcd),
     )
@@ -498,7 +533,8 @@ def read_points(path: Path) -> list[Point]:
         raise InputError(f"{path} does not exist; name a CSV that this program wrote")
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    kinds = {"label": str, "checkpoint": str, "weights": str, "spacing": str, "temperature": number}
+    kinds: dict[str, Callable[[str], Any]] = {"temperature": number}
+    kinds |= dict.fromkeys(("label", "checkpoint", "weights", "spacing", "options"), str)
     kinds |= dict.fromkeys(("molecules", "steps", "seed", "fcd_molecules"), int)
     if not rows or not {*kinds, STABILITY, FCD_EQUAL} <= rows[0].keys():
         raise InputError(f"{path} is no table of points of this program")
@@ -572,7 +608,7 @@ def interpolated(points: Array, column: int, at: float) -> float:
         found.append(float(other[k] + share * (other[k + 1] - other[k])))
     if not found:
         return math.nan
-    return max(found) if column == 0 else min(found)
+    return float(max(found) if column == 0 else min(found))
 
 
 def interpolated_with_interval(run: Sequence[Point], column: int, at: float) -> Measured:

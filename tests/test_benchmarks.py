@@ -48,7 +48,17 @@ def point(front):
             front.STABILITY: front.Measured(stability, stability - 0.0196, stability + 0.0196),
         }
         return front.Point(
-            label, f"runs/{weights}", weights, temperature, 1000, 50, "quadratic", 0, 400, metrics
+            label,
+            f"runs/{weights}",
+            weights,
+            temperature,
+            1000,
+            50,
+            "quadratic",
+            0,
+            "eta=1",
+            400,
+            metrics,
         )
 
     return make
@@ -196,6 +206,14 @@ def test_labels_of_checkpoints(front, tmp_path):
         parse(["data=runs/a"])
     with pytest.raises(InputError, match="name at least one checkpoint"):
         parse([])
+
+
+def test_further_options_of_sampling(front):
+    options = front.parse_options(["temperature_of=score", "temperature_range=[null, 5]"])
+    assert options == {"temperature_of": "score", "temperature_range": [None, 5]}
+    for own in ("steps=3", "final_nose=0"):
+        with pytest.raises(InputError, match="unknown option of samples for --set"):
+            front.parse_options([own])
 
 
 def test_numbers_of_options(front):
