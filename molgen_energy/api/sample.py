@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from molgen_energy.data.shards import shards_folder
+from molgen_energy.diffusion.temperature import range_text
 from molgen_energy.distributed import broadcast, is_main, local_device, process_group
 from molgen_energy.errors import InputError
 from molgen_energy.output import resolve_symlink
@@ -46,6 +47,10 @@ def sample_to(
     steps: int | None = None,
     spacing: str | None = None,
     eta: float | None = None,
+    temperature: float | None = None,
+    temperature_of: str | None = None,
+    temperature_range: tuple[float | None, float | None] | None = None,
+    final_noise: float | None = None,
     batch_size: int | None = None,
     low_precision: bool | None = None,
     data: str | Path | None = None,
@@ -74,6 +79,15 @@ def sample_to(
         drawn from the training molecules.
     sampler, steps, spacing, eta
         See `molgen_energy.diffusion.samplers`.
+    temperature
+        Below 1 molecules are more probable, above 1 more diverse; by default 1.
+    temperature_of
+        `noise` (default): the random noise of steps is multiplied by the temperature. `score`: the
+        predicted noise is divided by it.
+    temperature_range
+        Noise levels in Å at which the temperature acts, None for an open end; by default from 0.3.
+    final_noise
+        Factor of the noise of steps below that range, and of the last noise; by default 1.
     batch_size
         Samples in a batch; by default chosen by size and device.
     low_precision
@@ -110,6 +124,10 @@ def sample_to(
         "steps": steps,
         "spacing": spacing,
         "eta": eta,
+        "temperature": temperature,
+        "temperature_of": temperature_of,
+        "temperature_range": temperature_range and tuple(temperature_range),
+        "final_noise": final_noise,
         "batch_size": batch_size,
         "low_precision": low_precision or None,
         "data": None if data is None else Path(data),
@@ -179,7 +197,10 @@ def _resumed_options(
     for name, value in given.items():
         there = options.get(name)
         if value != there:
-            was = "-".join(map(str, there)) if isinstance(there, tuple) else there
+            was = there
+            if isinstance(there, tuple):
+                is_range = name == "temperature_range"
+                was = range_text(*there) if is_range else "-".join(map(str, there))
             raise InputError(
                 f"{option_name(name)} cannot change: {shards_folder(resume)} was begun with "
                 f"{'the default' if was is None else was}; --resume needs no other option"

@@ -24,7 +24,8 @@ GROUP = "group"
 OWN_FIELDS = frozenset(
     {
         "molecule", "created_by", "checkpoint", "seed", "sampler", "steps", "spacing", "eta",
-        "config", "status", "fragments", BONDS, UNITS, GROUP,
+        "sampling_temperature", "sampling_temperature_of", "sampling_temperature_range",
+        "sampling_final_noise", "config", "status", "fragments", BONDS, UNITS, GROUP,
     }
 )  # fmt: skip
 """Fields that this package writes and that are no properties of a molecule."""

@@ -31,8 +31,9 @@ from molgen_energy.distributed import is_main, rank, world_size
 from molgen_energy.errors import InputError, PeerLostError, TrainingFailedError
 
 # Of the processes of a torchrun job, only process 0 writes to the terminal.
-stdout = Console(highlight=False, quiet=not is_main())
-stderr = Console(stderr=True, highlight=False, quiet=not is_main())
+# Without emoji, the text `a:b:` of a bad option stays as it is.
+stdout = Console(highlight=False, emoji=False, quiet=not is_main())
+stderr = Console(stderr=True, highlight=False, emoji=False, quiet=not is_main())
 
 _TRACEBACK = "MOLGEN_ENERGY_TRACEBACK"
 # The words of PyTorch's allocators; "index out of range" must not match.

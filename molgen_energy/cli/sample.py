@@ -75,6 +75,31 @@ def command(
     eta: float | None = typer.Option(
         None, "--eta", help="Noise in the steps of ddim, from 0 (default) to 1 (as ancestral)."
     ),
+    temperature: float | None = typer.Option(
+        None,
+        "--temperature",
+        help="Below 1: molecules are more probable and less diverse, above 1 the opposite; "
+        "default: 1.",
+    ),
+    temperature_of: str | None = typer.Option(
+        None,
+        "--temperature-of",
+        metavar="noise|score",
+        help="Multiply the random noise of steps by the temperature (default), or divide the "
+        "predicted noise by it, also for samplers without noise.",
+    ),
+    temperature_range: str | None = typer.Option(
+        None,
+        "--temperature-range",
+        metavar="LOW:HIGH",
+        help="Noise levels in Å at which the temperature acts, such as 0.3:5 or :5; default: 0.3:.",
+    ),
+    final_noise: float | None = typer.Option(
+        None,
+        "--final-noise",
+        help="Factor of the random noise of steps below that range, and of the last noise; "
+        "0 removes it, default: 1.",
+    ),
     condition: list[str] = typer.Option(
         [],
         "--condition",
@@ -129,6 +154,12 @@ def command(
                 steps=steps,
                 spacing=spacing,
                 eta=eta,
+                temperature=temperature,
+                temperature_of=temperature_of,
+                temperature_range=(
+                    None if temperature_range is None else _parse_range(temperature_range)
+                ),
+                final_noise=final_noise,
                 batch_size=batch_size,
                 low_precision=low_precision,
                 data=data,
@@ -262,6 +293,18 @@ def _parse_sizes(text: str) -> tuple[int, int]:
     if not 1 <= low <= high:
         raise InputError(f"--n-atoms {text}: expected a number such as 12, or a range such as 9-18")
     return low, high
+
+
+def _parse_range(text: str) -> tuple[float | None, float | None]:
+    low, colon, high = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        return (float(low) if low.strip() else None, float(high) if high.strip() else None)
+    except ValueError:
+        raise InputError(
+            f"--temperature-range {text}: expected LOW:HIGH in Å, such as 0.3:5, 0.3: or :5"
+        ) from None
 
 
 def _parse_condition(assignments: list[str]) -> dict[str, float] | None:

@@ -28,12 +28,22 @@ class Prediction:
     level
         Noise levels, (B,) int64.
     output
-        What the denoiser returned, in the parametrisation `process.prediction`.
+        What the denoiser returned.
+    kind
+        The parametrisation of the output: `noise`, `velocity` or `clean`; None is
+        `process.prediction`.
     """
 
-    def __init__(self, process: Process, noisy: State, level: Tensor, output: State) -> None:
-        self.process, self.noisy, self.output = process, noisy, output
-        self._kind = process.prediction
+    def __init__(
+        self,
+        process: Process,
+        noisy: State,
+        level: Tensor,
+        output: State,
+        kind: str | None = None,
+    ) -> None:
+        self.process, self.noisy, self.level, self.output = process, noisy, level, output
+        self._kind = process.prediction if kind is None else kind
         self._alpha, self._sigma = process.alpha(level), process.sigma(level)
 
     @cached_property
@@ -65,3 +75,7 @@ class Prediction:
     def target(self) -> State:
         """The parametrisation whose error has the same weight at all levels, `Process.target`."""
         return self.noise if self.process.target == "noise" else self.velocity
+
+    def with_noise_times(self, factor: float) -> Prediction:
+        """The prediction with ε̂, and so the score −ε̂/σ, multiplied by a factor; α is not 0."""
+        return Prediction(self.process, self.noisy, self.level, factor * self.noise, "noise")

@@ -21,6 +21,7 @@ from molgen_energy.diffusion.noise import RandomNumbers
 from molgen_energy.diffusion.prediction import Prediction
 from molgen_energy.diffusion.process import Diffusion, Process, levels_of
 from molgen_energy.diffusion.state import Layout, State
+from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.errors import InputError, unknown_name
 
 
@@ -76,6 +77,16 @@ DEFAULT_SPACINGS = {"diffusion": "log", "flow_matching": "even"}
 """By the process that the denoiser was trained with."""
 
 
+def noise_levels(process: Process, layout: Layout) -> Tensor:
+    """σ/α in the unit of the positions at each level, (T+1,) float64, ascending.
+
+    At t = 1 of flow matching it is infinite.
+    """
+    level = torch.arange(process.steps + 1)
+    ratios = process.sigma(level).double() / process.alpha(level).double()
+    return ratios * layout.fields["positions"].scale
+
+
 class SamplerContext:
     """A batch of samples in a sampler: the denoiser, its inputs, and the random numbers.
 
@@ -98,6 +109,8 @@ class SamplerContext:
         Guidance and constraints.
     advance
         Called after each evaluation of the model.
+    temperature
+        Changes the noise of steps, or the predictions after the hook.
     """
 
     def __init__(
@@ -110,20 +123,26 @@ class SamplerContext:
         condition: Tensor | None = None,
         hook: SamplingHook | None = None,
         advance: Callable[[], None] = lambda: None,
+        temperature: Temperature | None = None,
     ) -> None:
         self.model, self.process, self.random = model, process, random
         self.layout, self.mask, self.condition = layout, mask, condition
         self.hook = hook
         self.advance = advance
         self._previous: State | None = None
+        temperature = Temperature() if temperature is None else temperature
+        ratios = noise_levels(process, layout)
+        self._noise_factors = temperature.noise_factors(ratios)
+        self._score_factors = temperature.score_factors(ratios)
 
     def start(self) -> State:
         """The state at level T: pure noise, the same for every sampler."""
-        return self.noise(self.process.steps + 1)
+        return self.random.noise(self.layout, self.mask, self.process.steps + 1)
 
     def noise(self, level: int) -> State:
-        """Standard normal noise for the step that starts at a level."""
-        return self.random.noise(self.layout, self.mask, level)
+        """Normal noise for the step that starts at a level, standard but for the temperature."""
+        noise, factor = self.random.noise(self.layout, self.mask, level), self._noise_factors[level]
+        return noise if factor == 1 else factor * noise
 
     def predict(self, state: State, level: int) -> Prediction:
         """Evaluate the model at a level."""
@@ -134,7 +153,8 @@ class SamplerContext:
             prediction = self.hook.after_prediction(prediction, level)
         if getattr(self.model, "self_conditioned", False):
             self._previous = prediction.clean.projected()
-        return prediction
+        factor = self._score_factors[level]
+        return prediction if factor == 1 else prediction.with_noise_times(factor)
 
     def finish_step(self, state: State, level: int) -> State:
         """The state after a step, projected: rounding would move the centre over many steps."""
@@ -153,6 +173,8 @@ class Sampler(ABC):
         S, 1 to T; None visits all levels.
     spacing
         One of `SPACINGS`; None takes the default of the process.
+    temperature
+        None changes nothing. `build_sampler` checks that it suits the sampler.
 
     Raises
     ------
@@ -166,7 +188,11 @@ class Sampler(ABC):
     """η, for samplers that have one."""
 
     def __init__(
-        self, process: Process, steps: int | None = None, spacing: str | None = None
+        self,
+        process: Process,
+        steps: int | None = None,
+        spacing: str | None = None,
+        temperature: Temperature | None = None,
     ) -> None:
         steps = process.steps if steps is None else steps
         if not 1 <= steps <= process.steps:
@@ -183,6 +209,12 @@ class Sampler(ABC):
         self.levels = spaced_levels(SPACINGS[spacing](process), steps)
         self.spacing = None if steps == process.steps else spacing
         """None if all levels are visited."""
+        self.temperature = Temperature() if temperature is None else temperature
+
+    @property
+    def adds_noise(self) -> bool:
+        """Whether steps are random."""
+        return False
 
     @property
     @abstractmethod
@@ -202,7 +234,7 @@ class Sampler(ABC):
     ) -> State:
         """Draw samples in the units of the state; for the parameters see `SamplerContext`."""
         context = SamplerContext(
-            model, self.process, random, layout, mask, condition, hook, advance
+            model, self.process, random, layout, mask, condition, hook, advance, self.temperature
         )
         return self._sample(context)
 
@@ -248,6 +280,10 @@ class AncestralSampler(DiffusionSampler):
     drawn from N(x̂, σ_0²/α_0²), and discrete fields are those of x_0 itself.
     """
 
+    @property
+    def adds_noise(self) -> bool:
+        return True
+
     def _sample(self, context: SamplerContext) -> State:
         alpha2, sigma2 = self.process.schedule.alpha2, self.process.schedule.sigma2
         x = context.start()
@@ -284,11 +320,16 @@ class DDIMSampler(DiffusionSampler):
         steps: int | None = None,
         spacing: str | None = None,
         eta: float = 0.0,
+        temperature: Temperature | None = None,
     ) -> None:
-        super().__init__(process, steps, spacing)
+        super().__init__(process, steps, spacing, temperature)
         if not 0 <= eta <= 1:
             raise InputError(f"--eta {eta:g}: expected a number from 0 (no noise) to 1 (ancestral)")
         self.eta = eta
+
+    @property
+    def adds_noise(self) -> bool:
+        return self.eta > 0
 
     def _sample(self, context: SamplerContext) -> State:
         alpha2, sigma2 = self.process.schedule.alpha2, self.process.schedule.sigma2
@@ -411,13 +452,15 @@ def build_sampler(
     steps: int | None = None,
     eta: float | None = None,
     spacing: str | None = None,
+    temperature: Temperature | None = None,
 ) -> Sampler:
-    """The named sampler; None selects the default of the process, all levels, and η = 0.
+    """The named sampler; None selects the default of the process, all levels, η = 0, and τ = 1.
 
     Raises
     ------
     InputError
-        The process has no such sampler, the sampler has no η, or a number is out of range.
+        The process has no such sampler, the sampler has no η, the temperature does not suit it, or
+        a number is out of range.
     """
     name = DEFAULT_SAMPLERS[process.name] if name is None else name
     valid = samplers_for(process.name)
@@ -429,9 +472,41 @@ def build_sampler(
         )
     if name not in valid:
         raise InputError(unknown_name("sampler", name, valid))
-    sampler = SAMPLERS[name]
-    if issubclass(sampler, DDIMSampler):
-        return sampler(process, steps, spacing, 0.0 if eta is None else eta)
-    if eta is not None:
+    kind = SAMPLERS[name]
+    if issubclass(kind, DDIMSampler):
+        sampler: Sampler = kind(process, steps, spacing, 0.0 if eta is None else eta, temperature)
+    elif eta is not None:
         raise InputError(f"--eta goes with --sampler ddim, not {name}")
-    return sampler(process, steps, spacing)
+    else:
+        sampler = kind(process, steps, spacing, temperature)
+    _check_temperature(sampler, name)
+    return sampler
+
+
+def _check_temperature(sampler: Sampler, name: str) -> None:
+    """Raise `InputError` if the temperature has no effect on the named sampler, or too much."""
+    temperature = sampler.temperature
+    if sampler.adds_noise:
+        return
+    if temperature.changes_score and temperature.high is None:
+        # An ODE with the score times 1/τ from level r down to q scales noise by (q/r)^{1/τ}, not
+        # by q/r. Where steps add noise, its spread stays near that of the level.
+        raise InputError(
+            f"--temperature-of score: {name} adds no noise, so high noise levels would change the "
+            "size of molecules; give --temperature-range an upper end, such as 0.3:2"
+        )
+    if not temperature.changes_noise:
+        return
+    if temperature.final_noise == 1:
+        option = f"--temperature {temperature.value:g} is that of the noise of steps"
+        others, remedies = ["--temperature-of score with --temperature-range 0.3:2"], []
+    else:
+        option = f"--final-noise {temperature.final_noise:g} scales the noise of steps"
+        others, remedies = [], ["leave it out"]
+    if isinstance(sampler, DDIMSampler):
+        others.append("an --eta above 0")
+    if sampler.process.name == "diffusion":
+        others.append("--sampler ancestral")
+    if others:
+        remedies.append(f"use {' or '.join(others)}")
+    raise InputError(f"{option}, and {name} adds none; {', or '.join(remedies)}")

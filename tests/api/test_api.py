@@ -45,6 +45,19 @@ def test_sample_returns_rdkit_molecules():
         )
 
 
+def test_options_of_temperature():
+    options = {"checkpoint": "qm9_energy", "steps": 4, "n_atoms": 6}
+    plain = molgen_energy.sample(1, **options)
+    same = molgen_energy.sample(1, temperature=1, temperature_of="score", **options)
+    cold = molgen_energy.sample(
+        1, temperature=0.5, temperature_of="noise", temperature_range=(None, 3), final_noise=0,
+        **options,
+    )  # fmt: skip
+    positions = [one[0].GetConformer().GetPositions() for one in (plain, same, cold)]
+    assert np.array_equal(positions[0], positions[1])
+    assert not np.array_equal(positions[0], positions[2])
+
+
 def test_from_molecules_in_memory_to_a_report(tmp_path, monkeypatch):
     """preprocess, train, load_checkpoint, sample and evaluate, without a file of one's own."""
     monkeypatch.chdir(tmp_path)
@@ -92,4 +105,6 @@ def test_bad_options_name_the_remedy(tmp_path, monkeypatch):
         molgen_energy.sample(1, data="couplings.npz", checkpoint="qm9_energy")
     with pytest.raises(InputError, match="has no condition; leave out --condition"):
         molgen_energy.sample(1, "a.sdf", checkpoint="qm9_energy", condition={"gap": 0.2})
+    with pytest.raises(InputError, match=r"--temperature-range 0\.3:0\.2: expected two"):
+        molgen_energy.sample(1, "a.sdf", checkpoint="qm9_energy", temperature_range=(0.3, 0.2))
     assert list(tmp_path.iterdir()) == []

@@ -170,6 +170,15 @@ def test_samplers_of_sample(here, tmp_path):
         assert origin["steps"] == ("3" if more[:1] == ("--steps",) else "10")
         assert origin.get("spacing") == ("log" if more[:1] == ("--steps",) else None)
         assert origin.get("eta") == ("0.5" if name == "ddim" else None)
+    cold = ("--temperature", "0.8", "--temperature-range", ":5", "--final-noise", 0, "-o", "c.sdf")
+    code, stderr = here("sample", "-n", 1, *cold)
+    assert (
+        "10 steps, 11 network evaluations each, temperature 0.8 of the noise to 5 Å, final noise 0"
+        in stderr
+    )
+    text = (tmp_path / "c.sdf").read_text()
+    assert ">  <sampling_temperature_range>\n:5\n" in text
+    assert ">  <sampling_final_noise>\n0\n" in text
     (tmp_path / "a.xyz").symlink_to("target.xyz")
     stderr = here("sample", "-n", 1, "-o", "a.xyz")[1]
     assert (tmp_path / "a.xyz").is_symlink()
@@ -185,6 +194,13 @@ BAD_SAMPLE = {
     "no steps": (("--steps", "0"), "--steps 0: the network was trained with 10 steps"),
     "eta of another": (("--eta", "1"), "--eta goes with --sampler ddim, not ancestral"),
     "eta too large": (("--sampler", "ddim", "--eta", "2"), "--eta 2: expected a number from 0"),
+    "no temperature": (("--temperature", "-1"), "--temperature -1: expected a number from 0 (no"),
+    "no noise": (("--sampler", "heun", "--temperature", "0.9"), "use --temperature-of score with"),
+    "no such temperature": (("--temperature-of", "scor"), "of 'scor'; did you mean 'score'?"),
+    "no range": (("--temperature-range", "0.3"), "range 0.3: expected LOW:HIGH in Å, such as 0"),
+    "range of words": (("--temperature-range", "a:b"), "range a:b: expected LOW:HIGH in Å, such"),
+    "range reversed": (("--temperature-range", "2:1"), "range 2:1: expected two ascending noise"),
+    "no final noise": (("--sampler", "dpm++", "--final-noise", "0"), "dpm++ adds none; leave it"),
     "no name": (("-o", ".sdf"), ".sdf: the name must end in .sdf, .xyz, .h5"),
     "no device": (("--device", "meta"), "--device meta is not available here"),
     "none": (("-n", "0"), "-n 0: ask for at least one molecule"),
@@ -193,6 +209,8 @@ BAD_SAMPLE = {
     "another count": (("--resume", "samples.sdf", "-n", "9"), "-n cannot change: samples.sdf.sha"),
     "other steps": (("--resume", "samples.sdf", "--steps", "9"), "was begun with 10; --resume"),
     "other spacing": (("--resume", "samples.sdf", "--spacing", "even"), "--spacing cannot change"),
+    "warmer": (("--resume", "samples.sdf", "--temperature", "2"), "was begun with 1.0; --resume"),
+    "other range": (("--resume", "samples.sdf", "--temperature-range", ":"), "was begun with 0.3:"),
     "no such spacing": (("--spacing", "evn"), "unknown spacing 'evn'; did you mean 'even'?"),
     "other sizes": (("--resume", "samples.sdf", "--n-atoms", "9"), "with the default; --resume"),
     "rougher": (("--resume", "samples.sdf", "--low-precision"), "--low-precision cannot change"),

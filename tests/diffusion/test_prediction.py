@@ -93,6 +93,24 @@ def test_conversions_agree_with_each_other(clean, name):
             )
 
 
+@pytest.mark.parametrize("name", PROCESSES)
+def test_scaled_noise_keeps_the_noisy_state(clean, name):
+    """x_t = α x̂ + σ ε̂ with the scaled ε̂; the velocity changes by (f − 1) ε̂/α."""
+    level = torch.linspace(10, 40, len(clean)).long()
+    noisy, output = normal(clean), normal(clean)
+    for kind in PROCESSES[name].predictions:
+        process = PROCESSES[name](50, prediction=kind)
+        plain = Prediction(process, noisy, level, output)
+        scaled = plain.with_noise_times(1.25)
+        alpha, sigma = process.alpha(level), process.sigma(level)
+        again = alpha * scaled.clean + sigma * scaled.noise
+        torch.testing.assert_close(scaled.noise.atoms, 1.25 * plain.noise.atoms)
+        torch.testing.assert_close(again.atoms, noisy.atoms, rtol=1e-5, atol=1e-5)
+        change = 0.25 * plain.noise / alpha
+        expected = plain.velocity + change
+        torch.testing.assert_close(scaled.velocity.atoms, expected.atoms, rtol=1e-4, atol=1e-4)
+
+
 def test_padding_is_zero_and_the_mean_stays():
     torch.manual_seed(0)
     mask = torch.tensor([[True, True, True], [True, True, False]])

@@ -21,6 +21,7 @@ from runs import CPU, Watcher, tiny
 from molgen_energy.chemistry.molfiles import MoleculeReader, MoleculeTextWriter
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules, offsets_from_sizes
+from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.errors import InputError
 from molgen_energy.systems.molecules import sampling
 from molgen_energy.systems.molecules.generate import MoleculeGenerator
@@ -277,12 +278,55 @@ def test_other_weights_are_refused(checkpoint, tmp_path):
         ("steps", {"steps": 5}),
         ("batch size", {"batch_size": 6}),
         ("low precision", {"low_precision": True}),
+        ("temperature", {"temperature": Temperature(0.9, "score")}),
     ],
 )
 def test_another_job_is_refused(checkpoint, tmp_path, name, changed):
     interrupt(checkpoint, tmp_path / "a.sdf")
     with pytest.raises(InputError, match=f"was begun with {name} .*, which cannot change to"):
         draw(checkpoint, tmp_path / "a.sdf", resume=True, **(FEW | changed))
+
+
+@pytest.mark.parametrize("suffix", ["sdf", "xyz", "h5"])
+def test_temperature_is_resumed_and_written(checkpoint, tmp_path, suffix):
+    """Resumed as the uninterrupted job, and other molecules than without."""
+    options = {
+        "sampler": "ancestral", "steps": 6, "sizes": (4, 12),
+        "temperature": Temperature(0.5, "noise", None, 4.0, final_noise=0.0),
+    }  # fmt: skip
+    draw(checkpoint, tmp_path / f"whole.{suffix}", batch_size=5, **options)
+    interrupt(checkpoint, tmp_path / f"a.{suffix}", **options)
+    other = options | {"temperature": Temperature(0.5, "noise", None, 5.0, final_noise=0.0)}
+    with pytest.raises(InputError, match=r"temperature range \[None, 4.0\], which cannot change"):
+        draw(checkpoint, tmp_path / f"a.{suffix}", resume=True, **other)
+    draw(checkpoint, tmp_path / f"a.{suffix}", resume=True, **options)
+    whole = (tmp_path / f"whole.{suffix}").read_bytes()
+    assert (tmp_path / f"a.{suffix}").read_bytes() == whole
+    draw(checkpoint, tmp_path / f"plain.{suffix}", **options | {"temperature": None})
+    plain = (tmp_path / f"plain.{suffix}").read_bytes()
+    assert b"sampling_temperature" in whole and b"sampling_final_noise" in whole
+    assert b"sampling_temperature_of" not in whole  # the default
+    assert b"sampling_" not in plain
+    if suffix == "h5":
+        cold, warm = read(tmp_path / "whole.h5"), read(tmp_path / "plain.h5")
+        assert not np.array_equal(cold.positions, warm.positions)
+    else:
+        assert len(list(MoleculeReader(tmp_path / f"whole.{suffix}"))) == 30
+
+
+def test_a_job_that_was_begun_without_temperature_is_resumed(checkpoint, tmp_path):
+    """Its manifest lacks the options; shards hold the digest of the manifest."""
+    draw(checkpoint, tmp_path / "whole.sdf", batch_size=5, **FEW)
+    path = tmp_path / "a.sdf"
+    generator = MoleculeGenerator(checkpoint, CPU, **FEW)
+    job = sampling._job(generator, 30, 5)
+    MoleculeShards.create(path, job, {}).close()
+    manifest = tmp_path / "a.sdf.shards" / "manifest.yaml"
+    text = manifest.read_text()
+    start, end = text.index("temperature:"), text.index("units:")
+    manifest.write_text(text[:start] + text[end:])
+    draw(checkpoint, path, resume=True, **FEW)
+    assert path.read_bytes() == (tmp_path / "whole.sdf").read_bytes()
 
 
 def test_what_was_begun_is_not_begun_again(checkpoint, tmp_path):

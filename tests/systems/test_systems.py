@@ -551,6 +551,8 @@ def test_options_of_another_system(inside, tmp_path, glasses):
         "-o", "torus.h5", "--workers", "0")  # fmt: skip
     for arguments, message in (
         (("polygons", "--n-atoms", "9"), "--n-atoms is not an option for polygons"),
+        (("polygons", "--temperature", "0.9"), "--temperature is not an option for polygons"),
+        (("lattices", "--final-noise", "0"), "--final-noise is not an option for lattices"),
         (("polygons", "--data", "shapes.h5"), "--data is not an option for polygons"),
         (("polygons", "-n", "0"), "-n 0"),
         (("polygons", "-o", "a.sdf"), "must end in .h5"),

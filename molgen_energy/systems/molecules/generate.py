@@ -15,6 +15,7 @@ from molgen_energy.data.molecules import Bonds, Molecules, Property, offsets_fro
 from molgen_energy.diffusion.guidance import SamplingHook
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.diffusion.samplers import DEFAULT_SAMPLERS, build_sampler
+from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError
 from molgen_energy.systems.molecules.condition import PropertyCondition
@@ -58,12 +59,14 @@ class MoleculeGenerator:
         value are unconditional. None draws them from the training molecules.
     hook
         Guidance and constraints.
+    temperature
+        Of noise or score, by levels in Å; None changes nothing.
 
     Raises
     ------
     InputError
         The checkpoint is damaged or of another model, a size is below 1, the model has no such
-        condition, or the sampler does not support its process.
+        condition, or the sampler does not support its process or the temperature.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class MoleculeGenerator:
         spacing: str | None = None,
         condition: Mapping[str, float] | None = None,
         hook: SamplingHook | None = None,
+        temperature: Temperature | None = None,
     ) -> None:
         self.config, state = checkpoint.config_as(MoleculeConfig), checkpoint.state
         if not {"elements", "size_histogram"} <= state.keys():
@@ -117,7 +121,7 @@ class MoleculeGenerator:
         evaluated_with = state.get("sampling", {})
         steps = evaluated_with.get("steps") if steps is None else steps
         spacing = evaluated_with.get("spacing") if spacing is None else spacing
-        self.sampler = build_sampler(process, self.sampler_name, steps, eta, spacing)
+        self.sampler = build_sampler(process, self.sampler_name, steps, eta, spacing, temperature)
 
     @property
     def units(self) -> dict[str, str]:

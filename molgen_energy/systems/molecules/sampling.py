@@ -12,7 +12,7 @@ import errno
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from molgen_energy import __version__
 from molgen_energy.chemistry.molfiles import MoleculeTextWriter, count_records
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules, batch_by_size
+from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.distributed import barrier, is_main, rank, world_size
 from molgen_energy.errors import InputError
 from molgen_energy.output import check_writable
@@ -126,6 +127,7 @@ def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> Sa
         steps=generator.sampler.steps,
         spacing=generator.sampler.spacing,
         eta=generator.sampler.eta,
+        **generator.sampler.temperature.options,
         n_atoms=generator.n_atoms,
         condition=None if generator.condition is None else dict(generator.condition),
         low_precision=generator.low_precision,
@@ -329,6 +331,7 @@ def _writer(
         origin["spacing"] = job.spacing
     if job.eta is not None:
         origin["eta"] = f"{job.eta:g}"
+    origin |= Temperature.from_options(asdict(job)).provenance()
     if path.suffix.lower() == ".h5":
         source = f"sampled from {job.origin}, seed {job.seed}"
         return MoleculeWriter(path, source=source, provenance=origin | {"config": config})

@@ -15,6 +15,7 @@ from molgen_energy.errors import InputError
 from molgen_energy.output import check_writable
 
 _DONE = ".done"
+_PAIRS = ("n_atoms", "temperature_range")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ class SamplingJob:
     """Run and step of the weights, for the file of molecules."""
     version: str
     """Version of this package."""
+    # Options with a default may be missing in the manifest of an earlier version.
+    temperature: float = 1.0
+    temperature_of: str = "noise"
+    temperature_range: tuple[float | None, float | None] = (0.3, None)
+    """Å; None is an open end."""
+    final_noise: float = 1.0
 
 
 class Shard(NamedTuple):
@@ -74,11 +81,9 @@ class MoleculeShards(ShardFolder):
         path = self.folder / MANIFEST
         try:
             values = self.manifest
-            sizes = values["n_atoms"]
-            self.job = SamplingJob(
-                **{f.name: values[f.name] for f in fields(SamplingJob) if f.name != "n_atoms"},
-                n_atoms=None if sizes is None else (sizes[0], sizes[1]),
-            )
+            own = {f.name: values[f.name] for f in fields(SamplingJob) if f.name in values}
+            pairs = {name: _pair(own[name]) for name in _PAIRS if name in own}
+            self.job = SamplingJob(**own | pairs)
         except (TypeError, KeyError, IndexError) as error:
             self.close()
             raise InputError(f"{path} is damaged; remove {self.folder} and sample again") from error
@@ -173,4 +178,9 @@ def check_same(begun: SamplingJob, now: SamplingJob, output: Path) -> None:
 def _plain(job: SamplingJob) -> dict[str, Any]:
     """The job in YAML types."""
     values = asdict(job)
-    return values | {"n_atoms": None if job.n_atoms is None else list(job.n_atoms)}
+    return values | {name: list(values[name]) for name in _PAIRS if values[name] is not None}
+
+
+def _pair(values: Any) -> tuple[Any, Any] | None:
+    """A pair from its YAML type."""
+    return None if values is None else (values[0], values[1])

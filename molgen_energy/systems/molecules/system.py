@@ -13,6 +13,7 @@ from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.convert import to_rdkit
 from molgen_energy.chemistry.fields import BONDS
 from molgen_energy.data.hdf5 import MoleculeFile
+from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.output import check_writable
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.base import SamplingCallback, SamplingResult, System
@@ -35,9 +36,10 @@ class _MoleculeSampling:
         self.origin = generator.checkpoint.origin
         sampler = generator.sampler
         spacing = "" if sampler.spacing is None else f" of {sampler.spacing} spacing"
+        temperature = sampler.temperature.describe()
         self.method = (
             f"{generator.sampler_name}, {sampler.steps:,} steps{spacing}, "
-            f"{sampler.evaluations:,} network evaluations each"
+            f"{sampler.evaluations:,} network evaluations each{temperature and ', '}{temperature}"
         )
 
     def write(
@@ -64,6 +66,7 @@ class MoleculeSystem(System):
             "steps": None,
             "spacing": None,
             "eta": None,
+            **Temperature().options,
             "condition": None,
             "batch_size": None,
             "low_precision": False,
@@ -96,6 +99,7 @@ class MoleculeSystem(System):
             options["eta"],
             options["spacing"],
             options["condition"],
+            temperature=Temperature.from_options(options),
         )
         return _MoleculeSampling(generator, options["count"], options["batch_size"])
 
