@@ -67,6 +67,8 @@ PLANS: dict[str, tuple[Row, ...]] = {
             Row(family, {**ENERGY, "loss.springs.family": family})
             for family in ("constant", "exponential", "inverse", "inverse_square", "auto")
         ),
+        Row("score_energy", SCORE_ENERGY),
+        Row("score_energy auto", {**SCORE_ENERGY, "loss.springs.family": "auto"}),
     ),
     "data": tuple(
         Row(f"{changes['loss.name']} {percent} %", changes, percent)
@@ -78,17 +80,20 @@ PLANS: dict[str, tuple[Row, ...]] = {
         # The total weight of score_energy; 1.5 is the published weight of positions.
         Row("mse × 4.7", {**MSE, "objective.position_weight": 4.7 * 1.5}),
         Row("energy", ENERGY),
+        Row("energy + mse", {**ENERGY, "objective.terms": {"mse": 1.5}}),
         Row("energy at prediction", AT_PREDICTION),
         Row("energy projected", {**AT_PREDICTION, "loss.rest": "projected"}),
-        Row("energy vector", {**AT_PREDICTION, "loss.rest": "vector"}),
+        Row(
+            "energy vector + mse",
+            {**AT_PREDICTION, "loss.rest": "vector", "objective.terms": {"mse": 1.5}},
+        ),
         Row("score_energy", SCORE_ENERGY),
-        Row("energy + mse", {**ENERGY, "objective.terms": {"mse": 1.0}}),
     ),
     "torsions": tuple(
         Row(" + ".join([loss["loss.name"], *terms]), {**loss, "objective.terms": terms})
         if terms
         else Row(loss["loss.name"], loss)
-        for loss in (ENERGY, MSE)
+        for loss in (MSE, ENERGY, SCORE_ENERGY)
         for terms in (
             {},
             {"torsion": 0.1},

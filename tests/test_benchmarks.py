@@ -241,7 +241,7 @@ def test_labels_of_plans(losses):
         labels = [row.label for row in rows]
         assert len(set(labels)) == len(labels), plan
         assert not any(set("=,") & set(label) for label in labels), plan
-    assert len(losses.PLANS["torsions"]) == 8
+    assert len(losses.PLANS["torsions"]) == 12
     assert [row.percent for row in losses.PLANS["data"]][:4] == [100, 50, 25, 10]
 
 
