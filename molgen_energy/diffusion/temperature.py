@@ -34,7 +34,7 @@ class Temperature:
     of
         `noise` multiplies the random noise of a step by τ. `score` multiplies the predicted noise
         ε̂, and with it the score −ε̂/σ, by 1/τ. Dhariwal and Nichol (NeurIPS 2021, appendix) have
-        both. Neither draws from the density to the power 1/τ, except at one noise level.
+        both. Neither draws from the density to the power 1/τ.
     low, high
         Noise levels between which the temperature acts, both included, in the unit of the
         positions; None is open.
