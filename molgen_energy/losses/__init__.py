@@ -43,6 +43,7 @@ from molgen_energy.losses.springs import (
     SpringFamily,
     SpringsConfig,
 )
+from molgen_energy.losses.torsion import ChiralityError, TorsionError
 
 LOSSES: dict[str, type[PositionLoss]] = {
     "energy": PairwiseEnergy,
@@ -51,6 +52,16 @@ LOSSES: dict[str, type[PositionLoss]] = {
     "kabsch": KabschError,
 }
 """Losses on the positions of atoms."""
+
+POSITION_TERMS: dict[str, type[PositionLoss]] = {
+    "mse": MeanSquaredError,
+    "torsion": TorsionError,
+    "chirality": ChiralityError,
+}
+"""Terms that are added to a loss on positions.
+
+`torsion` and `chirality` alone do not determine a configuration, so they are no rows of `LOSSES`.
+"""
 
 SPIN_LOSSES: dict[str, type[SpinLoss]] = {
     "local_field": LocalField,
@@ -63,10 +74,12 @@ SPIN_LOSSES: dict[str, type[SpinLoss]] = {
 __all__ = [
     "EDGES",
     "LOSSES",
+    "POSITION_TERMS",
     "PUBLISHED_SCALES",
     "SPIN_LOSSES",
     "SPRINGS",
     "BondEdges",
+    "ChiralityError",
     "CompleteEdges",
     "CrossEntropy",
     "Edges",
@@ -89,6 +102,7 @@ __all__ = [
     "SpringFamily",
     "SpringsConfig",
     "SymmetrizedEdges",
+    "TorsionError",
     "TrueEnergy",
     "lattice_couplings",
     "mean_stiffness",
