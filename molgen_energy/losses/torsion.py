@@ -233,8 +233,8 @@ class TorsionError(_InternalCoordinateError):
     |∂L/∂Ẑ| ≤ 4, |∂Z/∂v₁| and |∂Z/∂v₃| ≤ 1, |∂Z/∂v₂| ≤ √20 and |∂v/∂b| ≤ 1/δ, so a torsion's
     gradient at an atom is at most 22/δ.
 
-    The weight depends on the predicted angles: a wrong torsion also straightens them, with a force
-    that decreases with the error. A loss on positions beside it holds the angles.
+    The weight depends on the predicted angles: a wrong torsion also pushes them away from 90°, with
+    a force that vanishes with the error. A loss on positions beside it holds the angles.
 
     With `rest="projected"` a torsion costs ½·w·(g·(ŷ − y))² with w = sin⁴θ̂_ijk · sin⁴θ̂_jkl and
     g = ∂φ̂/∂ŷ at the detached prediction, in closed form: A. Blondel, M. Karplus, "New formulation
