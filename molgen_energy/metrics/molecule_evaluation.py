@@ -56,6 +56,7 @@ from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.workers import WorkerPool
 
 _SUBSET_CHUNK_SIZE = 10
+_STEREOCENTRE_CHUNK_SIZE = 100
 _XTB_FRACTION = 10  # xTB takes a second for each molecule of QM9, so it gets a tenth of the subset
 _MAX_WORST = 3
 
@@ -268,7 +269,9 @@ def _add_subset_metrics(
         _add_strain(evaluation, metric, label, records, relaxations)
     if "geometry" in options.metrics:
         centres: list[Stereocentres] = []
-        chunks = _subset_chunks(accumulator.random_complete, options.subset)
+        chunks = _subset_chunks(
+            accumulator.random_complete, options.subset, _STEREOCENTRE_CHUNK_SIZE
+        )
         for _, counted in workers.map(count_stereocentres, chunks, stereocentres_failed):
             centres += counted
         evaluation.rates["stereocentres_r"] = _share_of_r(centres)
@@ -282,10 +285,12 @@ def _add_subset_metrics(
         evaluation.posebusters_failures = Counter(name for failed in failures for name in failed)
 
 
-def _subset_chunks(subset: RandomSubset, count: int) -> Iterator[MoleculeChunk]:
+def _subset_chunks(
+    subset: RandomSubset, count: int, size: int = _SUBSET_CHUNK_SIZE
+) -> Iterator[MoleculeChunk]:
     selected = list(subset)[:count]
-    for start in range(0, len(selected), _SUBSET_CHUNK_SIZE):
-        part = selected[start : start + _SUBSET_CHUNK_SIZE]
+    for start in range(0, len(selected), size):
+        part = selected[start : start + size]
         records = np.array([s.record for s in part], np.int64)
         yield MoleculeChunk(records, Molecules.from_list([s.molecule for s in part]))
 
