@@ -4,8 +4,10 @@
     python benchmarks/losses.py --whole            # and the complete energy of 30,000 atoms
 
 First the complete energy and the same formula on a tensor (B, N, N, 3) with PyTorch's automatic
-gradients; then each loss on one cloud of n points (Table 11 of Kaba et al., NeurIPS 2025). Times
-are medians, with the losses of a row in turns, so that other load slows all of them equally.
+gradients; then the terms of torsions and chirality on molecules of QM9, with the enumeration of
+their coordinates from bonds; then each loss on one cloud of n points (Table 11 of Kaba et al.,
+NeurIPS 2025). Times are medians, with the losses of a row in turns, so that other load slows all of
+them equally.
 """
 
 from __future__ import annotations
@@ -18,12 +20,24 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from molgen_energy.losses import KabschError, Loss, MeanSquaredError, PairwiseEnergy, SparseEdges
+from molgen_energy.chemistry.bonds import perceive
+from molgen_energy.data.hdf5 import MoleculeFile
+from molgen_energy.losses import (
+    ChiralityError,
+    KabschError,
+    Loss,
+    MeanSquaredError,
+    PairwiseEnergy,
+    SparseEdges,
+    TorsionError,
+)
+from molgen_energy.resources import bundled_sample
 
 Step = Callable[[], Tensor]
 
@@ -38,12 +52,12 @@ def naive_energy(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return torch.where(pairs, terms, 0).sum(dim=(1, 2)) / mask.sum(dim=1)
 
 
-def step(loss: Callable[..., Tensor], prediction: Tensor, *data: Tensor) -> Step:
+def step(loss: Callable[..., Tensor], prediction: Tensor, *data: Tensor, **inputs: Tensor) -> Step:
     """One evaluation with its gradient, as a function that returns the gradient."""
 
     def run() -> Tensor:
         value = prediction.detach().requires_grad_()
-        loss(value, *data).mean().backward()  # type: ignore[no-untyped-call]
+        loss(value, *data, **inputs).mean().backward()  # type: ignore[no-untyped-call]
         if value.is_cuda:
             torch.cuda.synchronize()
         assert value.grad is not None
@@ -124,6 +138,43 @@ def naive_energy_safe(prediction: Tensor, target: Tensor, mask: Tensor) -> Tenso
     return torch.where(pairs, terms, 0).sum(dim=(1, 2)) / mask.sum(dim=1)
 
 
+def measure_terms(device: torch.device, console: Console, seconds: float) -> None:
+    losses: dict[str, Loss] = {
+        "mse": MeanSquaredError(),
+        "energy": PairwiseEnergy(),
+        "torsion": TorsionError(),
+        "torsion, projected": TorsionError("projected"),
+        "chirality": ChiralityError(),
+        "chirality, projected": ChiralityError("projected"),
+    }
+    with MoleculeFile(bundled_sample()) as file:
+        sample = perceive(file.load("train"))
+    table = Table(title="molecules of QM9, ms, forward and backward")
+    for column in ("B", *losses, "torsion/energy"):
+        table.add_column(column, justify="right")
+    for count in (64, 512):
+        molecules = sample.select(np.arange(count))
+        positions, numbers = molecules.padded()
+        assert molecules.bonds is not None
+        owner = np.repeat(np.arange(count), np.diff(molecules.bonds.offsets))
+        bonds = np.stack([owner, *molecules.bonds.index.T.astype(np.int64)])
+        target = torch.from_numpy(positions)
+        prediction = target + 0.3 * torch.randn(
+            target.shape, generator=torch.Generator().manual_seed(0)
+        )
+        mask = torch.from_numpy(numbers > 0)
+        data = [values.to(device) for values in (prediction, target, mask)]
+        given = {"bonds": torch.from_numpy(bonds).to(device)}
+        steps = {
+            name: step(loss, *data, **(given if "bonds" in loss.requires else {}))
+            for name, loss in losses.items()
+        }
+        took = times(steps, seconds, 1000)
+        ratio = took["torsion"] / took["energy"]
+        table.add_row(str(count), *(f"{took[name]:.2f}" for name in losses), f"{ratio:.2f}")
+    console.print(table)
+
+
 def measure_by_size(device: torch.device, console: Console, seconds: float, whole: bool) -> None:
     losses: dict[str, Loss] = {
         "mse": MeanSquaredError(),
@@ -165,6 +216,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if options.device.type == "cuda" else "CPU"
     console.print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     compare_with_naive(options.device, console, options.seconds)
+    measure_terms(options.device, console, options.seconds)
     measure_by_size(options.device, console, options.seconds, options.whole)
 
 

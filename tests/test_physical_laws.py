@@ -20,6 +20,7 @@ from molgen_energy.diffusion.samplers import SAMPLERS, build_sampler
 from molgen_energy.losses import (
     EDGES,
     LOSSES,
+    POSITION_TERMS,
     SPIN_LOSSES,
     SPRINGS,
     EdgesConfig,
@@ -96,6 +97,9 @@ RIGID = {name: loss for name, loss in ENERGIES.items() if not name.endswith("-bo
 STOPPED = {name: ALL_LOSSES[name] for name in stopped_sections()}
 DIFFERENTIABLE = {name: loss for name, loss in ALL_LOSSES.items() if name not in STOPPED}
 POINTWISE = {name: loss for name, loss in DIFFERENTIABLE.items() if name not in ENERGIES}
+TERMS = {name: kind() for name, kind in POSITION_TERMS.items() if name not in LOSSES}
+PROJECTED = {f"{name}-projected": POSITION_TERMS[name](rest="projected") for name in TERMS}
+EVERY_TERM = ALL_LOSSES | TERMS | PROJECTED
 
 
 def over(losses):
@@ -137,8 +141,11 @@ def pair(molecules):
 
 @pytest.mark.parametrize(
     ("registry", "name"),
-    [(registry, name) for registry in (LOSSES, SPIN_LOSSES) for name in registry],
-    ids=[*LOSSES, *SPIN_LOSSES],
+    [
+        *((registry, name) for registry in (LOSSES, SPIN_LOSSES) for name in registry),
+        *((POSITION_TERMS, name) for name in TERMS),
+    ],
+    ids=[*LOSSES, *SPIN_LOSSES, *TERMS],
 )
 def test_sections_stand_beside_their_losses(registry, name):
     """The section of a row has its name, and builds a loss of its class with the same inputs."""
@@ -232,14 +239,14 @@ def test_spring_families(name, formula):
     np.testing.assert_allclose(found.numpy(), expected)
 
 
-@over(ALL_LOSSES)
+@over(EVERY_TERM)
 def test_zero_at_the_data_positive_elsewhere(pair, loss):
     prediction, target, mask = pair
     assert value(loss, target, target, mask).abs().max() < 1e-20
     assert (value(loss, prediction, target, mask) > 0).all()
 
 
-@over(ALL_LOSSES)
+@over(EVERY_TERM)
 def test_padding_has_no_effect(pair, loss):
     prediction, target, mask = pair
     extras = inputs_of(target, mask)
@@ -261,7 +268,7 @@ def test_padding_has_no_effect(pair, loss):
 
 
 # Elsewhere an atom has another number and so other edges in a random graph.
-@over({name: loss for name, loss in ALL_LOSSES.items() if "-s" not in name})
+@over({name: loss for name, loss in EVERY_TERM.items() if "-s" not in name})
 def test_where_padding_stands_has_no_effect(pair, loss):
     prediction, target, mask = pair
     extras = inputs_of(target, mask)
@@ -281,7 +288,7 @@ def test_where_padding_stands_has_no_effect(pair, loss):
     torch.testing.assert_close(got, value(loss, prediction, target, mask, extras))
 
 
-@over(ALL_LOSSES)
+@over(EVERY_TERM)
 def test_packed_is_padded(pair, loss):
     prediction, target, mask = pair
     extras = inputs_of(target, mask)
@@ -305,7 +312,7 @@ def test_packed_is_padded(pair, loss):
     torch.testing.assert_close(value_.grad, padded.grad[mask])
 
 
-@over(ALL_LOSSES)
+@over(EVERY_TERM)
 def test_bonds_as_a_list_are_bonds_as_a_matrix(pair, loss):
     """(3, E), in either or both directions and in any order, for (B, N, N)."""
     prediction, target, mask = pair
@@ -318,7 +325,7 @@ def test_bonds_as_a_list_are_bonds_as_a_matrix(pair, loss):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
-@over(DIFFERENTIABLE)
+@over(DIFFERENTIABLE | TERMS)
 def test_gradient_against_finite_differences(pair, loss):
     prediction, target, mask = (x[:1] for x in pair)
     position = prediction.clone()
@@ -327,7 +334,7 @@ def test_gradient_against_finite_differences(pair, loss):
     assert torch.autograd.gradcheck(lambda x: value(loss, x, target, mask), position)
 
 
-@over(ALL_LOSSES)
+@over(EVERY_TERM)
 def test_gradient_is_finite_everywhere(loss):
     """Coincident atoms, one atom, two atoms, none, planar and linear, and NaN at padding."""
     nan = [torch.nan] * 3
@@ -351,7 +358,7 @@ def test_gradient_is_finite_everywhere(loss):
 
 
 # Symmetries of coincident atoms are not searched for, and 1/d³ is infinite.
-@over({k: v for k, v in ALL_LOSSES.items() if "symmetrized" not in k and "callable" not in k})
+@over({k: v for k, v in EVERY_TERM.items() if "symmetrized" not in k and "callable" not in k})
 def test_gradient_is_finite_where_atoms_of_the_data_coincide(loss):
     target = torch.zeros(1, 9, 3)
     prediction = torch.randn(1, 9, 3, requires_grad=True)
@@ -379,7 +386,7 @@ def test_any_dimension(loss, dimension):
         assert torch.autograd.gradcheck(lambda x: loss(x, target, **extras), prediction)
 
 
-@over(ALL_LOSSES)
+@over(EVERY_TERM)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_precisions(pair, loss, dtype):
     prediction, target, mask = pair
@@ -394,7 +401,7 @@ def test_precisions(pair, loss, dtype):
     assert torch.isfinite(position.grad).all()
 
 
-@over(ALL_LOSSES)
+@over(EVERY_TERM)
 def test_autocast_changes_nothing(pair, loss):
     prediction, target, mask = (x.float() if x.is_floating_point() else x for x in pair)
     expected = value(loss, prediction, target, mask)
@@ -402,7 +409,7 @@ def test_autocast_changes_nothing(pair, loss):
         torch.testing.assert_close(value(loss, prediction, target, mask), expected)
 
 
-@over(ALL_LOSSES)
+@over(EVERY_TERM)
 def test_degree(pair, loss):
     """Twice a small displacement gives 2^degree times the loss."""
     prediction, target, mask = pair
@@ -438,6 +445,42 @@ def test_kabsch_knows_a_mirror_image(pair):
     assert loss(moved(target), target, mask).max() < 1e-20
     chiral = mask.sum(1) > 4
     assert (loss(moved(target, -1), target, mask)[chiral] > 1e-3).all()
+
+
+@over(TERMS)
+def test_terms_know_a_mirror_image_and_no_other_motion(pair, loss):
+    """Of molecules that are not planar; the energy does not know it."""
+    prediction, target, mask = pair
+    extras = inputs_of(target, mask)
+    expected = value(loss, prediction, target, mask, extras)
+    torch.testing.assert_close(value(loss, moved(prediction), target, mask, extras), expected)
+    torch.testing.assert_close(value(loss, prediction, moved(target), mask, extras), expected)
+    assert value(loss, moved(target), target, mask, extras).max() < 1e-20
+    assert (value(loss, moved(target, -1), target, mask, extras) > 1e-3).all()
+    assert ALL_LOSSES["energy-exponential-complete"](moved(target, -1), target, mask).max() < 1e-20
+
+
+@over(PROJECTED)
+def test_projected_terms_know_motions_of_one_argument_only(pair, loss):
+    prediction, target, mask = pair
+    extras = inputs_of(target, mask)
+    expected = value(loss, prediction, target, mask, extras)
+    both = value(loss, moved(prediction), moved(target), mask, extras)
+    torch.testing.assert_close(both, expected)
+    assert (value(loss, moved(target), target, mask, extras) > 1e-3).all()
+    shifted = value(loss, prediction + 7, target, mask, extras)
+    torch.testing.assert_close(shifted, expected)
+
+
+@over(TERMS | PROJECTED)
+def test_terms_do_not_depend_on_the_order_of_atoms(pair, loss):
+    prediction, target, mask = pair
+    extras = inputs_of(target, mask)
+    expected = value(loss, prediction, target, mask, extras)
+    order = torch.randperm(mask.shape[1], generator=torch.Generator().manual_seed(5))
+    bonds = extras["bonds"][:, order][:, :, order]
+    got = loss(prediction[:, order], target[:, order], mask[:, order], bonds=bonds)
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("name", ["mse", "mae"])

@@ -45,6 +45,7 @@ from molgen_energy.losses.springs import (
     SpringFamily,
     SpringsConfig,
 )
+from molgen_energy.losses.torsion import ChiralityError, TorsionError
 
 LOSSES: dict[str, type[PositionLoss]] = {
     "energy": PairwiseEnergy,
@@ -57,8 +58,13 @@ LOSSES: dict[str, type[PositionLoss]] = {
 
 POSITION_TERMS: dict[str, type[PositionLoss]] = {
     "mse": MeanSquaredError,
+    "torsion": TorsionError,
+    "chirality": ChiralityError,
 }
-"""Losses that are added to another loss on positions."""
+"""Terms that are added to a loss on positions.
+
+`torsion` and `chirality` alone do not determine a configuration, so they are no rows of `LOSSES`.
+"""
 
 SPIN_LOSSES: dict[str, type[SpinLoss]] = {
     "local_field": LocalField,
@@ -77,6 +83,7 @@ __all__ = [
     "SPRINGS",
     "AdaptiveSprings",
     "BondEdges",
+    "ChiralityError",
     "CompleteEdges",
     "CrossEntropy",
     "Edges",
@@ -101,6 +108,7 @@ __all__ = [
     "SpringFamily",
     "SpringsConfig",
     "SymmetrizedEdges",
+    "TorsionError",
     "TrueEnergy",
     "lattice_couplings",
     "mean_stiffness",

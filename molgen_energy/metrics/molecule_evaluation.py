@@ -28,6 +28,11 @@ from molgen_energy.metrics.accumulator import (
     RandomSubset,
     WorstRecord,
 )
+from molgen_energy.metrics.checks.chirality import (
+    Stereocentres,
+    count_stereocentres,
+    stereocentres_failed,
+)
 from molgen_energy.metrics.checks.chunk import (
     CheckSettings,
     ChunkChecks,
@@ -46,11 +51,12 @@ from molgen_energy.metrics.distances.comparison import Comparison, Distributions
 from molgen_energy.metrics.distances.fcd import ChemNet
 from molgen_energy.metrics.options import BOND_DESCRIPTIONS, EvaluationOptions, install_command
 from molgen_energy.metrics.sources import ChunkSource
-from molgen_energy.metrics.statistics import Estimate, Rate, median_interval
+from molgen_energy.metrics.statistics import Clusters, Estimate, Rate, median_interval
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.workers import WorkerPool
 
 _SUBSET_CHUNK_SIZE = 10
+_STEREOCENTRE_CHUNK_SIZE = 100
 _XTB_FRACTION = 10  # xTB takes a second for each molecule of QM9, so it gets a tenth of the subset
 _MAX_WORST = 3
 
@@ -159,7 +165,7 @@ def evaluate_source(
             f"{counts.with_given_bonds:,} of {counts.molecules:,} molecules have bonds of their "
             "own; the rates with given bonds are of these"
         )
-    evaluation.rates["posebusters"] = None
+    evaluation.rates |= {"stereocentres_r": None, "posebusters": None}
     _add_subset_metrics(evaluation, options, workers)
     evaluation.worst = (
         accumulator.timed_out[:_MAX_WORST]
@@ -261,6 +267,14 @@ def _add_subset_metrics(
             relaxations += part
             records += chunk.records.tolist()
         _add_strain(evaluation, metric, label, records, relaxations)
+    if "geometry" in options.metrics:
+        centres: list[Stereocentres] = []
+        chunks = _subset_chunks(
+            accumulator.random_complete, options.subset, _STEREOCENTRE_CHUNK_SIZE
+        )
+        for _, counted in workers.map(count_stereocentres, chunks, stereocentres_failed):
+            centres += counted
+        evaluation.rates["stereocentres_r"] = _share_of_r(centres)
     if "posebusters" in options.available:
         failures: list[list[str]] = []
         chunks = _subset_chunks(accumulator.random_molecules, options.subset)
@@ -271,12 +285,22 @@ def _add_subset_metrics(
         evaluation.posebusters_failures = Counter(name for failed in failures for name in failed)
 
 
-def _subset_chunks(subset: RandomSubset, count: int) -> Iterator[MoleculeChunk]:
+def _subset_chunks(
+    subset: RandomSubset, count: int, size: int = _SUBSET_CHUNK_SIZE
+) -> Iterator[MoleculeChunk]:
     selected = list(subset)[:count]
-    for start in range(0, len(selected), _SUBSET_CHUNK_SIZE):
-        part = selected[start : start + _SUBSET_CHUNK_SIZE]
+    for start in range(0, len(selected), size):
+        part = selected[start : start + size]
         records = np.array([s.record for s in part], np.int64)
         yield MoleculeChunk(records, Molecules.from_list([s.molecule for s in part]))
+
+
+def _share_of_r(centres: list[Stereocentres]) -> Rate:
+    """R among the stereocentres of all molecules; those of one molecule are not independent."""
+    clusters = Clusters()
+    counts = np.array(centres, np.int64).reshape(-1, 2)
+    clusters.add(counts[:, 1], counts.sum(axis=1))
+    return clusters.unmarked()
 
 
 def _add_strain(

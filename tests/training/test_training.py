@@ -549,11 +549,29 @@ def test_further_terms_add_to_the_loss(tmp_path):
     assert "mse_loss" in read_metrics(tmp_path / "run" / "metrics.csv")[0]
 
 
+def test_terms_that_need_bonds_get_them(tmp_path):
+    """Also with a loss that needs none, and with the keys of the term."""
+    terms = {"torsion": {"weight": 0.5, "rest": "projected"}, "chirality": 0.1}
+    task = MoleculeTask(tiny(loss__name="mse", objective__terms=terms), CPU)
+    assert task.config.loss_requires == {"bonds"}
+    assert task._objective.terms["torsion"].rest == "projected"
+    assert task._objective.terms["chirality"].rest == "value"
+    losses = task.loss(task.model, task.epoch(0)[0], 3)
+    assert losses["torsion_loss"].sum() > 0
+    assert losses["chirality_loss"].sum() > 0
+    train(task, tmp_path / "run", Watcher())
+    assert config_of(tmp_path / "run").objective.terms == terms
+
+
 def test_terms_are_named_by_their_registry():
     with pytest.raises(InputError, match=r"objective\.terms.*: unknown term 'mes'; did you mean"):
         tiny(objective__terms={"mes": 1.0})
-    with pytest.raises(InputError, match=r"objective\.terms\.mse: .*greater than or equal to 0"):
+    with pytest.raises(InputError, match=r"terms: mse\.weight: .*greater than or equal to 0"):
         tiny(objective__terms={"mse": -1.0})
+    with pytest.raises(InputError, match=r"terms: torsion\.rest: "):
+        tiny(objective__terms={"torsion": {"weight": 1.0, "rest": "vector"}})
+    with pytest.raises(InputError, match=r"terms: torsion\.stiff: "):
+        tiny(objective__terms={"torsion": {"stiff": 1.0}})
     assert tiny(**{"objective.terms.mse": 2.0}).objective.terms == {"mse": 2.0}
 
 

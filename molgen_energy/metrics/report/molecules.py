@@ -110,6 +110,8 @@ _SECTIONS = {
             "energy lost on relaxation, median over complete molecules", "kcal/mol", "xtb"),
         MetricRow("xtb_rmsd", "GFN2-xTB relaxation RMSD",
             "of all atoms after superposition, median", "Å", "xtb"),
+        MetricRow("stereocentres_r", "R among stereocentres",
+            "the rest is S; symmetric under reflection at 50 %", "%", "geometry"),
         MetricRow("posebusters", "PoseBusters",
             "molecules that pass every check except the energy ratio", "%", "posebusters"),
     ),

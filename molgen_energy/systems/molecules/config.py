@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, ValidationError, field_validator
 from pydantic import Field as Option
 
 from molgen_energy.config import (
@@ -53,6 +53,34 @@ class MoleculeDataConfig(DataConfig):
     """Training molecules in a window of streamed data; two windows are in memory."""
 
 
+class WeightedTerm(NamedTuple):
+    """A further loss on positions and its weight."""
+
+    config: LossConfig
+    weight: float
+
+
+class _TermWeight(Section):
+    weight: Annotated[float, Option(ge=0, allow_inf_nan=False)] = 1.0
+
+
+def _term(name: str, value: float | dict[str, Any]) -> WeightedTerm:
+    keys = dict(value) if isinstance(value, dict) else {"weight": value}
+    weight = _TermWeight.model_validate({k: v for k, v in keys.items() if k == "weight"}).weight
+    own = {k: v for k, v in keys.items() if k != "weight"}
+    return WeightedTerm(POSITION_TERMS[name].Config.model_validate(own), weight)
+
+
+def _check_term(name: str, value: float | dict[str, Any]) -> None:
+    """Raise `ValueError` with the key that is not valid."""
+    try:
+        _term(name, value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join([name, *map(str, first["loc"])])
+        raise ValueError(f"{key}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
 class ObjectiveConfig(Section):
     """Weights of the loss, and the noise levels that training draws."""
 
@@ -63,11 +91,10 @@ class ObjectiveConfig(Section):
         default_factory=dict
     )
     """Weights of the errors of the other fields; 1 for fields that are not named."""
-    terms: dict[
-        Annotated[str, one_of("term", POSITION_TERMS)],
-        Annotated[float, Option(ge=0, allow_inf_nan=False)],
-    ] = Option(default_factory=dict)
-    """Weights of further losses on positions, by name."""
+    terms: dict[Annotated[str, one_of("term", POSITION_TERMS)], float | dict[str, Any]] = Option(
+        default_factory=dict
+    )
+    """Further losses on positions, by name: a weight, or `weight` with the keys of the term."""
     weighting: Literal["auto", "noise", "clean"] = "auto"
     """`noise`: errors of the noise have the same weight at all levels. `clean`: errors of clean
     data, weighted by √(α/σ). `auto` is `clean` for models that predict clean data, else `noise`."""
@@ -79,9 +106,16 @@ class ObjectiveConfig(Section):
     self_condition_probability: Annotated[float, Option(ge=0, le=1)] = 0.5
     """How often a self-conditioned model gets its own first prediction in training."""
 
-    def term_configs(self) -> list[LossConfig]:
-        """The sections of the terms, with their defaults."""
-        return [POSITION_TERMS[name].Config.model_validate({}) for name in self.terms]
+    @field_validator("terms")
+    @classmethod
+    def _check_terms(cls, terms: dict[str, float | dict[str, Any]]) -> dict[str, Any]:
+        for name, value in terms.items():
+            _check_term(name, value)
+        return terms
+
+    def weighted_terms(self) -> list[WeightedTerm]:
+        """The terms with their weights and complete sections."""
+        return [_term(name, value) for name, value in self.terms.items()]
 
 
 class MoleculeTrainingConfig(TrainingConfig):
@@ -110,7 +144,8 @@ class MoleculeConfig(Config):
     @property
     def loss_requires(self) -> frozenset[str]:
         """Inputs that the loss on positions and the terms beside it require."""
-        return self.loss.requires.union(*(term.requires for term in self.objective.term_configs()))
+        terms = self.objective.weighted_terms()
+        return self.loss.requires.union(*(term.config.requires for term in terms))
 
     @classmethod
     def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:

@@ -372,15 +372,16 @@ def _build_objective(config: MoleculeConfig, layout: Layout) -> Objective:
     channels = layout.channels["atom"]
     loss = config.loss.build(seed=config.training.seed, channels=channels)
     assert isinstance(loss, PositionLoss)
-    terms = {}
-    for term in section.term_configs():
+    terms: dict[str, PositionLoss] = {}
+    weights: dict[str, float] = {}
+    for term, weight in section.weighted_terms():
         built = term.build(channels=channels)
         assert isinstance(built, PositionLoss)
-        terms[term.name] = built
+        terms[term.name], weights[term.name] = built, weight
     return Objective(
         config.process.build(),
         loss,
-        Weights(section.position_weight, section.field_weights, section.terms),
+        Weights(section.position_weight, section.field_weights, weights),
         TimestepDistribution(section.time_power, section.stratified_timesteps),
         section.weighting,
         section.self_condition_probability,
