@@ -106,7 +106,7 @@ def springs(folder: Path) -> None:
     d = torch.linspace(0.8, 7, 400).double()
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for name, family in SPRINGS.items():
-        if not family.requires_bonds:
+        if not family.requires_bonds and not family.adaptive:
             axis.plot(d, family(d) / family(data).mean(), label=name)
     axis.set(xlabel="distance in the data (Å)", ylabel="stiffness, mean 1 over pairs", ylim=(0, 8))
     axis.legend(loc="upper right")
