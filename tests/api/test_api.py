@@ -99,7 +99,9 @@ def test_bad_options_name_the_remedy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"did you mean 'qm9_energy'\?"):
         molgen_energy.load_checkpoint("qm9_energi")
-    with pytest.raises(InputError, match="--springs goes with --loss energy, not mse"):
+    with pytest.raises(
+        InputError, match="--springs goes with --loss energy or score_energy, not mse"
+    ):
         molgen_energy.train(loss="mse", springs="inverse")
     with pytest.raises(InputError, match="--data is not an option for molecules"):
         molgen_energy.sample(1, data="couplings.npz", checkpoint="qm9_energy")
