@@ -33,11 +33,15 @@ def energy(family="exponential", edges="complete", distance="positions", **optio
 
 def inputs_of(loss, molecules, which, seed=0, features=6, **options):
     """The inputs of a loss for some molecules, the batch, and its state."""
-    molecules = with_required_bonds(molecules, loss)
+    molecules = with_required_bonds(molecules, loss.requires)
     batch = DeviceMolecules(molecules, CPU).batch(which)
     values = torch.zeros(*batch.mask.shape, 3 + features)
     state = atoms_state(layout_of(features), batch.mask, values)
-    return LossInputs(loss, seed, molecules, CPU, **options).of(which, batch, state), batch, state
+    return (
+        LossInputs(loss, loss.requires, seed, molecules, CPU, **options).of(which, batch, state),
+        batch,
+        state,
+    )
 
 
 def dense(bonds, batch):
@@ -102,8 +106,9 @@ def test_symmetrized_edges_of_a_batch_are_those_of_the_molecules(few):
 def test_coincident_atoms_are_named():
     positions = np.array([[0, 0, 0], [1, 0, 0], [0, 0, 0], [0, 0, 1e-3], [1, 0, 0]], np.float32)
     pair = Molecules(positions, np.full(5, 6, np.uint8), np.array([0, 2, 5]))
+    symmetrized = energy(edges="symmetrized")
     with pytest.raises(InputError, match=r"mine\.h5: molecule 2: two atoms are closer than"):
-        LossInputs(energy(edges="symmetrized"), 0, pair, CPU, "mine.h5")
+        LossInputs(symmetrized, symmetrized.requires, 0, pair, CPU, "mine.h5")
 
 
 @pytest.mark.parametrize("edges", ["complete", "sparse", "symmetrized", "bonds"])

@@ -278,7 +278,7 @@ def test_other_weights_are_refused(checkpoint, tmp_path):
         ("steps", {"steps": 5}),
         ("batch size", {"batch_size": 6}),
         ("low precision", {"low_precision": True}),
-        ("temperature", {"temperature": Temperature(0.9, "score")}),
+        ("temperature", {"temperature": Temperature(0.9, "score", 0.3, 2.0)}),
     ],
 )
 def test_another_job_is_refused(checkpoint, tmp_path, name, changed):
