@@ -3,8 +3,9 @@
     python scripts/draw_losses.py docs/images --rigidity docs/data/rigidity.csv
 
 landscape.png (Figure 1 of Kaba et al., NeurIPS 2025: losses of two atoms in a plane), motions.png
-(their Figure 2: losses of a molecule that is rotated, reflected and stretched), springs.png, and
-rigidity.png (their Figure 5) from the table of `scripts/measure_rigidity.py`.
+(their Figure 2: losses of a molecule that is rotated, reflected and stretched), springs.png,
+rigidity.png (their Figure 5) from the table of `scripts/measure_rigidity.py`, and with `--learnt
+RUN` learnt_springs.png from a run with springs `auto`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,15 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from molgen_energy.data.hdf5 import MoleculeFile
-from molgen_energy.losses import SPRINGS, KabschError, MeanSquaredError, PairwiseEnergy
+from molgen_energy.losses import (
+    SPRINGS,
+    AdaptiveSprings,
+    KabschError,
+    MeanSquaredError,
+    PairwiseEnergy,
+)
 from molgen_energy.resources import bundled_sample
+from molgen_energy.training.checkpoint import load_checkpoint
 
 LOSSES = {"mse": MeanSquaredError(), "kabsch": KabschError(), "energy": PairwiseEnergy("constant")}
 
@@ -132,10 +140,29 @@ def rigidity(folder: Path, table: Path) -> None:
     plt.close(figure)
 
 
+def learnt(folder: Path, run: Path) -> None:
+    """Springs `auto` of a run at some noise levels, beside exponential ones."""
+    springs = AdaptiveSprings()
+    springs.load_state(load_checkpoint(run).read_tensors("springs"))
+    d = torch.linspace(0.9, 7, 400).double()
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for place, level in enumerate((0.03, 0.1, 0.3, 1.0)):
+        stiffness = 1 / springs.variance(d, level)
+        axis.plot(d, stiffness / stiffness.mean(), color=f"C{place}", label=f"σ/α = {level:g} Å")
+    exponential = SPRINGS["exponential"](d)
+    axis.plot(d, exponential / exponential.mean(), "k--", lw=1, label="exp(−d)")
+    axis.set(xlabel="predicted distance (Å)", ylabel="stiffness / its mean over the axis")
+    axis.set_yscale("log")
+    axis.legend()
+    figure.savefig(folder / "learnt_springs.png", dpi=120)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rigidity", type=Path, metavar="CSV")
+    parser.add_argument("--learnt", type=Path, metavar="RUN", help="a run with springs `auto`")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     landscape(options.folder)
@@ -143,6 +170,8 @@ def main() -> None:
     springs(options.folder)
     if options.rigidity:
         rigidity(options.folder, options.rigidity)
+    if options.learnt:
+        learnt(options.folder, options.learnt)
 
 
 if __name__ == "__main__":
