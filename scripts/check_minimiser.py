@@ -22,15 +22,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.optimize import root
 from torch import Tensor
 
 from molgen_energy.losses import MeanSquaredError, PairwiseEnergy, PositionLoss, ScoreEnergy
 from molgen_energy.losses.pointwise import best_rotation
 
 BOND, ANGLE = 1.53, np.deg2rad(112)  # Å
-LEVELS = (0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.5, 5.0)
+LEVELS = (0.3, 0.5, 0.7, 1.0, 1.5, 2.5, 5.0)
 CHUNK = 1 << 15  # structures at a time
+RATE, MOMENTUM = 0.2, 0.8  # of the descent
+MOST_STEPS, PRECISION, ENOUGH = 1500, 1e-7, 1e-4  # of the gradient of the mean loss
 LOSSES: dict[str, Callable[[], PositionLoss]] = {
     "mse": MeanSquaredError,
     "energy": lambda: PairwiseEnergy("exponential", "sample"),
@@ -96,7 +97,7 @@ def rotations(order: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(matrices), torch.from_numpy(weight.copy())
 
 
-def density(torsions: int = 6, order: int = 8) -> Density:
+def density(torsions: int = 4, order: int = 6) -> Density:
     """The chain, with a grid of torsions (squared) in 4·`order`³ orientations."""
     angles = 2 * np.pi * np.arange(torsions) / torsions
     first, second = (x.ravel() for x in np.meshgrid(angles, angles))
@@ -121,7 +122,7 @@ def mean_gradient(
 
 
 def stationary_point(loss: PositionLoss, start: Tensor, points: Tensor, weights: Tensor) -> Tensor:
-    """Where the mean gradient vanishes, (n, 3), from a start.
+    """Where the mean gradient vanishes, (n, 3): the end of a descent from a start.
 
     Raises
     ------
@@ -131,16 +132,16 @@ def stationary_point(loss: PositionLoss, start: Tensor, points: Tensor, weights:
     probable = weights > 1e-12 * weights.max()  # the others change nothing
     points, weights = points[probable], weights[probable]
 
-    def gradient(values: np.ndarray) -> np.ndarray:
-        prediction = torch.from_numpy(values).view_as(start)
-        return mean_gradient(loss, prediction, points, weights).flatten().numpy()
-
-    # Where rigid motions leave the gradient unchanged, its Jacobian is singular: least squares.
-    found = root(gradient, start.flatten().numpy(), method="lm", options={"xtol": 1e-12})
-    if np.abs(found.fun).max() > 1e-6:
-        raise RuntimeError(f"no stationary point: {found.message}")
-    result = torch.from_numpy(found.x).view_as(start)
-    return result - result.mean(dim=0)
+    position, velocity = start.clone(), torch.zeros_like(start)
+    for _ in range(MOST_STEPS):
+        gradient = mean_gradient(loss, position, points, weights)
+        if gradient.abs().max() < PRECISION:
+            return position - position.mean(dim=0)
+        velocity = MOMENTUM * velocity - RATE * gradient
+        position = position + velocity
+    if gradient.abs().max() > ENOUGH:
+        raise RuntimeError(f"no stationary point after {MOST_STEPS} steps")
+    return position - position.mean(dim=0)
 
 
 def measure(known: Density, level: float, seed: int) -> dict[str, dict[str, float]]:
@@ -152,9 +153,9 @@ def measure(known: Density, level: float, seed: int) -> dict[str, dict[str, floa
     noisy = known.points[which] + level * (noise - noise.mean(dim=0))
     weights = known.posterior(noisy, level)
     mean = torch.einsum("q,qni->ni", weights, known.points)
-    result = {}
+    result, start = {}, mean + 0.1 * (noise - noise.mean(dim=0))
     for name, build in LOSSES.items():
-        found = stationary_point(build(), mean, known.points, weights)[None]
+        found = stationary_point(build(), start, known.points, weights)[None]
         found = (found @ best_rotation(found, mean[None]))[0]
         bonds, ends = bond_lengths(found) / bond_lengths(mean), end_to_end(found) / end_to_end(mean)
         result[name] = {

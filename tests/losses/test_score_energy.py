@@ -89,7 +89,7 @@ def test_the_minimiser_is_the_posterior_mean_and_that_of_the_energy_is_not(check
     start = mean + 0.2 * torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
     for loss in (ScoreEnergy(), ScoreEnergy("inverse"), MeanSquaredError()):
         found = check.stationary_point(loss, start, points, weights)
-        assert (found - mean).norm() / mean.norm() < 1e-8
+        assert (found - mean).norm() / mean.norm() < 1e-5
     found = check.stationary_point(PairwiseEnergy("exponential"), mean, points, weights)
     changed = torch.pdist(found) / torch.pdist(mean) - 1  # a rotation does not change distances
     if level >= 0.7:  # below, this coarse density has nearly one structure at each x_t
