@@ -208,7 +208,7 @@ def test_flow_matching_with_energy(molecules):
     terms, velocity, wrong, clean, mask, time = flow_setup(molecules, loss, 0.05)
     guess = clean + time * (velocity - wrong)
     expected = 0.5 * 0.05 * loss(guess[..., :3], clean[..., :3], mask) / time.flatten() ** 2
-    torch.testing.assert_close(terms.fields["positions"], expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(terms.parts["positions"], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_objective_with_mae_is_the_absolute_error_of_the_noise(molecules):
@@ -245,7 +245,7 @@ def test_the_weight_makes_all_times_alike(molecules, process, name):
     objective = Objective(PROCESSES[process](100), LOSSES[name](), Weights(1.0))
     terms = objective(model, clean, RandomNumbers(0, torch.arange(64)))
     small = seen[0] < 0.6  # later the error is no longer small against the molecule
-    values = terms.fields["positions"][small]
+    values = terms.parts["positions"][small]
     assert len(values) > 10
     assert float(values.max() / values.min()) < 1.1
 
@@ -258,7 +258,7 @@ def test_objective_with_mse_is_edms(molecules, scale):
     count = mask.sum(1) * 6
     expected = 0.5 * (noise - wrong).square().sum((1, 2)) / count
     torch.testing.assert_close(terms.total, expected, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(terms.fields["positions"] + terms.fields["features"], terms.total)
+    torch.testing.assert_close(terms.parts["positions"] + terms.parts["features"], terms.total)
 
 
 def test_objective_with_energy(molecules):
@@ -267,10 +267,10 @@ def test_objective_with_energy(molecules):
     noisy = alpha * clean + sigma * noise
     guess = ((noisy - sigma * wrong) / alpha)[..., :3]
     expected = 0.5 * 0.05 * (alpha / sigma).square().flatten() * loss(guess, clean[..., :3], mask)
-    torch.testing.assert_close(terms.fields["positions"], expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(terms.parts["positions"], expected, rtol=1e-3, atol=1e-5)
     count = mask.sum(1) * 6
     features = 0.5 * (noise - wrong)[..., 3:].square().sum((1, 2)) / count
-    torch.testing.assert_close(terms.fields["features"], features, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(terms.parts["features"], features, rtol=1e-3, atol=1e-5)
 
 
 def test_objective_does_not_see_padding(molecules):

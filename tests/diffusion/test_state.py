@@ -396,6 +396,27 @@ def terms_of(process, wrong, clean, loss=None, mask=MASK, **options):
     return objective(model, clean, RandomNumbers(4, torch.arange(len(mask)))), *seen[0]
 
 
+class Recorder(MeanSquaredError):
+    """Keeps what it was called with."""
+
+    requires = frozenset({"noisy", "noise_level"})
+
+    def of(self, samples):
+        self.samples = samples
+        return super().of(samples)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_losses_get_the_noisy_positions_and_their_level(name):
+    """σ/α in the unit of positions, whatever the weight in time."""
+    process, loss = PROCESSES[name](40), Recorder()
+    _, noisy, level = terms_of(process, lambda noisy, level: noisy, crystal(), loss)
+    scale = LAYOUT.fields["positions"].scale
+    ratio = process.sigma(level) / process.alpha(level)
+    torch.testing.assert_close(loss.samples.noise_level, (scale * ratio).double())
+    torch.testing.assert_close(loss.samples.noisy, scale * noisy["positions"])
+
+
 @pytest.mark.parametrize(("name", "kind"), WAYS)
 def test_a_perfect_prediction_costs_nothing(name, kind):
     process, clean = PROCESSES[name](40, prediction=kind), crystal()
@@ -407,7 +428,7 @@ def test_a_perfect_prediction_costs_nothing(name, kind):
             clean,
             weighting=weighting,
         )
-        assert terms.fields.keys() == LAYOUT.fields.keys()
+        assert terms.parts.keys() == LAYOUT.fields.keys()
         assert terms.total.abs().max() < 1e-6
 
 
@@ -428,8 +449,8 @@ def test_errors_are_means_over_the_places_of_each_domain(loss):
         weight = 0.5 * {"charges": 3.0, "cell": 0.5}.get(name, 1.0)
         count = places[field.domain] * LAYOUT.channels[field.domain]
         expected = weight * error.flatten(1).sum(1) / count
-        torch.testing.assert_close(terms.fields[name], expected, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(terms.total, sum(terms.fields.values()))
+        torch.testing.assert_close(terms.parts[name], expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(terms.total, sum(terms.parts.values()))
 
 
 def test_clean_weighting_takes_errors_of_clean_data():
@@ -441,13 +462,13 @@ def test_clean_weighting_takes_errors_of_clean_data():
     )
     weight = (process.alpha(level) / process.sigma(level)).sqrt().double()
     expected = 0.5 * weight * wrong["cell"].square().sum(1) / 9
-    torch.testing.assert_close(terms.fields["cell"], expected, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(terms.parts["cell"], expected, rtol=1e-4, atol=1e-8)
     loss = MeanSquaredError(channels=8)
     scale = LAYOUT.fields["positions"].scale
     positions = (
         0.5 * weight * loss(scale * (clean + wrong)["positions"], scale * clean["positions"], MASK)
     )
-    torch.testing.assert_close(terms.fields["positions"], positions, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(terms.parts["positions"], positions, rtol=1e-4, atol=1e-8)
 
 
 class SelfConditioned(torch.nn.Module):
