@@ -423,6 +423,8 @@ class _Trainer:
         place = min(rank(), len(batch) - 1)
         losses = self.task.loss(model, batch, seed, place, world_size())
         weight = float(rank() < len(batch))
+        if not weight and self.task.adaptive is not None:
+            self.task.adaptive.discard_step()
         # Gradients are averaged over processes afterwards.
         loss = losses["loss"].sum() * (weight * world_size() / len(batch))
         loss.backward()  # type: ignore[no-untyped-call]
