@@ -31,7 +31,10 @@ class ScoreEnergyConfig(SpringsBetweenAtomsConfig):
     @classmethod
     def _scaled_by_sample(cls, springs: SpringsConfig) -> SpringsConfig:
         if springs.scale not in ("auto", "sample"):
-            raise ValueError(f"scale {springs.scale}: score_energy has the scale sample (or auto)")
+            raise ValueError(
+                f"score_energy has the scale sample, not {springs.scale}; set loss.springs.scale "
+                "to sample"
+            )
         return springs
 
     @property
