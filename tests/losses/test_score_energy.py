@@ -174,6 +174,10 @@ def test_external_springs_add_a_squared_error():
         ({"external": 0.0}, "external 0.0: expected a number above 0"),
         ({"springs_at": "target"}, "the minimiser would not be the score"),
         ({"springs": "stiff"}, "unknown springs 'stiff'"),
+        ({"springs": "lennard_jones"}, "springs that depend on bonds of the data"),
+        ({"distance": "features"}, "springs that depend on features of the data"),
+        ({"edges": "bonds"}, "springs that depend on bonds of the data"),
+        ({"edges": "symmetrized"}, "springs that depend on neighbours of the data"),
     ],
 )
 def test_bad_arguments_of_the_score_energy(arguments, message):
@@ -207,7 +211,7 @@ def test_inputs_that_are_missing_or_have_other_shapes():
 
 
 def test_the_section_has_no_other_scale():
-    with pytest.raises(ValueError, match="set loss.springs.scale to sample"):
+    with pytest.raises(ValueError, match=r"set loss\.springs\.scale to sample"):
         ScoreEnergyConfig(springs=SpringsConfig(scale=2.0))
     for scale in (2.0, "gdm"):
         with pytest.raises(ValueError, match=f"scale sample, not {scale}; set it to sample"):
@@ -224,6 +228,20 @@ def test_springs_that_vanish_leave_the_external_ones(distance):
     external = 0.64 / 4 * (prediction - corners).square().sum()
     assert external * (1 - 1e-6) <= energy < 10 * external
     assert prediction.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"springs": {"family": "lennard_jones"}},
+        {"springs": {"distance": "features"}},
+        {"edges": {"kind": "bonds"}},
+        {"edges": {"kind": "symmetrized"}},
+    ],
+)
+def test_the_section_has_no_springs_that_depend_on_the_data(values):
+    with pytest.raises(ValueError, match="choose other springs, edges or distance"):
+        ScoreEnergyConfig(**values)
 
 
 # ---- springs that are learnt ---------------------------------------------------------------------
