@@ -70,6 +70,7 @@ def stopped_sections():
         )
         for springs, edges in [*((springs, "complete") for springs in SPRINGS),
                                *(("exponential", edges) for edges in EDGES)]
+        if not SPRINGS[springs].requires_bonds and not EDGES[edges].requires
     }  # fmt: skip
     sections["score_energy-noisy"] = ScoreEnergyConfig(springs_at="noisy")
     for rest in get_args(Rest):

@@ -195,7 +195,7 @@ class Objective:
         inputs = {
             **loss_inputs,
             "noisy": scale * prediction.noisy["positions"].detach(),
-            "noise_level": 1 / signal_to_noise,
+            "noise_level": scale * self.process.sigma(level) / self.process.alpha(level),
         }
         losses = {"positions": (self.weights.positions, self.position_loss)}
         for name, term in self.terms.items():

@@ -92,7 +92,7 @@ class AdaptiveSprings:
             Adds a tensor over the processes of a job.
         """
         if self._new is None:
-            self._new = torch.zeros(2, *self._pairs.shape, dtype=torch.float64)
+            self._new = self._pairs.new_zeros(2, *self._pairs.shape)
         new = reduce(self._new)
         keep = min(_MEMORY, (1 + self._steps) / (10 + self._steps))
         self._squares = keep * self._squares.to(new.device) + new[0]
@@ -103,7 +103,8 @@ class AdaptiveSprings:
 
     def discard_step(self) -> None:
         """Forget what was recorded since the previous step."""
-        self._new = None
+        if self._new is not None:
+            self._new.zero_()  # keeps the device, for the sum over processes
 
     def _fit(self) -> Tensor:
         """log v at the nodes."""
@@ -145,5 +146,5 @@ def _locate(values: Tensor, grid: tuple[float, float, int]) -> tuple[Tensor, Ten
     first, last, nodes = grid
     place = values.clamp(first, last).div(first).log_()
     place.mul_((nodes - 1) / math.log(last / first)).clamp_(0, nodes - 1)
-    node = place.long().clamp_(max=nodes - 2)
+    node = place.long().clamp_(0, nodes - 2)  # NaN has no integer, and remains in the share
     return node, place.sub_(node)

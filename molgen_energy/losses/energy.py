@@ -392,9 +392,9 @@ class _StiffnessSums:
         block.add(self.pairs, _weights(block, stiffness).expand_as(stiffness))
 
     def mean(self) -> Tensor:
-        """Mean of f, (B,); 1 without pairs."""
-        positive = self.total > 0
-        return torch.where(positive, self.total / self.pairs.clamp(min=1e-9), 1.0)
+        """Mean of f, (B,); 1 without pairs, and where it is too small for its inverse."""
+        mean = self.total / self.pairs.clamp(min=1e-9)
+        return torch.where(mean < torch.finfo(mean.dtype).tiny, 1.0, mean)
 
 
 def _weights(block: Block, like: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar, Literal, get_args
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 from torch import Tensor
 
 from molgen_energy.config import PositiveFloat
@@ -15,6 +15,16 @@ from molgen_energy.losses.energy import Distance, PairwiseEnergy, SpringsBetween
 from molgen_energy.losses.springs import SpringFamily, SpringsConfig
 
 SpringsOf = Literal["prediction", "noisy"]
+
+
+def _check_requires(requires: frozenset[str]) -> None:
+    """Raise `ValueError` if springs or edges depend on the target."""
+    of_data = requires - {"noisy", "noise_level"}
+    if of_data:
+        raise ValueError(
+            f"springs that depend on {', '.join(sorted(of_data))} of the data: the minimiser would "
+            "not be the score; choose other springs, edges or distance"
+        )
 
 
 class ScoreEnergyConfig(SpringsBetweenAtomsConfig):
@@ -31,8 +41,16 @@ class ScoreEnergyConfig(SpringsBetweenAtomsConfig):
     @classmethod
     def _scaled_by_sample(cls, springs: SpringsConfig) -> SpringsConfig:
         if springs.scale not in ("auto", "sample"):
-            raise ValueError(f"scale {springs.scale}: score_energy has the scale sample (or auto)")
+            raise ValueError(
+                f"score_energy has the scale sample, not {springs.scale}; set loss.springs.scale "
+                "to sample"
+            )
         return springs
+
+    @model_validator(mode="after")
+    def _independent_of_data(self) -> ScoreEnergyConfig:
+        _check_requires(self.requires)
+        return self
 
     @property
     def published_as(self) -> str:
@@ -74,7 +92,8 @@ class ScoreEnergy(PairwiseEnergy):
     Raises
     ------
     ValueError
-        As for `PairwiseEnergy`; λ is not above 0; or f is to be taken at the target.
+        As for `PairwiseEnergy`; λ is not above 0; or f or the edges depend on the data: on its
+        distances, bonds, features or symmetries.
     """
 
     Config: ClassVar[type[ScoreEnergyConfig]] = ScoreEnergyConfig
@@ -93,6 +112,7 @@ class ScoreEnergy(PairwiseEnergy):
                 f"springs_at '{springs_at}': the minimiser would not be the score; choose "
                 f"{' or '.join(get_args(SpringsOf))}"
             )
+        _check_requires(self.requires)
         if not 0 < external < float("inf"):
             raise ValueError(f"external {external}: expected a number above 0")
         self.external = external

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
+from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 
 from molgen_energy.config import Section, one_of, positive_or
@@ -117,6 +118,14 @@ class SpringsConfig(Section):
     is `sample` where f does not depend on the data alone."""
     distance: Literal["positions", "features"] = "positions"
     """The argument of f: the distance in positions, or in positions and encoded features."""
+
+    @field_validator("scale")
+    @classmethod
+    def _of_adaptive_springs(cls, scale: float | str, info: ValidationInfo) -> float | str:
+        family = SPRINGS.get(info.data.get("family", ""))
+        if family is not None and family.adaptive and scale not in ("auto", "sample"):
+            raise ValueError(f"springs auto have the scale sample, not {scale}; set it to sample")
+        return scale
 
 
 def spring_family(springs: str | Callable[[Tensor], Tensor] | SpringFamily) -> SpringFamily:

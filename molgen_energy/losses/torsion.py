@@ -12,9 +12,10 @@ atoms coincide, with derivatives of at most 1/δ, and as good as unit vectors at
 - **value**: where q has the value of the target. The minimiser over random targets is a mean of q,
   for torsions a circular one, which is not the q of the mean configuration.
 - **projected**: ½(g·(ŷ − y))², where g = ∂q/∂ŷ is a constant, evaluated at the prediction. The
-  gradient is linear in the target y, so it vanishes at the mean of random targets: a denoiser that
-  is trained with it has the posterior mean E[y|x_t] as its stationary point, as with the squared
-  error. Prediction and target must be in one frame, as in denoising: this form is invariant under
+  gradient is linear in the target y, so its mean over random targets with the same bonds vanishes
+  at the mean of these: a denoiser that is trained with it has the posterior mean E[y|x_t] as its
+  stationary point, as with the squared error, at noise levels where x_t determines the bonds.
+  Prediction and target must be in one frame, as in denoising: this form is invariant under
   motions of both together only. It agrees with *value* to second order in ŷ − y.
 """
 

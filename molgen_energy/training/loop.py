@@ -276,12 +276,11 @@ class _Trainer:
         checkpoint = load_checkpoint(resolve_checkpoint(name, "--init"))
         own = self.task.config
         theirs = checkpoint.config_as(type(own))
-        for key in ("process", "scales"):
-            if getattr(theirs, key, None) != getattr(own, key, None):
-                raise InputError(
-                    f"--init {name} was trained with another section {key}: "
-                    f"{getattr(theirs, key)!r}; set the same values"
-                )
+        differences = _different_values(theirs, own)
+        if differences:
+            raise InputError(
+                f"--init {name} was trained with {', '.join(differences)}; set the same values"
+            )
         elements = checkpoint.state.get("elements")
         if elements != self.task.state.get("elements"):
             raise InputError(
@@ -423,6 +422,8 @@ class _Trainer:
         place = min(rank(), len(batch) - 1)
         losses = self.task.loss(model, batch, seed, place, world_size())
         weight = float(rank() < len(batch))
+        if not weight and self.task.adaptive is not None:
+            self.task.adaptive.discard_step()
         # Gradients are averaged over processes afterwards.
         loss = losses["loss"].sum() * (weight * world_size() / len(batch))
         loss.backward()  # type: ignore[no-untyped-call]
@@ -514,6 +515,17 @@ class _Trainer:
                 skipped=at.skipped,
             )
         at.sums, at.count = self._zero_sums(), 0
+
+
+def _different_values(theirs: Config, ours: Config) -> list[str]:
+    """The values, as `key=value`, that give weights a meaning and that ours do not have."""
+    theirs_by_key, ours_by_key = theirs.model_dump(mode="json"), ours.model_dump(mode="json")
+    return [
+        f"{section}.{key}={'null' if value is None else value}"
+        for section in ("model", "process", "scales", "condition")
+        for key, value in theirs_by_key.get(section, {}).items()
+        if key != "dropout" and ours_by_key.get(section, {}).get(key) != value
+    ]
 
 
 def _optimizers(

@@ -396,6 +396,27 @@ def terms_of(process, wrong, clean, loss=None, mask=MASK, **options):
     return objective(model, clean, RandomNumbers(4, torch.arange(len(mask)))), *seen[0]
 
 
+class Recorder(MeanSquaredError):
+    """Keeps what it was called with."""
+
+    requires = frozenset({"noisy", "noise_level"})
+
+    def of(self, samples):
+        self.samples = samples
+        return super().of(samples)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_losses_get_the_noisy_positions_and_their_level(name):
+    """σ/α in the unit of positions, whatever the weight in time."""
+    process, loss = PROCESSES[name](40), Recorder()
+    _, noisy, level = terms_of(process, lambda noisy, level: noisy, crystal(), loss)
+    scale = LAYOUT.fields["positions"].scale
+    ratio = process.sigma(level) / process.alpha(level)
+    torch.testing.assert_close(loss.samples.noise_level, (scale * ratio).double())
+    torch.testing.assert_close(loss.samples.noisy, scale * noisy["positions"])
+
+
 @pytest.mark.parametrize(("name", "kind"), WAYS)
 def test_a_perfect_prediction_costs_nothing(name, kind):
     process, clean = PROCESSES[name](40, prediction=kind), crystal()

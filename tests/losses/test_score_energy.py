@@ -174,6 +174,10 @@ def test_external_springs_add_a_squared_error():
         ({"external": 0.0}, "external 0.0: expected a number above 0"),
         ({"springs_at": "target"}, "the minimiser would not be the score"),
         ({"springs": "stiff"}, "unknown springs 'stiff'"),
+        ({"springs": "lennard_jones"}, "springs that depend on bonds of the data"),
+        ({"distance": "features"}, "springs that depend on features of the data"),
+        ({"edges": "bonds"}, "springs that depend on bonds of the data"),
+        ({"edges": "symmetrized"}, "springs that depend on neighbours of the data"),
     ],
 )
 def test_bad_arguments_of_the_score_energy(arguments, message):
@@ -207,8 +211,37 @@ def test_inputs_that_are_missing_or_have_other_shapes():
 
 
 def test_the_section_has_no_other_scale():
-    with pytest.raises(ValueError, match="score_energy has the scale sample"):
+    with pytest.raises(ValueError, match=r"set loss\.springs\.scale to sample"):
         ScoreEnergyConfig(springs=SpringsConfig(scale=2.0))
+    for scale in (2.0, "gdm"):
+        with pytest.raises(ValueError, match=f"scale sample, not {scale}; set it to sample"):
+            SpringsConfig(family="auto", scale=scale)
+
+
+@pytest.mark.parametrize("distance", [80.0, 90.0, 100.0, 120.0])
+def test_springs_that_vanish_leave_the_external_ones(distance):
+    """exp(−d) of all pairs is near the smallest number, or below: its inverse would overflow."""
+    corners = torch.tensor([[0.0, 0, 0], [1, 1, 0], [1, 0, 1], [0, 1, 1]])[None] / 2**0.5
+    prediction = (distance * corners).requires_grad_()
+    energy = ScoreEnergy()(prediction, corners)
+    energy.sum().backward()
+    external = 0.64 / 4 * (prediction - corners).square().sum()
+    assert external * (1 - 1e-6) <= energy < 10 * external
+    assert prediction.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"springs": {"family": "lennard_jones"}},
+        {"springs": {"distance": "features"}},
+        {"edges": {"kind": "bonds"}},
+        {"edges": {"kind": "symmetrized"}},
+    ],
+)
+def test_the_section_has_no_springs_that_depend_on_the_data(values):
+    with pytest.raises(ValueError, match="choose other springs, edges or distance"):
+        ScoreEnergyConfig(**values)
 
 
 # ---- springs that are learnt ---------------------------------------------------------------------
@@ -258,6 +291,16 @@ def test_stiffness_is_smooth_and_finite_everywhere():
         values = 1 / springs.variance(d, level)
         assert torch.isfinite(values).all() and (values > 0).all()
         assert values.log().diff().abs().max() < 0.05
+
+
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])
+@pytest.mark.parametrize("springs_at", ["target", "prediction"])
+def test_a_prediction_that_is_not_finite_gives_such_a_loss(spoilt, springs_at):
+    """So that training skips the step."""
+    target = torch.randn(2, 5, 3)
+    loss = PairwiseEnergy("auto", "sample", springs_at=springs_at)
+    prediction = torch.full_like(target, spoilt).requires_grad_()
+    assert not loss(prediction, target, noise_level=torch.ones(2)).isfinite().any()
 
 
 def test_springs_are_equal_before_the_first_step():

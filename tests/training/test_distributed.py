@@ -61,6 +61,10 @@ def assert_close_runs(ours: Path, theirs: Path) -> None:
         np.testing.assert_allclose(a, b, rtol=2e-4, err_msg=name)
     a, b = tensors_of(ours), tensors_of(theirs)
     assert float((a - b).norm() / b.norm()) < 1e-4
+    a, b = (load_checkpoint(run).read_tensors("springs") for run in (ours, theirs))
+    torch.testing.assert_close(
+        a["pairs"].sum(), b["pairs"].sum(), rtol=1e-6, atol=0
+    )  # one sample: 4e-6
 
 
 @pytest.fixture(scope="module")

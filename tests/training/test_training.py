@@ -604,9 +604,10 @@ def test_training_starts_from_the_weights_of_a_run(unbroken, tmp_path):
     ("changes", "message"),
     [
         ({"training.initial_weights": "qm9_energy_"}, r"--init qm9_energy_ does not exist \(did"),
-        ({"process.prediction": "velocity"}, "was trained with another section process"),
-        ({"scales.positions": 2.0}, "was trained with another section scales"),
-        ({"model.width": 24}, "is a checkpoint of another model"),
+        ({"process.prediction": "velocity"}, r"was trained with process\.prediction=noise; set"),
+        ({"scales.positions": 2.0}, r"was trained with scales\.positions=1\.0; set"),
+        ({"model.width": 24}, r"was trained with model\.width=\d+; set"),
+        ({"model.normalization": 7.0}, r"was trained with model\.normalization="),
         ({"data.elements": ["H", "C", "N", "O", "F", "S"]}, "was trained on the elements"),
     ],
 )
