@@ -292,11 +292,10 @@ def _assign(schema: type[Section], values: dict[str, Any], key: str, value: Any)
     *sections, last = key.split(".")
     for depth, section in enumerate(sections):
         field = schema.model_fields.get(section)
-        if (
-            field is not None
-            and depth + 1 == len(sections)
-            and get_origin(field.annotation) is dict
-        ):
+        if field is not None and get_origin(field.annotation) is dict:
+            if depth + 1 < len(sections):
+                entry = ".".join(sections[: depth + 2])
+                raise InputError(f"{key}: set the whole entry, such as {entry}={{{last}: {value}}}")
             values[section] = {**values.get(section, {}), last: value}
             return
         inner = None if field is None else _section_class(field, values.get(section))

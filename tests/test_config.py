@@ -73,6 +73,10 @@ def test_assignments():
             "objective.field_weights={elements: -1}",
             r"objective\.field_weights\.elements: .*equal to 0",
         ),
+        (
+            "objective.terms.torsion.rest=value",
+            r"set the whole entry, such as objective\.terms\.torsion=\{rest: value\}",
+        ),
         ("objective.weighting=noisy", r"objective\.weighting: .*'auto', 'noise' or 'clean'"),
         ("scales.elements=0", r"scales\.elements: .*greater than 0"),
         ("loss.edges.pool=100000000", r"loss\.edges\.pool: .*10000"),

@@ -175,6 +175,10 @@ def _options(
                 f"{option_name(name)} is not an option for {system.samples}, which {chosen} "
                 f"generates (valid: {valid})"
             )
+    for name in ("temperature_of", "temperature_range"):
+        acts = "temperature" in given or (name == "temperature_range" and "final_noise" in given)
+        if name in given and not acts:
+            raise InputError(f"{option_name(name)} has no effect without --temperature")
     path = resolve_symlink(Path(system.output) if output is None else output)
     system.check_output(path)
     return found, path, dict(system.sampling) | given
