@@ -1,6 +1,6 @@
 """What does a network learn that minimises a loss perfectly?
 
-    python scripts/check_minimiser.py --csv minimiser.csv --image docs/images/minimiser.png
+    python scripts/check_minimiser.py --csv minimiser.csv --image minimiser.png
 
 A density with a known posterior: a chain of five carbon atoms with fixed bonds and angles, its two
 torsions on a grid with weights exp(−U), in orientations of a product quadrature over rotations. It
@@ -180,6 +180,7 @@ def end_to_end(positions: Tensor) -> Tensor:
 def draw(rows: list[dict[str, str]], path: Path) -> None:
     """Errors and relative distances against the noise level."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     panels = {
         "error": "relative error of the minimiser",
@@ -200,6 +201,8 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
                 levels, values, dashes, marker="o", ms=3, label=name, color=f"C{place}", **style
             )
         axis.set(xscale="log", xlabel="noise level σ/α, Å", title=title)
+        axis.set_xticks(LEVELS, [f"{level:g}" for level in LEVELS], minor=False)
+        axis.xaxis.set_minor_locator(NullLocator())
     axes[0].set(yscale="log", ylim=(3e-10, 3))
     for axis in axes[1:]:
         axis.axhline(1, color="grey", lw=0.8, zorder=0)
@@ -215,7 +218,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="x_t at each level")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--image", type=Path)
+    parser.add_argument("--only-draw", type=Path, metavar="CSV", help="what --csv wrote")
     options = parser.parse_args()
+    if options.only_draw:
+        with options.only_draw.open(newline="", encoding="utf-8") as file:
+            draw(list(csv.DictReader(file)), options.image)
+        return
     known, rows = density(), []
     for level in LEVELS:
         found = [measure(known, level, seed) for seed in range(options.seeds)]
