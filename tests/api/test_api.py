@@ -108,5 +108,6 @@ def test_bad_options_name_the_remedy(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="has no condition; leave out --condition"):
         molgen_energy.sample(1, "a.sdf", checkpoint="qm9_energy", condition={"gap": 0.2})
     with pytest.raises(InputError, match=r"--temperature-range 0\.3:0\.2: expected two"):
-        molgen_energy.sample(1, "a.sdf", checkpoint="qm9_energy", temperature_range=(0.3, 0.2))
+        reversed_range = {"temperature": 0.9, "temperature_range": (0.3, 0.2)}
+        molgen_energy.sample(1, "a.sdf", checkpoint="qm9_energy", **reversed_range)
     assert list(tmp_path.iterdir()) == []
