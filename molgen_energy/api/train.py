@@ -196,8 +196,9 @@ def _new_folder(config: Config) -> Path:
     """A new folder under `runs/`, named after configuration, loss and time."""
     section = getattr(config, "loss", None)
     parts = [config.name, loss_name(config)]
-    if getattr(section, "variant", None):
-        parts.append(section.variant)  # type: ignore[union-attr]
+    springs = getattr(section, "springs", None)
+    if springs is not None:
+        parts.append(springs.family)
     edges = getattr(section, "edges", None)
     if edges is not None and edges.kind != "complete":
         parts.append(edges.kind)
