@@ -286,7 +286,8 @@ class PairwiseEnergy(PositionLoss):
             for block in pairs.blocks():
                 displacement, data = block.differences("prediction"), block.differences("target")
                 length = _lengths(displacement)
-                distances = self._distances(block, length, data, samples)
+                data_length = _lengths(data) if self._uses_data_length else None
+                distances = self._distances(block, length, data_length, samples)
                 stiffness = self._stiffness(block, distances, samples)
                 if self.scale is None:
                     sums.add(block, stiffness)
@@ -295,7 +296,11 @@ class PairwiseEnergy(PositionLoss):
                     extension, force = _lengths(displacement), stiffness
                     product = extension.square().mul_(stiffness)
                 else:
-                    extension = length - self._rest_length(displacement, length, data, least)
+                    if self.rest == "distance":
+                        assert data_length is not None
+                        extension = length - data_length
+                    else:
+                        extension = length - _projections(data, displacement, length, least)
                     force = stiffness * extension  # f may return its argument: not in place
                     product = extension * force
                     # The displacement of coincident atoms is 0, and so is its product.
@@ -317,23 +322,19 @@ class PairwiseEnergy(PositionLoss):
             gradient = pairs.forces().mul_(2 * constant[:, None, None])
         return _with_gradient(samples.prediction, energy, gradient)
 
-    def _rest_length(
-        self, displacement: Tensor, length: Tensor, data: Tensor, least: float
-    ) -> Tensor:
-        """Rest lengths of the springs of a block."""
-        if self.rest == "distance":
-            return _lengths(data)
-        projection = displacement[0] * data[0]
-        for own, other in zip(displacement[1:], data[1:], strict=True):
-            projection.addcmul_(own, other)
-        return projection.div_(length.clamp(min=least))
+    @property
+    def _uses_data_length(self) -> bool:
+        return self.rest == "distance" or self.springs_at == "target"
 
-    def _distances(self, block: Block, length: Tensor, data: Tensor, samples: Samples) -> Tensor:
-        """Argument of f, for the lengths of the predicted pairs and the vectors of the data."""
+    def _distances(
+        self, block: Block, length: Tensor, data_length: Tensor | None, samples: Samples
+    ) -> Tensor:
+        """Argument of f, for the lengths of the pairs in the prediction and in the data."""
         if self.springs_at == "prediction":
             distances = length.clone()
         elif self.springs_at == "target":
-            distances = _lengths(data)
+            assert data_length is not None
+            distances = data_length
         elif samples.noisy is None:
             raise ValueError("springs at the noisy positions: give noisy")
         else:
@@ -376,7 +377,8 @@ class PairwiseEnergy(PositionLoss):
             if self.scale is None:
                 sums.add(block, _weights(block, data[0]))
             else:
-                distances = self._distances(block, _lengths(data), data, samples)
+                length = _lengths(data)
+                distances = self._distances(block, length, length, samples)
                 sums.add(block, self._stiffness(block, distances, samples))
         return Stiffness(sums.total, sums.pairs, sums.total / samples.counts)
 
@@ -395,6 +397,14 @@ class _StiffnessSums:
         """Mean of f, (B,); 1 without pairs, and where it is too small for its inverse."""
         mean = self.total / self.pairs.clamp(min=1e-9)
         return torch.where(mean < torch.finfo(mean.dtype).tiny, 1.0, mean)
+
+
+def _projections(data: Tensor, displacement: Tensor, length: Tensor, least: float) -> Tensor:
+    """⟨Δ, û⟩ of vectors Δ of the data, û the directions of predicted vectors of given lengths."""
+    projections = displacement[0] * data[0]
+    for own, other in zip(displacement[1:], data[1:], strict=True):
+        projections.addcmul_(own, other)
+    return projections.div_(length.clamp(min=least))
 
 
 def _weights(block: Block, like: Tensor) -> Tensor:
