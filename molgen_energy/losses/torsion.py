@@ -195,24 +195,29 @@ class _InternalCoordinateError(PositionLoss):
         """The mean of the errors (T,) of each sample, (B,)."""
 
 
-class TorsionConfig(LossConfig):
-    """Error of torsions, see `TorsionError`."""
+class _InternalCoordinateConfig(LossConfig):
+    """Settings of the error of an internal coordinate."""
 
-    name: str = "torsion"
     rest: Rest = "value"
 
     @property
     def requires(self) -> frozenset[str]:
         """Bonds."""
-        return TorsionError.requires
+        return _InternalCoordinateError.requires
+
+    def describe(self) -> str:
+        """Where the coordinates are at rest."""
+        return f", rest {self.rest}"
+
+
+class TorsionConfig(_InternalCoordinateConfig):
+    """Error of torsions, see `TorsionError`."""
+
+    name: str = "torsion"
 
     def build(self, *, seed: int = 0, channels: int | None = None) -> TorsionError:
         """The loss; `channels` has no effect."""
         return TorsionError(self.rest)
-
-    def describe(self) -> str:
-        """Where torsions are at rest."""
-        return f", rest {self.rest}"
 
 
 class TorsionError(_InternalCoordinateError):
@@ -286,24 +291,14 @@ def _weighted_phase(v1: Tensor, v2: Tensor, v3: Tensor) -> Tensor:
     return torch.stack([_dot(left, right), -_norm(v2) * _dot(v1, right)])
 
 
-class ChiralityConfig(LossConfig):
+class ChiralityConfig(_InternalCoordinateConfig):
     """Error of signed volumes, see `ChiralityError`."""
 
     name: str = "chirality"
-    rest: Rest = "value"
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """Bonds."""
-        return ChiralityError.requires
 
     def build(self, *, seed: int = 0, channels: int | None = None) -> ChiralityError:
         """The loss; `channels` has no effect."""
         return ChiralityError(self.rest)
-
-    def describe(self) -> str:
-        """Where signed volumes are at rest."""
-        return f", rest {self.rest}"
 
 
 class ChiralityError(_InternalCoordinateError):
