@@ -29,6 +29,7 @@ from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules, batch_by_size
 from molgen_energy.diffusion.noise import RandomNumbers
 from molgen_energy.diffusion.process import Process
+from molgen_energy.diffusion.samplers import noise_levels
 from molgen_energy.diffusion.state import State, pairs_inside
 from molgen_energy.output import atomic_replace
 from molgen_energy.resources import bundled_sample
@@ -87,12 +88,6 @@ def main() -> None:
 # ---- predictions of noisy molecules --------------------------------------------------------------
 
 
-def ratios(process: Process, scale: float) -> Tensor:
-    """σ/α of every level in Å, (T+1,)."""
-    levels = torch.arange(process.steps + 1)
-    return process.sigma(levels) / process.alpha(levels) * scale
-
-
 def calibration(
     generators: dict[str, MoleculeGenerator], options: argparse.Namespace
 ) -> list[dict[str, str]]:
@@ -132,7 +127,7 @@ def predicted_pairs(
     batch = DeviceMolecules(molecules, generator.device, False).batch(chunk)
     values = {name: field.encode(batch.data) for name, field in layout.fields.items()}
     clean = State.from_fields(layout, batch.mask, values)
-    nearest = int((ratios(process, scale).log() - np.log(level)).abs().argmin())
+    nearest = int((noise_levels(process, layout).log() - np.log(level)).abs().argmin())
     levels = torch.full((len(chunk),), nearest, device=generator.device)
     # The noise belongs to a molecule, so all networks see the same.
     random = RandomNumbers(generator.seed, torch.from_numpy(chunk).to(generator.device))
@@ -173,7 +168,7 @@ def switched(
     options.work.mkdir(parents=True, exist_ok=True)
     generator = next(iter(generators.values()))
     networks = {label: one.model for label, one in generators.items()}
-    ratio = ratios(generator.sampler.process, generator.layout.fields["positions"].scale)
+    ratio = noise_levels(generator.sampler.process, generator.layout)
     models = dict(networks)
     for at in map(float, options.at.split(",")):
         first = int((ratio >= at).nonzero()[0])
