@@ -11,6 +11,7 @@ from typing import Any
 from molgen_energy.config import Config
 from molgen_energy.distributed import broadcast, is_main, local_device, process_group
 from molgen_energy.errors import InputError
+from molgen_energy.losses import LOSSES
 from molgen_energy.output import check_folder
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.systems.base import System
@@ -31,9 +32,6 @@ from molgen_energy.training.loop import (
 from molgen_energy.training.loop import train as run_loop
 from molgen_energy.training.pretrained import checkpoint_name, resolve_checkpoint
 from molgen_energy.training.task import Task
-
-ENERGIES = ("energy", "score_energy")
-"""Losses with springs and edges."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +162,10 @@ def _configuration(
         base = load_config(config or str(SYSTEMS[DEFAULT_SYSTEM].default_config))
     loss = options.get("loss.name", changes.get("loss.name", loss_name(base)))
     for name, key in (("springs", "loss.springs.family"), ("edges", "loss.edges.kind")):
-        if key in options and loss not in ENERGIES:
-            raise InputError(f"--{name} goes with --loss {' or '.join(ENERGIES)}, not {loss}")
+        section = key.split(".")[1]
+        losses = [own for own, kind in LOSSES.items() if section in kind.Config.model_fields]
+        if key in options and loss not in losses:
+            raise InputError(f"--{name} goes with --loss {' or '.join(losses)}, not {loss}")
     return base.replaced(changes | options)
 
 
