@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-
-PATH = Path(__file__).parents[2] / "scripts" / "check_score.py"
+from conftest import imported_script
 
 
 @pytest.fixture(scope="module")
 def check():
-    spec = importlib.util.spec_from_file_location("check_score", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["check_score"] = module  # where dataclasses look for their module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["check_score"]
+    with imported_script("check_score") as module:
+        yield module
 
 
 @pytest.mark.slow

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from itertools import product
-from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from conftest import imported_script
 
 from molgen_energy.losses import (
     AdaptiveSprings,
@@ -22,18 +20,13 @@ from molgen_energy.losses import (
 )
 from molgen_energy.losses.energy import Rest, SpringsAt
 
-PATH = Path(__file__).parents[2] / "scripts" / "check_minimiser.py"
 LEVELS = (0.1, 0.3, 0.7, 1.0)
 
 
 @pytest.fixture(scope="module")
 def check():
-    spec = importlib.util.spec_from_file_location("check_minimiser", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["check_minimiser"] = module  # where dataclasses look for their module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["check_minimiser"]
+    with imported_script("check_minimiser") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
