@@ -87,12 +87,7 @@ class Objective:
         Probability that a self-conditioned denoiser gets its own first prediction, the same for
         the whole batch.
     terms
-        L_m, by name.
-
-    Raises
-    ------
-    ValueError
-        A term has the name of a field.
+        L_m, by names that no field has.
     """
 
     def __init__(
