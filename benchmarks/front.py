@@ -445,7 +445,7 @@ def metrics_of(entry: Mapping[str, Any], equal: Measured) -> dict[str, Measured]
     """Metrics of a file in a report, without those of given bonds, and its FCD at equal number."""
     found = {}
     for name, metric in entry["metrics"].items():
-        if metric is not None and not name.startswith("given_bonds_"):
+        if metric is not None:
             low, high = metric["interval"] or (math.nan, math.nan)
             value = math.nan if metric["value"] is None else metric["value"]
             found[name] = Measured(value, low, high)
@@ -454,7 +454,7 @@ def metrics_of(entry: Mapping[str, Any], equal: Measured) -> dict[str, Measured]
 
 def valid_smiles(path: Path, workers: int) -> list[str]:
     """SMILES of the valid molecules of a file, as `evaluate` passes them to ChemNet."""
-    settings = CheckSettings(type_codes={}, whole_smiles=True, check_given_bonds=False)
+    settings = CheckSettings(type_codes={}, whole_smiles=True)
     with WorkerPool(workers, TIMEOUT, preload=PRELOAD) as pool:
         checked = check_chunks(FileSource(path).chunks(), settings, pool)
         return [smiles for _, checks in checked for smiles in checks.whole_smiles if smiles]

@@ -55,10 +55,12 @@ def evaluate(
         Names of metrics, as a sequence or separated by commas: `rates`, `geometry`, `composition`,
         `strain` (the default), `fcd`, `posebusters`, `xtb` (each an extra to install), or `all`.
     bonds
-        Bonds for validity, SMILES and connectivity: `perceived` from distances (default),
-        `single`, the same but all taken as single, or `given` in the input.
+        Bonds of all checks: `given` in the input; `perceived` from distances; `single`, the same
+        but all taken as single for validity, SMILES and connectivity; or `auto` (default), given
+        bonds where every record of every input has them, else perceived ones.
     valence
-        Valence model for given bonds, `strict` (default) or `jodo`.
+        Which bonds make an atom stable: `strict` (default for given bonds), `geom`, `jodo`, or
+        `edm` (default for perceived bonds); see `molgen_energy.chemistry.valence`.
     angles
         Whether to count every angle and dihedral `once` (default) or as `jodo` does.
     types

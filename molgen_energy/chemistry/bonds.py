@@ -66,11 +66,19 @@ def _longest() -> NDArray[np.float32]:
 
 
 def _orders(
-    difference: NDArray[np.float32], first: NDArray[np.uint8], second: NDArray[np.uint8]
+    difference: NDArray[np.float32],
+    first: NDArray[np.uint8],
+    second: NDArray[np.uint8],
+    shift: float = 0.0,
 ) -> NDArray[np.uint8]:
-    """Bond orders (…) of pairs at a difference (…, 3) in Å, of two elements (…)."""
+    """Bond orders (…) of pairs at a difference (…, 3) in Å, of two elements (…).
+
+    `shift` (Å) is added to all distances.
+    """
     longest = _longest()
     picometres = 100 * np.linalg.norm(difference, axis=-1)
+    if shift:
+        picometres = picometres + 100 * shift
     # Lengths fall with the order, so counting the thresholds that fit gives the highest order.
     orders = np.zeros(picometres.shape, np.uint8)
     for order in range(3):
@@ -115,14 +123,47 @@ def perceive(molecules: Molecules) -> Molecules:
     return replace(molecules, bonds=bonds, formal_charges=None)
 
 
-def _near_bonds(molecule: Molecule) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Bonds of one large molecule: atoms (E, 2) and orders (E,), without all of its pairs."""
+def _near_bonds(
+    molecule: Molecule, tolerance: float = 0.0
+) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Bonds of one large molecule: atoms (E, 2) and orders (E,), without all of its pairs.
+
+    Distances may be longer by `tolerance` (Å).
+    """
     from scipy.spatial import cKDTree
 
-    reach = float(_longest().max()) / 100 * 1.001
+    reach = float(_longest().max()) / 100 * 1.001 + tolerance
     pairs = cKDTree(molecule.positions).query_pairs(reach, output_type="ndarray").astype(np.int64)
     pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
     i, j = pairs.T
     numbers, positions = molecule.atomic_numbers, molecule.positions
-    orders = _orders(positions[i] - positions[j], numbers[i], numbers[j])
+    orders = _orders(positions[i] - positions[j], numbers[i], numbers[j], -tolerance)
     return pairs[orders > 0], orders[orders > 0]
+
+
+def are_perceived(molecule: Molecule, tolerance: float = 0.002) -> bool:
+    """Whether a molecule's bonds are those that `perceive` finds, and it has no charges.
+
+    Parameters
+    ----------
+    tolerance
+        Distances may differ by this much (Å), which the decimals of a file round away.
+    """
+    if molecule.bond_index is None or molecule.bond_order is None:
+        return False
+    if molecule.formal_charges is not None and molecule.formal_charges.any():
+        return False
+    given = {
+        (min(i, j), max(i, j)): order
+        for (i, j), order in zip(
+            molecule.bond_index.tolist(), molecule.bond_order.tolist(), strict=True
+        )
+    }
+    near, _ = _near_bonds(molecule, tolerance)
+    pairs = np.array(sorted({*map(tuple, near.tolist()), *given}), np.int64).reshape(-1, 2)
+    orders = np.array([given.get((i, j), 0) for i, j in pairs.tolist()], np.uint8)
+    i, j = pairs.T
+    positions, numbers = molecule.positions, molecule.atomic_numbers
+    difference, elements = positions[i] - positions[j], (numbers[i], numbers[j])
+    fewest, most = (_orders(difference, *elements, shift) for shift in (tolerance, -tolerance))
+    return bool(((fewest <= orders) & (orders <= most)).all())

@@ -21,15 +21,15 @@ BONDS = "bonds"
 UNITS = "property_units"
 GROUP = "group"
 
-OWN_FIELDS = frozenset(
-    {
-        "molecule", "created_by", "checkpoint", "seed", "sampler", "steps", "spacing", "eta",
-        "sampling_temperature", "sampling_temperature_of", "sampling_temperature_range",
-        "sampling_final_noise", "config", "status", "fragments", BONDS, UNITS, GROUP,
-    }
+_ORIGIN = (
+    "created_by", "checkpoint", "seed", "sampler", "steps", "spacing", "eta",
+    "sampling_temperature", "sampling_temperature_of", "sampling_temperature_range",
+    "sampling_final_noise", "config",
 )  # fmt: skip
+OWN_FIELDS = frozenset({*_ORIGIN, "molecule", "status", "fragments", BONDS, UNITS, GROUP})
 """Fields that this package writes and that are no properties of a molecule."""
 
+_CREATOR = "molgen-energy "
 _SMILES = ("smiles", "SMILES")
 _FIRST_RECORDS = 100
 
@@ -107,6 +107,13 @@ def data_fields(molecule: Molecule) -> dict[str, str | float]:
     if molecule.group is not None:
         fields[GROUP] = molecule.group
     return fields
+
+
+def provenance(fields: Mapping[str, str]) -> dict[str, str]:
+    """How this package made a file, from the fields of its first record; empty for other files."""
+    if not fields.get("created_by", "").startswith(_CREATOR):
+        return {}
+    return {name: fields[name] for name in _ORIGIN if name in fields}
 
 
 def units_field(molecules: Molecules) -> dict[str, str]:

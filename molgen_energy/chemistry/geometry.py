@@ -36,6 +36,8 @@ class GeometryTypes:
 
     name: str
     types: dict[str, tuple[str, ...]]
+    aromatic: bool = True
+    """Whether they are of molecules in aromatic form, or in Kekulé form."""
 
 
 QM9_TYPES = GeometryTypes(
@@ -51,6 +53,7 @@ QM9_TYPES = GeometryTypes(
             "C1N-N1C-C1C", "H1C-C1N-N1C", "H1C-C1C-C1N",
         ),
     },
+    aromatic=False,
 )  # fmt: skip
 GEOM_TYPES = GeometryTypes(
     "geom",

@@ -1,10 +1,12 @@
-"""Conversion to and from RDKit molecules, Kekulisation, sanitisation and canonical SMILES."""
+"""Conversion to RDKit molecules, sanitisation, forms of aromatic bonds and canonical SMILES."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from rdkit import Chem, rdBase
 
 from molgen_energy.data.molecules import AROMATIC, Molecule
@@ -21,6 +23,37 @@ MAX_NEIGHBOURS = 12
 """Largest number of bonds at one atom that RDKit is called with: ring perception takes minutes on
 molecules with more, which are chemically impossible anyway."""
 
+# The clean-up rewrites some molecules, for instance a nitro group with two double bonds as one with
+# charges. Bonds are checked as they are written.
+_AS_WRITTEN = int(
+    Chem.SanitizeFlags.SANITIZE_ALL
+    ^ Chem.SanitizeFlags.SANITIZE_CLEANUP
+    ^ Chem.SanitizeFlags.SANITIZE_CLEANUP_ORGANOMETALLICS
+)
+_AROMATICITY = int(
+    Chem.SanitizeFlags.SANITIZE_SYMMRINGS
+    | Chem.SanitizeFlags.SANITIZE_KEKULIZE
+    | Chem.SanitizeFlags.SANITIZE_SETAROMATICITY
+    | Chem.SanitizeFlags.SANITIZE_SETCONJUGATION
+)
+
+
+_SULFURANIDE = {16, 34}
+"""Elements of R₃S⁻, which RDKit accepts though it is no stable molecule."""
+
+
+class BondForms(NamedTuple):
+    """Orders of the bonds of a molecule in both forms, (E,), in the order of its bonds.
+
+    They do not depend on which of the two forms the molecule had. Where RDKit cannot find them, as
+    with an aromatic ring that it cannot Kekulise, both are the orders of the molecule.
+    """
+
+    aromatic: NDArray[np.uint8]
+    """`AROMATIC` where RDKit's model finds aromaticity."""
+    kekule: NDArray[np.uint8]
+    """Alternating single and double bonds."""
+
 
 @dataclass(frozen=True)
 class SanitizationResult:
@@ -32,12 +65,16 @@ class SanitizationResult:
     """Number of connected fragments."""
     smiles: str | None = None
     """Canonical SMILES of the largest fragment (EDM's protocol); None if invalid."""
-    hydrogens_added: bool = False
+    hydrogens_missing: bool = False
     """Whether it is valid only with implicit hydrogens or radical electrons."""
     reason: str = ""
     """RDKit's error message if invalid."""
     whole_smiles: str | None = None
     """SMILES of all fragments without stereochemistry (JODO's protocol for FCD), if requested."""
+    forms: BondForms | None = None
+    """If requested."""
+    unstable_atoms: tuple[int, ...] = ()
+    """Atoms that break the valence model `strict`, if requested."""
 
 
 def build(molecule: Molecule, positions: bool = False) -> Chem.RWMol:
@@ -74,7 +111,9 @@ def max_neighbours(molecule: Molecule) -> int:
     return int(np.bincount(molecule.bond_index.ravel()).max())
 
 
-def sanitize(molecule: Molecule, whole_smiles: bool = False) -> SanitizationResult:
+def sanitize(
+    molecule: Molecule, whole_smiles: bool = False, forms: bool = False, strict: bool = False
+) -> SanitizationResult:
     """Sanitise a molecule with all its fragments, then name the largest one.
 
     Parameters
@@ -82,30 +121,101 @@ def sanitize(molecule: Molecule, whole_smiles: bool = False) -> SanitizationResu
     whole_smiles
         Whether to compute the SMILES of all fragments too. It is None where RDKit cannot parse its
         own output.
+    forms
+        Whether to find the aromatic and the Kekulé form of the bonds.
+    strict
+        Whether to list the atoms that are unstable by the valence model `strict`: those whose bonds
+        RDKit refuses for their formal charge, that cannot be Kekulised, or that need implicit
+        hydrogens or radical electrons. RDKit's clean-up of unusual valences does not count.
     """
     built = build(molecule)
     fragments = len(Chem.GetMolFrags(built))
     if max_neighbours(molecule) > MAX_NEIGHBOURS:
         reason = f"an atom has more than {MAX_NEIGHBOURS} bonds"
-        return SanitizationResult(False, fragments, reason=reason)
+        return SanitizationResult(
+            False,
+            fragments,
+            reason=reason,
+            forms=_as_they_are(molecule) if forms else None,
+            unstable_atoms=_crowded_atoms(molecule) if strict else (),
+        )
+    smiles = whole = None
+    missing, reason = False, ""
     with rdBase.BlockLogs():
         try:
             Chem.SanitizeMol(built)
-            implicit = any(
-                atom.GetTotalNumHs() > 0 or atom.GetNumRadicalElectrons() > 0
-                for atom in built.GetAtoms()
-            )
+            missing = any(_lacks_hydrogens(atom) for atom in built.GetAtoms())
             largest = built
             if fragments > 1:
                 parts = Chem.GetMolFrags(built, asMols=True, sanitizeFrags=True)
                 largest = max(parts, key=lambda part: part.GetNumAtoms())
             smiles = Chem.MolToSmiles(largest)
             whole = _whole_smiles(built) if whole_smiles else None
-            return SanitizationResult(True, fragments, smiles, implicit, "", whole)
         except ValueError as error:  # raised by SanitizeMol
-            return SanitizationResult(False, fragments, reason=str(error).strip())
+            reason = str(error).strip()
         except RuntimeError:  # the valence of an atom overflows RDKit's counter
-            return SanitizationResult(False, fragments, reason="valence beyond what RDKit counts")
+            reason = "valence beyond what RDKit counts"
+        valid = not reason
+        return SanitizationResult(
+            valid,
+            fragments,
+            smiles,
+            missing,
+            reason,
+            whole,
+            _forms(molecule, built if valid else None) if forms else None,
+            _unstable_atoms(molecule, built if valid else None, missing) if strict else (),
+        )
+
+
+def _lacks_hydrogens(atom: Chem.Atom) -> bool:
+    return bool(atom.GetTotalNumHs() > 0 or atom.GetNumRadicalElectrons() > 0)
+
+
+def _crowded_atoms(molecule: Molecule) -> tuple[int, ...]:
+    assert molecule.bond_index is not None
+    bonds = np.bincount(molecule.bond_index.ravel(), minlength=len(molecule))
+    return tuple(np.flatnonzero(bonds > MAX_NEIGHBOURS).tolist())
+
+
+def _sulfuranides(molecule: Molecule) -> set[int]:
+    if molecule.formal_charges is None or molecule.bond_index is None:
+        return set()
+    assert molecule.bond_order is not None
+    found = set()
+    for k in np.flatnonzero(molecule.formal_charges == -1).tolist():
+        order = int(molecule.bond_order[(molecule.bond_index == k).any(axis=1)].sum())
+        if order == 3 and int(molecule.atomic_numbers[k]) in _SULFURANIDE:
+            found.add(k)
+    return found
+
+
+def _unstable_atoms(
+    molecule: Molecule, sanitized: Chem.Mol | None, hydrogens_missing: bool
+) -> tuple[int, ...]:
+    """The atoms that break `strict`; `sanitized` is None for an invalid molecule."""
+    unstable = _sulfuranides(molecule)
+    if sanitized is not None:
+        if hydrogens_missing:
+            unstable |= {a.GetIdx() for a in sanitized.GetAtoms() if _lacks_hydrogens(a)}
+        charges = [atom.GetFormalCharge() for atom in sanitized.GetAtoms()]
+        given = molecule.formal_charges
+        if charges == ([0] * len(charges) if given is None else given.tolist()):
+            return tuple(sorted(unstable))
+    built = build(molecule)
+    try:
+        for problem in Chem.DetectChemistryProblems(built, _AS_WRITTEN):
+            if problem.GetType() == "KekulizeException":
+                unstable.update(problem.GetAtomIndices())
+            else:
+                unstable.add(problem.GetAtomIdx())
+        built.UpdatePropertyCache(strict=False)
+        unstable.update(a.GetIdx() for a in built.GetAtoms() if a.GetTotalNumHs() > 0)
+    except (ValueError, RuntimeError):
+        pass
+    if not unstable and sanitized is None:
+        return tuple(range(len(molecule)))  # invalid, and RDKit does not say at which atom
+    return tuple(sorted(unstable))
 
 
 def _whole_smiles(molecule: Chem.Mol) -> str | None:
@@ -116,18 +226,38 @@ def _whole_smiles(molecule: Chem.Mol) -> str | None:
     return smiles
 
 
-def kekulised(molecule: Molecule) -> Molecule:
-    """The molecule with alternating single and double bonds in place of aromatic ones.
-
-    A molecule that RDKit cannot Kekulise is returned unchanged.
-    """
-    if molecule.bond_order is None or not (molecule.bond_order == AROMATIC).any():
-        return molecule
-    built = build(molecule)
+def bond_forms(molecule: Molecule) -> BondForms:
+    """The orders of a molecule's bonds in aromatic and in Kekulé form."""
     with rdBase.BlockLogs():
-        try:
-            Chem.Kekulize(built)
-        except (ValueError, RuntimeError):
-            return molecule
-    orders = [ORDERS[bond.GetBondType()] for bond in built.GetBonds()]
-    return replace(molecule, bond_order=np.array(orders, np.uint8))
+        return _forms(molecule, None)
+
+
+def _forms(molecule: Molecule, sanitized: Chem.Mol | None) -> BondForms:
+    """The forms of the bonds, of the molecule that RDKit sanitised if it did."""
+    found = sanitized
+    try:
+        if found is None:
+            found = build(molecule)
+            found.UpdatePropertyCache(strict=False)
+            Chem.SanitizeMol(found, _AROMATICITY)
+        aromatic = _orders(found)
+        kekule = aromatic
+        if (aromatic == AROMATIC).any():
+            copy = Chem.RWMol(found)
+            Chem.Kekulize(copy, clearAromaticFlags=True)
+            kekule = _orders(copy)
+    except (ValueError, RuntimeError):
+        return _as_they_are(molecule)
+    return BondForms(aromatic, kekule)
+
+
+def _orders(molecule: Chem.Mol) -> NDArray[np.uint8]:
+    # The clean-up of organometallic compounds makes dative bonds of single ones.
+    return np.array([ORDERS.get(bond.GetBondType(), 1) for bond in molecule.GetBonds()], np.uint8)
+
+
+def _as_they_are(molecule: Molecule) -> BondForms:
+    orders = molecule.bond_order
+    if orders is None:
+        orders = np.zeros(0, np.uint8)
+    return BondForms(orders, orders)

@@ -44,17 +44,19 @@ def command(
         help="Also fcd, posebusters, xtb (each an extra to install); or all.",
     ),
     bonds: str = typer.Option(
-        "perceived",
+        "auto",
         "--bonds",
-        metavar="perceived|single|given",
-        help="Bonds for validity, SMILES and connectivity: perceived from distances; the same, "
-        "all taken as single (EDM on GEOM-Drugs); or given in the file.",
+        metavar="auto|perceived|single|given",
+        help="Bonds of all checks: given in the file, or perceived from distances; single: "
+        "perceived, all single for validity (EDM on GEOM-Drugs); auto: given where every record "
+        "has them.",
     ),
-    valence: str = typer.Option(
-        "strict",
+    valence: str | None = typer.Option(
+        None,
         "--valence",
-        metavar="strict|jodo",
-        help="Valence model for given bonds: by chemistry, or as in JODO's code.",
+        metavar="strict|geom|jodo|edm",
+        help="Which bonds make an atom stable: as RDKit allows for its charge (default for given "
+        "bonds), or the table of GEOM-Drugs Revisited, JODO, or EDM (default for perceived).",
     ),
     angles: str = typer.Option(
         "once",
@@ -93,8 +95,8 @@ def command(
 
     Also takes samples of another physical system, which their HDF5 file names.
 
-    Bonds are perceived from distances (EDM's protocol); bonds that a file contains are checked in
-    addition. Of an HDF5 file, `--reference` takes the test split and `--train` the training split.
+    Bonds are those that a file gives, or else perceived from distances (EDM's protocol). Of an HDF5
+    file, `--reference` takes the test split and `--train` the training split.
     """
     from molgen_energy.api.evaluate import evaluate
 

@@ -199,31 +199,19 @@ class Counts:
     valid: int = 0
     connected: int = 0
     complete: int = 0
-    hydrogens_added: int = 0
+    hydrogens_missing: int = 0
     passes_all: int = 0
     distinct: int = 0
     novel: int | None = None
     timed_out: int = 0
     without_geometry: int = 0
-    given_bonds: int = 0
-    """Bonds given in the file, of all molecules."""
-    with_given_bonds: int = 0
-    """Molecules with given bonds; the counts below are of these."""
-    given_bonds_stable_molecules: int = 0
-    given_bonds_unstable_atoms: Clusters = field(default_factory=Clusters)
-    given_bonds_valid: int = 0
-    given_bonds_complete: int = 0
 
     def rates(self) -> dict[str, Rate | None]:
         """All rates by key; None where not applicable."""
         total = self.molecules
-        has_given_bonds = self.given_bonds > 0
 
         def novel(total: int) -> Rate | None:
             return None if self.novel is None else Rate(self.novel, total)
-
-        def with_given_bonds(count: int) -> Rate | None:
-            return Rate(count, self.with_given_bonds) if has_given_bonds else None
 
         return {
             "molecule_stability": Rate(self.stable_molecules, total),
@@ -235,14 +223,8 @@ class Counts:
             "complete": Rate(self.complete, total),
             "valid_unique": Rate(self.distinct, total),
             "valid_unique_novel": novel(total),
-            "hydrogens_assumed": Rate(self.hydrogens_added, total),
+            "hydrogens_assumed": Rate(self.hydrogens_missing, total),
             "good": Rate(self.passes_all, total),
-            "given_bonds_molecule_stability": with_given_bonds(self.given_bonds_stable_molecules),
-            "given_bonds_atom_stability": (
-                self.given_bonds_unstable_atoms.unmarked() if has_given_bonds else None
-            ),
-            "given_bonds_validity": with_given_bonds(self.given_bonds_valid),
-            "given_bonds_complete": with_given_bonds(self.given_bonds_complete),
         }
 
 
@@ -269,7 +251,7 @@ class EvaluationAccumulator:
     )
     """Histogram of atomic numbers, (groups, 119)."""
     unstable_valences: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """Number of unstable atoms by element and sum of bond orders."""
+    """Number of unstable atoms by element with charge and sum of bond orders."""
     invalid_reasons: Counter[str] = field(default_factory=Counter)
     first_records: dict[str, int] = field(default_factory=dict)
     """The first record with each reason."""
@@ -292,18 +274,10 @@ class EvaluationAccumulator:
         counts.valid += int(checks.valid.sum())
         counts.connected += int((checks.fragments == 1).sum())
         counts.complete += int(checks.complete.sum())
-        counts.hydrogens_added += int(checks.hydrogens_added.sum())
+        counts.hydrogens_missing += int(checks.hydrogens_missing.sum())
         counts.passes_all += int(checks.passes_all.sum())
         counts.timed_out += int(checks.timed_out.sum())
         counts.without_geometry += checks.without_geometry
-        if checks.given_bonds is not None:
-            given = checks.given_bonds
-            counts.given_bonds += given.bonds
-            counts.with_given_bonds += len(chunk)
-            counts.given_bonds_stable_molecules += int((given.unstable_atoms == 0).sum())
-            counts.given_bonds_unstable_atoms.add(given.unstable_atoms, molecules.sizes)
-            counts.given_bonds_valid += int(given.valid.sum())
-            counts.given_bonds_complete += int((given.valid & given.connected).sum())
         self.smiles.add(checks.smiles)
         self._add_composition(chunk)
         self.unstable_valences.update(checks.unstable_valences)
@@ -361,7 +335,7 @@ class EvaluationAccumulator:
     def _add_to_subsets(self, checks: ChunkChecks) -> None:
         chunk = checks.chunk
         self.random_molecules.add(chunk, np.ones(len(chunk), bool))
-        self.random_complete.add(chunk, checks.complete & ~checks.hydrogens_added)
+        self.random_complete.add(chunk, checks.complete)
 
         def describe(k: int, selected: SelectedMolecule) -> SelectedMolecule:
             return selected._replace(
@@ -398,13 +372,13 @@ def _failure_category(checks: ChunkChecks, k: int) -> str:
         return "invalid"
     if checks.fragments[k] > 1:
         return "fragmented"
-    return "unstable" if checks.checked_unstable_atoms[k] else "missing hydrogens"
+    return "unstable" if checks.unstable_atoms[k] else "missing hydrogens"
 
 
 def failure_reasons(checks: ChunkChecks, k: int) -> tuple[str, ...]:
     """Descriptions of all checks that molecule k of a chunk fails."""
     size = int(checks.chunk.molecules.sizes[k])
-    unstable = checks.checked_unstable_atoms[k]
+    unstable = checks.unstable_atoms[k]
     reasons = []
     if not checks.valid[k]:
         reasons.append(f"invalid: {checks.invalid_reasons[k]}")
@@ -412,7 +386,7 @@ def failure_reasons(checks: ChunkChecks, k: int) -> tuple[str, ...]:
         reasons.append(f"{unstable} of {size} atoms unstable")
     if checks.fragments[k] > 1:
         reasons.append(f"{checks.fragments[k]} fragments")
-    if checks.hydrogens_added[k]:
+    if checks.hydrogens_missing[k]:
         reasons.append("missing hydrogens or radical electrons")
     return tuple(reasons)
 

@@ -3,7 +3,8 @@
 EDM's protocol (Hoogeboom et al., ICML 2022): bonds are perceived from distances. An atom is stable
 if its bond orders add up to an allowed valence, a molecule if all its atoms are. A molecule is
 valid if RDKit sanitises it as a whole; its name is the canonical SMILES of its largest fragment.
-Bonds given in a file are checked in addition, and geometry is compared by JODO's protocol.
+With the bonds that a file gives, a stricter valence model takes the place of EDM's table. Geometry
+is compared by JODO's protocol.
 """
 
 from __future__ import annotations
@@ -129,10 +130,10 @@ def evaluate_source(
         bonds are chosen and there are none.
     """
     accumulator = EvaluationAccumulator(options.subset)
-    known_elements = _ElementFilter(name, options)
+    elements = _ElementFilter(name, options)
     net = ChemNet() if "fcd" in options.available else None
     settings = options.checks
-    chunks = known_elements.filter(source.chunks())
+    chunks = elements.filter(source.chunks())
     for chunk, checks in check_chunks(chunks, settings, workers):
         accumulator.add(checks)
         if net is not None:
@@ -140,8 +141,8 @@ def evaluate_source(
         if counter is not None:
             counter.add(len(chunk))
     counts = accumulator.counts
-    if settings.bonds == "given" and not counts.given_bonds:
-        raise InputError(f"{name} has no bonds of its own; leave out --bonds given")
+    if not counts.molecules:
+        raise InputError(f"{name}: no usable molecule is left ({'; '.join(elements.notes())})")
     hashes = accumulator.smiles.hashes
     counts.distinct = len(hashes)
     if training_hashes is not None:
@@ -152,18 +153,14 @@ def evaluate_source(
         counts.rates(),
         accumulator=accumulator,
         distributions=Distributions.of(accumulator, None if net is None else net.finish()),
-        skipped=known_elements.skipped,
+        skipped=elements.skipped,
         bonds=BOND_DESCRIPTIONS[settings.bonds],
+        notes=elements.notes(),
     )
     if counts.without_geometry and "geometry" in options.metrics:
         evaluation.notes.append(
             f"geometry excludes {counts.without_geometry:,} molecules with an atom of more than "
             f"{MAX_NEIGHBOURS} bonds"
-        )
-    if 0 < counts.with_given_bonds < counts.molecules and counts.given_bonds:
-        evaluation.notes.append(
-            f"{counts.with_given_bonds:,} of {counts.molecules:,} molecules have bonds of their "
-            "own; the rates with given bonds are of these"
         )
     evaluation.rates |= {"stereocentres_r": None, "posebusters": None}
     _add_subset_metrics(evaluation, options, workers)
@@ -194,12 +191,7 @@ def collect_smiles_hashes(
 ) -> NDArray[np.uint64]:
     """Sorted hashes of the SMILES that `evaluate_source` would compute, for novelty."""
     smiles = DistinctHashes()
-    settings = replace(
-        settings,
-        type_codes={},
-        whole_smiles=False,
-        check_given_bonds=settings.bonds == "given",
-    )
+    settings = replace(settings, type_codes={}, whole_smiles=False, names_only=True)
     for chunk, checks in check_chunks(source.chunks(), settings, workers):
         smiles.add(checks.smiles)
         if counter is not None:
@@ -213,35 +205,64 @@ def hash_smiles(smiles: Iterable[str]) -> NDArray[np.uint64]:
 
 
 class _ElementFilter:
-    """Removes molecules with elements without a known valence from chunks, or raises."""
+    """Removes molecules that the checks have no bonds or valences for, or raises.
+
+    These are molecules with an element that the valence model, or the perception of bonds, does not
+    know; and, where given bonds are checked, molecules without.
+    """
 
     def __init__(self, name: str, options: EvaluationOptions) -> None:
-        self._name, self._skip_bad, self.skipped = name, options.skip_bad, 0
-        self._bonds_required = options.checks.bonds == "given"
+        self._name, self._skip_bad, self._checks = name, options.skip_bad, options.checks
+        self.skipped = 0
+        self._unknown: Counter[str] = Counter()
+        self._without_bonds = 0
 
     def filter(self, chunks: Iterable[MoleculeChunk]) -> Iterator[MoleculeChunk]:
+        given = self._checks.bonds == "given"
         for chunk in chunks:
-            if self._bonds_required and chunk.molecules.bonds is None:
-                raise InputError(
-                    f"{self._name}: record {chunk.records[0]} has no bonds of its own; leave "
-                    "out --bonds given"
-                )
+            if given and chunk.molecules.bonds is None:
+                self._without_bonds += len(chunk)
+                self._skip(chunk.records[0], len(chunk), "has no bonds; leave out --bonds given")
+                continue
             numbers = chunk.molecules.atomic_numbers
-            unknown = np.flatnonzero(~has_valence(numbers))
+            known = has_valence(numbers, self._checks.valence)
+            if not given:
+                known &= has_valence(numbers, "edm")  # the elements that perception knows
+            unknown = np.flatnonzero(~known)
             if not len(unknown):
                 yield chunk
                 continue
-            owners = np.unique(chunk.molecules.molecule_index[unknown])
-            if not self._skip_bad:
-                raise InputError(
-                    f"{self._name}: record {chunk.records[owners[0]]} holds "
-                    f"{symbol(int(numbers[unknown[0]]))}, which has no known valence; pass "
-                    "--skip-bad to leave out such molecules"
-                )
-            self.skipped += len(owners)
+            of_atoms = chunk.molecules.molecule_index[unknown]
+            owners, first = np.unique(of_atoms, return_index=True)
+            names = [symbol(z) for z in numbers[unknown[first]].tolist()]
+            self._unknown.update(names)
+            why = "its valences" if given else "its bonds and valences"
+            self._skip(
+                chunk.records[owners[0]],
+                len(owners),
+                f"holds {names[0]}, and {why} are not known to --valence {self._checks.valence}",
+            )
             rest = np.setdiff1d(np.arange(len(chunk)), owners)
             if len(rest):
                 yield chunk.select(rest)
+
+    def _skip(self, record: int, count: int, reason: str) -> None:
+        if not self._skip_bad:
+            raise InputError(
+                f"{self._name}: record {record} {reason}; pass --skip-bad to leave out such "
+                "molecules"
+            )
+        self.skipped += count
+
+    def notes(self) -> list[str]:
+        """What was left out, and why."""
+        notes = []
+        if self._unknown:
+            elements = ", ".join(f"{e} ({n:,})" for e, n in self._unknown.most_common())
+            notes.append(f"molecules with elements without known valences are left out: {elements}")
+        if self._without_bonds:
+            notes.append(f"{self._without_bonds:,} molecules without bonds are left out")
+        return notes
 
 
 def _add_subset_metrics(
@@ -324,7 +345,7 @@ def _add_strain(
     pairs = zip(relaxations, records, strict=True)
     ranked = sorted(((r.strain, n) for r, n in pairs if r.strain is not None), reverse=True)
     evaluation.worst += [
-        WorstRecord(record, strain, f"{label} strain {strain:.0f} kcal/mol")
+        WorstRecord(record, strain, f"{label} strain {strain:.3g} kcal/mol")
         for strain, record in ranked[:_MAX_WORST]
     ]
     if failures:

@@ -17,9 +17,10 @@ DEFAULT_METRICS = ("rates", "geometry", "composition", "strain")
 EXTRAS = {"fcd": ("fcd",), "posebusters": ("posebusters",), "xtb": ("tblite", "ase")}
 """Packages that a metric needs. The optional dependencies of this package have the same names."""
 
-BOND_CHOICES = ("perceived", "single", "given")
-"""Bonds for validity, SMILES and connectivity: perceived from distances; perceived, but all single
-(EDM's validity on GEOM-Drugs); or given in the file."""
+BOND_CHOICES = ("auto", "perceived", "single", "given")
+"""Bonds of all checks: perceived from distances; perceived, but all taken as single for validity,
+SMILES and connectivity (EDM's validity on GEOM-Drugs); or given in the file. `auto` takes given
+bonds where every record of every file has them, else perceived ones."""
 BOND_DESCRIPTIONS = {
     "perceived": "perceived from distances",
     "single": "perceived from distances, all taken as single",
@@ -34,6 +35,10 @@ class EvaluationOptions:
     metrics: frozenset[str] = frozenset(DEFAULT_METRICS)
     """Some of `METRIC_GROUPS`."""
     checks: CheckSettings = field(default_factory=CheckSettings)
+    bonds: str = "auto"
+    """One of `BOND_CHOICES`; `with_bonds` resolves it."""
+    valence: str | None = None
+    """One of `VALENCE_MODELS`; None is `strict` for given bonds and `edm` for perceived ones."""
     subset: int = 1000
     """Number of random molecules for strain and PoseBusters; xTB takes a tenth of them."""
     skip_bad: bool = False
@@ -47,8 +52,8 @@ class EvaluationOptions:
 
 def make_options(
     metrics: str | Iterable[str] = DEFAULT_METRICS,
-    bonds: str = "perceived",
-    valence: str = "strict",
+    bonds: str = "auto",
+    valence: str | None = None,
     angles: str = "once",
     subset: int = 1000,
     skip_bad: bool = False,
@@ -65,10 +70,16 @@ def make_options(
         ("valence", valence, VALENCE_MODELS),
         ("angles", angles, COUNTINGS),
     ):
-        if name not in valid:
+        if name is not None and name not in valid:
             raise InputError(unknown_name(f"choice of --{option}", name, valid))
-    checks = CheckSettings(bonds=bonds, valence=valence, counting=angles)
-    return EvaluationOptions(parse_metrics(metrics), checks, subset, skip_bad)
+    checks = CheckSettings(counting=angles)
+    return EvaluationOptions(parse_metrics(metrics), checks, bonds, valence, subset, skip_bad)
+
+
+def with_bonds(options: EvaluationOptions, bonds: str) -> EvaluationOptions:
+    """The options with the checks of `perceived`, `single` or `given` bonds."""
+    valence = options.valence or ("strict" if bonds == "given" else "edm")
+    return replace(options, checks=replace(options.checks, bonds=bonds, valence=valence))
 
 
 def parse_metrics(metrics: str | Iterable[str]) -> frozenset[str]:
@@ -107,5 +118,6 @@ def with_types(options: EvaluationOptions, types: GeometryTypes | None) -> Evalu
     if types is not None:
         codes = {k: tuple(code_of(k, name) for name in names) for k, names in types.types.items()}
     whole_smiles = "fcd" in options.available
-    checks = replace(options.checks, type_codes=codes, whole_smiles=whole_smiles)
+    aromatic = types is None or types.aromatic
+    checks = replace(options.checks, type_codes=codes, aromatic=aromatic, whole_smiles=whole_smiles)
     return replace(options, checks=checks)

@@ -84,7 +84,7 @@ class Reference:
                 rdkit=rdBase.rdkitVersion,
                 molecules=evaluation.molecules,
                 bonds=evaluation.bonds,
-                types=json.dumps({"name": self.types.name, "types": self.types.types}),
+                types=json.dumps(vars(self.types)),
                 rates=json.dumps({k: None if r is None else [r.count, r.total, r.effect]
                                   for k, r in evaluation.rates.items()}),
                 measures=json.dumps({k: _to_list(e) for k, e in evaluation.estimates.items()}),
@@ -148,7 +148,8 @@ class Reference:
             json.loads(attributes["by_type"]),
         )
         types = json.loads(attributes["types"])
-        chosen = GeometryTypes(types["name"], {k: tuple(v) for k, v in types["types"].items()})
+        by_kind = {k: tuple(v) for k, v in types["types"].items()}
+        chosen = GeometryTypes(types["name"], by_kind, types.get("aromatic", False))
         return cls(evaluation.name, evaluation, distributions, distances, chosen)
 
 

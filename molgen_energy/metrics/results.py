@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from molgen_energy.metrics.molecule_evaluation import (
     collect_smiles_hashes,
     evaluate_source,
 )
-from molgen_energy.metrics.options import EvaluationOptions, with_types
+from molgen_energy.metrics.options import EvaluationOptions, with_bonds, with_types
 from molgen_energy.metrics.reference import (
     MAX_COMPARED,
     Reference,
@@ -36,6 +36,10 @@ from molgen_energy.workers import WorkerPool
 
 _BUNDLED_TRAINING = "QM9's 100,000 training molecules (bundled)"
 _NO_TRAINING = "nothing"
+_NOVELTY_OF_PERCEIVED = (
+    "so those of its molecules are perceived from distances; where perception fails, a training "
+    "molecule counts as novel"
+)
 
 MoleculeInputs = Sequence[Path] | Sequence[Any]
 """Paths of files, or RDKit molecules."""
@@ -50,6 +54,8 @@ class MoleculeResults:
     options: EvaluationOptions
     novelty_against: str
     """Description of the training molecules."""
+    bonds_unused: bool = False
+    """Whether a file has bonds of its own that were not checked."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -91,21 +97,15 @@ def evaluate_inputs(
     for path in filter(None, (reference, train)):
         FileSource(path)  # a wrong file name should not fail after minutes
     chosen = select_types(types, reference)
-    if options.checks.bonds == "given":
-        for name, source in zip(names, sources, strict=True):
-            if not source.has_given_bonds():
-                raise InputError(f"{name} has no bonds of its own; leave out --bonds given")
-    counter = ProgressCounter(progress, _total(sources, reference, train))
     notes: list[str] = []
+    options = _resolve_bonds(options, dict(zip(names, sources, strict=True)), notes)
+    counter = ProgressCounter(progress, _total(sources, reference, train))
     training_hashes, novelty_against = _training_hashes(train, options, workers, counter, notes)
     if reference is None:
         data = bundled_reference()
         _check_bundled(data, chosen, options)
     else:
-        reference_options = options
-        if options.checks.bonds == "given" and not FileSource(reference, "test").has_given_bonds():
-            perceived = replace(options.checks, bonds="perceived")
-            reference_options = replace(options, checks=perceived)
+        reference_options = _options_for(FileSource(reference, "test"), options)
         name = display_path(reference)
         data = evaluate_reference(
             reference, name, reference_options, chosen, training_hashes, workers, counter
@@ -121,7 +121,48 @@ def evaluate_inputs(
             f"bonds of {data.name} are {data.evaluation.bonds}; those of the samples are "
             f"{samples[0].bonds}"
         )
-    return MoleculeResults(samples, data, options, novelty_against, notes)
+    unused = options.checks.bonds != "given" and any(s.given_bonds.some for s in sources)
+    return MoleculeResults(samples, data, options, novelty_against, unused, notes)
+
+
+def _resolve_bonds(
+    options: EvaluationOptions, sources: dict[str, FileSource | RDKitSource], notes: list[str]
+) -> EvaluationOptions:
+    """The options with the bonds of the checks: one choice for all files, which stand in one table.
+
+    Raises
+    ------
+    InputError
+        Given bonds are chosen and a file has none.
+    """
+    bonds = options.bonds
+    if bonds == "given":
+        for name, source in sources.items():
+            found = source.given_bonds
+            if not found.some and not found.declared_perceived:
+                raise InputError(f"{name} has no bonds; leave out --bonds given")
+            if not found.some:
+                notes.append(f"the records of {name} say that their bonds come from distances")
+    if bonds == "auto":
+        bonds = "given" if all(s.given_bonds.every for s in sources.values()) else "perceived"
+        for name, source in sources.items():
+            found = source.given_bonds
+            if bonds == "perceived" and found.some:
+                why = "another file has none"
+                if found.without is not None:
+                    why = f"record {found.without} has none"
+                notes.append(
+                    f"bonds are perceived from distances, since {why}; --bonds given takes those "
+                    f"of {name}"
+                )
+    return with_bonds(options, bonds)
+
+
+def _options_for(source: FileSource, options: EvaluationOptions) -> EvaluationOptions:
+    """The options for real molecules: with perceived bonds where they have none of their own."""
+    if options.checks.bonds == "given" and not source.given_bonds.every:
+        return with_bonds(options, "perceived")
+    return options
 
 
 def _open_sources(
@@ -182,21 +223,23 @@ def _training_hashes(
     if train is not None:
         name = display_path(train)
         source = FileSource(train, "train", options.skip_bad)
-        if options.checks.bonds == "given" and not source.has_given_bonds():
-            notes.append(f"novelty is n/a: {name} has no bonds, and the given bonds are evaluated")
-            return None, _NO_TRAINING
-        hashes = collect_smiles_hashes(source, options.checks, workers, counter)
+        own = _options_for(source, options)
+        if own is not options:
+            notes.append(f"novelty: {name} has no bonds, {_NOVELTY_OF_PERCEIVED}")
+        hashes = collect_smiles_hashes(source, own.checks, workers, counter)
         if source.note:
             notes.append(f"{name}: {source.note}")
         if source.skipped:
             notes.append(f"{name}: {source.skipped:,} bad records skipped")
         return hashes, name
-    if options.checks.bonds != "perceived":
+    if options.checks.bonds == "single":
         notes.append(
             "novelty is n/a: the bundled SMILES of QM9 were computed with perceived bonds; pass "
             "the training molecules with --train"
         )
         return None, _NO_TRAINING
+    if options.checks.bonds == "given":
+        notes.append(f"novelty: QM9 has no bonds, {_NOVELTY_OF_PERCEIVED}")
     bundled = bundled_training_hashes()
     if bundled is None:
         notes.append(

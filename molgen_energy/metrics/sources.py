@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,8 +12,14 @@ import h5py
 import numpy as np
 
 from molgen_energy.chemistry.convert import molecule_from_rdkit
-from molgen_energy.chemistry.fields import BONDS
+from molgen_energy.chemistry.fields import BONDS, provenance
 from molgen_energy.chemistry.molfiles import MoleculeReader
+from molgen_energy.chemistry.molfiles.bond_scan import (
+    NO_BONDS,
+    GivenBonds,
+    ScannedRecord,
+    find_given_bonds,
+)
 from molgen_energy.data.hdf5 import SCHEMA, MoleculeFile
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.errors import InputError
@@ -85,12 +91,13 @@ class FileSource:
         with _open_hdf5(self.path) as file:
             return len(file.split_indices(split)) > 0
 
-    def has_given_bonds(self) -> bool:
-        """Whether the first molecules have bonds that were not perceived from distances."""
-        if self.is_hdf5:
-            with _open_hdf5(self.path) as file:
-                return "bonds" in file.columns
-        return _has_bonds(next(self.chunks()))
+    @cached_property
+    def given_bonds(self) -> GivenBonds:
+        """Which records have bonds that were not perceived from distances."""
+        if not self.is_hdf5:
+            return MoleculeReader(self.path, self.skip_bad).given_bonds()
+        with _open_hdf5(self.path) as file:
+            return GivenBonds(True, None) if "bonds" in file.columns else NO_BONDS
 
     def is_qm9(self) -> bool:
         """Whether the file was made from QM9."""
@@ -105,19 +112,15 @@ class FileSource:
     def chunks(self) -> Iterator[MoleculeChunk]:
         """Iterate over the molecules in chunks of at most 500.
 
-        Bonds that a record declares as perceived from distances are removed. Molecules with and
-        without given bonds come in separate chunks.
+        Molecules with and without bonds come in separate chunks.
         """
         if self.is_hdf5:
             yield from self._hdf5_chunks()
             return
         reader = MoleculeReader(self.path, self.skip_bad)
-        numbered = (
-            (reader.number, _without_bonds(molecule) if reader.bonds_perceived else molecule)
-            for molecule in reader
-        )
+        numbered = ((reader.number, molecule) for molecule in reader)
         for chunk in _chunks_by_bonds(numbered):
-            self.provenance = reader.fields
+            self.provenance = provenance(reader.fields)
             yield chunk
         self.skipped = reader.skipped_count
         self.note = _skipped_note(reader)
@@ -148,8 +151,8 @@ class RDKitSource:
     ----------
     molecules
         `rdkit.Chem.Mol` objects. Positions come from the first conformer, bonds and formal charges
-        from the molecule. Bonds are ignored if the property `bonds` is `perceived`, which `sample`
-        writes to SDF files.
+        from the molecule. `sample` writes the property `bonds` into SDF files: `perceived` says
+        that bonds come from distances.
     skip_bad
         Skip molecules that cannot be used and count them.
     """
@@ -166,9 +169,10 @@ class RDKitSource:
         """Number of molecules."""
         return len(self._molecules)
 
-    def has_given_bonds(self) -> bool:
-        """Whether the first molecules have bonds."""
-        return _has_bonds(next(self.chunks()))
+    @cached_property
+    def given_bonds(self) -> GivenBonds:
+        """Which molecules have bonds that were not perceived from distances."""
+        return find_given_bonds(_scanned(m) for m in self._molecules if m is not None)
 
     def chunks(self) -> Iterator[MoleculeChunk]:
         """Iterate over the molecules in chunks of at most 500.
@@ -199,8 +203,6 @@ class RDKitSource:
                     raise InputError(f"molecule {number}: {error}") from None
                 self.skipped += 1
                 continue
-            if molecule.HasProp(BONDS) and molecule.GetProp(BONDS) == "perceived":
-                converted = _without_bonds(converted)
             yield number, converted
 
 
@@ -229,13 +231,21 @@ def _open_hdf5(path: Path) -> MoleculeFile:
     return MoleculeFile(path)
 
 
-def _without_bonds(molecule: Molecule) -> Molecule:
-    return replace(molecule, bond_index=None, bond_order=None)
+def _declared_perceived(molecule: Any) -> bool:
+    return bool(molecule.HasProp(BONDS)) and str(molecule.GetProp(BONDS)).startswith("perceived")
 
 
-def _has_bonds(chunk: MoleculeChunk) -> bool:
-    bonds = chunk.molecules.bonds
-    return bonds is not None and len(bonds.order) > 0
+def _scanned(molecule: Any) -> ScannedRecord:
+    """The bonds of an RDKit molecule."""
+
+    def parse() -> Molecule | None:
+        try:
+            return molecule_from_rdkit(molecule)
+        except ValueError:
+            return None
+
+    has_bonds = molecule.GetNumBonds() > 0 or molecule.GetNumAtoms() <= 1
+    return ScannedRecord(has_bonds, _declared_perceived(molecule), parse)
 
 
 def _skipped_note(reader: MoleculeReader) -> str:

@@ -38,6 +38,8 @@ def sdf(some, tmp_path_factory) -> Path:
 def test_rdkit_molecules_are_evaluated_as_their_file(some, sdf):
     """From memory, from a supplier of the file, and from the file itself."""
     built = [build(molecule, positions=True) for molecule in some]
+    for molecule in built:
+        molecule.SetProp("bonds", "perceived")
     supplied = list(Chem.SDMolSupplier(str(sdf), sanitize=False, removeHs=False))
     options = {"metrics": "rates,geometry,composition", "workers": 0}
     from_file, from_memory, from_supplier = (
@@ -49,9 +51,10 @@ def test_rdkit_molecules_are_evaluated_as_their_file(some, sdf):
         assert from_supplier.metrics[key] == metric  # also says that bonds were perceived
         if metric is not None:  # a file has its coordinates rounded to 1e-4 Å
             assert from_memory.metrics[key].value == pytest.approx(metric.value, rel=0.02)
-    assert from_file.metrics["given_bonds_validity"] is None
-    assert from_memory.metrics["given_bonds_validity"] == from_memory.metrics["validity"]
-    given = evaluate(built, bonds="given", **FAST)
+    for molecule in built:
+        molecule.ClearProp("bonds")
+    given = evaluate(built, **FAST)
+    assert given.summary.startswith("bonds given in the file; valences strict")
     assert given.files[0].metrics["validity"] == from_memory.metrics["validity"]
 
 

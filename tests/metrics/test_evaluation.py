@@ -22,10 +22,11 @@ import numpy as np
 import pytest
 from conftest import of_smiles, torchrun_to_end
 from rdkit import Chem
-from rdkit.Chem import rdForceFieldHelpers, rdMolAlign
+from rdkit.Chem import AllChem, rdDetermineBonds, rdForceFieldHelpers, rdMolAlign
 from rich.console import Console
 
 from molgen_energy.chemistry.bonds import perceive
+from molgen_energy.chemistry.convert import molecule_from_rdkit
 from molgen_energy.chemistry.geometry import KINDS, QM9_TYPES, code_of
 from molgen_energy.chemistry.molfiles import MoleculeTextWriter
 from molgen_energy.chemistry.rdkit import build
@@ -81,7 +82,8 @@ def noisy(molecules: Molecules, noise: float) -> Molecules:
 def samples(molecules, tmp_path_factory) -> Path:
     """Sixty molecules of QM9 with some noise, as `sample` writes them."""
     path = tmp_path_factory.mktemp("samples") / "a <b> $x$.sdf"
-    with MoleculeTextWriter(path, {"seed": "7"}, {"config": "model:\n  layers: 3"}) as writer:
+    fields = {"created_by": "molgen-energy 1.0", "seed": "7"}
+    with MoleculeTextWriter(path, fields, {"config": "model:\n  layers: 3"}) as writer:
         writer.append(noisy(molecules.select(np.arange(0, 2000, 34)), 0.04))
     return path
 
@@ -398,7 +400,7 @@ def test_a_reference_without_splits_is_halved(samples, molecules, tmp_path):
     assert code in {code_of("bond length", t) for t in found.reference.types.types["bond length"]}
 
 
-def test_options_that_the_bundled_statistics_cannot_serve(samples, sample_path):
+def test_options_that_the_bundled_statistics_cannot_serve(samples, sample_path, tmp_path):
     jodo = replace(EVERYTHING_FAST, checks=CheckSettings(counting="jodo"))
     with pytest.raises(InputError, match="count every angle once; name real molecules"):
         run([samples], options=jodo)
@@ -407,55 +409,115 @@ def test_options_that_the_bundled_statistics_cannot_serve(samples, sample_path):
     with pytest.raises(InputError, match="unknown list of types 'qm8'"):
         run([samples], types="qm8")
     assert run([samples], sample_path, None, "qm9", jodo).samples[0].molecules == 59
-    with pytest.raises(InputError, match="has no bonds of its own"):
-        given = replace(EVERYTHING_FAST, checks=CheckSettings(bonds="given"))
-        run([samples], options=given)
+    with MoleculeTextWriter(tmp_path / "a.xyz", {}) as writer:
+        writer.append(Molecules.from_list([of_smiles("CC")]))
+    with pytest.raises(InputError, match="has no bonds; leave out --bonds given"):
+        run([tmp_path / "a.xyz"], options=replace(EVERYTHING_FAST, bonds="given"))
 
 
-def test_given_bonds_are_checked_in_addition(tmp_path, molecules):
-    """The same molecules with and without the word that their bonds were perceived."""
+def sdf_texts(molecules: Molecules, path: Path) -> tuple[list[str], list[str]]:
+    """Records whose bonds are declared as perceived, and the same without that declaration."""
+    with MoleculeTextWriter(path, {}) as writer:
+        writer.append(molecules)
+    records = [f"{record}$$$$\n" for record in path.read_text().split("$$$$\n")[:-1]]
+    declared = ">  <bonds>\nperceived\n\n"
+    assert all(declared in record for record in records)
+    return records, [record.replace(declared, "") for record in records]
+
+
+def test_given_bonds_are_those_of_all_checks(tmp_path, molecules):
+    """Where every record has bonds of its own, everything is judged by them."""
     some = molecules.select(np.arange(40))
-    with MoleculeTextWriter(tmp_path / "own.sdf", {}) as writer:
-        writer.append(some)
-    text = (tmp_path / "own.sdf").read_text()
-    assert ">  <bonds>\nperceived\n" in text
-    (tmp_path / "other.sdf").write_text(text.replace(">  <bonds>\nperceived\n\n", ""))
-    report = run([tmp_path / "own.sdf", tmp_path / "other.sdf"])
-    own, other = report.samples
-    assert own.rates["given_bonds_validity"] is None
-    # All are neutral, so by their bonds they are as stable as by distances.
-    assert other.rates["given_bonds_molecule_stability"] == other.rates["molecule_stability"]
-    assert other.rates["given_bonds_validity"] == other.rates["validity"]
-    titles = [section.title for section in report_of(report).sections]
-    assert "rates with given bonds, %" in titles
+    _, own = sdf_texts(some, tmp_path / "perceived.sdf")
+    (tmp_path / "own.sdf").write_text("".join(own))
+    perceived = run([tmp_path / "perceived.sdf"])
+    assert perceived.samples[0].bonds == "perceived from distances"
+    assert not perceived.bonds_unused
+    given = run([tmp_path / "own.sdf"])
+    assert given.samples[0].bonds == "given in the file"
+    assert given.options.checks.valence == "strict"
+    # All are neutral and stable by their bonds as by distances.
+    assert given.samples[0].rates == perceived.samples[0].rates
+    # In one table all files are judged alike, and the other choice is named.
+    both = run([tmp_path / "own.sdf", tmp_path / "perceived.sdf"])
+    assert {sample.bonds for sample in both.samples} == {"perceived from distances"}
+    assert both.bonds_unused
+    assert any("another file has none; --bonds given takes those of own" in n for n in both.notes)
+    rows = {row.key: row for section in report_of(both).sections for row in section.rows}
+    assert rows["strain_energy"].note == rows["posebusters"].note != ""
+    assert rows["validity"].note == ""
     with MoleculeWriter(tmp_path / "a.h5", source="bonds") as writer:
         writer.append(perceive(some))
-    given = replace(EVERYTHING_FAST, checks=CheckSettings(bonds="given"))
-    found = run([tmp_path / "a.h5"], train=tmp_path / "a.h5", options=given)
+    found = run([tmp_path / "a.h5"], train=tmp_path / "a.h5")
     assert found.samples[0].rates["novelty"].count == 0
     assert any("those of the samples are given in the file" in note for note in found.notes)
 
 
-def test_each_record_declares_its_bonds(tmp_path, molecules):
-    """Records of both kinds in one file: those with bonds of their own are checked by them."""
-    with MoleculeTextWriter(tmp_path / "a.sdf", {}) as writer:
-        writer.append(molecules.select(np.arange(40)))
-    records = (tmp_path / "a.sdf").read_text().split("$$$$\n")[:-1]
-    own = [record.replace(">  <bonds>\nperceived\n\n", "") for record in records]
-    mixed = [own[k] if k % 4 == 1 else record for k, record in enumerate(records)]
-    (tmp_path / "mixed.sdf").write_text("".join(f"{record}$$$$\n" for record in mixed))
-    (tmp_path / "own.sdf").write_text("".join(f"{record}$$$$\n" for record in own[1::4]))
-    report = run([tmp_path / "mixed.sdf", tmp_path / "own.sdf"])
-    found, alone = report.samples
-    assert found.molecules == 40
-    for key in ("molecule_stability", "atom_stability", "validity", "complete"):
-        assert found.rates[f"given_bonds_{key}"] == alone.rates[f"given_bonds_{key}"]
-    assert found.rates["given_bonds_validity"].total == 10
-    assert any("10 of 40 molecules have bonds of their own" in note for note in found.notes)
-    assert not any("of their own" in note for note in alone.notes)
-    with pytest.raises(InputError, match=r"mixed.sdf: record 1 has no bonds of its own"):
-        given = replace(EVERYTHING_FAST, checks=CheckSettings(bonds="given"))
-        run([tmp_path / "mixed.sdf"], options=given)
+def test_files_with_some_given_bonds(tmp_path, molecules):
+    """`auto` takes given bonds only where every record has them, and names the first without."""
+    declared, own = sdf_texts(molecules.select(np.arange(40)), tmp_path / "a.sdf")
+    mixed = [own[k] if k % 4 == 1 else record for k, record in enumerate(declared)]
+    (tmp_path / "mixed.sdf").write_text("".join(mixed))
+    found = run([tmp_path / "mixed.sdf"])
+    assert found.samples[0].bonds == "perceived from distances"
+    assert any("since record 1 has none; --bonds given takes" in note for note in found.notes)
+    given = run([tmp_path / "mixed.sdf"], options=replace(EVERYTHING_FAST, bonds="given"))
+    assert given.samples[0].molecules == 40
+    given = run([tmp_path / "a.sdf"], options=replace(EVERYTHING_FAST, bonds="given"))
+    assert given.samples[0].bonds == "given in the file"
+    assert any("their bonds come from distances" in note for note in given.notes)
+
+
+def test_provenance_is_of_this_package_only(tmp_path, molecules, samples):
+    """Fields of another program, though of the same names, do not describe how a file was made."""
+    with MoleculeTextWriter(tmp_path / "a.sdf", {"seed": "7", "PUBCHEM_CID": "1"}) as writer:
+        writer.append(molecules.select(np.arange(3)))
+    assert run([tmp_path / "a.sdf"]).samples[0].provenance == {}
+    assert set(run([samples]).samples[0].provenance) == {"created_by", "seed", "config"}
+
+
+def test_bonds_that_another_program_replaced_are_given(tmp_path):
+    """RDKit's SDWriter keeps the field that declares bonds as perceived."""
+    benzene = Chem.AddHs(Chem.MolFromSmiles("c1ccccc1"))
+    AllChem.EmbedMolecule(benzene, randomSeed=0)
+    some = Molecules.from_list([molecule_from_rdkit(benzene)] * 3)
+    sdf_texts(replace(some, bonds=None), tmp_path / "a.sdf")
+    assert run([tmp_path / "a.sdf"]).samples[0].bonds == "perceived from distances"
+    with Chem.SDWriter(str(tmp_path / "b.sdf")) as writer:
+        for molecule in Chem.SDMolSupplier(str(tmp_path / "a.sdf"), removeHs=False, sanitize=False):
+            alone = Chem.MolFromXYZBlock(Chem.MolToXYZBlock(molecule))
+            rdDetermineBonds.DetermineBonds(alone)
+            for name in molecule.GetPropNames():
+                alone.SetProp(name, molecule.GetProp(name))
+            writer.write(alone)
+    found = run([tmp_path / "b.sdf"]).samples[0]
+    assert found.bonds == "given in the file"
+    assert found.rates["good"].count == 3
+
+
+def test_aromatic_and_kekule_forms_are_at_distance_zero(tmp_path):
+    """The same molecules in both dialects, in every row, with every list of types."""
+    smiles = ["c1ccccc1C", "c1ccncc1O", "c1cc[nH]c1", "Cc1ccccc1C(=O)O", "c1ccc2ccccc2c1"] * 5
+    mols = [Chem.AddHs(Chem.MolFromSmiles(text)) for text in smiles]
+    for k, molecule in enumerate(mols):
+        AllChem.EmbedMolecule(molecule, randomSeed=k)
+    molecules = Molecules.from_list([molecule_from_rdkit(m) for m in mols])
+    kekule = []
+    for molecule in mols:
+        Chem.Kekulize(molecule, clearAromaticFlags=True)
+        kekule.append(molecule_from_rdkit(molecule))
+    for name, these in (("aromatic", molecules), ("kekule", Molecules.from_list(kekule))):
+        with MoleculeWriter(tmp_path / f"{name}.h5", source=name) as writer:
+            writer.append(these)
+    aromatic = tmp_path / "aromatic.h5"
+    assert (molecules.bonds.order == 12).any()
+    for types in ("frequent", "qm9", "geom"):
+        found = run([tmp_path / "kekule.h5"], aromatic, aromatic, types)
+        for key, estimate in found.samples[0].comparison.estimates.items():
+            assert estimate.value == pytest.approx(0, abs=1e-12), (types, key)
+        assert found.samples[0].rates["novelty"].count == 0
+        codes = found.reference.types.types["bond length"]
+        assert any("12" in code for code in codes) == (types != "qm9")
 
 
 def test_names_of_files_that_are_no_utf8(molecules, tmp_path, capsys):
@@ -487,7 +549,7 @@ def test_coordinates_that_are_out_of_this_world(tmp_path):
     far = replace(far, positions=far.positions * np.float32(5e37))
     with MoleculeWriter(tmp_path / "far.h5", source="far") as writer:
         writer.append(far)
-    given = replace(EVERYTHING_FAST, checks=CheckSettings(bonds="given"))
+    given = replace(EVERYTHING_FAST, bonds="given")
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         warnings.simplefilter("error", UserWarning)
@@ -515,7 +577,7 @@ def test_a_table_of_many_files_keeps_its_words(samples, sample_path):
     report = report_of(run([samples]))
     report.files = [replace(report.files[0], name=f"{k}.sdf") for k in range(6)]
     labels = [row.heading for section in report.sections for row in section.rows]
-    for width, count in ((400, 1), (140, 2), (80, 6)):
+    for width, count in ((400, 1), (160, 2), (80, 6)):
         console = Console(width=width, file=io.StringIO(), legacy_windows=False)
         shown = tables(report, console)
         assert len(shown) == count

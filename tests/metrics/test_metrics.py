@@ -12,12 +12,12 @@ from scipy import stats
 
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.convert import molecule_from_rdkit
-from molgen_energy.chemistry.rdkit import build, kekulised, sanitize
+from molgen_energy.chemistry.rdkit import bond_forms, build, sanitize
 from molgen_energy.chemistry.valence import (
-    CHARGED_VALENCES,
-    VALENCES,
+    EDM_VALENCES,
+    GEOM_VALENCES,
+    JODO_VALENCES,
     stable_atoms,
-    stable_charged_atoms,
     valences,
 )
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
@@ -49,6 +49,7 @@ LENGTHS = {
 }  # fmt: skip
 
 RATES_ONLY = EvaluationOptions(frozenset({"rates"}), CheckSettings(type_codes={}))
+GIVEN = EvaluationOptions(frozenset({"rates"}), CheckSettings("given", "strict", type_codes={}))
 HERE = WorkerPool(0)
 
 
@@ -98,7 +99,7 @@ def test_perception_and_stability_against_pair_loops(molecules, rng, noise):
         np.testing.assert_array_equal(found, expected)
         atoms = slice(some.offsets[k], some.offsets[k + 1])
         assert sums[atoms].tolist() == expected.sum(axis=0).tolist()
-        wanted = [expected[i].sum() in VALENCES[names[i]] for i in range(size)]
+        wanted = [expected[i].sum() in EDM_VALENCES[names[i]] for i in range(size)]
         assert stable[atoms].tolist() == wanted
 
 
@@ -198,6 +199,11 @@ def embedded(smiles: str, aromatic: bool = False) -> Molecule:
     molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
     if not aromatic:
         Chem.Kekulize(molecule, clearAromaticFlags=True)
+    return as_molecule(molecule)
+
+
+def as_molecule(molecule: Chem.Mol) -> Molecule:
+    """Atoms and bonds of an RDKit molecule, the atoms far apart."""
     orders = {
         Chem.BondType.SINGLE: 1, Chem.BondType.DOUBLE: 2, Chem.BondType.TRIPLE: 3,
         Chem.BondType.AROMATIC: 12,
@@ -214,8 +220,8 @@ def embedded(smiles: str, aromatic: bool = False) -> Molecule:
 
 def unstable(*these: Molecule, valence: str = "strict") -> list[int]:
     chunk = MoleculeChunk(np.arange(len(these)) + 1, Molecules.from_list(these))
-    checks = check_chunk(chunk, CheckSettings(valence=valence, type_codes={}))
-    return checks.given_bonds.unstable_atoms.tolist()
+    checks = check_chunk(chunk, CheckSettings("given", valence, type_codes={}))
+    return checks.unstable_atoms.tolist()
 
 
 @pytest.mark.parametrize(
@@ -238,50 +244,94 @@ def test_aromatic_bonds_that_cannot_be_kekulised_are_unstable():
         np.array(ring + spokes, "u2"),
         np.array([12] * 5 + [1] * 5, "u1"),
     )
-    assert kekulised(radical) is radical
+    assert all((orders == radical.bond_order).all() for orders in bond_forms(radical))
     assert unstable(radical) == [5]
     assert unstable(radical, valence="jodo") == [0]  # 1 + 1 + 1 = 3, which it takes for stable
 
 
-@pytest.mark.parametrize(
-    ("smiles", "strict", "jodo"),
-    [
-        ("[CH3]", 1, 0),  # a neutral carbon with three bonds
-        ("C[NH]", 1, 0),  # a neutral nitrogen with two
-        ("[CH3+]", 0, 0),
-        ("[CH2-2]", 1, 1),
-        ("[NH4+]", 0, 0),
-        ("[O-2]", 1, 1),
-        ("[OH3+]", 0, 0),
-        ("[OH2+2]", 1, 0),  # a charge that is not in the table counts as 0 with JODO
-        ("[IH+]", 1, 0),  # elements with one entry ignore the charge with JODO
-    ],
-)
-def test_unknown_charges_are_unstable(smiles, strict, jodo):
-    """The charge is what counts, not what would have been right without it."""
+CASES = [
+    # Number of unstable atoms by strict, geom and jodo.
+    ("C", 0, 0, 0),
+    ("[CH3]", 1, 1, 0),  # a neutral carbon with three bonds, which JODO allows
+    ("C[NH]", 1, 1, 0),  # a neutral nitrogen with two
+    ("[CH3+]", 0, 0, 0),
+    ("[CH2-2]", 0, 1, 1),  # isoelectronic with water
+    ("[NH4+]", 0, 0, 0),
+    ("C[NH3+]", 0, 0, 0),
+    ("C[NH2+]", 1, 1, 0),  # ammonium without its hydrogen
+    ("C[NH+]", 1, 1, 0),
+    ("[OH3+]", 0, 0, 0),
+    ("[OH2+2]", 1, 1, 0),  # a charge that is not in the table counts as 0 with JODO
+    ("C[S-]", 0, 0, 1),  # thiolate
+    ("CS(C)=O", 0, 1, 1),  # sulfoxide, S with four bonds
+    ("C[S+](C)[O-]", 0, 0, 0),  # the same with charges
+    ("CS(C)(=O)=O", 0, 0, 0),
+    ("C[SH+]", 1, 1, 0),
+    ("C[S-](C)C", 1, 1, 0),  # in JODO's table in place of thiolate
+    ("F[B-](F)(F)F", 0, 0, 1),
+    ("F[P-](F)(F)(F)(F)F", 0, 1, 1),
+    ("C[I+]C", 0, 0, 1),
+    ("C[Se]C", 0, 1, 0),
+    ("[O-][Cl+3]([O-])([O-])[O-]", 0, 1, 1),
+    ("[Na+]", 0, 1, 1),
+    ("[IH+]", 1, 1, 0),  # elements with one entry ignore the charge with JODO
+]
+
+
+@pytest.mark.parametrize(("smiles", "strict", "geom", "jodo"), CASES)
+def test_valence_models(smiles, strict, geom, jodo):
+    """Chemistry that RDKit accepts as written is stable, an atom that lacks hydrogens is not."""
     molecule = embedded(smiles)
-    assert unstable(molecule) == [strict]
-    assert unstable(molecule, valence="jodo") == [jodo]
+    found = [unstable(molecule, valence=model) for model in ("strict", "geom", "jodo")]
+    assert found == [[strict], [geom], [jodo]]
 
 
-def test_the_table_of_charged_valences():
-    """Every entry is stable, and no other sum from 0 to 8 with a charge from -3 to 3."""
-    for name, by_charge in CHARGED_VALENCES.items():
+def test_strict_stability_is_that_of_rdkit_as_written():
+    """No radical, no implicit hydrogen, sanitised: compared with RDKit on the SMILES itself."""
+    for smiles, strict, _, _ in CASES:
+        molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
+        lacking = [a.GetNumRadicalElectrons() or a.GetTotalNumHs() for a in molecule.GetAtoms()]
+        sulfuranide = molecule.HasSubstructMatch(Chem.MolFromSmarts("[S-]([#6])([#6])[#6]"))
+        assert sum(map(bool, lacking)) + sulfuranide == strict, smiles
+    # RDKit's clean-up accepts a nitro group with five bonds at N; as written it is no valence.
+    nitro = Chem.MolFromSmiles("CN(=O)=O", sanitize=False)
+    nitro.UpdatePropertyCache(strict=False)
+    assert unstable(as_molecule(Chem.AddHs(nitro))) == [1]
+
+
+def star(z: int, charge: int, aromatic: int, single: int) -> Molecules:
+    """An atom with aromatic and single bonds to hydrogens."""
+    total = aromatic + single
+    return Molecules.from_list(
+        [
+            Molecule(
+                np.zeros((total + 1, 3), "f4"),
+                np.array([z] + [1] * total, "u1"),
+                np.array([charge] + [0] * total, "i1"),
+                np.array([(0, k + 1) for k in range(total)], "u2").reshape(-1, 2),
+                np.array([12] * aromatic + [1] * single, "u1"),
+            )
+        ]
+    )
+
+
+def test_the_tables_of_valences():
+    """Every entry is stable, and nothing else with a charge from -3 to 3."""
+    for name, by_charge in JODO_VALENCES.items():
         for charge in range(-3, 4):
+            allowed = by_charge
+            if isinstance(by_charge, dict):
+                allowed = by_charge.get(charge, by_charge[0])
             for total in range(9):
-                z = atomic_number(name)
-                star = Molecules.from_list(
-                    [
-                        Molecule(
-                            np.zeros((total + 1, 3), "f4"),
-                            np.array([z] + [1] * total, "u1"),
-                            np.array([charge] + [0] * total, "i1"),
-                            np.array([(0, k + 1) for k in range(total)], "u2").reshape(-1, 2),
-                            np.ones(total, "u1"),
-                        )
-                    ]
-                )
-                assert stable_charged_atoms(star)[0] == (total in by_charge.get(charge, ()))
+                some = star(atomic_number(name), charge, 0, total)
+                assert stable_atoms(some, "jodo")[0] == (total in allowed)
+    for name, by_charge in GEOM_VALENCES.items():
+        for charge in range(-3, 4):
+            for aromatic in range(5):
+                for single in range(7):
+                    some = star(atomic_number(name), charge, aromatic, single)
+                    expected = (aromatic, single) in by_charge.get(charge, ())
+                    assert stable_atoms(some, "geom")[0] == expected
 
 
 def test_the_molecule_is_sanitised_before_its_fragment_is_chosen():
@@ -317,16 +367,18 @@ def test_rates_do_not_depend_on_chunks_or_padding(molecules):
 def test_an_element_without_valence_is_named():
     salt = Molecule(np.array([[0, 0, 0], [0, 0, 2.4]], "f4"), np.array([11, 17], "u1"))
     parts = [Molecules.from_list([of_smiles("CC")]), Molecules.from_list([of_smiles("C"), salt])]
-    with pytest.raises(InputError, match="record 3 holds Na"):
+    with pytest.raises(InputError, match="record 3 holds Na, and its bonds and valences"):
         rates_of(*parts)
     found = rates_of(*parts, options=replace(RATES_ONLY, skip_bad=True))
     assert (found.molecules, found.skipped) == (2, 1)
+    assert found.notes == ["molecules with elements without known valences are left out: Na (1)"]
+    with pytest.raises(InputError, match=r"no usable molecule is left .*Na \(1\)"):
+        rates_of(Molecules.from_list([salt]), options=replace(RATES_ONLY, skip_bad=True))
 
 
 def test_given_bonds_are_required(molecules):
-    given = EvaluationOptions(frozenset({"rates"}), CheckSettings(bonds="given", type_codes={}))
-    with pytest.raises(InputError, match="has no bonds of its own"):
-        rates_of(molecules, options=given)
+    with pytest.raises(InputError, match="record 1 has no bonds; leave out --bonds given"):
+        rates_of(molecules, options=GIVEN)
 
 
 def test_given_bonds_are_checked():
@@ -343,16 +395,14 @@ def test_given_bonds_are_checked():
     both = Molecules.from_list([one])
     seen = rates_of(both).rates
     assert (seen["molecule_stability"].count, seen["connected"].count) == (1, 1)
-    assert seen["given_bonds_molecule_stability"].count == seen["given_bonds_complete"].count == 0
-    assert seen["given_bonds_atom_stability"].count == 6
-    given = EvaluationOptions(frozenset({"rates"}), CheckSettings(bonds="given", type_codes={}))
-    found = rates_of(both, options=given)
-    assert found.rates["connected"].count == 0
-    assert found.rates["molecule_stability"].count == 1  # EDM's, always perceived
+    found = rates_of(both, options=GIVEN)
+    assert found.rates["connected"].count == found.rates["molecule_stability"].count == 0
+    assert found.rates["atom_stability"].count == 6
+    assert found.rates["hydrogens_assumed"].count == 1
     assert found.bonds == "given in the file"
     acetate = Molecules.from_list([embedded("CC(=O)[O-]")])  # its atoms lie far apart
     assert rates_of(acetate).rates["good"].count == 0
-    assert rates_of(acetate, options=given).rates["good"].count == 1
+    assert rates_of(acetate, options=GIVEN).rates["good"].count == 1
 
 
 def test_single_bonds_only_as_edm_does_on_geom():

@@ -15,6 +15,12 @@ import numpy as np
 
 from molgen_energy.chemistry.fields import BONDS, FieldSelection
 from molgen_energy.chemistry.molfiles import sdf, xyz
+from molgen_energy.chemistry.molfiles.bond_scan import (
+    NO_BONDS,
+    GivenBonds,
+    find_given_bonds,
+    scan_sdf,
+)
 from molgen_energy.chemistry.molfiles.lines import Lines, Record
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.elements import atomic_number, symbol
@@ -91,6 +97,16 @@ class MoleculeReader:
                 return FieldSelection.detect(fields, group)
             except _GZIP_ERRORS:  # reading the molecules says where
                 return FieldSelection(group=group)
+
+    def given_bonds(self) -> GivenBonds:
+        """Which records have bonds that were not perceived from distances."""
+        if self._records is not sdf.read_records:
+            return NO_BONDS
+        with closing(Lines(self.path)) as lines:
+            try:
+                return find_given_bonds(scan_sdf(lines, sdf.parse_mol_block))
+            except _GZIP_ERRORS:  # reading the molecules says where
+                return NO_BONDS
 
     def __iter__(self) -> Iterator[Molecule]:
         self.count = self.skipped_count = self.number = 0

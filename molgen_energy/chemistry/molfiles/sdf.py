@@ -26,7 +26,7 @@ def read_records(lines: Lines) -> Iterator[Record]:
             record.append(line)
         if any(text.strip() for text in record):
             text = "".join(record)
-            yield Record(start, _parse_mol_block(text), _data_fields(text))
+            yield Record(start, parse_mol_block(text), _data_fields(text))
         elif line is not None:
             yield Record(start, "an empty record", {})
         if line is None:
@@ -39,7 +39,8 @@ def _data_fields(record: str) -> dict[str, str]:
     return {name: value.rstrip("\n") for name, value in fields}
 
 
-def _parse_mol_block(block: str) -> Molecule | str:
+def parse_mol_block(block: str) -> Molecule | str:
+    """The molecule of a record, or why it cannot be read."""
     with rdBase.BlockLogs():
         try:
             parsed = Chem.MolFromMolBlock(block, sanitize=False, removeHs=False)

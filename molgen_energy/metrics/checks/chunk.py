@@ -12,8 +12,13 @@ from numpy.typing import NDArray
 
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.geometry import KINDS, measure
-from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS, SanitizationResult, kekulised, sanitize
-from molgen_energy.chemistry.valence import stable_atoms, stable_charged_atoms, valences
+from molgen_energy.chemistry.rdkit import (
+    MAX_NEIGHBOURS,
+    SanitizationResult,
+    bond_forms,
+    sanitize,
+)
+from molgen_energy.chemistry.valence import stable_atoms, valences
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.elements import symbol
 
@@ -23,20 +28,22 @@ class CheckSettings:
     """How each molecule is checked."""
 
     bonds: str = "perceived"
-    """Bonds for validity, SMILES and connectivity, one of
-    `molgen_energy.metrics.options.BOND_CHOICES`. Geometry uses the given bonds or the perceived
-    ones with their orders."""
-    valence: str = "strict"
-    """Valence model for given bonds, one of `molgen_energy.chemistry.bonds.VALENCE_MODELS`."""
+    """The bonds of all checks: `perceived`, `given`, or `single`, which takes perceived bonds as
+    single for validity, SMILES and connectivity alone (EDM's validity on GEOM-Drugs)."""
+    valence: str = "edm"
+    """One of `molgen_energy.chemistry.valence.VALENCE_MODELS`."""
     counting: str = "once"
     """How angles are counted, one of `molgen_energy.chemistry.geometry.COUNTINGS`."""
     type_codes: dict[str, tuple[int, ...]] | None = None
     """Codes of the geometry types to collect, by kind. None collects all types of all kinds, an
     empty dictionary none."""
+    aromatic: bool = True
+    """Whether geometry types are of given bonds in aromatic form, or else in Kekulé form. Perceived
+    bonds are never aromatic."""
     whole_smiles: bool = False
     """Whether to compute SMILES of whole molecules, which FCD needs."""
-    check_given_bonds: bool = True
-    """Whether to check the bonds given in the file beside the perceived ones."""
+    names_only: bool = False
+    """Whether only validity and SMILES are needed; stability is then undefined."""
 
 
 class GeometryValues(NamedTuple):
@@ -49,27 +56,16 @@ class GeometryValues(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GivenBondChecks:
-    """Checks with the bonds given in the file; arrays (M,)."""
-
-    bonds: int
-    """Number of bonds of all molecules."""
-    unstable_atoms: NDArray[np.int64]
-    valid: NDArray[np.bool_]
-    connected: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
 class ChunkChecks:
     """Results for the M molecules of a chunk; arrays (M,), lists of length M."""
 
     chunk: MoleculeChunk
     """The molecules with the bonds that were checked."""
     unstable_atoms: NDArray[np.int64]
-    """Number of unstable atoms with perceived bonds."""
     valid: NDArray[np.bool_]
     fragments: NDArray[np.int64]
-    hydrogens_added: NDArray[np.bool_]
+    hydrogens_missing: NDArray[np.bool_]
+    """Valid only with implicit hydrogens or radical electrons."""
     smiles: list[str | None]
     """SMILES of the largest fragment; None if invalid."""
     whole_smiles: list[str | None]
@@ -77,15 +73,12 @@ class ChunkChecks:
     """RDKit's error message; empty if valid."""
     timed_out: NDArray[np.bool_]
     unstable_valences: Counter[tuple[str, int]]
-    """Number of unstable atoms by element and sum of bond orders."""
+    """Number of unstable atoms by element with its charge, such as `N+`, and sum of bond orders."""
     geometry: dict[str, GeometryValues]
     """By kind."""
     without_geometry: int
     """Number of molecules with an atom of more than `MAX_NEIGHBOURS` bonds, which have no
     geometry."""
-    given_bonds: GivenBondChecks | None
-    use_given_bonds: bool = False
-    """Whether stability for `passes_all` comes from the given bonds."""
 
     @property
     def complete(self) -> NDArray[np.bool_]:
@@ -94,17 +87,10 @@ class ChunkChecks:
         return complete
 
     @property
-    def checked_unstable_atoms(self) -> NDArray[np.int64]:
-        """Number of unstable atoms with the bonds that validity is checked with."""
-        if self.use_given_bonds and self.given_bonds is not None:
-            return self.given_bonds.unstable_atoms
-        return self.unstable_atoms
-
-    @property
     def passes_all(self) -> NDArray[np.bool_]:
         """Stable, valid, connected, without implicit hydrogens or radicals."""
-        stable: NDArray[np.bool_] = self.checked_unstable_atoms == 0
-        return self.complete & stable & ~self.hydrogens_added
+        stable: NDArray[np.bool_] = self.unstable_atoms == 0
+        return self.complete & stable & ~self.hydrogens_missing
 
 
 def check_chunk(chunk: MoleculeChunk, settings: CheckSettings) -> ChunkChecks:
@@ -120,59 +106,98 @@ def check_chunk_without_rdkit(
 
 
 def _check(chunk: MoleculeChunk, settings: CheckSettings, failure: str | None) -> ChunkChecks:
-    molecules = chunk.molecules
-    perceived = perceive(molecules)
-    checked = molecules if settings.bonds == "given" else perceived
-    sanitized = checked
-    if settings.bonds == "single":
-        assert perceived.bonds is not None
-        ones = np.ones_like(perceived.bonds.order)
-        sanitized = replace(perceived, bonds=replace(perceived.bonds, order=ones))
+    checked = chunk.molecules if settings.bonds == "given" else perceive(chunk.molecules)
     overbonded = _overbonded(checked)
-    results = _sanitize_all(sanitized, settings.whole_smiles, failure)
-    given_bonds = None
-    if molecules.bonds is not None and settings.check_given_bonds:
-        given_bonds = _check_given_bonds(molecules, settings, results, failure)
-    unstable = ~stable_atoms(perceived)
-    checked_chunk = MoleculeChunk(chunk.records, checked)
+    results = _sanitize_all(checked, settings, failure)
+    aromatic, kekule = _forms(checked, results)
+    unstable = _unstable_atoms(aromatic, kekule, results, settings.valence)
+    if settings.bonds == "single":
+        assert checked.bonds is not None
+        ones = np.ones_like(checked.bonds.order)
+        single = replace(checked, bonds=replace(checked.bonds, order=ones))
+        results = _sanitize_all(single, replace(settings, valence="edm"), failure)
+    typed = checked
+    if settings.bonds == "given":
+        typed = aromatic if settings.aromatic else kekule
     return ChunkChecks(
-        chunk=checked_chunk,
-        unstable_atoms=_count_per_molecule(unstable, molecules),
+        chunk=MoleculeChunk(chunk.records, checked),
+        unstable_atoms=_count_per_molecule(unstable, checked),
         valid=np.array([r.valid for r in results], bool),
         fragments=np.array([r.fragments for r in results], np.int64),
-        hydrogens_added=np.array([r.hydrogens_added for r in results], bool),
+        hydrogens_missing=np.array([r.hydrogens_missing for r in results], bool),
         smiles=[r.smiles for r in results],
         whole_smiles=[r.whole_smiles for r in results],
         invalid_reasons=[r.reason for r in results],
         timed_out=np.full(len(chunk), failure is not None),
-        unstable_valences=_count_valences(perceived, unstable),
-        geometry=_geometry(checked_chunk, overbonded, settings),
+        unstable_valences=_count_valences(kekule, unstable),
+        geometry=_geometry(MoleculeChunk(chunk.records, typed), overbonded, settings),
         without_geometry=int(overbonded.sum()),
-        given_bonds=given_bonds,
-        use_given_bonds=settings.bonds == "given",
     )
+
+
+def _forms(molecules: Molecules, results: list[SanitizationResult]) -> tuple[Molecules, Molecules]:
+    """The molecules in aromatic and in Kekulé form; unchanged where these were not requested."""
+    forms = [result.forms for result in results if result.forms is not None]
+    if molecules.bonds is None or not forms:
+        return molecules, molecules
+    aromatic, kekule = (np.concatenate(orders) for orders in zip(*forms, strict=True))
+    bonds = molecules.bonds
+    return (
+        replace(molecules, bonds=replace(bonds, order=aromatic)),
+        replace(molecules, bonds=replace(bonds, order=kekule)),
+    )
+
+
+def _unstable_atoms(
+    aromatic: Molecules, kekule: Molecules, results: list[SanitizationResult], valence: str
+) -> NDArray[np.bool_]:
+    """Which atoms the valence model refuses, (ΣN,)."""
+    if valence == "strict":
+        unstable = np.zeros(len(kekule.atomic_numbers), bool)
+        starts = kekule.offsets[:-1].tolist()
+        for start, result in zip(starts, results, strict=True):
+            unstable[start + np.array(result.unstable_atoms, np.int64)] = True
+        return unstable
+    return ~stable_atoms(aromatic if valence == "geom" else kekule, valence)
 
 
 def _count_valences(molecules: Molecules, unstable: NDArray[np.bool_]) -> Counter[tuple[str, int]]:
-    """Number of unstable atoms by element and sum of bond orders."""
+    """Number of unstable atoms by element with charge and sum of bond orders."""
     numbers = molecules.atomic_numbers[unstable].astype(np.int64)
-    pairs, counts = np.unique(
-        np.stack([numbers, valences(molecules)[unstable]], axis=1), axis=0, return_counts=True
+    charges = np.zeros_like(numbers)
+    if molecules.formal_charges is not None:
+        charges = molecules.formal_charges[unstable].astype(np.int64)
+    kinds, counts = np.unique(
+        np.stack([numbers, charges, valences(molecules)[unstable]], axis=1),
+        axis=0,
+        return_counts=True,
     )
     found: Counter[tuple[str, int]] = Counter()
-    for (z, valence), count in zip(pairs.tolist(), counts.tolist(), strict=True):
-        found[symbol(z), valence] = count
+    for (z, charge, valence), count in zip(kinds.tolist(), counts.tolist(), strict=True):
+        found[symbol(z) + _charge_text(charge), valence] = count
     return found
 
 
+def _charge_text(charge: int) -> str:
+    """`+`, `2-`, … as chemists write it; empty for 0."""
+    if charge == 0:
+        return ""
+    return ("" if abs(charge) == 1 else str(abs(charge))) + ("+" if charge > 0 else "-")
+
+
 def _sanitize_all(
-    molecules: Molecules, whole_smiles: bool, failure: str | None
+    molecules: Molecules, settings: CheckSettings, failure: str | None
 ) -> list[SanitizationResult]:
+    strict = settings.valence == "strict" and not settings.names_only
+    forms = settings.bonds == "given" or settings.valence == "geom"
+    forms = forms and not settings.names_only
     if failure is None:
-        return [sanitize(molecule, whole_smiles) for molecule in molecules]
+        return [sanitize(m, settings.whole_smiles, forms, strict) for m in molecules]
+    unstable = [tuple(range(size)) if strict else () for size in molecules.sizes.tolist()]
+    fragments = _count_fragments(molecules).tolist()
     return [
-        SanitizationResult(False, count, reason=failure)
-        for count in _count_fragments(molecules).tolist()
+        SanitizationResult(False, count, reason=failure, unstable_atoms=atoms)
+        for count, atoms in zip(fragments, unstable, strict=True)
     ]
 
 
@@ -189,44 +214,14 @@ def _count_fragments(molecules: Molecules) -> NDArray[np.int64]:
     return np.bincount(pairs[:, 0], minlength=len(molecules))
 
 
-def _check_given_bonds(
-    molecules: Molecules,
-    settings: CheckSettings,
-    results: list[SanitizationResult],
-    failure: str | None,
-) -> GivenBondChecks:
-    assert molecules.bonds is not None
-    if failure is not None:
-        none = np.zeros(len(molecules), bool)
-        return GivenBondChecks(len(molecules.bonds.order), molecules.sizes, none, none)
-    if settings.bonds != "given":
-        results = _sanitize_all(molecules, False, None)
-    kekule = [kekulised(molecule) for molecule in molecules]
-    orders = np.concatenate([m.bond_order for m in kekule if m.bond_order is not None])
-    changed = replace(molecules, bonds=replace(molecules.bonds, order=orders))
-    stable = stable_charged_atoms(changed, settings.valence)
-    return GivenBondChecks(
-        len(orders),
-        _count_per_molecule(~stable, molecules),
-        np.array([r.valid for r in results], bool),
-        np.array([r.fragments == 1 for r in results], bool),
-    )
-
-
-def unstable_atoms(molecule: Molecule, valence: str | None = None) -> list[int]:
-    """Indices of a molecule's unstable atoms.
-
-    Parameters
-    ----------
-    valence
-        None perceives bonds from distances. A valence model takes the given bonds and formal
-        charges.
-    """
-    if valence is None:
-        stable = stable_atoms(perceive(Molecules.from_list([molecule])))
-    else:
-        stable = stable_charged_atoms(Molecules.from_list([kekulised(molecule)]), valence)
-    return [int(k) for k in np.flatnonzero(~stable)]
+def unstable_atoms(molecule: Molecule, valence: str = "edm") -> list[int]:
+    """Indices of a molecule's unstable atoms, with its bonds, by a valence model."""
+    if valence == "strict":
+        return list(sanitize(molecule, strict=True).unstable_atoms)
+    forms = bond_forms(molecule)
+    orders = forms.aromatic if valence == "geom" else forms.kekule
+    alone = Molecules.from_list([replace(molecule, bond_order=orders)])
+    return [int(k) for k in np.flatnonzero(~stable_atoms(alone, valence))]
 
 
 def _count_per_molecule(atoms: NDArray[np.bool_], molecules: Molecules) -> NDArray[np.int64]:

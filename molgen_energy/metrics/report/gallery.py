@@ -35,8 +35,7 @@ def gallery_block(results: MoleculeResults, open_pool: Callable[[], WorkerPool])
     open_pool
         Starts the processes that draw the molecules, since RDKit can hang.
     """
-    checks = results.options.checks
-    valence = checks.valence if checks.bonds == "given" else None
+    valence = results.options.checks.valence
 
     def content() -> BlockContent:
         galleries: list[dict[str, Any]] = []
@@ -58,7 +57,7 @@ def gallery_block(results: MoleculeResults, open_pool: Callable[[], WorkerPool])
 
 
 def _cards(
-    selected: list[SelectedMolecule], workers: WorkerPool, first: int, valence: str | None
+    selected: list[SelectedMolecule], workers: WorkerPool, first: int, valence: str
 ) -> list[dict[str, Any]]:
     """Contents of the gallery's cards, numbered from `first`."""
     if not selected:
@@ -98,7 +97,7 @@ def molecular_formula(molecule: Molecule) -> str:
     return "".join(s + (str(symbols.count(s)) if symbols.count(s) > 1 else "") for s in order)
 
 
-def _model(molecule: Molecule, valence: str | None) -> dict[str, Any]:
+def _model(molecule: Molecule, valence: str) -> dict[str, Any]:
     """Data of the page's 3D viewer: positions in Å, elements, bonds, unstable atoms."""
     positions = molecule.positions.astype(np.float64)
     centred = positions - positions.mean(axis=0)
@@ -114,7 +113,7 @@ def _model(molecule: Molecule, valence: str | None) -> dict[str, Any]:
     }
 
 
-def draw_chunk(chunk: MoleculeChunk, valence: str | None) -> list[str]:
+def draw_chunk(chunk: MoleculeChunk, valence: str) -> list[str]:
     """2D drawings of molecules as SVG with marked unstable atoms; empty where RDKit fails.
 
     Parameters
@@ -130,7 +129,7 @@ def drawing_failed(chunk: MoleculeChunk, reason: str) -> list[str]:
     return [""] * len(chunk)
 
 
-def _draw(molecule: Molecule, valence: str | None) -> str:
+def _draw(molecule: Molecule, valence: str) -> str:
     if max_neighbours(molecule) > MAX_NEIGHBOURS:
         return ""
     unstable = unstable_atoms(molecule, valence)

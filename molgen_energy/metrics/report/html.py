@@ -108,7 +108,12 @@ def _sections(report: Report) -> list[dict[str, Any]]:
         {
             "title": section.title,
             "rows": [
-                {"row": row, "cells": [_cell(metric_text(c.metrics.get(row.key))) for c in columns]}
+                {
+                    "row": row,
+                    "cells": [
+                        _cell(metric_text(c.metrics.get(row.key), row.show_count)) for c in columns
+                    ],
+                }
                 for row in section.rows
             ],
         }
@@ -125,9 +130,6 @@ def _cell(text: str) -> tuple[str, str]:
 def _provenance(file: EvaluatedFile) -> dict[str, Any]:
     long = {key: text for key, text in file.provenance.items() if "\n" in text}
     short = {key: text for key, text in file.provenance.items() if "\n" not in text}
-    # SDF fields of the first record that do not describe the file.
-    for name in ("molecule", "status", "fragments"):
-        short.pop(name, None)
     return {"name": file.name, "short": short, "long": long}
 
 

@@ -24,6 +24,10 @@ class ReportRow:
     unit: str = ""
     hint: str = ""
     """How to get the metric if it was not computed."""
+    note: str = ""
+    """A restriction of the metric in all files."""
+    show_count: bool = False
+    """Whether to show the number of samples that the metric rests on."""
 
     @property
     def heading(self) -> str:

@@ -34,7 +34,8 @@ from molgen_energy.metrics.report.model import (
 from molgen_energy.metrics.results import MoleculeResults
 from molgen_energy.workers import WorkerPool
 
-_GIVEN_BONDS = "given_bonds_"
+_BONDS_UNUSED = "perceived bonds; the file has its own"
+_BY_BONDS = ("strain", "posebusters")  # metrics whose published values are of given bonds
 _FAR = 5  # times the distance of real data from themselves, for a file that is as stable as they
 # Distances of few molecules are large by themselves, since MMD is biased: some subsets of 1,000
 # real molecules are beyond `_FAR`, none of 3,000.
@@ -69,6 +70,7 @@ def _geometry_rows() -> tuple[MetricRow, ...]:
     return (*by_mmd, *by_wasserstein)
 
 
+_ON_SUBSETS = "energy and plausibility"
 _DISTANCES = (
     *_geometry_rows(),
     MetricRow("sizes", "sizes, Wasserstein", "of the numbers of atoms", "atoms", "composition"),
@@ -80,7 +82,8 @@ _SECTIONS = {
     "rates, %": (
         MetricRow("molecule_stability", "molecule stability",
             "molecules whose atoms are all stable"),
-        MetricRow("atom_stability", "atom stability", "atoms with an allowed sum of bond orders"),
+        MetricRow("atom_stability", "atom stability",
+            "atoms whose bonds the valence model allows"),
         MetricRow("validity", "validity", "molecules that RDKit sanitises"),
         MetricRow("uniqueness", "uniqueness", "distinct among the valid"),
         MetricRow("novelty", "novelty", "not in the training set, among the distinct"),
@@ -88,20 +91,13 @@ _SECTIONS = {
         MetricRow("complete", "complete", "valid and connected"),
         MetricRow("valid_unique", "valid × unique", "distinct valid among all"),
         MetricRow("valid_unique_novel", "valid × unique × novel", "novel among all"),
-        MetricRow("hydrogens_assumed", "valid by added hydrogens",
-            "valid with implicit hydrogens or radicals"),
+        MetricRow("hydrogens_assumed", "hydrogens missing",
+            "valid only with implicit hydrogens or radical electrons"),
         MetricRow("good", "passes all checks",
-            "stable, valid, connected, without added hydrogens"),
-    ),
-    "rates with given bonds, %": (
-        MetricRow(f"{_GIVEN_BONDS}molecule_stability", "molecule stability",
-            "atoms' bonds fit their formal charges, after Kekulisation"),
-        MetricRow(f"{_GIVEN_BONDS}atom_stability", "atom stability", "the same, among atoms"),
-        MetricRow(f"{_GIVEN_BONDS}validity", "validity", "molecules that RDKit sanitises"),
-        MetricRow(f"{_GIVEN_BONDS}complete", "complete", "valid and connected"),
+            "stable, valid, connected, no hydrogens missing"),
     ),
     "distance from the data": _DISTANCES,
-    "energy and plausibility": (
+    _ON_SUBSETS: (
         MetricRow("strain_energy", "MMFF94 strain",
             "energy lost on relaxation, median over complete molecules", "kcal/mol", "strain"),
         MetricRow("strain_rmsd", "MMFF94 relaxation RMSD",
@@ -154,7 +150,15 @@ def _sections(results: MoleculeResults) -> list[ReportSection]:
     shown = []
     for title, rows in _SECTIONS.items():
         applicable = [
-            ReportRow(row.key, row.label, row.meaning, row.unit, _hint(row.metric, options))
+            ReportRow(
+                row.key,
+                row.label,
+                row.meaning,
+                row.unit,
+                _hint(row.metric, options),
+                _BONDS_UNUSED if results.bonds_unused and row.metric in _BY_BONDS else "",
+                title == _ON_SUBSETS,
+            )
             for row in rows
             if _applies(row, results)
         ]
@@ -164,8 +168,6 @@ def _sections(results: MoleculeResults) -> list[ReportSection]:
 
 
 def _applies(row: MetricRow, results: MoleculeResults) -> bool:
-    if row.key.startswith(_GIVEN_BONDS):
-        return any(e.rates[row.key] is not None for e in results.samples)
     return row.metric in results.options.metrics or row.metric in EXTRAS
 
 
@@ -306,10 +308,12 @@ def _failures(evaluation: MoleculeEvaluation) -> list[str]:
 
 
 def _summary(results: MoleculeResults) -> str:
-    jodo = results.options.checks.counting == "jodo"
+    checks = results.options.checks
+    jodo = checks.counting == "jodo"
     return (
-        f"bonds {results.samples[0].bonds}; novelty against {results.novelty_against}; "
-        f"types: {results.reference.types.name}" + ("; angles as JODO lists them" if jodo else "")
+        f"bonds {results.samples[0].bonds}; valences {checks.valence}; "
+        f"novelty against {results.novelty_against}; types: {results.reference.types.name}"
+        + ("; angles as JODO lists them" if jodo else "")
     )
 
 
@@ -322,7 +326,7 @@ def _settings(results: MoleculeResults) -> list[Setting]:
         Setting("novelty_against", "novelty against", results.novelty_against),
         Setting("metrics", "metrics", metrics, ", ".join(metrics)),
         Setting("bonds", "bonds", checks.bonds, BOND_DESCRIPTIONS[checks.bonds]),
-        Setting("valence", "valences of given bonds", checks.valence),
+        Setting("valence", "valence model", checks.valence),
         Setting("angles", "angles", checks.counting),
         Setting("types", "geometry types", {"name": types.name, **types.types}, types.name),
         Setting("subset", "molecules for strain and PoseBusters", options.subset,

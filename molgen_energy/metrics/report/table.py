@@ -73,10 +73,13 @@ def _table(report: Report, files: list[EvaluatedFile]) -> Table:
             indent = "  "
             shown.add_row(f"[bold]{section.title}[/]", *([""] * len(columns)))
         for row in section.rows:
-            hint = f"\n  {indent}[dim]{escape(row.hint)}[/]" if row.hint else ""
+            remarks = (f"\n  {indent}[dim]{escape(t)}[/]" for t in (row.hint, row.note) if t)
+            values = (
+                metric_text(column.metrics.get(row.key), row.show_count) for _, column in columns
+            )
             shown.add_row(
-                f"{indent}{escape(row.heading)}{hint}",
-                *(escape(metric_text(column.metrics.get(row.key))) for _, column in columns),
+                f"{indent}{escape(row.heading)}{''.join(remarks)}",
+                *map(escape, values),
                 end_section=row is section.rows[-1],
             )
     return shown
@@ -95,10 +98,15 @@ def uncertainty(report: Report) -> str:
     return " or ".join(texts[kind] for kind in (True, False) if kind in kinds)
 
 
-def metric_text(metric: MetricValue | None) -> str:
+def metric_text(metric: MetricValue | None, show_count: bool = False) -> str:
     """A value with its uncertainty, or n/a; rates in per cent.
 
     Bounds of an interval have two significant digits, or as many as it takes to tell them apart.
+
+    Parameters
+    ----------
+    show_count
+        Whether to add the number of samples.
     """
     if metric is None or metric.value is None:
         note = metric.note if isinstance(metric, Estimate) else ""
@@ -113,4 +121,7 @@ def metric_text(metric: MetricValue | None) -> str:
         digits = next((d for d in (2, 3, 4) if len({f"{x:.{d}g}" for x in interval}) > 1), 2)
         bounds = [f"{number:.{digits}g}" for number in interval]
         value = f"{metric.value:.{digits + 1}g}"
-    return f"{value} [{', '.join(bounds)}]" if bounds else value
+    text = f"{value} [{', '.join(bounds)}]" if bounds else value
+    if not show_count:
+        return text
+    return f"{text} of {metric.total if isinstance(metric, Rate) else metric.count:,}"

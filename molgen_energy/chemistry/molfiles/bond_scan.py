@@ -1,0 +1,112 @@
+"""Which records of a file have bonds of their own, found without parsing all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from molgen_energy.chemistry.bonds import are_perceived
+from molgen_energy.chemistry.molfiles.lines import Lines
+from molgen_energy.data.molecules import Molecule
+
+_DECLARED_CHECKED = 100
+_PERCEIVED_FIELD = "<bonds>"
+
+
+class GivenBonds(NamedTuple):
+    """What the records of a file say about their bonds."""
+
+    some: bool
+    """Whether a record has bonds that were not perceived from distances."""
+    without: int | None
+    """Number of the first record that has none, from 1; None if every record has them."""
+    declared_perceived: bool = False
+    """Whether a record declares its bonds as perceived from distances, and they are."""
+
+    @property
+    def every(self) -> bool:
+        """Whether every record has bonds that were not perceived from distances."""
+        return self.some and self.without is None
+
+
+NO_BONDS = GivenBonds(False, 1)
+
+
+class ScannedRecord(NamedTuple):
+    """The bonds of one record."""
+
+    has_bonds: bool
+    """Whether it has any, or needs none as a single atom."""
+    declared_perceived: bool
+    """Whether it says that its bonds were perceived from distances."""
+    parse: Callable[[], Molecule | None]
+    """The molecule, None if it cannot be read."""
+
+
+def find_given_bonds(records: Iterable[ScannedRecord]) -> GivenBonds:
+    """Whether records have bonds of their own; reads only as far as it needs to know.
+
+    Bonds that a record declares as perceived do not count, unless another program has replaced
+    them. The first 100 such records are compared with what perception finds.
+    """
+    some = replaced = False
+    without: list[int] = []
+    declared: list[int] = []
+    for number, record in enumerate(records, start=1):
+        if not record.has_bonds:
+            without.append(number)
+        elif not record.declared_perceived:
+            some = True
+        elif not replaced:
+            declared.append(number)
+            molecule = record.parse()
+            replaced = molecule is not None and not are_perceived(molecule)
+        if len(declared) == _DECLARED_CHECKED and not replaced:
+            break
+        if without and (some or replaced):
+            break
+    if not replaced:
+        without += declared
+    return GivenBonds(some or replaced, min(without, default=None), bool(declared) and not replaced)
+
+
+def scan_sdf(lines: Lines, parse: Callable[[str], Molecule | str]) -> Iterator[ScannedRecord]:
+    """The records of an SDF, of which only the counts and the field `bonds` are read."""
+    while True:
+        record: list[str] = []
+        perceived = False
+        while (line := lines.next()) is not None and not line.startswith("$$$$"):
+            if line[0] == ">" and _PERCEIVED_FIELD in line:
+                record.append(line)
+                line = lines.next()
+                if line is None:
+                    break
+                perceived = line.startswith("perceived")
+            record.append(line)
+        if any(text.strip() for text in record):
+            yield ScannedRecord(_has_bonds(record), perceived, _parser(record, parse))
+        if line is None:
+            return
+
+
+def _parser(
+    record: list[str], parse: Callable[[str], Molecule | str]
+) -> Callable[[], Molecule | None]:
+    def parsed() -> Molecule | None:
+        molecule = parse("".join(record))
+        return molecule if isinstance(molecule, Molecule) else None
+
+    return parsed
+
+
+def _has_bonds(record: list[str]) -> bool:
+    """By the counts line; a broken record counts as one with bonds, reading it says why."""
+    counts = record[3] if len(record) > 3 else ""
+    texts = [counts[:3], counts[3:6]]
+    if "V3000" in counts:
+        texts = next((line.split()[3:5] for line in record if "V30 COUNTS" in line), [])
+    try:
+        atoms, bonds = map(int, texts)
+    except ValueError:
+        return True
+    return bonds > 0 or atoms <= 1
