@@ -60,7 +60,7 @@ def main() -> None:
 
 def first(path: Path, count: int) -> list[Molecule]:
     """The first molecules of a file."""
-    chunks = (chunk.molecules for chunk in FileSource(path).chunks())
+    chunks = (perceive(chunk.molecules) for chunk in FileSource(path).chunks())
     found = list(itertools.islice(itertools.chain.from_iterable(chunks), count))
     if len(found) < count:
         raise InputError(f"{path} holds {len(found)} molecules, expected at least {count}")
