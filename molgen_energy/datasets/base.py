@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
 from molgen_energy.data.splits import check_fractions, check_seed, parse_fractions, random_split
-from molgen_energy.elements import symbol
+from molgen_energy.datasets.log import DatasetLog
+from molgen_energy.datasets.screening import Screen
+from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
 from molgen_energy.progress import ProgressCallback, no_progress
 
@@ -88,23 +90,6 @@ def argument(text: str, metavar: str) -> Any:
     return field(metadata={"help": text, "metavar": metavar})
 
 
-class DatasetLog:
-    """What a dataset of molecules reports while it is read."""
-
-    MOST_NAMED = 5
-
-    def __init__(self, progress: ProgressCallback = no_progress) -> None:
-        self.progress = progress
-        self.skipped: list[str] = []
-        self.skipped_count = 0
-
-    def skip(self, record: str) -> None:
-        """Report a record that is left out, and why; the first are named."""
-        if len(self.skipped) < self.MOST_NAMED:
-            self.skipped.append(record)
-        self.skipped_count += 1
-
-
 class MoleculeDataset(Dataset):
     """A dataset of molecules: yields chunks with all the columns that it has.
 
@@ -140,6 +125,10 @@ class MoleculeDataset(Dataset):
     def check(self) -> None:
         """Raise `InputError` where an option has a bad value, before anything is read."""
 
+    def screen(self) -> Screen:
+        """What is done to the molecules before they are written."""
+        return Screen()
+
     def write(self, output: Path, progress: ProgressCallback) -> str:
         """Write the molecules."""
         return self.make(output, progress).summary
@@ -157,21 +146,22 @@ class MoleculeDataset(Dataset):
 
         self.check()
         check_hdf5_name(output)
-        log, survey = DatasetLog(progress), _Survey(self.source_name())
+        log, survey, screen = DatasetLog(progress), _Survey(self.source_name()), self.screen()
         with MoleculeWriter(output, source=survey.source) as writer:
             for chunk in self.chunks(log):
-                survey.add(chunk)
-                writer.append(chunk.molecules)
-            survey.check()
+                kept = screen.apply(chunk, survey.source, log)
+                survey.add(kept.molecules)
+                writer.append(kept.molecules)
+            survey.check(log)
             writer.set_split(self.split_labels(writer.count, survey.all_groups()))
         return PreprocessResult(
             output,
             self.samples,
             split_counts(output),
-            survey.summary(),
+            "; ".join([survey.summary(), *(f"{n:,} {what}" for what, n in (+log.counts).items())]),
             tuple(log.skipped),
             log.skipped_count,
-            tuple(survey.warnings()),
+            (*log.notes, *screen.notes(), *survey.warnings()),
         )
 
 
@@ -194,6 +184,51 @@ class RandomSplitDataset(MoleculeDataset):
         return random_split(count, parse_fractions(self.split), self.seed, groups)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScreenedDataset(RandomSplitDataset):
+    """A dataset with options for what is done about bad and suspicious molecules."""
+
+    remedies: ClassVar[Mapping[str, str]] = {
+        "no_hydrogens": "add hydrogens, or leave such records out with --require-hydrogens",
+        "few_hydrogens": "add hydrogens, or leave such records out with --require-hydrogens",
+        "fragments": "--largest-fragment keeps the largest of each",
+        "duplicates": "--drop-duplicates leaves them out",
+    }
+    """What to do about kinds of `molgen_energy.chemistry.anomalies`."""
+
+    elements: str | None = option(None, "The elements that may occur, such as H,C,N,O,F.")
+    skip_bad: bool = option(False, "Leave out broken records instead of stopping.")
+    largest_fragment: bool = option(False, "Keep only the largest fragment of each record.")
+    require_hydrogens: bool = option(False, "Leave out records that lack hydrogens.")
+    drop_duplicates: bool = option(False, "Leave out exact copies of earlier records.")
+
+    def check(self) -> None:
+        """Raise `InputError` unless split, seed and elements can be used."""
+        super().check()
+        self.allowed_elements()
+
+    def allowed_elements(self) -> NDArray[np.bool_]:
+        """(256,): which atomic numbers may occur; raises `InputError` for other names."""
+        allowed = np.full(256, self.elements is None)
+        for name in (self.elements or "").split(","):
+            if name.strip():
+                allowed[atomic_number(name.strip())] = True
+        if not allowed.any():
+            raise InputError(f"--elements '{self.elements}' names no element, such as H,C,N,O,F")
+        return allowed
+
+    def screen(self) -> Screen:
+        """As the options say."""
+        return Screen(
+            self.allowed_elements(),
+            self.skip_bad,
+            self.largest_fragment,
+            self.require_hydrogens,
+            self.drop_duplicates,
+            self.remedies,
+        )
+
+
 class _Survey:
     """What is found in the molecules of a dataset, in memory that grows with groups alone."""
 
@@ -202,35 +237,30 @@ class _Survey:
         self.count = 0
         self._elements = np.zeros(256, bool)
         self._fewest, self._most = 1 << 62, 0
-        self._flat = True
         self._groups: list[NDArray[np.int64]] = []
         self._values: dict[str, int] = {}
 
-    def add(self, chunk: MoleculeChunk) -> None:
-        """Take in some molecules; raises `InputError` where a molecule cannot be stored."""
-        molecules = chunk.molecules
+    def add(self, molecules: Molecules) -> None:
+        """Take in some molecules."""
         sizes = molecules.sizes
-        for bad, what in (
-            (sizes == 0, "no atoms"),
-            (_not_finite(molecules), "coordinates that are not finite"),
-        ):
-            if bad.any():
-                raise InputError(f"{self.source}: record {chunk.records[bad][0]} has {what}")
         self.count += len(molecules)
         self._elements[np.unique(molecules.atomic_numbers)] = True
         self._fewest = min(self._fewest, int(sizes.min(initial=self._fewest)))
         self._most = max(self._most, int(sizes.max(initial=0)))
-        self._flat = self._flat and not molecules.positions[:, 2].any()
         if molecules.groups is not None:
             self._groups.append(molecules.groups)
         for name, column in molecules.properties.items():
             present = int(np.isfinite(column.values).sum())
             self._values[name] = self._values.get(name, 0) + present
 
-    def check(self) -> None:
+    def check(self, log: DatasetLog) -> None:
         """Raise `InputError` where there is no molecule, or a property without any value."""
         if not self.count:
-            raise InputError(f"{self.source} holds no molecule")
+            left = [f"{n:,} {what}" for what, n in (+log.counts).items()]
+            if log.skipped_count:
+                left.append(f"{log.skipped_count:,} bad, the first: {log.skipped[0]}")
+            reason = f"usable molecule ({'; '.join(left)})" if left else "molecule"
+            raise InputError(f"{self.source} holds no {reason}")
         for name, present in self._values.items():
             if not present:
                 raise InputError(
@@ -254,19 +284,7 @@ class _Survey:
 
     def warnings(self) -> Iterator[str]:
         """What may be wrong."""
-        if not self._elements[1]:
-            yield "no molecule holds a hydrogen; models and metrics here take hydrogens as atoms"
-        if self._flat:
-            yield "all molecules lie in the plane z = 0; is this a file of 2D drawings?"
         for name, present in self._values.items():
             if present < self.count:
                 missing = self.count - present
                 yield f"property {name} is missing in {missing:,} of {self.count:,} molecules (NaN)"
-
-
-def _not_finite(molecules: Molecules) -> NDArray[np.bool_]:
-    """Which molecules have coordinates that are not finite, (M,); some may have no atoms."""
-    bad = np.zeros(len(molecules), bool)
-    atoms = ~np.isfinite(molecules.positions).all(axis=1)
-    bad[molecules.molecule_index[atoms]] = True
-    return bad

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from molgen_energy.data.molecules import MoleculeChunk
-from molgen_energy.datasets.base import DatasetLog, RandomSplitDataset, argument, option
+from molgen_energy.datasets.base import ScreenedDataset, argument, option
+from molgen_energy.datasets.log import DatasetLog
+from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,11 +23,15 @@ _CHUNK = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoleculeFiles(RandomSplitDataset):
+class MoleculeFiles(ScreenedDataset):
     """Molecules of your own SDF or XYZ files (also .gz), with their data fields."""
 
     name = "files"
     output = "FILE.h5"
+    remedies: ClassVar[Mapping[str, str]] = {
+        **ScreenedDataset.remedies,
+        "types": "name their elements: --types C,O,H",
+    }
 
     files: tuple[Path, ...] = argument("SDF or XYZ files (also .gz).", "FILE…")
     properties: str | None = option(
@@ -35,14 +44,17 @@ class MoleculeFiles(RandomSplitDataset):
     )
     split: str = option("0.8,0.1,0.1", "Shares for training, validation, test.")
     seed: int = option(0, "Seed of the split.")
-    elements: str | None = option(None, "The elements that may occur, such as H,C,N,O,F.")
-    skip_bad: bool = option(False, "Leave out broken records instead of stopping.")
+    types: str | None = option(
+        None, "Elements of the atom types 1, 2, … that stand for elements, such as C,O,H (LAMMPS)."
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "files", tuple(map(Path, self.files)))
 
     def default_output(self) -> Path:
         """Named after the first file."""
+        if not self.files[0].name:
+            raise InputError(f"{self.files[0]} is a folder; name an SDF or XYZ file")
         return Path(self.files[0].name.removesuffix(".gz")).with_suffix(".h5")
 
     def source_name(self) -> str:
@@ -55,13 +67,18 @@ class MoleculeFiles(RandomSplitDataset):
         if not self.files:
             raise InputError("name an SDF or XYZ file")
         self._readers()
+        if self.types is not None:
+            self._elements_of_types()
 
     def chunks(self, log: DatasetLog) -> Iterator[MoleculeChunk]:
         """The molecules of all files, one after another."""
         done = 0
         for reader in self._readers():
             reader.selection = self._selection(reader)
+            log.file = reader.path.name if len(self.files) > 1 else ""
             for chunk in reader.chunks(_CHUNK):
+                if self.types is not None:
+                    chunk = self._named(chunk, reader.path)
                 done += len(chunk)
                 log.progress(done, None)
                 yield chunk
@@ -73,10 +90,25 @@ class MoleculeFiles(RandomSplitDataset):
     def _readers(self) -> list[MoleculeReader]:
         from molgen_energy.chemistry.molfiles import MoleculeReader
 
-        allowed = None
-        if self.elements is not None:
-            allowed = [name.strip() for name in self.elements.split(",")]
-        return [MoleculeReader(path, self.skip_bad, allowed) for path in self.files]
+        return [MoleculeReader(path, self.skip_bad) for path in self.files]
+
+    def _named(self, chunk: MoleculeChunk, path: Path) -> MoleculeChunk:
+        """The molecules with the elements of their atom types."""
+        elements = self._elements_of_types()
+        numbers = chunk.molecules.atomic_numbers
+        beyond = np.flatnonzero(numbers >= len(elements))
+        if len(beyond):
+            record = chunk.records[chunk.molecules.molecule_index[beyond[0]]]
+            raise InputError(
+                f"{path}: record {record} has the atom type {numbers[beyond[0]]}, and --types "
+                f"{self.types} names {len(elements) - 1}"
+            )
+        return replace(chunk, molecules=replace(chunk.molecules, atomic_numbers=elements[numbers]))
+
+    def _elements_of_types(self) -> NDArray[np.uint8]:
+        """Atomic numbers by the number of the type, from 1."""
+        names = map(str.strip, (self.types or "").split(","))
+        return np.array([0, *map(atomic_number, names)], np.uint8)
 
     def _selection(self, reader: MoleculeReader) -> FieldSelection:
         from molgen_energy.chemistry.molfiles import FieldSelection

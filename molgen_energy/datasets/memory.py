@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
-from molgen_energy.datasets.base import DatasetLog, RandomSplitDataset, option
+from molgen_energy.datasets.base import ScreenedDataset, option
+from molgen_energy.datasets.log import DatasetLog
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoleculesInMemory(RandomSplitDataset):
+class MoleculesInMemory(ScreenedDataset):
     """Molecules as arrays, with all their columns."""
 
     name = "memory"

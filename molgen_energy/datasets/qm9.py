@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molgen_energy.data.molecules import MoleculeChunk, Molecules, Property, offsets_from_sizes
-from molgen_energy.datasets.base import DatasetLog, MoleculeDataset, option
+from molgen_energy.datasets.base import MoleculeDataset, option
+from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError
 from molgen_energy.progress import ProgressCallback, no_progress

@@ -20,7 +20,8 @@ from molgen_energy.chemistry.convert import from_rdkit
 from molgen_energy.chemistry.molfiles import MoleculeReader, MoleculeTextWriter
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules, Property
-from molgen_energy.datasets.base import DatasetLog, RandomSplitDataset, option
+from molgen_energy.datasets.base import RandomSplitDataset, option
+from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.errors import InputError
 from molgen_energy.systems import datasets
 
@@ -255,7 +256,7 @@ def test_a_dataset_of_ones_own(tmp_path, monkeypatch):
     assert molecules.units == {"energy": "eV"}
     refused = runner.invoke(app, ["preprocess", "waters", "--broken"])
     assert refused.exit_code == 2
-    assert "record 8 has coordinates that are not finite" in " ".join(refused.output.split())
+    assert "record 8: the coordinates are not finite" in " ".join(refused.output.split())
     steps = []
     result = preprocess("waters", progress=lambda done, total: steps.append((done, total)))
     assert (result.count, steps) == (10, [(4, 10), (8, 10), (10, 10)])

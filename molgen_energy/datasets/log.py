@@ -1,0 +1,30 @@
+"""What a dataset of molecules reports while it is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from molgen_energy.progress import ProgressCallback, no_progress
+
+
+class DatasetLog:
+    """What a dataset of molecules reports while it is read."""
+
+    MOST_NAMED = 5
+
+    def __init__(self, progress: ProgressCallback = no_progress) -> None:
+        self.progress = progress
+        self.skipped: list[str] = []
+        self.skipped_count = 0
+        self.file = ""
+        """The file of the chunk, where a dataset has several."""
+        self.notes: list[str] = []
+        """What may be wrong, apart from the molecules themselves."""
+        self.counts: Counter[str] = Counter()
+        """How many records were left out or changed by an option, by what the summary says."""
+
+    def skip(self, record: str) -> None:
+        """Report a record that is left out, and why; the first are named."""
+        if len(self.skipped) < self.MOST_NAMED:
+            self.skipped.append(record)
+        self.skipped_count += 1
