@@ -12,6 +12,7 @@ from molgen_energy.data.molecules import Molecules
 from molgen_energy.datasets.base import Dataset, PreprocessResult
 from molgen_energy.datasets.files import MoleculeFiles
 from molgen_energy.datasets.memory import MoleculesInMemory
+from molgen_energy.datasets.smiles import SmilesFiles, is_smiles_file
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.systems.datasets import DATASETS
@@ -43,8 +44,8 @@ def preprocess(
     Parameters
     ----------
     dataset
-        A name of `molgen_energy.systems.datasets.DATASETS`; the path of an SDF or XYZ file, or
-        several; a `Dataset`; `Molecules`; or RDKit molecules with conformers
+        A name of `molgen_energy.systems.datasets.DATASETS`; the path of an SDF, XYZ or
+        SMILES file, or several; a `Dataset`; `Molecules`; or RDKit molecules with conformers
         (`molgen_energy.chemistry.convert.from_rdkit`).
     output
         HDF5 file to write; by default the dataset's own name for it, in the current folder.
@@ -77,13 +78,18 @@ def _dataset(dataset: Source, options: dict[str, Any]) -> Dataset:
         path = Path(dataset)
         if not path.suffix and not path.exists():
             raise InputError(unknown_name("dataset", str(path), [*DATASETS, "FILE.sdf"]))
-        return _created(MoleculeFiles, options, files=(path,))
+        return _created(_kind_of([path]), options, files=(path,))
     items: list[Any] = list(dataset)
     if items and all(isinstance(item, (str, PathLike)) for item in items):
-        return _created(MoleculeFiles, options, files=tuple(items))
+        return _created(_kind_of(items), options, files=tuple(items))
     from molgen_energy.chemistry.convert import from_rdkit
 
     return _created(MoleculesInMemory, options, molecules=from_rdkit(items))
+
+
+def _kind_of(paths: Sequence[str | PathLike[str]]) -> type[Dataset]:
+    """The dataset of files of these names."""
+    return SmilesFiles if all(map(is_smiles_file, paths)) else MoleculeFiles
 
 
 def _created(kind: type[Dataset], options: dict[str, Any], **given: Any) -> Dataset:

@@ -16,18 +16,23 @@ from typer.core import TyperGroup
 from molgen_energy.cli.console import ThrottledLog, exit_on_error, progress_bar, say, warn
 from molgen_energy.datasets.base import Dataset
 from molgen_energy.datasets.files import MoleculeFiles
+from molgen_energy.datasets.smiles import SmilesFiles, is_smiles_file
 from molgen_energy.errors import InputError
 from molgen_energy.systems.datasets import DATASETS
 
 
 class _DatasetCommands(TyperGroup):
-    """A command for each dataset; `preprocess FILE` is short for `preprocess files FILE`."""
+    """A command for each dataset; `preprocess FILE` is short for `preprocess files FILE`.
+
+    With a file of SMILES it is short for `preprocess smiles FILE`.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0].lower() in self.commands:
             args = [args[0].lower(), *args[1:]]
         elif args and args[0] not in ("-h", "--help"):
-            args = [MoleculeFiles.name, *args]
+            smiles = any(is_smiles_file(arg) for arg in args if not arg.startswith("-"))
+            args = [SmilesFiles.name if smiles else MoleculeFiles.name, *args]
         return list(super().parse_args(ctx, args))
 
 
@@ -36,8 +41,8 @@ def application() -> typer.Typer:
     app = typer.Typer(
         cls=_DatasetCommands,
         no_args_is_help=True,
-        help="Make the HDF5 file that `train` reads: of your own SDF or XYZ files, `preprocess "
-        "mine.sdf`, or of a dataset, `preprocess qm9`.",
+        help="Make the HDF5 file that `train` reads: of your own SDF, XYZ or SMILES files, "
+        "`preprocess mine.sdf`, or of a dataset, `preprocess qm9`.",
         context_settings={"help_option_names": ["-h", "--help"]},
         subcommand_metavar="FILE…|" + "|".join(DATASETS) + " [OPTIONS]",
     )
@@ -90,7 +95,7 @@ def _run(dataset: Dataset, output: Path | None) -> None:
     from molgen_energy.api.preprocess import preprocess
     from molgen_energy.data.shards import shards_folder
 
-    if isinstance(dataset, MoleculeFiles):
+    if isinstance(dataset, (MoleculeFiles, SmilesFiles)):
         for file in dataset.files:
             if str(file) in DATASETS and not file.is_file():
                 raise InputError(f"write `preprocess {file}` first, then its options")
@@ -106,7 +111,7 @@ def _run(dataset: Dataset, output: Path | None) -> None:
 
         try:
             result = preprocess(dataset, path, progress=progress)
-        except (KeyboardInterrupt, OSError):
+        except (KeyboardInterrupt, OSError, InputError):
             if (folder := shards_folder(path)).exists():
                 say(f"finished work stays in {folder}; repeat the command to continue")
             raise

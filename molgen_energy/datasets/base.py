@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from molgen_energy.datasets.screening import Screen
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
 from molgen_energy.progress import ProgressCallback, no_progress
+
+if TYPE_CHECKING:
+    from molgen_energy.chemistry.fields import FieldSelection
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,11 @@ class MoleculeDataset(Dataset):
 
         self.check()
         check_hdf5_name(output)
-        log, survey, screen = DatasetLog(progress), _Survey(self.source_name()), self.screen()
+        log, survey, screen = (
+            DatasetLog(progress, output),
+            _Survey(self.source_name()),
+            self.screen(),
+        )
         with MoleculeWriter(output, source=survey.source) as writer:
             for chunk in self.chunks(log):
                 kept = screen.apply(chunk, survey.source, log)
@@ -227,6 +234,19 @@ class ScreenedDataset(RandomSplitDataset):
             self.drop_duplicates,
             self.remedies,
         )
+
+
+def choose_properties(found: FieldSelection, names: str | None) -> FieldSelection:
+    """The fields that `--properties` names, such as gap=eV,mu; None takes those that were found."""
+    from molgen_energy.chemistry.fields import FieldSelection
+
+    if names is None:
+        return found
+    chosen: dict[str, str] = {}
+    for text in filter(None, map(str.strip, names.split(","))):
+        name, _, unit = text.partition("=")
+        chosen[name.strip()] = unit.strip() or found.known_units.get(name.strip(), "")
+    return FieldSelection.of(chosen, found.group)
 
 
 class _Survey:

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molgen_energy.data.molecules import MoleculeChunk
-from molgen_energy.datasets.base import ScreenedDataset, argument, option
+from molgen_energy.datasets.base import ScreenedDataset, argument, choose_properties, option
 from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError
 
 if TYPE_CHECKING:
-    from molgen_energy.chemistry.molfiles import FieldSelection, MoleculeReader
+    from molgen_energy.chemistry.molfiles import MoleculeReader
 
 _CHUNK = 2000
 
@@ -74,7 +74,8 @@ class MoleculeFiles(ScreenedDataset):
         """The molecules of all files, one after another."""
         done = 0
         for reader in self._readers():
-            reader.selection = self._selection(reader)
+            found = reader.detect_fields(self.group)
+            reader.selection = choose_properties(found, self.properties)
             log.file = reader.path.name if len(self.files) > 1 else ""
             for chunk in reader.chunks(_CHUNK):
                 if self.types is not None:
@@ -109,15 +110,3 @@ class MoleculeFiles(ScreenedDataset):
         """Atomic numbers by the number of the type, from 1."""
         names = map(str.strip, (self.types or "").split(","))
         return np.array([0, *map(atomic_number, names)], np.uint8)
-
-    def _selection(self, reader: MoleculeReader) -> FieldSelection:
-        from molgen_energy.chemistry.molfiles import FieldSelection
-
-        found = reader.detect_fields(self.group)
-        if self.properties is None:
-            return found
-        chosen: dict[str, str] = {}
-        for text in filter(None, map(str.strip, self.properties.split(","))):
-            name, _, unit = text.partition("=")
-            chosen[name.strip()] = unit.strip() or found.known_units.get(name.strip(), "")
-        return FieldSelection.of(chosen, self.group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 from molgen_energy.progress import ProgressCallback, no_progress
 
@@ -12,8 +13,12 @@ class DatasetLog:
 
     MOST_NAMED = 5
 
-    def __init__(self, progress: ProgressCallback = no_progress) -> None:
+    def __init__(
+        self, progress: ProgressCallback = no_progress, output: Path = Path("molecules.h5")
+    ) -> None:
         self.progress = progress
+        self.output = output
+        """The file that is written."""
         self.skipped: list[str] = []
         self.skipped_count = 0
         self.file = ""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from molgen_energy.datasets.base import Dataset
 from molgen_energy.datasets.files import MoleculeFiles
 from molgen_energy.datasets.qm9 import QM9
+from molgen_energy.datasets.smiles import SmilesFiles
 from molgen_energy.systems.shapes.dataset import Polygons
 from molgen_energy.systems.spins.dataset import SpinGlasses
 
 DATASETS: dict[str, type[Dataset]] = {
-    dataset.name: dataset for dataset in (QM9, MoleculeFiles, Polygons, SpinGlasses)
+    dataset.name: dataset for dataset in (QM9, MoleculeFiles, SmilesFiles, Polygons, SpinGlasses)
 }
 """The command line imports all of them when it starts: import slow packages inside functions."""

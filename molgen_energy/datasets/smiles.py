@@ -1,0 +1,353 @@
+"""Conformers of the molecules of SMILES files."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molgen_energy import __version__
+from molgen_energy.data.molecules import MoleculeChunk, Molecules, Property
+from molgen_energy.datasets.base import (
+    PreprocessResult,
+    ScreenedDataset,
+    argument,
+    choose_properties,
+    option,
+)
+from molgen_energy.datasets.log import DatasetLog
+from molgen_energy.distributed import default_workers
+from molgen_energy.elements import symbol
+from molgen_energy.errors import InputError, unknown_name
+from molgen_energy.output import check_file, remove
+from molgen_energy.progress import ProgressCallback, no_progress
+
+if TYPE_CHECKING:
+    from molgen_energy.chemistry.conformers import Embedded, Embedding
+    from molgen_energy.chemistry.fields import FieldSelection
+
+_SUFFIXES = (".smi", ".smiles", ".csv", ".tsv")
+_CHUNK = 100  # molecules in a shard: some seconds of work
+_COMMAND = "preprocess smiles"
+
+
+def is_smiles_file(path: str | PathLike[str]) -> bool:
+    """Whether the name of a file says that it holds SMILES."""
+    return str(path).lower().removesuffix(".gz").endswith(_SUFFIXES)
+
+
+class _Record(NamedTuple):
+    """A SMILES that can be embedded."""
+
+    number: int
+    """From 1, over all files."""
+    name: str
+    """Its place: line 3, or a.smi: line 3."""
+    smiles: str
+    """Canonical, of the fragment that is kept."""
+    group: int
+    """The number of the first record with the same SMILES."""
+    columns: dict[str, Any]
+    """Its properties, as arguments of `Molecule`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmilesFiles(ScreenedDataset):
+    """Conformers of the SMILES in .smi or .csv files (also .gz), by ETKDG.
+
+    Finished conformers are kept in FILE.shards. After an interruption the same command continues
+    there.
+    """
+
+    name = "smiles"
+    output = "FILE.h5"
+
+    files: tuple[Path, ...] = argument("SMILES in .smi, .csv or .tsv files (also .gz).", "FILE…")
+    column: str | None = option(
+        None, "The column (CSV) of the SMILES; default: the one named smiles, in any case."
+    )
+    properties: str | None = option(
+        None,
+        "Columns (CSV) to keep as properties, with units if you like: gap=eV,mu. Default: all that "
+        "hold numbers in the first rows; '' keeps none.",
+    )
+    conformers: int = option(1, "Conformers of each molecule; they stay in one split.")
+    relax: str = option("mmff94", "mmff94, gfn2-xtb (extra `xtb`), or none.")
+    timeout: float = option(60.0, "Most seconds for one molecule.")
+    workers: int | None = option(
+        None, "Worker processes, 0 for none; default: one for each processor."
+    )
+    split: str = option("0.8,0.1,0.1", "Shares for training, validation, test.")
+    seed: int = option(0, "Seed of conformers and split.")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", tuple(map(Path, self.files)))
+
+    def default_output(self) -> Path:
+        """Named after the first file."""
+        return Path(self.files[0].name.removesuffix(".gz")).with_suffix(".h5")
+
+    def source_name(self) -> str:
+        """The names of the files, and how the conformers were made."""
+        return f"{', '.join(path.name for path in self.files)}, ETKDGv3, {self.relax}"
+
+    def check(self) -> None:
+        """Raise `InputError` where an option has a bad value or a file is missing."""
+        from molgen_energy.chemistry.conformers import RELAXATIONS, check_relaxation
+
+        super().check()
+        for path in self.files:
+            check_file(path)
+            if not is_smiles_file(path):
+                kinds = ", ".join(_SUFFIXES)
+                raise InputError(f"{path} is no file of SMILES ({kinds}, also .gz)")
+        if self.conformers < 1:
+            raise InputError(f"--conformers {self.conformers}: expected 1 or more")
+        if not self.timeout > 0:
+            raise InputError(f"--timeout {self.timeout:g}: expected seconds above 0")
+        if self.workers is not None and self.workers < 0:
+            raise InputError(f"--workers {self.workers}: expected 0 or more")
+        if self.relax not in RELAXATIONS:
+            raise InputError(unknown_name("--relax", self.relax, RELAXATIONS))
+        check_relaxation(self.relax)
+
+    def make(self, output: Path, progress: ProgressCallback = no_progress) -> PreprocessResult:
+        """Embed the molecules and write them; continues from what is in FILE.shards."""
+        from molgen_energy.data.shards import shards_folder
+
+        result = super().make(output, progress)
+        remove(shards_folder(output))
+        return result
+
+    def chunks(self, log: DatasetLog) -> Iterator[MoleculeChunk]:
+        """The conformers of all files, in order."""
+        from molgen_energy.data.shards import ShardFolder, check_unchanged, shards_folder
+
+        records = list(self._records(log))
+        self._report_repeated(records, log)
+        parts = [records[k : k + _CHUNK] for k in range(0, len(records), _CHUNK)]
+        manifest = self._manifest()
+        if not shards_folder(log.output).exists():
+            ShardFolder.begin(log.output, _COMMAND, manifest)
+        with ShardFolder(log.output, _COMMAND, lead=True) as shards:
+            check_unchanged(shards.manifest, manifest, shards.folder, "preprocess")
+            names = [_shard_name(part) for part in parts]
+            missing = {k for k, name in enumerate(names) if shards.load(name) is None}
+            stored = len(parts) - len(missing)
+            done = 0
+            try:
+                with closing(self._embed(r for k in sorted(missing) for r in parts[k])) as results:
+                    for k, part in enumerate(parts):
+                        if k in missing:
+                            arrays = _arrays([next(results) for _ in part])
+                            if not arrays["lost"].any():  # another try may have more time
+                                shards.store(names[k], arrays)
+                                stored += 1
+                        else:
+                            arrays = shards.load(names[k]) or {}
+                        done += len(part)
+                        log.progress(done, len(records))
+                        yield from self._chunk(part, arrays, log)
+            finally:
+                if not stored:
+                    shards.remove()
+
+    def _manifest(self) -> dict[str, Any]:
+        """What the conformers depend on, besides the SMILES."""
+        from rdkit import rdBase
+
+        return {
+            "seed": self.seed,
+            "conformers": self.conformers,
+            "relax": self.relax,
+            "rdkit": rdBase.rdkitVersion,
+            "version": __version__,
+        }
+
+    def _embed(self, records: Iterable[_Record]) -> Generator[Embedded, None, None]:
+        """Results in order; the same whatever the number of processes."""
+        from molgen_energy.chemistry.conformers import Embedded, Embedding, embed
+        from molgen_energy.workers import WorkerPool
+
+        def lost(item: Embedding, reason: str) -> Embedded:
+            return Embedded(failure=f"{reason}; --timeout allows more", lost=True)
+
+        items = (
+            Embedding(r.name, r.smiles, self._seed_of(r), self.conformers, self.relax)
+            for r in records
+        )
+        workers = default_workers() if self.workers is None else self.workers
+        preload = ["molgen_energy.chemistry.conformers"]
+        with WorkerPool(workers, self.timeout, preload=preload) as pool:
+            for _, result in pool.map(embed, items, lost):
+                yield result
+
+    def _seed_of(self, record: _Record) -> int:
+        """Of the conformers of a record: 31 bits, as RDKit takes them."""
+        return int(np.random.SeedSequence([self.seed, record.number]).generate_state(1)[0] >> 1)
+
+    def _chunk(
+        self, part: list[_Record], arrays: dict[str, NDArray[Any]], log: DatasetLog
+    ) -> Iterator[MoleculeChunk]:
+        """The conformers of some records with their columns, if there are any."""
+        failures = json.loads(arrays["failures"].tobytes())
+        for k, reason in failures:
+            self._skip(part[k].name, reason, log)
+        which = arrays["which"]
+        if not len(which):
+            return
+        molecules = Molecules.from_arrays(arrays)
+        units = part[0].columns["units"]
+        chosen = [part[k] for k in which.tolist()]
+        yield MoleculeChunk(
+            np.array([record.number for record in chosen], np.int64),
+            replace(
+                molecules,
+                smiles=np.array([record.smiles for record in chosen], object),
+                groups=np.array([record.group for record in chosen], np.int64),
+                properties={
+                    name: Property(
+                        np.array([r.columns["properties"][name] for r in chosen], np.float64), unit
+                    )
+                    for name, unit in units.items()
+                },
+            ),
+        )
+
+    def _skip(self, place: str, reason: str, log: DatasetLog) -> None:
+        """Leave out a bad record, or raise."""
+        if not self.skip_bad:
+            where = place if len(self.files) > 1 else f"{self.files[0].name}: {place}"
+            raise InputError(
+                f"{where}: {reason}; mend it or pass --skip-bad to leave out such records"
+            )
+        log.skip(f"{place}: {reason}")
+
+    def _records(self, log: DatasetLog) -> Iterator[_Record]:
+        """The SMILES that can be embedded; bad ones are left out or raise."""
+        from rdkit import Chem
+
+        from molgen_energy.chemistry.conformers import parse_smiles
+
+        allowed = self.allowed_elements()
+        first: dict[str, int] = {}
+        number = 0
+        for path in self.files:
+            selection = self._selection(path)
+            for line, text, fields in self._rows(path):
+                number += 1
+                place = f"line {line}" if len(self.files) == 1 else f"{path.name}: line {line}"
+                try:
+                    molecule, reduced = parse_smiles(text, self.largest_fragment)
+                    _check_elements(molecule, allowed)
+                except ValueError as error:
+                    self._skip(place, str(error), log)
+                    continue
+                log.counts["reduced to their largest fragment"] += reduced
+                smiles = Chem.MolToSmiles(Chem.RemoveHs(molecule))
+                group = first.setdefault(smiles, number)
+                if self.drop_duplicates and group != number:
+                    log.counts["left out as duplicates"] += 1
+                    continue
+                yield _Record(number, place, smiles, group, selection.columns(fields))
+
+    def _report_repeated(self, records: list[_Record], log: DatasetLog) -> None:
+        repeated = [record for record in records if record.group != record.number]
+        if repeated:
+            log.notes.append(
+                f"{len(repeated):,} of {len(records):,} SMILES repeat the molecule of an earlier "
+                f"one, the first in {repeated[0].name}; --drop-duplicates leaves them out"
+            )
+
+    def _selection(self, path: Path) -> FieldSelection:
+        from molgen_energy.chemistry.fields import FieldSelection
+
+        fields = (fields for _, _, fields in self._rows(path))
+        return choose_properties(FieldSelection.detect(fields), self.properties)
+
+    def _rows(self, path: Path) -> Iterator[tuple[int, str, dict[str, str]]]:
+        """Line number, SMILES and the other columns of each row."""
+        table = path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
+        try:
+            with _opened(path) as file:
+                yield from _table(path, file, self.column) if table else _lines(file)
+        except (EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
+            raise InputError(f"{path} cannot be read ({error}); make it again") from error
+
+
+def _opened(path: Path) -> IO[str]:
+    """A text file, plain or gzip."""
+    if path.name.lower().endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
+    return path.open(encoding="utf-8-sig", errors="replace", newline="")
+
+
+def _lines(file: IO[str]) -> Iterator[tuple[int, str, dict[str, str]]]:
+    """Each line begins with a SMILES; a name may follow. A header and empty lines do not count."""
+    for line, text in enumerate(file, start=1):
+        words = text.split()
+        if words and not (line == 1 and "smiles" in words[0].lower()):
+            yield line, words[0], {}
+
+
+def _table(
+    path: Path, file: IO[str], column: str | None
+) -> Iterator[tuple[int, str, dict[str, str]]]:
+    """The rows under a header; the delimiter is the one that the header has most of."""
+    header = file.readline()
+    delimiter = max(",;\t", key=header.count)
+    names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+    found = [k for k, name in enumerate(names) if name.lower() == "smiles"]
+    if column is not None:
+        found = [k for k, name in enumerate(names) if name == column]
+    if not found:
+        wanted = "smiles" if column is None else column
+        raise InputError(
+            f"{path} has no column '{wanted}' (columns: {', '.join(names)}); name that of the "
+            "SMILES with --column"
+        )
+    rows = csv.reader(file, delimiter=delimiter)
+    for row in rows:
+        if any(row):
+            fields = dict(zip(names, row, strict=False))
+            smiles = row[found[0]].strip() if found[0] < len(row) else ""
+            yield rows.line_num + 1, smiles, fields
+
+
+def _check_elements(molecule: Any, allowed: NDArray[np.bool_]) -> None:
+    """Raise `ValueError` where a molecule holds an element that may not occur."""
+    numbers = sorted({atom.GetAtomicNum() for atom in molecule.GetAtoms()})
+    foreign = [symbol(z) for z in numbers if not allowed[z]]
+    if foreign:
+        among = ", ".join(symbol(z) for z in np.flatnonzero(allowed[:119]).tolist())
+        raise ValueError(f"it holds {', '.join(foreign)}, which is not among {among}")
+
+
+def _shard_name(part: list[_Record]) -> str:
+    """Of the conformers of some records: changes with their SMILES and numbers."""
+    text = json.dumps([(record.number, record.smiles) for record in part])
+    return f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.shard"
+
+
+def _arrays(results: list[Embedded]) -> dict[str, NDArray[Any]]:
+    """Conformers of some records, the record of each, and failures as JSON."""
+    failures = [(k, result.failure) for k, result in enumerate(results) if result.failure]
+    sizes = [len(result.conformers) for result in results]
+    found = [conformer for result in results for conformer in result.conformers]
+    return {
+        **(Molecules.from_list(found).to_arrays() if found else {}),
+        "which": np.repeat(np.arange(len(results)), sizes),
+        "failures": np.frombuffer(json.dumps(failures).encode(), np.uint8),
+        "lost": np.array([result.lost for result in results]),
+    }
