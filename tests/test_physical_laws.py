@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from functools import cache
-from itertools import permutations
+from itertools import combinations_with_replacement, permutations, product
 from typing import get_args
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from conftest import dense_orders, padded_batch
 from scipy.spatial.transform import Rotation
 from states import layout_of, on_atoms
+from torch.autograd import forward_ad
 
 from molgen_energy.diffusion.noise import RandomNumbers
 from molgen_energy.diffusion.process import PROCESSES
@@ -25,13 +27,17 @@ from molgen_energy.losses import (
     SPRINGS,
     EdgesConfig,
     EnergyConfig,
+    Neighbours,
     PairwiseEnergy,
     ScoreEnergyConfig,
     SparseEdges,
+    SpinLoss,
     SpringsConfig,
     SymmetrizedEdges,
+    lattice_couplings,
 )
 from molgen_energy.losses.energy import Rest, SpringsAt
+from molgen_energy.losses.spin import LabelledLossConfig
 from molgen_energy.losses.symmetry import automorphisms
 from molgen_energy.models import MODELS, SHAPE_MODELS, SPIN_MODELS
 
@@ -332,7 +338,141 @@ def test_gradient_against_finite_differences(pair, loss):
     position = prediction.clone()
     position[~mask] = 0  # gradcheck perturbs the padding too
     position.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: value(loss, x, target, mask), position)
+    extras = inputs_of(target, mask)
+    if "neighbours" in loss.requires:
+        extras["neighbours"] = loss.prepare_neighbours(target, mask)
+    assert torch.autograd.gradcheck(lambda x: value(loss, x, target, mask, extras), position)
+
+
+def spin_losses():
+    """Every registered loss on spins; one with a gauge in both."""
+    sections = {name: kind.Config() for name, kind in SPIN_LOSSES.items()}
+    for name, section in list(sections.items()):
+        if isinstance(section, LabelledLossConfig):
+            sections[f"{name}-fixed"] = section.model_copy(update={"gauge": "fixed"})
+    return {name: section.build() for name, section in sections.items()}
+
+
+def differentiable_inputs(loss, pair):
+    """Every input of real numbers, and the sum of a loss as a function of them."""
+    generator = torch.Generator().manual_seed(6)
+    loss, index = copy.deepcopy(loss), None
+    prediction, target, mask = (x[:2] for x in pair)
+    if isinstance(loss, SpinLoss):
+        mask = torch.arange(9) < torch.tensor([[9], [7]])
+        padding, shape = ~mask[..., None], (2, 9, 1)
+        target = torch.randn(shape, generator=generator).double().sign()
+        logits = target + torch.randn(shape, generator=generator)
+        prediction, target = (x.masked_fill(padding, torch.nan) for x in (logits, target))
+        table = lattice_couplings(*torch.rand(2, 2, 3, 3, generator=generator).double())
+        inputs, bonds = {}, None
+    else:
+        inputs = inputs_of(target, mask)
+        bonds = inputs.pop("bonds")
+        table = loss.prepare_neighbours(target, mask) if "neighbours" in loss.requires else None
+    inputs = {"prediction": prediction, "target": target} | inputs
+    if table is not None:
+        index, inputs["neighbours"] = table.index, table.weight.double()
+
+    def total(prediction, target, neighbours=None, **others):
+        if neighbours is not None:
+            neighbours = Neighbours(index, neighbours)
+        return loss(prediction, target, mask, bonds=bonds, neighbours=neighbours, **others).sum()
+
+    if loss.adaptive is not None:  # learn springs that are not all equal
+        total(**inputs | {"prediction": prediction.clone().requires_grad_()})
+        loss.adaptive.finish_step()
+    return inputs, total
+
+
+def reverse_mode(function, place):
+    place = place.clone().requires_grad_()
+    result = function(place)
+    if not result.requires_grad:
+        return torch.zeros_like(place)
+    return torch.autograd.grad(result, place, create_graph=True, materialize_grads=True)[0]
+
+
+def forward_mode(function, place):
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(place, UNIT))).tangent
+    return torch.zeros_like(place) if tangent is None else tangent
+
+
+def reverse_transform(function, place):
+    return torch.func.grad(function)(place)
+
+
+def forward_transform(function, place):
+    return torch.func.jvp(function, (place,), (UNIT,))[1]
+
+
+def differences(function, place, step=1e-5):
+    return (function(place + step) - function(place - step)) / (2 * step)
+
+
+REFUSED = "gets no gradient: detach it|has no second derivative|forward AD .* does not support it"
+
+
+def unless_refused(derivative, function):
+    """A derivative at 0; None where the loss, or PyTorch, refuses it and says so."""
+    try:
+        return float(derivative(function, 0 * UNIT).detach())
+    except (ValueError, RuntimeError) as error:
+        assert re.search(REFUSED, str(error)), error
+        return None
+
+
+UNIT = torch.ones((), dtype=torch.float64)
+MODES = (reverse_mode, forward_mode)
+TRANSFORMS = (reverse_transform, forward_transform)
+TWICE = [  # outer, inner; PyTorch refuses to nest the forward mode
+    *(both for both in product(MODES, repeat=2) if both != (forward_mode, forward_mode)),
+    *product(TRANSFORMS, repeat=2),
+]
+
+
+@over(EVERY_TERM | spin_losses())
+def test_derivatives_are_right_or_refused(pair, loss):
+    """With respect to every input, first and second, however they are asked for."""
+    inputs, total = differentiable_inputs(loss, pair)
+    generator = torch.Generator().manual_seed(7)
+    steps = {k: torch.randn(x.shape, generator=generator).double() for k, x in inputs.items()}
+
+    def moved_along(name, t, values=inputs):
+        return values | {name: values[name] + t * steps[name]}
+
+    effective = []
+    for name in inputs:
+
+        def first(t, name=name):
+            return total(**moved_along(name, t))
+
+        found = [unless_refused(way, first) for way in MODES + TRANSFORMS]
+        if found[0] is None:
+            assert name != "prediction"
+            assert set(found) == {None}
+            continue
+        stopped = name == "prediction" and loss in [*STOPPED.values(), *PROJECTED.values()]
+        expected = found[0] if stopped else float(differences(first, 0 * UNIT))
+        assert found == pytest.approx([expected] * len(found), rel=1e-6, abs=1e-8)
+        if name in ("prediction", "target") or name in loss.requires:
+            effective.append(name)
+    assert effective[0] == "prediction"
+
+    for one, other in combinations_with_replacement(effective, 2):
+
+        def second(t, u, one=one, other=other):
+            return total(**moved_along(one, t, moved_along(other, u)))
+
+        expected = differences(
+            lambda u, f=second: reverse_mode(lambda t: f(t, u), 0 * UNIT).detach(), 0 * UNIT
+        )
+        for outer, inner in TWICE:
+            found = unless_refused(
+                outer, lambda u, f=second, way=inner: way(lambda t: f(t, u), 0 * UNIT)
+            )
+            assert found is None or found == pytest.approx(float(expected), rel=1e-5, abs=1e-7)
 
 
 @over(EVERY_TERM)

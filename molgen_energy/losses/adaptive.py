@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +81,9 @@ class AdaptiveSprings:
         for level in self._level_weights(noise_level):
             for row, total in zip(grid, totals, strict=True):
                 row.index_add_(0, level.node, level.weight[:, None].double() * total)
+        _OutsideOfTransforms.apply(grid, self._add)  # type: ignore[no-untyped-call]
+
+    def _add(self, grid: Tensor) -> None:
         self._new = grid if self._new is None else self._new + grid
 
     def finish_step(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:
@@ -132,6 +135,19 @@ class AdaptiveSprings:
     def _level_weights(self, noise_level: Tensor) -> tuple[_Nodes, _Nodes]:
         node, share = _locate(noise_level, _LEVELS)
         return _Nodes(node, 1 - share), _Nodes(node + 1, share)
+
+
+class _OutsideOfTransforms(torch.autograd.Function):
+    """Calls a function with a tensor that outlives a transform such as `torch.func.grad`."""
+
+    @staticmethod
+    def forward(values: Tensor, function: Callable[[Tensor], None]) -> Tensor:
+        function(values)
+        return values.new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
+        pass
 
 
 class _Nodes(NamedTuple):

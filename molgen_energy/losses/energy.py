@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from molgen_energy.errors import InputError
 from molgen_energy.losses.adaptive import AdaptiveSprings
@@ -20,6 +19,11 @@ from molgen_energy.losses.base import (
     ResolvedLoss,
     Samples,
     as_samples,
+)
+from molgen_energy.losses.derivatives import (
+    is_differentiated,
+    once_differentiable,
+    with_gradient,
 )
 from molgen_energy.losses.edges import EDGES, Block, CompleteEdges, Edges, EdgesConfig
 from molgen_energy.losses.springs import (
@@ -273,11 +277,9 @@ class PairwiseEnergy(PositionLoss):
         """Energy of each sample, (B,)."""
         if samples.neighbours is not None and "neighbours" not in self.edges.requires:
             raise ValueError("neighbours are for symmetrized edges; these edges find their own")
-        if samples.target.requires_grad and torch.is_grad_enabled():
-            raise ValueError("the target of an energy gets no gradient: detach it")
-        tangent = forward_ad.unpack_dual(samples.prediction).tangent  # type: ignore[no-untyped-call]
+        samples = once_differentiable(samples, "an energy", {"target", *self.requires} - {"bonds"})
         reverse = samples.prediction.requires_grad and torch.is_grad_enabled()
-        differentiate = reverse or tangent is not None
+        differentiate = is_differentiated(samples.prediction)
         with torch.no_grad():
             pairs = self.edges.pairs(samples)
             least = torch.finfo(samples.prediction.dtype).tiny ** 0.5  # squares below it are 0
@@ -320,7 +322,7 @@ class PairwiseEnergy(PositionLoss):
             if not differentiate:
                 return energy
             gradient = pairs.forces().mul_(2 * constant[:, None, None])
-        return _with_gradient(samples.prediction, energy, gradient)
+        return with_gradient(samples.prediction, energy, gradient)
 
     @property
     def _uses_data_length(self) -> bool:
@@ -454,53 +456,3 @@ def mean_stiffness(energy: PairwiseEnergy, chunks: Iterable[Mapping[str, Any]]) 
         total += float(stiffness.total.sum())
         count += float(stiffness.pairs.sum())
     return total / count if count else 1.0
-
-
-def _with_gradient(point: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-    """The value (B,) of a function at a point (B, N, D), with its gradient at this point."""
-    result: Tensor = _KnownGradient.apply(point, value, gradient)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _KnownGradient(torch.autograd.Function):
-    """A function of (B, N, D) whose value (B,) and gradient were computed together."""
-
-    @staticmethod
-    def forward(point: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        point, _, gradient = inputs
-        ctx.save_for_backward(point, gradient)
-        ctx.save_for_forward(point, gradient)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        point, gradient = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return upstream[:, None, None] * gradient, None, None
-        product: Tensor = _FirstDerivative.apply(point, upstream, gradient)  # type: ignore[no-untyped-call]
-        return product, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *others: None) -> Tensor:
-        _, gradient = ctx.saved_tensors
-        change: Tensor = (gradient * tangent).sum(dim=(1, 2))
-        return change
-
-
-class _FirstDerivative(torch.autograd.Function):
-    """The gradient as a function of the point, which cannot be differentiated again."""
-
-    @staticmethod
-    def forward(point: Tensor, upstream: Tensor, gradient: Tensor) -> Tensor:
-        return upstream[:, None, None] * gradient
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> None:
-        raise RuntimeError("the energy has no second derivative")

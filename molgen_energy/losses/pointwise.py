@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from molgen_energy.losses.base import LossConfig, PositionLoss, Samples
+from molgen_energy.losses.derivatives import once_differentiable
 
 
 class PointwiseLoss(PositionLoss):
@@ -87,18 +88,20 @@ class KabschError(PointwiseLoss):
     R is a proper rotation, so the loss of a mirror image is not 0. It is found by the singular
     value decomposition of Kabsch (Acta Crystallographica A 32, 1976) and treated as a constant.
     This gives the gradient of the minimum (envelope theorem), which is finite where R is not
-    unique, as for planar and linear molecules.
+    unique, as for planar and linear molecules. The second derivative would need that of R, so it is
+    refused, as a gradient to the target is.
     """
 
     Config: ClassVar[type[KabschErrorConfig]] = KabschErrorConfig
 
     def of(self, samples: Samples) -> Tensor:
         """Error of each sample, (B,)."""
+        samples = once_differentiable(samples, "the Kabsch loss", ["target"])
         prediction = _centred(samples.prediction, samples)
-        with torch.no_grad():
+        with torch.no_grad(), _exact_products():
             target = _centred(samples.target, samples)
-            with _exact_products():
-                aligned = target @ best_rotation(target, prediction)
+            # `no_grad` alone leaves the derivatives of forward mode.
+            aligned = target @ best_rotation(target, prediction.detach())
         return self._mean((prediction - aligned).square(), samples)
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from molgen_energy.losses.base import LossConfig, PositionLoss, Samples
+from molgen_energy.losses.derivatives import once_differentiable
 
 Rest = Literal["value", "projected"]
 RESTS: tuple[Rest, ...] = ("value", "projected")
@@ -159,16 +160,19 @@ class _InternalCoordinateError(PositionLoss):
             raise ValueError(f"torsions and signed volumes need 3 dimensions, not {dimension}")
         if samples.bonds is None:
             raise ValueError("torsions and signed volumes follow bonds: give bonds")
+        if self.rest == "projected":
+            samples = once_differentiable(samples, "a projected term", ["target"])
         bonds = _Bonds.of(samples)
         entries = self._entries(bonds)
-        prediction = _Directions.of(bonds.differences(samples.prediction))
         if self.rest == "value":
-            target = _Directions.of(bonds.differences(samples.target))
+            prediction, target = (
+                _Directions.of(bonds.differences(x)) for x in (samples.prediction, samples.target)
+            )
             now, rest = ([d.v.index_select(1, e) for e in entries] for d in (prediction, target))
             errors = self._errors(now, rest)
         else:
-            with torch.no_grad():
-                gradients = self._gradients([prediction.at(e) for e in entries])
+            directions = _Directions.of(bonds.differences(samples.prediction.detach()))
+            gradients = self._gradients([directions.at(e) for e in entries])
             change = bonds.differences(samples.prediction - samples.target)
             projections = [
                 _dot(g, change.index_select(1, e)) for g, e in zip(gradients, entries, strict=True)

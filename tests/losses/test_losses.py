@@ -211,19 +211,34 @@ def test_only_symmetrized_edges_are_prepared(edges):
         loss.prepare_neighbours(X)
 
 
-def test_gradient_flows_to_the_prediction_alone():
+@pytest.mark.parametrize("loss", [PairwiseEnergy(), KabschError()], ids=["energy", "kabsch"])
+def test_gradient_flows_to_the_prediction_alone(loss):
     target = torch.randn(1, 4, 3)
-    with pytest.raises(ValueError, match="detach"):
-        PairwiseEnergy()(target + 1, target.clone().requires_grad_())
+    with pytest.raises(ValueError, match=r"the target of .* gets no gradient: detach it"):
+        loss(target + 1, target.clone().requires_grad_())
     prediction = (target + 1).requires_grad_()
     with torch.no_grad():
-        value = PairwiseEnergy()(prediction, target.clone().requires_grad_())
+        value = loss(prediction, target.clone().requires_grad_())
         assert not value.requires_grad
 
 
-def test_no_second_derivative_is_not_silent():
+@pytest.mark.parametrize("shape", [[1.0, 1, 0], [1.0, 0, 0]], ids=["planar", "linear"])
+def test_kabsch_in_forward_mode_where_the_rotation_is_not_unique(shape):
+    prediction, target, step = torch.randn(3, 2, 6, 3).double().unbind(0)
+    prediction, target = prediction * torch.tensor(shape), target * torch.tensor(shape)
+
+    def loss(position):
+        return KabschError()(position, target)
+
+    gradient = torch.func.jacrev(lambda x: loss(x).sum())(prediction)
+    _, tangent = torch.func.jvp(loss, (prediction,), (step,))
+    torch.testing.assert_close(tangent, (gradient * step).sum((1, 2)))
+
+
+@pytest.mark.parametrize("loss", [PairwiseEnergy(), KabschError()], ids=["energy", "kabsch"])
+def test_no_second_derivative_is_not_silent(loss):
     prediction = torch.randn(1, 4, 3, requires_grad=True)
-    value = PairwiseEnergy()(prediction, torch.randn(1, 4, 3)).sum()
+    value = loss(prediction, torch.randn(1, 4, 3)).sum()
     (gradient,) = torch.autograd.grad(value, prediction, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.square().sum().backward()

@@ -296,6 +296,23 @@ def test_a_prediction_that_is_not_finite_gives_such_a_loss(spoilt, springs_at):
     assert not loss(prediction, target, noise_level=torch.ones(2)).isfinite().any()
 
 
+def test_springs_learn_the_same_from_a_transform():
+    """Sums of `torch.func.grad` outlive it."""
+    prediction, target = torch.randn(2, 2, 5, 3, generator=torch.Generator().manual_seed(0))
+    by_backward, by_transform = (PairwiseEnergy("auto", "sample") for _ in range(2))
+    level = torch.ones(2)
+    for _ in range(2):
+        by_backward(prediction.clone().requires_grad_(), target, noise_level=level)
+        torch.func.grad(lambda x: by_transform(x, target, noise_level=level).sum())(prediction)
+    for loss in (by_backward, by_transform):
+        loss.adaptive.finish_step()
+    for expected, found in zip(
+        by_backward.adaptive.state().values(), by_transform.adaptive.state().values(), strict=True
+    ):
+        assert torch.equal(found, expected)
+    assert by_transform.adaptive.state()["squares"].sum() > 0
+
+
 def test_springs_are_equal_before_the_first_step():
     d = torch.linspace(0.1, 30, 50, dtype=torch.float64)
     torch.testing.assert_close(AdaptiveSprings().variance(d, 0.5), torch.ones_like(d))
