@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from molgen_energy.chemistry.anomalies import AnomalyCounts
 from molgen_energy.data.molecules import Molecule, MoleculeChunk
 from molgen_energy.metrics.checks.chunk import ChunkChecks, smiles_hash
 from molgen_energy.metrics.statistics import Clusters, Rate
@@ -255,6 +256,7 @@ class EvaluationAccumulator:
     invalid_reasons: Counter[str] = field(default_factory=Counter)
     first_records: dict[str, int] = field(default_factory=dict)
     """The first record with each reason."""
+    anomalies: AnomalyCounts = field(default_factory=AnomalyCounts)
     timed_out: list[WorstRecord] = field(default_factory=list)
     most_unstable: list[WorstRecord] = field(default_factory=list)
 
@@ -278,6 +280,7 @@ class EvaluationAccumulator:
         counts.passes_all += int(checks.passes_all.sum())
         counts.timed_out += int(checks.timed_out.sum())
         counts.without_geometry += checks.without_geometry
+        self.anomalies.add(molecules, chunk.records, found=checks.anomalies)
         self.smiles.add(checks.smiles)
         self._add_composition(chunk)
         self.unstable_valences.update(checks.unstable_valences)

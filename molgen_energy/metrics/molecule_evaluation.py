@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from molgen_energy.chemistry.anomalies import KINDS as ANOMALIES
+from molgen_energy.chemistry.anomalies import TYPES
 from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS
 from molgen_energy.chemistry.valence import has_valence
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
@@ -60,6 +62,8 @@ _SUBSET_CHUNK_SIZE = 10
 _STEREOCENTRE_CHUNK_SIZE = 100
 _XTB_FRACTION = 10  # xTB takes a second for each molecule of QM9, so it gets a tenth of the subset
 _MAX_WORST = 3
+# The rest has rows: `connected` counts fragments, `hydrogens missing` single hydrogens.
+_FAULTS_OF_FILES = {*ANOMALIES, TYPES} - {"fragments", "few_hydrogens", "overlapping"}
 
 
 @dataclass
@@ -157,6 +161,7 @@ def evaluate_source(
         bonds=BOND_DESCRIPTIONS[settings.bonds],
         notes=elements.notes(),
     )
+    evaluation.notes += accumulator.anomalies.notes(kinds=_FAULTS_OF_FILES)
     if counts.without_geometry and "geometry" in options.metrics:
         evaluation.notes.append(
             f"geometry excludes {counts.without_geometry:,} molecules with an atom of more than "

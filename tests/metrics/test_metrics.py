@@ -132,7 +132,7 @@ def test_real_qm9_scores_what_is_published(molecules):
 
 def test_every_rate_by_hand():
     """Ethane twice, ethanol, two fragments, an invalid crowd, and a radical."""
-    crowd = Molecule(np.zeros((6, 3), "f4"), np.full(6, 6, "u1"))
+    crowd = Molecule(np.outer(np.arange(6), [0.06, 0, 0]).astype("f4"), np.full(6, 6, "u1"))
     ethane = of_smiles("CC")
     radical = Molecule(ethane.positions[:-1], ethane.atomic_numbers[:-1])
     two = of_smiles("CCO", "O", shift=20)
@@ -238,7 +238,7 @@ def test_aromatic_bonds_that_cannot_be_kekulised_are_unstable():
     ring = [(k, (k + 1) % 5) for k in range(5)]
     spokes = [(k, k + 5) for k in range(5)]
     radical = Molecule(
-        np.zeros((10, 3), "f4"),
+        np.arange(30).reshape(10, 3).astype("f4"),
         np.array([6] * 5 + [1] * 5, "u1"),
         np.zeros(10, "i1"),
         np.array(ring + spokes, "u2"),
@@ -374,6 +374,23 @@ def test_an_element_without_valence_is_named():
     assert found.notes == ["molecules with elements without known valences are left out: Na (1)"]
     with pytest.raises(InputError, match=r"no usable molecule is left .*Na \(1\)"):
         rates_of(Molecules.from_list([salt]), options=replace(RATES_ONLY, skip_bad=True))
+
+
+def test_coincident_atoms_are_no_molecule():
+    """By its bonds methanol is right, but two of its atoms, or all, are in one place."""
+    whole = embedded("CO")
+    twins = whole.positions.copy()
+    twins[5] = twins[4] + np.float32(0.001)
+    these = [whole, *(replace(whole, positions=p) for p in (twins, np.zeros_like(twins)))]
+    found = rates_of(Molecules.from_list(these), options=GIVEN)
+    assert {k: found.rates[k].count for k in ("validity", "good", "molecule_stability")} == {
+        "validity": 1, "good": 1, "molecule_stability": 1,
+    }  # fmt: skip
+    assert found.rates["atom_stability"].count == 6 + 4
+    assert found.accumulator.invalid_reasons == {
+        "two atoms in one place": 1, "all atoms in one place": 1,
+    }  # fmt: skip
+    assert any("has all atoms in one place (record 3)" in note for note in found.notes)
 
 
 def test_given_bonds_are_required(molecules):

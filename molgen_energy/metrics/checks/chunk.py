@@ -10,6 +10,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from molgen_energy.chemistry.anomalies import (
+    COINCIDENT,
+    Anomalies,
+    Neighbours,
+    find_anomalies,
+)
+from molgen_energy.chemistry.anomalies import (
+    KINDS as ANOMALIES,
+)
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.geometry import KINDS, measure
 from molgen_energy.chemistry.rdkit import (
@@ -79,6 +88,9 @@ class ChunkChecks:
     without_geometry: int
     """Number of molecules with an atom of more than `MAX_NEIGHBOURS` bonds, which have no
     geometry."""
+    anomalies: Anomalies
+    """What is probably a fault of the file. Molecules with coincident atoms are invalid, and these
+    atoms are unstable."""
 
     @property
     def complete(self) -> NDArray[np.bool_]:
@@ -116,12 +128,14 @@ def _check(chunk: MoleculeChunk, settings: CheckSettings, failure: str | None) -
         ones = np.ones_like(checked.bonds.order)
         single = replace(checked, bonds=replace(checked.bonds, order=ones))
         results = _sanitize_all(single, replace(settings, valence="edm"), failure)
-    typed = checked
+    typed, as_given = checked, replace(checked, bonds=None)
     if settings.bonds == "given":
-        typed = aromatic if settings.aromatic else kekule
+        typed, as_given = aromatic if settings.aromatic else kekule, checked
+    anomalies = find_anomalies(as_given)
+    coincident, results = _fail_coincident(as_given, anomalies, results)
     return ChunkChecks(
         chunk=MoleculeChunk(chunk.records, checked),
-        unstable_atoms=_count_per_molecule(unstable, checked),
+        unstable_atoms=_count_per_molecule(unstable | coincident, checked),
         valid=np.array([r.valid for r in results], bool),
         fragments=np.array([r.fragments for r in results], np.int64),
         hydrogens_missing=np.array([r.hydrogens_missing for r in results], bool),
@@ -132,7 +146,30 @@ def _check(chunk: MoleculeChunk, settings: CheckSettings, failure: str | None) -
         unstable_valences=_count_valences(kekule, unstable),
         geometry=_geometry(MoleculeChunk(chunk.records, typed), overbonded, settings),
         without_geometry=int(overbonded.sum()),
+        anomalies=anomalies,
     )
+
+
+def _fail_coincident(
+    molecules: Molecules, anomalies: Anomalies, results: list[SanitizationResult]
+) -> tuple[NDArray[np.bool_], list[SanitizationResult]]:
+    """Which atoms are in one place with another, (ΣN,), and the results with these as invalid.
+
+    RDKit looks at bonds alone, and perception finds bonds of length 0.
+    """
+    atoms = np.zeros(len(molecules.atomic_numbers), bool)
+    results = results.copy()
+    for kind in ("coincident", "one_place"):
+        which = np.flatnonzero(anomalies.kinds[kind])
+        if not len(which):
+            continue
+        closest = Neighbours(molecules.select(which)).closest
+        atoms[np.isin(molecules.molecule_index, which)] = closest < COINCIDENT
+        for k in which.tolist():
+            reason = ANOMALIES[kind].removeprefix("have ")
+            fragments, forms = results[k].fragments, results[k].forms
+            results[k] = SanitizationResult(False, fragments, reason=reason, forms=forms)
+    return atoms, results
 
 
 def _forms(molecules: Molecules, results: list[SanitizationResult]) -> tuple[Molecules, Molecules]:
