@@ -10,9 +10,10 @@ from __future__ import annotations
 import csv
 import importlib.util
 import lzma
+import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molgen_energy.data.molecules import MoleculeChunk, Molecules, Property, offsets_from_sizes
+from molgen_energy.data.splits import check_fractions, check_seed, parse_fractions, random_split
 from molgen_energy.datasets.base import MoleculeDataset, option
 from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.elements import atomic_number
@@ -30,6 +32,10 @@ from molgen_energy.resources import asset
 MOLECULES_WITH_UNCHARACTERISED = 133_885
 MOLECULES = 130_831
 TRAIN, VALID = 100_000, 17_748
+
+_SPLIT_OF_A_PART = "0.8,0.1,0.1"
+
+_NAME = re.compile(r"dsgdb9nsd_(\d+)\.xyz", re.IGNORECASE)
 
 # Name here, unit, column in qm9pack. The order is that of the second line of a dsgdb9nsd file.
 PROPERTIES = (
@@ -64,6 +70,18 @@ class QM9(MoleculeDataset):
         "qm9pack.",
     )
 
+    split: str | None = option(
+        None,
+        "Shares for training, validation, test, at random; default: EDM's split, or 0.8,0.1,0.1 "
+        "where the source is only a part of QM9.",
+    )
+    seed: int = option(0, "Seed of a random split.")
+
+    def check(self) -> None:
+        """Raise `InputError` unless split and seed can be used."""
+        check_seed(self.seed)
+        check_fractions(parse_fractions(self.split or _SPLIT_OF_A_PART))
+
     def source_name(self) -> str:
         """Where QM9 is read from."""
         return f"QM9 ({'qm9pack' if self.source is None else self.source.name})"
@@ -71,11 +89,20 @@ class QM9(MoleculeDataset):
     def chunks(self, log: DatasetLog) -> Iterator[MoleculeChunk]:
         """All molecules at once, in index order."""
         molecules = read_qm9(self.source, log.progress)
+        if len(molecules) != MOLECULES and self.split is None:
+            log.notes.append(
+                f"{self.source} holds {len(molecules):,} of the {MOLECULES:,} characterised "
+                f"molecules of QM9; they are split at random, {_SPLIT_OF_A_PART}, since EDM's "
+                "split needs all"
+            )
         yield MoleculeChunk(molecules.properties["index"].values.astype(np.int64), molecules)
 
     def split_labels(self, count: int, groups: NDArray[np.int64] | None) -> NDArray[np.uint8]:
-        """EDM's split."""
-        return split_of_edm()
+        """EDM's split of all of QM9, else a random one."""
+        if self.split is None and count == MOLECULES:
+            return split_of_edm()
+        fractions = parse_fractions(self.split or _SPLIT_OF_A_PART)
+        return random_split(count, fractions, self.seed, groups)
 
 
 @dataclass
@@ -118,7 +145,7 @@ def split_of_edm() -> NDArray[np.uint8]:
 
 
 def read_qm9(source: Path | None, progress: ProgressCallback = no_progress) -> Molecules:
-    """All 130,831 molecules in index order, with SMILES and 15 properties.
+    """QM9 in index order, with SMILES and 15 properties: all 130,831 molecules, or those there are.
 
     Parameters
     ----------
@@ -129,13 +156,15 @@ def read_qm9(source: Path | None, progress: ProgressCallback = no_progress) -> M
     Raises
     ------
     InputError
-        There is neither, a file is broken, or molecules are missing.
+        There is neither, a file is broken, or molecules are missing in the package.
     """
-    molecules = read_qm9pack(progress) if source is None else read_dsgdb9nsd(source, progress)
+    if source is not None:
+        return read_dsgdb9nsd(source, progress)
+    molecules = read_qm9pack(progress)
     if len(molecules) != MOLECULES:
         raise InputError(
-            f"{source or 'qm9pack'} holds {len(molecules):,} characterised molecules of QM9, "
-            f"expected {MOLECULES:,}; EDM's split needs the complete data set"
+            f"qm9pack holds {len(molecules):,} characterised molecules of QM9, expected "
+            f"{MOLECULES:,}; install it again"
         )
     return molecules
 
@@ -192,25 +221,32 @@ def _read_table(
 
 
 def read_dsgdb9nsd(source: Path, progress: ProgressCallback = no_progress) -> Molecules:
-    """QM9 from its original files, without the uncharacterised molecules.
+    """QM9, or a part of it, from its original files, without the uncharacterised molecules.
 
     Parameters
     ----------
     source
-        A tar archive (any compression) or a folder of `dsgdb9nsd_*.xyz` files.
+        A tar archive (any compression) or a folder, with folders inside, of `dsgdb9nsd_*.xyz`
+        files. The names may differ: a file of another name counts if it is one of QM9 by its
+        second line, which then gives the number.
 
     Raises
     ------
     InputError
-        The source is missing, holds no such file, or one of them is broken; names it.
+        The source is missing, holds no such file, one of them is broken, or two have one number;
+        names it.
     """
     if not source.exists():
         raise InputError(f"{source} does not exist; name the archive or the folder of QM9's files")
     skip = uncharacterised()
     columns = _Columns()
+    names: dict[int, str] = {}
     for done, (name, text) in enumerate(_original_files(source), start=1):
         try:
-            number = int(name.removesuffix(".xyz").rsplit("_", 1)[1])
+            number = _number_in_qm9(name, text)
+            if number in names:
+                raise ValueError(f"{names[number]} has the number {number} too")
+            names[number] = name
             if number not in skip:
                 _read_original(number, text, columns)
         except (ValueError, IndexError) as error:
@@ -222,22 +258,52 @@ def read_dsgdb9nsd(source: Path, progress: ProgressCallback = no_progress) -> Mo
 
 
 def _original_files(source: Path) -> Iterator[tuple[str, str]]:
-    def wanted(name: str) -> bool:
-        return name.startswith("dsgdb9nsd_") and name.endswith(".xyz")
+    """Name and text of the files of QM9 in a folder or an archive."""
+    for name, read in _xyz_files(source):
+        text = read().decode("utf-8", "replace")
+        if _NAME.fullmatch(name) or _tagged_number(text) is not None:
+            yield name, text
+
+
+def _xyz_files(source: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Names of all XYZ files, and functions that read them."""
+
+    def wanted(name: str) -> bool:  # hidden ones are resource forks, which macOS adds
+        return name.lower().endswith(".xyz") and not name.startswith(".")
 
     if source.is_dir():
-        for path in sorted(source.iterdir()):
-            if wanted(path.name):
-                yield path.name, path.read_text(encoding="utf-8", errors="replace")
+        for path in sorted(source.rglob("*")):
+            if wanted(path.name) and path.is_file():
+                yield path.name, path.read_bytes
         return
+    if source.suffix.lower() == ".xyz":
+        raise InputError(
+            f"{source} is one XYZ file, no archive; `molgen-energy preprocess {source}` reads it"
+        )
     try:
         with tarfile.open(source, "r:*") as archive:
             for member in archive:
                 name = member.name.rsplit("/", 1)[-1]
                 if wanted(name) and (file := archive.extractfile(member)) is not None:
-                    yield name, file.read().decode("utf-8", "replace")
+                    yield name, file.read
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise InputError(f"{source} is not a complete tar archive ({error})") from error
+
+
+def _number_in_qm9(name: str, text: str) -> int:
+    """That of the original name, else that of the second line."""
+    match = _NAME.fullmatch(name)
+    if match:
+        return int(match[1])
+    number = _tagged_number(text)
+    assert number is not None
+    return number
+
+
+def _tagged_number(text: str) -> int | None:
+    """The number in a second line such as `gdb 17 157.7 …`."""
+    words = text[:200].partition("\n")[2].split(maxsplit=2)
+    return int(words[1]) if len(words) > 1 and words[0] == "gdb" and words[1].isdigit() else None
 
 
 def _read_original(number: int, text: str, columns: _Columns) -> None:

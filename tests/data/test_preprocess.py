@@ -277,5 +277,5 @@ def test_a_dataset_of_ones_own(tmp_path, monkeypatch):
 def test_options_belong_to_their_dataset(cli, tmp_path):
     (tmp_path / "a.xyz").write_text(WATER.format(""))
     assert "No such option" in cli("preprocess", "a.xyz", "--source", "x", code=2).stderr
-    assert "No such option" in cli("preprocess", "qm9", "--split", "1,0,0", code=2).stderr
+    assert "No such option" in cli("preprocess", "qm9", "--elements", "C", code=2).stderr
     assert "1 molecules written" in cli("preprocess", "--seed", "3", "a.xyz").stderr

@@ -8,6 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 
+from molgen_energy.api.preprocess import preprocess
 from molgen_energy.datasets import qm9
 from molgen_energy.errors import InputError
 
@@ -51,9 +52,33 @@ def test_original_files(original):
     assert read.properties["Cv"].unit == "cal/(mol K)"
 
 
-def test_incomplete_set_is_refused(original):
-    with pytest.raises(InputError, match=r"holds 2 characterised molecules.*expected 130,831"):
-        qm9.read_qm9(original)
+def test_a_part_is_split_at_random(original, tmp_path):
+    """The two characterised molecules, with a note; `split` needs no note."""
+    result = preprocess("qm9", tmp_path / "a.h5", source=original)
+    assert (result.count, result.counts["train"]) == (2, 2)
+    assert "holds 2 of the 130,831" in result.warnings[0]
+    assert "EDM's split needs all" in result.warnings[0]
+    chosen = preprocess("qm9", tmp_path / "a.h5", source=original, split="0.5,0.5,0")
+    assert chosen.counts == {"train": 1, "valid": 1, "test": 0}
+    assert not any("EDM" in text for text in chosen.warnings)
+    with pytest.raises(InputError, match="add up to 1"):
+        preprocess("qm9", tmp_path / "a.h5", source=original, split="0.5,0,0")
+
+
+def test_names_may_differ(tmp_path):
+    """The number is that of the second line; hidden and foreign files do not count."""
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "methane.XYZ").write_text(METHANE.replace("gdb 1", "gdb 7"))
+    (tmp_path / "part" / "dsgdb9nsd_000003.xyz").write_text(METHANE)
+    (tmp_path / "._dsgdb9nsd_000003.xyz").write_text("resource fork")
+    (tmp_path / "water.xyz").write_text("1\nwater\nO 0 0 0\n")
+    read = qm9.read_dsgdb9nsd(tmp_path)
+    assert read.properties["index"].values.tolist() == [3, 7]
+    (tmp_path / "copy.xyz").write_text(METHANE.replace("gdb 1", "gdb 3"))
+    with pytest.raises(InputError, match=r"has the number 3 too"):
+        qm9.read_dsgdb9nsd(tmp_path)
+    with pytest.raises(InputError, match=r"is one XYZ file.*preprocess .*water\.xyz"):
+        qm9.read_dsgdb9nsd(tmp_path / "water.xyz")
 
 
 @pytest.mark.parametrize(
