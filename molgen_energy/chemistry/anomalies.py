@@ -51,6 +51,7 @@ _TOLERANCE = 1.18  # the median over atoms of real molecules differs by up to th
 _OPEN_END = 0.82  # triple bonds are shorter (CO, CN, isonitriles), double bonds longer
 _BENT = -0.7071  # cosine of 135°; a carbon with two bonds and all its hydrogens is linear
 _TETRAHEDRAL = ("B", "C", "N", "Si", "P", "Ge")
+_DRAWN_HYDROGEN = (1.25, 1.6)  # 1.5 Å from C, N or O, over the sum of radii
 _SMALLEST_DRAWING = 4  # atoms
 _EQUAL = 1.02  # the longest bond of a drawing over the shortest
 _SINGULAR = {"have": "has", "are": "is", "hold": "holds", "lie": "lies", "repeat": "repeats"}
@@ -250,14 +251,17 @@ class _Finder:
     def _cannot_be_flat(self, flat: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which of the flat molecules no plane can hold, or have the bonds of a drawing.
 
-        They have an atom of four bonds that is not flat, such as carbon, or bonds of several kinds
-        and one length. A planar molecule, such as benzene, has neither.
+        They have an atom of four bonds that is not flat, such as carbon, bonds of several kinds and
+        one length, or hydrogens as far away as carbons. A planar molecule, such as benzene, has
+        none of this.
         """
+        numbers, closest = self._molecules.atomic_numbers, self._near.closest
+        apart = (numbers == 1) & (closest > _DRAWN_HYDROGEN[0]) & (closest < _DRAWN_HYDROGEN[1])
+        drawn = flat & self._any(apart)
         edges = self._near.edges
         edges = edges[flat[self._molecule[edges[:, 0]]]]
         if not len(edges):
-            return np.zeros(len(flat), bool)
-        numbers = self._molecules.atomic_numbers
+            return drawn
         degree = np.bincount(edges.ravel(), minlength=len(numbers))
         tetrahedral = np.isin(numbers, [atomic_number(name) for name in _TETRAHEDRAL])
         crowded = self._any((degree >= 4) & tetrahedral)
@@ -266,7 +270,7 @@ class _Finder:
         elements = np.sort(numbers[edges].astype(np.int64), axis=1) @ [128, 1]
         shortest, longest = self._range(length, edges)
         first, last = self._range(elements, edges)
-        return crowded | ((first < last) & (longest < _EQUAL * shortest))
+        return drawn | crowded | ((first < last) & (longest < _EQUAL * shortest))
 
     def _range(
         self, values: NDArray[Any], edges: NDArray[np.int64]
