@@ -140,6 +140,9 @@ class Neighbours:
         positions = molecules.positions[start:stop].astype(np.float64)
         if not np.isfinite(positions).all():
             return np.zeros((0, 2), np.int64)
+        if not np.ptp(positions, axis=0).any():  # takes half a minute in a tree
+            self.closest[start:stop] = 0
+            return np.zeros((0, 2), np.int64)
         radii = covalent_radii()[molecules.atomic_numbers[start:stop]]
         tree = cKDTree(positions)
         distance, other = tree.query(positions, k=min(9, len(positions)))
@@ -194,12 +197,15 @@ def find_anomalies(molecules: Molecules) -> Anomalies:
 
 
 class _Finder:
+    """Finds the anomalies of some molecules; what the kinds share is measured once."""
+
     def __init__(self, molecules: Molecules) -> None:
         self._molecules = molecules
         self._molecule = molecules.molecule_index
         self._near = Neighbours(molecules)
 
     def found(self) -> Anomalies:
+        """All kinds; a molecule has no kind that only follows from another."""
         molecules, sizes, closest = self._molecules, self._molecules.sizes, self._near.closest
         beyond = np.abs(molecules.positions) > FAR
         one_place = self._in_one_place()
@@ -251,8 +257,8 @@ class _Finder:
     def _cannot_be_flat(self, flat: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which of the flat molecules no plane can hold, or have the bonds of a drawing.
 
-        They have an atom of four bonds that is not flat, such as carbon, bonds of several kinds and
-        one length, or hydrogens as far away as carbons. A planar molecule, such as benzene, has
+        They have an atom of four bonds that is not flat, such as carbon, bonds of hydrogen and of
+        others of one length, or hydrogens about 1.5 Å away. A planar molecule, such as benzene, has
         none of this.
         """
         numbers, closest = self._molecules.atomic_numbers, self._near.closest
@@ -270,7 +276,8 @@ class _Finder:
         elements = np.sort(numbers[edges].astype(np.int64), axis=1) @ [128, 1]
         shortest, longest = self._range(length, edges)
         first, last = self._range(elements, edges)
-        return drawn | crowded | ((first < last) & (longest < _EQUAL * shortest))
+        hydrogen = first < 256  # the lowest code is that of a bond of hydrogen
+        return drawn | crowded | (hydrogen & (first < last) & (longest < _EQUAL * shortest))
 
     def _range(
         self, values: NDArray[Any], edges: NDArray[np.int64]

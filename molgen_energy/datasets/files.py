@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from molgen_energy.data.molecules import MoleculeChunk
 from molgen_energy.datasets.base import ScreenedDataset, argument, choose_properties, option
 from molgen_energy.datasets.log import DatasetLog
+from molgen_energy.datasets.smiles import is_smiles_file
 from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError
 
@@ -66,6 +67,8 @@ class MoleculeFiles(ScreenedDataset):
         super().check()
         if not self.files:
             raise InputError("name an SDF or XYZ file")
+        for path in filter(is_smiles_file, self.files):
+            raise InputError(f"{path} holds SMILES; `preprocess smiles {path}` embeds them")
         self._readers()
         if self.types is not None:
             self._elements_of_types()

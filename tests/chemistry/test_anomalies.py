@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from ase.collections import g2
 from ase.data import covalent_radii as cordero
 from rdkit import Chem
 from rdkit.Chem import AllChem
@@ -143,6 +144,21 @@ def test_drawings(smiles, hydrogens, given, scale):
     positions = drawn.positions * np.float32(scale)
     drawn = replace(drawn, positions=positions, bonds=drawn.bonds if given else None)
     assert "drawing" in shares(drawn)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_small_molecules_of_every_kind(axis):
+    """The set G2 in ASE: lacking hydrogens are radicals, carbenes, the atom C, and CS."""
+    names = list(g2.names)
+    turned = (np.roll(g2[name].positions, axis, axis=1).astype("f4") for name in names)
+    molecules = Molecules.from_list(
+        [Molecule(x, g2[name].numbers.astype("u1")) for name, x in zip(names, turned, strict=True)]
+    )
+    kinds = find_anomalies(molecules).kinds
+    found = {k: {names[i] for i in np.flatnonzero(which)} for k, which in kinds.items()}
+    assert found.pop("no_hydrogens") == {"CS", "C"}
+    assert found.pop("few_hydrogens") == {"CH3CO", "HCO", "CH", "CH2_s1A1d", "CH2_s3B1d"}
+    assert not any(found.values())
 
 
 def test_planar_molecules_are_no_drawings():

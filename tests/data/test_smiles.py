@@ -139,6 +139,15 @@ def test_failures_name_line_and_reason(tmp_path):
         preprocess(path, tmp_path / "b.h5", workers=0)
 
 
+def test_other_files_are_named(tmp_path):
+    path = smi(tmp_path / "a.smi")
+    with pytest.raises(InputError, match=r"a\.smi holds SMILES; `preprocess smiles .*a\.smi`"):
+        preprocess("files", tmp_path / "a.h5", files=(path,))
+    with pytest.raises(InputError, match=r"b\.smi\.gz cannot be read"):
+        (tmp_path / "b.smi.gz").write_text("CC")
+        preprocess(tmp_path / "b.smi.gz", tmp_path / "a.h5", workers=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
