@@ -97,6 +97,8 @@ class DatasetLog:
         self.progress = progress
         self.skipped: list[str] = []
         self.skipped_count = 0
+        self.notes: list[str] = []
+        """What the reader drops or may misunderstand; they become warnings of the result."""
 
     def skip(self, record: str) -> None:
         """Report a record that is left out, and why; the first are named."""
@@ -171,7 +173,7 @@ class MoleculeDataset(Dataset):
             survey.summary(),
             tuple(log.skipped),
             log.skipped_count,
-            tuple(survey.warnings()),
+            (*log.notes, *survey.warnings()),
         )
 
 
