@@ -22,6 +22,7 @@ _OTHER_BONDS = {
     Chem.BondType.HYDROGEN: "a hydrogen bond",
     Chem.BondType.IONIC: "ionic",
 }
+_MANY_BONDS = 1000
 
 
 def molecule_from_rdkit(molecule: Chem.Mol, conformer: int = -1) -> Molecule:
@@ -44,7 +45,7 @@ def molecule_from_rdkit(molecule: Chem.Mol, conformer: int = -1) -> Molecule:
         raise ValueError(f"atom {numbers.index(0) + 1} is no chemical element ('{query}')")
     if molecule.GetNumConformers() == 0:
         raise ValueError("no atoms" if not numbers else "no coordinates (no conformer)")
-    bonds = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx(), b.GetBondType()) for b in molecule.GetBonds()]
+    bonds = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx(), b.GetBondType()) for b in _bonds(molecule)]
     for i, j, kind in bonds:
         if kind not in ORDERS:
             bond = molecule.GetBondBetweenAtoms(i, j)
@@ -60,6 +61,15 @@ def molecule_from_rdkit(molecule: Chem.Mol, conformer: int = -1) -> Molecule:
         np.array([(i, j) for i, j, _ in bonds], np.uint32).reshape(-1, 2),
         np.array([ORDERS[kind] for _, _, kind in bonds], np.uint8),
     )
+
+
+def _bonds(molecule: Chem.Mol) -> Iterable[Chem.Bond]:
+    """The bonds in their order; the iterator of RDKit takes quadratic time."""
+    if molecule.GetNumBonds() <= _MANY_BONDS:
+        bonds: Iterable[Chem.Bond] = molecule.GetBonds()
+        return bonds
+    of_atoms = (bond for atom in molecule.GetAtoms() for bond in atom.GetBonds())
+    return [bond for _, bond in sorted({bond.GetIdx(): bond for bond in of_atoms}.items())]
 
 
 def as_positions(values: ArrayLike) -> NDArray[np.float32]:

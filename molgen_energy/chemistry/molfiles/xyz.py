@@ -36,7 +36,7 @@ _COLUMN_NAMES = {
     "atomic_numbers": "number", "pos": "positions", "position": "positions",
     "positions": "positions",
 }  # fmt: skip
-_MOST_AHEAD = 1_000_000  # lines; longer frames are not looked for after a bad one
+_MOST_AHEAD = 200_000  # lines; the end of a longer bad frame is not looked for by its size
 
 
 class Columns(NamedTuple):
@@ -263,52 +263,103 @@ def _is_number(text: str) -> bool:
 def _length_of_bad_frame(lines: Lines, size: int | None) -> int:
     """How many of the next lines, from the comment on, belong to a bad frame of a named size.
 
-    The first line of the next frame holds a number alone. A frame with the right number of lines
-    ends there, so that bad frames in a row are counted one by one; a number alone before that, or
-    after it where the number of lines is wrong, begins the next frame.
+    A frame with the right number of lines ends there, so that bad frames in a row are counted one
+    by one. Otherwise the next frame begins with a number alone, or with two lines of which neither
+    reads as an atom, before one that does.
     """
-    if lines.ahead(0) is None:
+    comment = lines.ahead(0)
+    if comment is None:
         return 0
-    if _is_good_frame(lines):  # the comment and all atoms are missing
-        return 0
-    end = None
-    if size is not None and 0 <= size < _MOST_AHEAD and _is_boundary(lines, size + 1):
-        end = size + 1
+    end = _end_by_size(lines, size)
+    if _is_number_alone(comment) and not _resembles_atom(lines.ahead(1)):
+        fits = _resembles_atom(lines.ahead(2)) and _is_boundary(lines, 2 + int(comment))
+        if fits or _is_good_frame(lines):
+            return 0  # the comment and all atoms are missing
     k = 1
     while (line := lines.ahead(k)) is not None and k != end:
-        if line.strip().isdecimal() and (end is None or _fits(lines, k, int(line))):
+        if _is_number_alone(line) and _begins_with_number(lines, k, int(line), end):
+            break
+        if _begins_without_number(lines, k):
             break
         k += 1
     return k
 
 
+def _end_by_size(lines: Lines, size: int | None) -> int | None:
+    """Where the frame ends by its size, None where its lines do not bear that out."""
+    if size is None or not 0 <= size < _MOST_AHEAD:
+        return None
+    if size and _resembles_atom(lines.ahead(0)) and _is_boundary(lines, size):
+        return size  # the comment is missing
+    if not _is_boundary(lines, size + 1):
+        return None
+    atoms = lines.peek(size + 1)[1:]
+    others = sum(not _resembles_atom(line) for line in atoms)
+    return size + 1 if others <= 1 or not any(map(_is_number_alone, atoms)) else None
+
+
 def _is_good_frame(lines: Lines) -> bool:
     """Whether the next lines are a whole frame."""
-    first = lines.ahead(0) or ""
-    size = _size(first)
-    if size is None or not 0 < size < _MOST_AHEAD:
+    size = _size(lines.ahead(0) or "")
+    if size is None or not 0 < size < _MOST_AHEAD or lines.ahead(size + 1) is None:
         return False
-    _, comment, *atoms = [*lines.peek(size + 2), "", ""]
+    _, comment, *atoms = lines.peek(size + 2)
+    if _resembles_atom(lines.ahead(size + 2)):
+        return False
     try:
         columns = _columns_of(_comment_fields(comment))
-        _parse_carefully([line.split() for line in atoms[:size]], size, columns)
+        _parse_carefully([line.split() for line in atoms], size, columns)
     except ValueError:
         return False
     return True
 
 
-def _fits(lines: Lines, k: int, size: int) -> bool:
-    """Whether a frame of a size that begins k lines ahead ends where another one may begin."""
-    return 0 < size < _MOST_AHEAD and _is_boundary(lines, k + 2 + size)
+def _begins_with_number(lines: Lines, k: int, size: int, end: int | None) -> bool:
+    """Whether the number k lines ahead is that of a frame, not what is left of an atom's line.
+
+    Where the end of the frame before it is known, a frame of that size must end well too.
+    """
+    if not 0 < size < _MOST_AHEAD:
+        return end is None
+    if _resembles_atom(lines.ahead(k + 1)):  # the comment is missing
+        atoms = (lines.ahead(j) for j in range(k + 1, k + 1 + size))
+        fits = all(map(_resembles_atom, atoms)) and _is_boundary(lines, k + 1 + size)
+        return fits and end is None
+    return end is None or (end != k + 1 and _is_boundary(lines, k + 2 + size))
 
 
 def _is_boundary(lines: Lines, k: int) -> bool:
     """Whether the file ends k lines ahead, or a frame may begin there, after empty lines."""
-    if lines.ahead(k - 1) is None:
+    before = lines.ahead(k - 1)
+    if before is None:
         return False
     while (line := lines.ahead(k)) is not None and not line.strip():
         k += 1
-    return line is None or line.strip().isdecimal()
+    if line is None:
+        return True
+    if _is_number_alone(before):  # else this line may be the comment after it
+        return _is_number_alone(line) and not _resembles_atom(lines.ahead(k + 1))
+    return _is_number_alone(line) or _begins_without_number(lines, k)
+
+
+def _begins_without_number(lines: Lines, k: int) -> bool:
+    """Whether a frame begins k lines ahead whose first line is not the number that it should be."""
+    line = lines.ahead(k)
+    if line is None or not line.strip() or _is_number_alone(line) or _resembles_atom(line):
+        return False
+    return not _resembles_atom(lines.ahead(k + 1)) and _resembles_atom(lines.ahead(k + 2))
+
+
+def _is_number_alone(line: str) -> bool:
+    return line.strip().isdecimal()
+
+
+def _resembles_atom(line: str | None) -> bool:
+    """Whether a line is that of an atom, perhaps of a damaged one."""
+    first, *rest = (line or "").split() or [""]
+    if len(rest) < (2 if first.isalpha() else 3) or qm9.fields_of_comment(line or ""):
+        return False
+    return 2 * sum(map(_is_number, rest)) >= len(rest)
 
 
 def format_record(molecule: Molecule, fields: Mapping[str, str | float]) -> str:
