@@ -39,7 +39,8 @@ def molecule_from_rdkit(molecule: Chem.Mol, conformer: int = -1) -> Molecule:
         0 or one of a query. Such a bond has no order that a model could learn or a valence check
         could count, and leaving it out would change the molecule.
     """
-    numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
+    atoms = [(atom.GetAtomicNum(), atom.GetFormalCharge()) for atom in molecule.GetAtoms()]
+    numbers = [number for number, _ in atoms]
     if 0 in numbers:
         query = molecule.GetAtomWithIdx(numbers.index(0)).GetSymbol()
         raise ValueError(f"atom {numbers.index(0) + 1} is no chemical element ('{query}')")
@@ -57,7 +58,7 @@ def molecule_from_rdkit(molecule: Chem.Mol, conformer: int = -1) -> Molecule:
     return Molecule(
         as_positions(molecule.GetConformer(conformer).GetPositions()),
         np.array(numbers, np.uint8),
-        np.array([atom.GetFormalCharge() for atom in molecule.GetAtoms()], np.int8),
+        np.array([charge for _, charge in atoms], np.int8),
         np.array([(i, j) for i, j, _ in bonds], np.uint32).reshape(-1, 2),
         np.array([ORDERS[kind] for _, _, kind in bonds], np.uint8),
     )

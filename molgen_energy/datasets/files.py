@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from molgen_energy.data.molecules import MoleculeChunk
+import numpy as np
+
+from molgen_energy.data.molecules import MoleculeChunk, Molecules
 from molgen_energy.datasets.base import DatasetLog, RandomSplitDataset, argument, option
 from molgen_energy.errors import InputError
 
@@ -70,6 +72,9 @@ class MoleculeFiles(RandomSplitDataset):
 
     def chunks(self, log: DatasetLog) -> Iterator[MoleculeChunk]:
         """The molecules of all files, one after another."""
+        return _joined(self._chunks_of_files(log))
+
+    def _chunks_of_files(self, log: DatasetLog) -> Iterator[MoleculeChunk]:
         done = 0
         for reader in self._readers():
             several = len(self.files) > 1 or len(reader.files) > 1
@@ -103,3 +108,28 @@ class MoleculeFiles(RandomSplitDataset):
             name, _, unit = text.partition("=")
             chosen[name.strip()] = unit.strip() or found.known_units.get(name.strip(), "")
         return FieldSelection.of(chosen, self.group)
+
+
+def _joined(chunks: Iterator[MoleculeChunk]) -> Iterator[MoleculeChunk]:
+    """Small chunks with the same columns as one, because writing each takes some milliseconds."""
+    waiting: list[MoleculeChunk] = []
+    for chunk in chunks:
+        count = sum(map(len, waiting)) + len(chunk)
+        if waiting and (count > _CHUNK or _columns(chunk) != _columns(waiting[0])):
+            yield _join(waiting)
+            waiting = []
+        waiting.append(chunk)
+    if waiting:
+        yield _join(waiting)
+
+
+def _columns(chunk: MoleculeChunk) -> tuple[bool, bool, bool, dict[str, str]]:
+    molecules = chunk.molecules
+    optional = (molecules.bonds, molecules.formal_charges, molecules.groups)
+    bonds, charges, groups = (column is None for column in optional)
+    return bonds, charges, groups, dict(molecules.units)
+
+
+def _join(chunks: list[MoleculeChunk]) -> MoleculeChunk:
+    records = np.concatenate([chunk.records for chunk in chunks])
+    return MoleculeChunk(records, Molecules.concatenate([chunk.molecules for chunk in chunks]))

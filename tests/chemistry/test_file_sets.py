@@ -15,6 +15,8 @@ from rdkit import Chem
 from molgen_energy.api.preprocess import preprocess
 from molgen_energy.chemistry.molfiles import MoleculeReader, base_name, molecule_files
 from molgen_energy.data.hdf5 import MoleculeFile
+from molgen_energy.datasets.base import DatasetLog
+from molgen_energy.datasets.files import MoleculeFiles
 from molgen_energy.errors import InputError
 
 WATER = "3\n{}\nO 0 0 {}\nH 0.96 0 0.1\nH -0.24 0.93 0\n"
@@ -157,6 +159,27 @@ def test_sdf_and_xyz_in_one_folder_are_noticed(tmp_path):
     reader = MoleculeReader(tmp_path)
     assert len(list(reader)) == 2
     assert "both SDF and XYZ" in reader.notes[0]
+
+
+def test_files_with_bonds_and_without_cannot_be_one_data_set(tmp_path):
+    """Bonds are not dropped without a word."""
+    molecule = Chem.AddHs(Chem.MolFromSmiles("O"))
+    molecule.AddConformer(Chem.Conformer(3))
+    (tmp_path / "a.sdf").write_text(Chem.MolToMolBlock(molecule) + "$$$$\n")
+    (tmp_path / "b.xyz").write_text(water(2))
+    assert [len(chunk) for chunk in MoleculeReader(tmp_path).chunks(9)] == [1, 1]
+    with pytest.raises(InputError, match="bonds"):
+        preprocess(tmp_path, tmp_path / "a.h5", split="1,0,0")
+
+
+def test_many_small_files_are_written_together(tmp_path):
+    folder = folder_of(tmp_path)
+    files = sorted(folder.glob("mol*"))
+    (chunk,) = MoleculeFiles(files=tuple(files)).chunks(DatasetLog())
+    assert chunk.records.tolist() == [1] * 12
+    assert chunk.molecules.properties["gap"].values.tolist() == [
+        int(file.stem[9:]) + 0.5 for file in files
+    ]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -196,8 +196,9 @@ class MoleculeReader:
         return replace(molecule, **columns)
 
     def chunks(self, size: int) -> Iterator[MoleculeChunk]:
-        """The molecules in chunks of at most `size`."""
+        """The molecules in chunks of at most `size`; all of a chunk have bonds, or none has."""
         molecules = ((self.number, molecule) for molecule in self)
-        while part := list(islice(molecules, size)):
-            records, chunk = zip(*part, strict=True)
-            yield MoleculeChunk(np.array(records, np.int64), Molecules.from_list(chunk))
+        for _, alike in groupby(molecules, key=lambda pair: pair[1].bond_index is None):
+            while part := list(islice(alike, size)):
+                records, chunk = zip(*part, strict=True)
+                yield MoleculeChunk(np.array(records, np.int64), Molecules.from_list(chunk))
