@@ -32,7 +32,7 @@ def atomic_number(symbol: str) -> int:
     InputError
         There is no such element.
     """
-    number = int(symbol) if symbol.isdigit() else _numbers().get(symbol.capitalize(), 0)
+    number = int(symbol) if symbol.isdecimal() else _numbers().get(symbol.capitalize(), 0)
     if not 1 <= number <= len(_SYMBOLS):
         raise InputError(f"'{symbol}' is no chemical element")
     return number

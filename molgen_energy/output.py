@@ -37,14 +37,20 @@ def check_file(path: Path) -> None:
     Raises
     ------
     InputError
-        The path does not exist, or is a folder, a device or a pipe.
+        The path does not exist, or is a folder, a device, a pipe or a link to nothing; or a folder
+        on the way to it cannot be read.
     """
-    if path.is_file():
-        return
-    if path.is_dir():
-        raise InputError(f"{path} is a folder")
-    if path.exists():
-        raise InputError(f"{path} is a device or a pipe; name a file")
+    try:
+        if path.is_file():
+            return
+        if path.is_dir():
+            raise InputError(f"{path} is a folder")
+        if path.exists():
+            raise InputError(f"{path} is a device or a pipe; name a file")
+        if path.is_symlink():
+            raise InputError(f"{path} is a link to {path.readlink()}, which does not exist")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
     raise InputError(f"{path} does not exist")
 
 

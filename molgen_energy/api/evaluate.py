@@ -43,8 +43,8 @@ def evaluate(
     ----------
     inputs
         The path of a file, a list of paths, or a list of RDKit molecules with explicit hydrogens
-        and a conformer each. Files are SDF or XYZ, also gzip, or HDF5. An HDF5 file names its
-        physical system.
+        and a conformer each. Files are SDF or XYZ, also gzip, or HDF5. A folder or a pattern
+        (`mol_*.xyz`) is one set of SDF or XYZ files. An HDF5 file names its physical system.
     reference
         File of real molecules to compare with, its test split if it has one. Default: bundled
         statistics of QM9's test split.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from os import PathLike
+from glob import has_magic
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -44,9 +45,10 @@ def preprocess(
     Parameters
     ----------
     dataset
-        A name of `molgen_energy.systems.datasets.DATASETS`; the path of an SDF, XYZ or
-        SMILES file, or several; a `Dataset`; `Molecules`; or RDKit molecules with conformers
-        (`molgen_energy.chemistry.convert.from_rdkit`).
+        A name of `molgen_energy.systems.datasets.DATASETS`; the path of an SDF, XYZ or SMILES file,
+        of a folder of SDF or XYZ files or a pattern (`molecule_*.xyz`), or several; a `Dataset`;
+        `Molecules`; or RDKit molecules with conformers, see
+        `molgen_energy.chemistry.convert.from_rdkit`.
     output
         HDF5 file to write; by default the dataset's own name for it, in the current folder.
     progress
@@ -75,10 +77,10 @@ def _dataset(dataset: Source, options: dict[str, Any]) -> Dataset:
     if isinstance(dataset, str) and dataset in DATASETS and not Path(dataset).is_file():
         return _created(DATASETS[dataset], options)
     if isinstance(dataset, (str, PathLike)):
-        path = Path(dataset)
-        if not path.suffix and not path.exists():
-            raise InputError(unknown_name("dataset", str(path), [*DATASETS, "FILE.sdf"]))
-        return _created(_kind_of([path]), options, files=(path,))
+        name = fspath(dataset)
+        if name and not Path(name).suffix and not Path(name).exists() and not has_magic(name):
+            raise InputError(unknown_name("dataset", name, [*DATASETS, "FILE.sdf"]))
+        return _created(_kind_of([name]), options, files=(name,))
     items: list[Any] = list(dataset)
     if items and all(isinstance(item, (str, PathLike)) for item in items):
         return _created(_kind_of(items), options, files=tuple(items))

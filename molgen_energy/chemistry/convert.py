@@ -4,47 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from rdkit import Chem
 
-from molgen_energy.chemistry.fields import FieldSelection, data_fields
+from molgen_energy.chemistry.fields import FIRST_RECORDS, FieldSelection, data_fields
 from molgen_energy.chemistry.rdkit import ORDERS, build
 from molgen_energy.data.molecules import Molecule, Molecules
 from molgen_energy.errors import InputError
+
+_OTHER_BONDS = {
+    Chem.BondType.DATIVE: "dative (coordination)",
+    Chem.BondType.DATIVEL: "dative (coordination)",
+    Chem.BondType.DATIVER: "dative (coordination)",
+    Chem.BondType.HYDROGEN: "a hydrogen bond",
+    Chem.BondType.IONIC: "ionic",
+}
+_MANY_BONDS = 1000
 
 
 def molecule_from_rdkit(molecule: Chem.Mol, conformer: int = -1) -> Molecule:
     """Atoms, formal charges, bonds and one conformer of a molecule, sanitised or not.
 
-    Hydrogens are atoms only where they are explicit. Stereochemistry, isotopes and radicals have no
-    column and are lost.
+    Hydrogens are atoms only where they are explicit; deuterium and tritium are hydrogens.
+    Stereochemistry, isotopes, radicals and valences have no column and are lost.
 
     Raises
     ------
     ValueError
-        The molecule has no conformer, an atom of no element, or a bond that is not single, double,
-        triple or aromatic.
+        The molecule has no conformer, an atom of no element such as those of a query, or a bond
+        that is not single, double, triple or aromatic: a dative bond, a hydrogen bond, one of order
+        0 or one of a query. Such a bond has no order that a model could learn or a valence check
+        could count, and leaving it out would change the molecule.
     """
-    numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
+    atoms = [(atom.GetAtomicNum(), atom.GetFormalCharge()) for atom in molecule.GetAtoms()]
+    numbers = [number for number, _ in atoms]
     if 0 in numbers:
-        raise ValueError(f"atom {numbers.index(0) + 1} is no chemical element")
+        query = molecule.GetAtomWithIdx(numbers.index(0)).GetSymbol()
+        raise ValueError(f"atom {numbers.index(0) + 1} is no chemical element ('{query}')")
     if molecule.GetNumConformers() == 0:
         raise ValueError("no atoms" if not numbers else "no coordinates (no conformer)")
-    bonds = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx(), b.GetBondType()) for b in molecule.GetBonds()]
+    bonds = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx(), b.GetBondType()) for b in _bonds(molecule)]
     for i, j, kind in bonds:
         if kind not in ORDERS:
+            bond = molecule.GetBondBetweenAtoms(i, j)
+            what = "a bond of a query" if bond.HasQuery() else _OTHER_BONDS.get(kind, "of order 0")
             raise ValueError(
-                f"the bond of atoms {i + 1} and {j + 1} has no order 1, 2, 3 or aromatic"
+                f"the bond of atoms {i + 1} and {j + 1} is {what}; it has no order 1, 2, 3 or "
+                "aromatic"
             )
     return Molecule(
         as_positions(molecule.GetConformer(conformer).GetPositions()),
         np.array(numbers, np.uint8),
-        np.array([atom.GetFormalCharge() for atom in molecule.GetAtoms()], np.int8),
+        np.array([charge for _, charge in atoms], np.int8),
         np.array([(i, j) for i, j, _ in bonds], np.uint32).reshape(-1, 2),
         np.array([ORDERS[kind] for _, _, kind in bonds], np.uint8),
     )
+
+
+def _bonds(molecule: Chem.Mol) -> Iterable[Chem.Bond]:
+    """The bonds in their order; the iterator of RDKit takes quadratic time."""
+    if molecule.GetNumBonds() <= _MANY_BONDS:
+        bonds: Iterable[Chem.Bond] = molecule.GetBonds()
+        return bonds
+    of_atoms = (bond for atom in molecule.GetAtoms() for bond in atom.GetBonds())
+    return [bond for _, bond in sorted({bond.GetIdx(): bond for bond in of_atoms}.items())]
 
 
 def as_positions(values: ArrayLike) -> NDArray[np.float32]:
@@ -72,7 +98,7 @@ def from_rdkit(molecules: Iterable[Chem.Mol | None]) -> Molecules:
         for molecule in given
     ]
     group = "group" if fields and all("group" in data for data in fields) else None
-    selection = FieldSelection.detect(fields, group=group)
+    selection = FieldSelection.detect(islice(fields, FIRST_RECORDS), group)
     several = any(molecule.GetNumConformers() > 1 for molecule in given)
     found = []
     for k, molecule in enumerate(given):

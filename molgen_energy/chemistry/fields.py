@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
-from molgen_energy.data.molecules import Molecule, Molecules
+from molgen_energy.data.molecules import Molecule, Molecules, merge_units
+from molgen_energy.errors import InputError
 
 BONDS = "bonds"
 """The field is `given` where a molecule has bonds, `perceived` where they come from distances."""
@@ -30,8 +31,11 @@ OWN_FIELDS = frozenset({*_ORIGIN, "molecule", "status", "fragments", BONDS, UNIT
 """Fields that this package writes and that are no properties of a molecule."""
 
 _CREATOR = "molgen-energy "
+FIRST_RECORDS = 100
+"""How many records of a file tell which fields hold numbers."""
+
 _SMILES = ("smiles", "SMILES")
-_FIRST_RECORDS = 100
+_EXPONENT = re.compile(r"(?<=[\d.])(?:[dD]|\*\^)(?=[+-]?\d)")
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,21 @@ class FieldSelection:
     def detect(
         cls, records: Iterable[Mapping[str, str]], group: str | None = None
     ) -> FieldSelection:
-        """Every field that holds finite numbers in the first 100 records, but `OWN_FIELDS`."""
+        """Every field that holds finite numbers in all the records, but `OWN_FIELDS`.
+
+        Raises
+        ------
+        InputError
+            Records name two units of one property.
+        """
         numeric: dict[str, bool] = {}
         units: dict[str, str] = {}
-        for fields in islice(records, _FIRST_RECORDS):
-            units = units or read_units(fields.get(UNITS, ""))
+        for fields in records:
+            if text := fields.get(UNITS):
+                try:
+                    units = merge_units([units, read_units(text)])
+                except ValueError as error:
+                    raise InputError(str(error)) from error
             for name, text in fields.items():
                 if text.strip():
                     is_number = math.isfinite(read_number(text))
@@ -134,12 +148,31 @@ def read_units(text: str) -> dict[str, str]:
 
 
 def read_number(text: str) -> float:
-    """A finite number, or NaN."""
+    """A finite number, or NaN where `parse_number` raises."""
+    try:
+        return parse_number(text)
+    except ValueError:
+        return math.nan
+
+
+def parse_number(text: str) -> float:
+    """A finite number; its exponent may follow e, Fortran's d (`1.5D-03`) or Mathematica's `*^`.
+
+    Raises
+    ------
+    ValueError
+        The text is something else, such as `nan`, `inf` or `1_000`.
+    """
     try:
         value = float(text)
     except ValueError:
-        return math.nan
-    return value if math.isfinite(value) and "_" not in text else math.nan
+        try:
+            value = float(_EXPONENT.sub("e", text, count=1))
+        except ValueError:
+            value = math.nan
+    if not math.isfinite(value) or "_" in text:
+        raise ValueError(f"'{text.strip()[:40]}' is no finite number")
+    return value
 
 
 def read_group(text: str) -> int:

@@ -129,7 +129,8 @@ def sanitize(
         hydrogens or radical electrons. RDKit's clean-up of unusual valences does not count.
     """
     built = build(molecule)
-    fragments = len(Chem.GetMolFrags(built))
+    parts = Chem.GetMolFrags(built)
+    fragments = len(parts)
     if max_neighbours(molecule) > MAX_NEIGHBOURS:
         reason = f"an atom has more than {MAX_NEIGHBOURS} bonds"
         return SanitizationResult(
@@ -146,9 +147,9 @@ def sanitize(
             Chem.SanitizeMol(built)
             missing = any(_lacks_hydrogens(atom) for atom in built.GetAtoms())
             largest = built
-            if fragments > 1:
-                parts = Chem.GetMolFrags(built, asMols=True, sanitizeFrags=True)
-                largest = max(parts, key=lambda part: part.GetNumAtoms())
+            if fragments > 1:  # `GetMolFrags(asMols=True)` takes an hour for 20,000 fragments
+                largest = build(_part(molecule, np.array(max(parts, key=len))))
+                Chem.SanitizeMol(largest)
             smiles = Chem.MolToSmiles(largest)
             whole = _whole_smiles(built) if whole_smiles else None
         except ValueError as error:  # raised by SanitizeMol
@@ -216,6 +217,25 @@ def _unstable_atoms(
     if not unstable and sanitized is None:
         return tuple(range(len(molecule)))  # invalid, and RDKit does not say at which atom
     return tuple(sorted(unstable))
+
+
+def _part(molecule: Molecule, atoms: NDArray[np.int64]) -> Molecule:
+    """Some atoms (n,) in ascending order, with the charges of them and the bonds among them."""
+    index = order = None
+    if molecule.bond_index is not None and molecule.bond_order is not None:
+        new = np.full(len(molecule), -1)
+        new[atoms] = np.arange(len(atoms))
+        index = new[molecule.bond_index]
+        inside = (index >= 0).all(axis=1)
+        index, order = index[inside], molecule.bond_order[inside]
+    charges = molecule.formal_charges
+    return Molecule(
+        molecule.positions[atoms],
+        molecule.atomic_numbers[atoms],
+        None if charges is None else charges[atoms],
+        index,
+        order,
+    )
 
 
 def _whole_smiles(molecule: Chem.Mol) -> str | None:

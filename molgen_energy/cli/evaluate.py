@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 def command(
     context: typer.Context,
     files: list[Path] = typer.Argument(
-        ..., metavar="FILE…", help="SDF or XYZ (also .gz) or HDF5, of any program."
+        ...,
+        metavar="FILE…",
+        help="SDF or XYZ (also .gz) or HDF5, of any program; a folder, or a "
+        "pattern in quotes such as 'mol_*.xyz', is one set.",
     ),
     reference: Path | None = typer.Option(
         None, "--reference", help="Real molecules to compare with; default: QM9's test split."

@@ -83,9 +83,12 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> tuple[str, Any, Any]
     """Name, type and default of an option or argument, as Typer takes them."""
     text = field.metadata["help"]
     if "metavar" in field.metadata:
-        item = typing.get_args(kind)[0]
-        declared = typer.Argument(..., metavar=field.metadata["metavar"], help=text)
-        return field.name, list[item], declared  # type: ignore[valid-type]
+        # As text, because an empty name as a `Path` would be the current folder.
+        return (
+            field.name,
+            list[str],
+            typer.Argument(..., metavar=field.metadata["metavar"], help=text),
+        )
     flag = f"--{field.name.replace('_', '-')}"
     return field.name, kind, typer.Option(field.default, flag, help=text)
 

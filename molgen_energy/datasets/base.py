@@ -22,6 +22,8 @@ from molgen_energy.progress import ProgressCallback, no_progress
 if TYPE_CHECKING:
     from molgen_energy.chemistry.fields import FieldSelection
 
+_JOINED = 2000  # molecules
+
 
 @dataclass(frozen=True)
 class PreprocessResult:
@@ -155,10 +157,8 @@ class MoleculeDataset(Dataset):
             self.screen(),
         )
         with MoleculeWriter(output, source=survey.source) as writer:
-            for chunk in self.chunks(log):
-                kept = screen.apply(chunk, survey.source, log)
-                survey.add(kept.molecules)
-                writer.append(kept.molecules)
+            for molecules in _joined(self._screened(screen, survey, log)):
+                writer.append(molecules)
             survey.check(log)
             writer.set_split(self.split_labels(writer.count, survey.all_groups()))
         return PreprocessResult(
@@ -170,6 +170,13 @@ class MoleculeDataset(Dataset):
             log.skipped_count,
             (*log.notes, *screen.notes(), *survey.warnings()),
         )
+
+    def _screened(self, screen: Screen, survey: _Survey, log: DatasetLog) -> Iterator[Molecules]:
+        """The molecules to write."""
+        for chunk in self.chunks(log):
+            molecules = screen.apply(chunk, survey.source, log).molecules
+            survey.add(molecules)
+            yield molecules
 
 
 class RandomSplitDataset(MoleculeDataset):
@@ -308,3 +315,22 @@ class _Survey:
             if present < self.count:
                 missing = self.count - present
                 yield f"property {name} is missing in {missing:,} of {self.count:,} molecules (NaN)"
+
+
+def _joined(parts: Iterator[Molecules]) -> Iterator[Molecules]:
+    """Small parts with the same columns as one, because writing each takes some milliseconds."""
+    waiting: list[Molecules] = []
+    for part in parts:
+        count = sum(map(len, waiting)) + len(part)
+        if waiting and (count > _JOINED or _columns(part) != _columns(waiting[0])):
+            yield Molecules.concatenate(waiting)
+            waiting = []
+        waiting.append(part)
+    if waiting:
+        yield Molecules.concatenate(waiting)
+
+
+def _columns(molecules: Molecules) -> tuple[bool, bool, bool, dict[str, str]]:
+    optional = (molecules.bonds, molecules.formal_charges, molecules.groups)
+    bonds, charges, groups = (column is None for column in optional)
+    return bonds, charges, groups, dict(molecules.units)

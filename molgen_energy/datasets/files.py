@@ -1,4 +1,4 @@
-"""Molecules of anybody's SDF and XYZ files."""
+"""Molecules of anybody's SDF and XYZ files, folders and patterns."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from molgen_energy.chemistry.molfiles import MoleculeReader
 
 _CHUNK = 2000
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoleculeFiles(ScreenedDataset):
-    """Molecules of your own SDF or XYZ files (also .gz), with their data fields."""
+    """Molecules of your own SDF or XYZ files (also .gz), or folders, with their data fields."""
 
     name = "files"
     output = "FILE.h5"
@@ -34,7 +35,10 @@ class MoleculeFiles(ScreenedDataset):
         "types": "name their elements: --types C,O,H",
     }
 
-    files: tuple[Path, ...] = argument("SDF or XYZ files (also .gz).", "FILE…")
+    files: tuple[Path, ...] = argument(
+        "SDF or XYZ files (also .gz), folders of them, or patterns in quotes: 'molecule_*.xyz'.",
+        "FILE…",
+    )
     properties: str | None = option(
         None,
         "Data fields (SDF) or keys of the comment (XYZ) to keep as properties, with units if you "
@@ -50,17 +54,23 @@ class MoleculeFiles(ScreenedDataset):
     )
 
     def __post_init__(self) -> None:
+        if "" in map(str, self.files):
+            raise InputError("a file name is empty; is a variable of the shell not set?")
         object.__setattr__(self, "files", tuple(map(Path, self.files)))
 
     def default_output(self) -> Path:
-        """Named after the first file."""
-        if not self.files[0].name:
-            raise InputError(f"{self.files[0]} is a folder; name an SDF or XYZ file")
-        return Path(self.files[0].name.removesuffix(".gz")).with_suffix(".h5")
+        """Named after the first file, or its folder where that is a folder or pattern."""
+        from molgen_energy.chemistry.molfiles import base_name
+
+        if not self.files:
+            raise InputError("name an SDF or XYZ file")
+        return Path(f"{base_name(self.files[0])}.h5")
 
     def source_name(self) -> str:
-        """The names of the files."""
-        return ", ".join(path.name for path in self.files)
+        """The names of the first files, and how many there are."""
+        names = [path.name or str(path.resolve()) for path in self.files[:_MOST_NAMED]]
+        more = len(self.files) - len(names)
+        return ", ".join(names) + (f" and {more:,} more files" if more else "")
 
     def check(self) -> None:
         """Raise `InputError` where an option has a bad value or a file is missing."""
@@ -77,19 +87,22 @@ class MoleculeFiles(ScreenedDataset):
         """The molecules of all files, one after another."""
         done = 0
         for reader in self._readers():
+            several = len(self.files) > 1 or len(reader.files) > 1
             found = reader.detect_fields(self.group)
             reader.selection = choose_properties(found, self.properties)
             log.file = reader.path.name if len(self.files) > 1 else ""
+            log.locate = reader.locate
             for chunk in reader.chunks(_CHUNK):
                 if self.types is not None:
                     chunk = self._named(chunk, reader.path)
                 done += len(chunk)
                 log.progress(done, None)
                 yield chunk
-            where = f"{reader.path.name}: " if len(self.files) > 1 else ""
             for bad in reader.skipped:
-                log.skip(f"{where}record {bad.number} (line {bad.line}): {bad.reason}")
+                place = f"record {bad.number} (line {bad.line}): {bad.reason}"
+                log.skip(f"{bad.path.name}: {place}" if several else place)
             log.skipped_count += reader.skipped_count - len(reader.skipped)
+            log.notes += reader.notes
 
     def _readers(self) -> list[MoleculeReader]:
         from molgen_energy.chemistry.molfiles import MoleculeReader

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from molgen_energy.progress import ProgressCallback, no_progress
@@ -23,6 +24,8 @@ class DatasetLog:
         self.skipped_count = 0
         self.file = ""
         """The file of the chunk, where a dataset has several."""
+        self.locate: Callable[[int], str] = "record {}".format
+        """Names a record by its number."""
         self.notes: list[str] = []
         """What may be wrong, apart from the molecules themselves."""
         self.counts: Counter[str] = Counter()

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from molgen_energy.chemistry.fields import parse_number
+from molgen_energy.chemistry.qm9 import INDEX, INDEX_UNIT, PROPERTIES
 from molgen_energy.data.molecules import MoleculeChunk, Molecules, Property, offsets_from_sizes
 from molgen_energy.data.splits import check_fractions, check_seed, parse_fractions, random_split
 from molgen_energy.datasets.base import MoleculeDataset, option
@@ -33,28 +35,10 @@ MOLECULES_WITH_UNCHARACTERISED = 133_885
 MOLECULES = 130_831
 TRAIN, VALID = 100_000, 17_748
 
+
 _SPLIT_OF_A_PART = "0.8,0.1,0.1"
 
 _NAME = re.compile(r"dsgdb9nsd_(\d+)\.xyz", re.IGNORECASE)
-
-# Name here, unit, column in qm9pack. The order is that of the second line of a dsgdb9nsd file.
-PROPERTIES = (
-    ("A", "GHz", "RotA_GHz"),
-    ("B", "GHz", "RotB_GHz"),
-    ("C", "GHz", "RotC_GHz"),
-    ("mu", "debye", "Dipole_debye"),
-    ("alpha", "bohr^3", "Polarizability_bohr3"),
-    ("homo", "hartree", "HOMO_au"),
-    ("lumo", "hartree", "LUMO_au"),
-    ("gap", "hartree", "HOMO_LUMO_gap_au"),
-    ("r2", "bohr^2", "R2_bohr2"),
-    ("zpve", "hartree", "ZPVE_au"),
-    ("U0", "hartree", "InternalEnergy_0K_au"),
-    ("U", "hartree", "InternalEnergy_298K_au"),
-    ("H", "hartree", "Enthalphy_298K_au"),
-    ("G", "hartree", "GibbsFreeEnergy_298K_au"),
-    ("Cv", "cal/(mol K)", "Heatcapacity_Cv_cal_mol_K"),
-)
 
 
 @dataclass(frozen=True)
@@ -123,7 +107,7 @@ class _Columns:
             name: Property(table[:, k].copy(), unit) for k, (name, unit, _) in enumerate(PROPERTIES)
         }
         index = np.array(self.index, np.float64)
-        properties["index"] = Property(index, "number in QM9, from 1")
+        properties[INDEX] = Property(index, INDEX_UNIT)
         molecules = Molecules(
             np.concatenate(self.positions),
             np.frombuffer(bytes(self.atomic_numbers), np.uint8),
@@ -209,13 +193,14 @@ def _read_table(
             columns.sizes.append(len(numbers))
             columns.index.append(int(row[index]))
             columns.smiles.append(row[smiles])
-            columns.properties.append([_number(row[k]) for k in scalars])
+            columns.properties.append([parse_number(row[k]) for k in scalars])
             texts.append(row[positions].translate(brackets))
         except (ValueError, IndexError) as error:
             raise InputError(f"{path}: row {len(texts) + 2} is broken ({error})") from error
         if len(texts) % 2000 == 0:
             progress(len(columns.index), MOLECULES)
-    flat = np.array(_plain(",".join(texts)).split(","), dtype=np.float32)
+    # As `parse_number` does, for the whole table in one step.
+    flat = np.array(",".join(texts).replace("*^", "e").split(","), dtype=np.float32)
     columns.positions.append(flat.reshape(-1, 3))
     progress(len(columns.index), MOLECULES)
 
@@ -319,22 +304,13 @@ def _read_original(number: int, text: str, columns: _Columns) -> None:
     smiles = next(lines, "").split()
     if not smiles:
         raise ValueError("no SMILES line")
-    positions = np.array([[_number(x) for x in atom[1:4]] for atom in atoms], np.float32)
+    positions = np.array([[parse_number(x) for x in atom[1:4]] for atom in atoms], np.float32)
     columns.atomic_numbers += bytes(atomic_number(atom[0]) for atom in atoms)
     columns.sizes.append(size)
     columns.positions.append(positions)
-    columns.properties.append([_number(x) for x in scalars])
+    columns.properties.append([parse_number(x) for x in scalars])
     columns.smiles.append(smiles[0])
     columns.index.append(number)
-
-
-def _plain(text: str) -> str:
-    """QM9 prints some numbers as Mathematica does, `1.2*^-6`; this gives `1.2e-6`."""
-    return text.replace("*^", "e")
-
-
-def _number(text: str) -> float:
-    return float(_plain(text))
 
 
 def uncharacterised() -> frozenset[int]:

@@ -105,7 +105,7 @@ class Screen:
     ) -> NDArray[np.int64]:
         """The numbers of all molecules but the bad ones, by number with the reason."""
         for k, reason in sorted(bad.items()):
-            record = f"record {chunk.records[k]}: {reason}"
+            record = f"{log.locate(int(chunk.records[k]))}: {reason}"
             if not self._skip_bad:
                 remedy = "; mend it or pass --skip-bad to leave out such records"
                 remedy = "" if self._skip_bad is None else remedy

@@ -214,8 +214,7 @@ def evaluate_reference(
     options = with_types(options, types)
     evaluation = evaluate_source(name, source, options, training_hashes, workers, counter)
     evaluation.skipped += source.skipped
-    if source.note:
-        evaluation.notes.append(source.note)
+    evaluation.notes += source.notes
     assert evaluation.distributions is not None
     compared = types if "geometry" in options.metrics else None
     composition = "composition" in options.metrics

@@ -35,6 +35,7 @@ from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.workers import WorkerPool
 
 _BUNDLED_TRAINING = "QM9's 100,000 training molecules (bundled)"
+_MANY_FILES = 8
 _NO_TRAINING = "nothing"
 _NOVELTY_OF_PERCEIVED = (
     "so those of its molecules are perceived from distances; where perception fails, a training "
@@ -73,8 +74,8 @@ def evaluate_inputs(
     Parameters
     ----------
     inputs
-        Paths of SDF, XYZ (also gzip) or HDF5 files; or RDKit molecules with a conformer each, which
-        make one set.
+        Paths of SDF, XYZ or HDF5 files, folders or patterns; or RDKit molecules with a conformer
+        each, which make one set.
     reference
         File of real molecules; None takes the bundled statistics of QM9's test split.
     train
@@ -99,6 +100,11 @@ def evaluate_inputs(
     chosen = select_types(types, reference)
     notes: list[str] = []
     options = _resolve_bonds(options, dict(zip(names, sources, strict=True)), notes)
+    if len(sources) > _MANY_FILES:
+        notes.append(
+            "each file is evaluated alone; a folder, or a pattern in quotes such as 'mol_*.xyz', "
+            "is one set"
+        )
     counter = ProgressCounter(progress, _total(sources, reference, train))
     training_hashes, novelty_against = _training_hashes(train, options, workers, counter, notes)
     if reference is None:
@@ -227,8 +233,7 @@ def _training_hashes(
         if own is not options:
             notes.append(f"novelty: {name} has no bonds, {_NOVELTY_OF_PERCEIVED}")
         hashes = collect_smiles_hashes(source, own.checks, workers, counter)
-        if source.note:
-            notes.append(f"{name}: {source.note}")
+        notes += [f"{name}: {note}" for note in source.notes]
         if source.skipped:
             notes.append(f"{name}: {source.skipped:,} bad records skipped")
         return hashes, name
@@ -256,11 +261,11 @@ def _compare_with(
     options: EvaluationOptions,
 ) -> None:
     """Add the remarks of the source, and the distances from the reference."""
-    evaluation.path = source.path
+    if source.path is not None and source.path.is_file():  # a set has no checksum
+        evaluation.path = source.path
     evaluation.skipped += source.skipped
     evaluation.provenance = source.provenance
-    if source.note:
-        evaluation.notes.append(source.note)
+    evaluation.notes += source.notes
     assert evaluation.distributions is not None
     evaluation.comparison = compare(
         evaluation.distributions,

@@ -13,7 +13,7 @@ import numpy as np
 
 from molgen_energy.chemistry.convert import molecule_from_rdkit
 from molgen_energy.chemistry.fields import BONDS, provenance
-from molgen_energy.chemistry.molfiles import MoleculeReader
+from molgen_energy.chemistry.molfiles import MoleculeReader, molecule_files
 from molgen_energy.chemistry.molfiles.bond_scan import (
     NO_BONDS,
     GivenBonds,
@@ -23,7 +23,6 @@ from molgen_energy.chemistry.molfiles.bond_scan import (
 from molgen_energy.data.hdf5 import SCHEMA, MoleculeFile
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.errors import InputError
-from molgen_energy.output import check_file
 
 CHUNK_SIZE = 500
 
@@ -37,12 +36,13 @@ class ChunkSource(Protocol):
 
 
 class FileSource:
-    """The molecules of an SDF, XYZ (also gzip) or HDF5 file.
+    """The molecules of an SDF, XYZ (also packed) or HDF5 file, or of a set of SDF or XYZ files.
 
     Parameters
     ----------
     path
-        The file.
+        The file; or a folder or a pattern, see
+        `molgen_energy.chemistry.molfiles.molecule_files`.
     split
         Take only this split (`train`, `test`) of an HDF5 file that has it; None takes all.
     skip_bad
@@ -63,12 +63,12 @@ class FileSource:
         skip_bad: bool = False,
         limit: int | None = None,
     ) -> None:
-        check_file(path)
+        molecule_files(path)
         self.path, self.split, self.skip_bad, self.limit = path, split, skip_bad, limit
         self.skipped = 0
         """Number of records skipped by the last iteration."""
-        self.note = ""
-        """Remark about the last iteration, for the report."""
+        self.notes: list[str] = []
+        """Remarks about the last iteration, for the report."""
         self.provenance: dict[str, str] = {}
 
     @property
@@ -123,13 +123,13 @@ class FileSource:
             self.provenance = provenance(reader.fields)
             yield chunk
         self.skipped = reader.skipped_count
-        self.note = _skipped_note(reader)
+        self.notes = [*reader.notes, *_skipped_notes(reader)]
 
     def _hdf5_chunks(self) -> Iterator[MoleculeChunk]:
         with _open_hdf5(self.path) as file:
             split = self._existing_split(file)
             if split != self.split:
-                self.note = f"no {self.split} split; all molecules are used"
+                self.notes = [f"no {self.split} split; all molecules are used"]
             self.provenance = file.provenance
             members = file.split_indices(split)
             included = np.ones(len(file), bool)
@@ -162,7 +162,7 @@ class RDKitSource:
     def __init__(self, molecules: Sequence[Any], skip_bad: bool = False) -> None:
         self._molecules, self.skip_bad = molecules, skip_bad
         self.skipped = 0
-        self.note = ""
+        self.notes: list[str] = []
         self.provenance: dict[str, str] = {}
 
     def size(self) -> int:
@@ -248,8 +248,9 @@ def _scanned(molecule: Any) -> ScannedRecord:
     return ScannedRecord(has_bonds, _declared_perceived(molecule), parse)
 
 
-def _skipped_note(reader: MoleculeReader) -> str:
+def _skipped_notes(reader: MoleculeReader) -> list[str]:
     if not reader.skipped:
-        return ""
+        return []
     first = reader.skipped[0]
-    return f"the first bad record is {first.number} (line {first.line}): {first.reason}"
+    where = f"{first.number} of {first.path.name}" if len(reader.files) > 1 else f"{first.number}"
+    return [f"the first bad record is {where} (line {first.line}): {first.reason}"]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from molgen_energy.chemistry.fields import FieldSelection, read_group, read_number
+from molgen_energy.chemistry.fields import FieldSelection, parse_number, read_group, read_number
 
 FIRST = {"gap": "0.5", "name": "water", "seed": "7", "smiles": "O", "cid": "12", "note": ""}
 
@@ -41,9 +41,39 @@ def test_only_chosen_fields():
         chosen.columns({"name": " "})
 
 
-@pytest.mark.parametrize("text", ["", "one", "1_000", "inf", "nan", "1 2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "one",
+        "1_000",
+        "inf",
+        "nan",
+        "1 2",
+        "1e999",
+        "D1",
+        "1.5D",
+        "0x1D5",
+        "1,5",
+        "*^2",
+        "1d2d3",
+    ],
+)
 def test_no_finite_number(text):
     assert math.isnan(read_number(text))
+    with pytest.raises(ValueError, match="is no finite number"):
+        parse_number(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (" 7.5 ", 7.5), ("-1e-3", -1e-3), ("7.29479528D-03", 7.29479528e-3), ("1.d+2", 100.0),
+        ("-6.4*^-2", -0.064), ("8.*^3", 8000.0), ("+.5", 0.5), ("2D0", 2.0),
+    ],
+)  # fmt: skip
+def test_numbers_of_other_programs(text, value):
+    assert read_number(text) == parse_number(text) == value
 
 
 def test_groups_are_numbers_or_hashes_of_64_bits():

@@ -189,7 +189,7 @@ def test_sdf_without_the_last_dollars(tmp_path, molecules):
         ("a.xyz", b"\n\n", "holds no molecule"),
         ("a.pdb", b"x", "no SDF or XYZ"),
         ("a.xyz.gz", gzip.compress(WATER.encode() * 50, mtime=0)[:-20], "cut off"),
-        ("a.xyz.gz", b"plain text", "no gzip"),
+        ("a.xyz.gz", b"plain text", "expected a number of atoms"),
     ],
 )
 def test_unusable_files(tmp_path, name, content, message):

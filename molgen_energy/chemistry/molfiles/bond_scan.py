@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from molgen_energy.chemistry.bonds import are_perceived
 from molgen_energy.chemistry.molfiles.lines import Lines
+from molgen_energy.chemistry.molfiles.sdf import parse_mol_block
 from molgen_energy.data.molecules import Molecule
 
 _DECLARED_CHECKED = 100
@@ -70,7 +71,13 @@ def find_given_bonds(records: Iterable[ScannedRecord]) -> GivenBonds:
     return GivenBonds(some or replaced, min(without, default=None), bool(declared) and not replaced)
 
 
-def scan_sdf(lines: Lines, parse: Callable[[str], Molecule | str]) -> Iterator[ScannedRecord]:
+def scan_xyz(lines: Lines) -> Iterator[ScannedRecord]:
+    """An XYZ file has no bonds, which its first record shows."""
+    if lines.next() is not None:
+        yield ScannedRecord(False, False, lambda: None)
+
+
+def scan_sdf(lines: Lines) -> Iterator[ScannedRecord]:
     """The records of an SDF, of which only the counts and the field `bonds` are read."""
     while True:
         record: list[str] = []
@@ -84,16 +91,14 @@ def scan_sdf(lines: Lines, parse: Callable[[str], Molecule | str]) -> Iterator[S
                 perceived = line.startswith("perceived")
             record.append(line)
         if any(text.strip() for text in record):
-            yield ScannedRecord(_has_bonds(record), perceived, _parser(record, parse))
+            yield ScannedRecord(_has_bonds(record), perceived, _parser(record))
         if line is None:
             return
 
 
-def _parser(
-    record: list[str], parse: Callable[[str], Molecule | str]
-) -> Callable[[], Molecule | None]:
+def _parser(record: list[str]) -> Callable[[], Molecule | None]:
     def parsed() -> Molecule | None:
-        molecule = parse("".join(record))
+        molecule = parse_mol_block("".join(record))
         return molecule if isinstance(molecule, Molecule) else None
 
     return parsed

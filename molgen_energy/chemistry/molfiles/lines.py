@@ -1,12 +1,32 @@
-"""Lines of a text file, plain or gzip, and what is read of one record."""
+"""Lines of a text file, plain or compressed, and what is read of one record."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
+import lzma
+import zlib
+from collections import deque
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import Any, NamedTuple
 
 from molgen_energy.data.molecules import Molecule
+from molgen_energy.errors import InputError
+from molgen_energy.output import check_file
+
+# By their first bytes, whatever the name: browsers and download tools pack and unpack files.
+_OPENERS: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+}
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)
+"""What reading a damaged compressed file raises; an `OSError` with a number is another fault."""
 
 
 class Record(NamedTuple):
@@ -18,33 +38,67 @@ class Record(NamedTuple):
     """The molecule, or why it cannot be read."""
     fields: dict[str, str]
     """Data fields: those of an SDF, or keys of the comment of an XYZ."""
+    note: str = ""
+    """What is dropped or may be misunderstood; the same text for all such records."""
 
 
 class Lines:
-    """Lines with their numbers, some of which can be put back."""
+    """Lines with their numbers; those ahead can be looked at before they are read.
+
+    Raises
+    ------
+    InputError
+        The file is missing, is no regular file, or cannot be opened.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file: IO[str]  # closed by `close`
-        if path.name.lower().endswith(".gz"):
-            self._file = gzip.open(path, "rt", encoding="utf-8-sig", errors="replace")
-        else:
-            self._file = path.open(encoding="utf-8-sig", errors="replace")
-        self._returned: list[str] = []
+        check_file(path)
+        try:
+            self._file = path.open("rb")
+            start = self._file.peek()
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        opener = next((opener for mark, opener in _OPENERS.items() if start.startswith(mark)), None)
+        content = self._file if opener is None else opener(self._file)
+        try:
+            self.head: bytes = content.peek(io.DEFAULT_BUFFER_SIZE)
+        except DAMAGED:  # reading the lines says so
+            self.head = b""
+        self.is_utf16 = self.head.startswith(_UTF16_MARKS)
+        encoding = "utf-16" if self.is_utf16 else "utf-8-sig"
+        self._text = io.TextIOWrapper(content, encoding, errors="replace")
+        self._ahead: deque[str] = deque()
         self.number = 0
         """Of the line that was read last, from 1."""
 
     def next(self) -> str | None:
         """The next line, None at the end."""
-        line = self._returned.pop() if self._returned else next(self._file, None)
+        line = self._ahead.popleft() if self._ahead else next(self._text, None)
         if line is not None:
             self.number += 1
         return line
 
-    def put_back(self, lines: list[str]) -> None:
-        """Have the last lines read again."""
-        self._returned.extend(reversed(lines))
-        self.number -= len(lines)
+    def ahead(self, k: int) -> str | None:
+        """The line that `next` gives after k others, None beyond the end."""
+        self._look_ahead(k + 1)
+        return self._ahead[k] if k < len(self._ahead) else None
+
+    def peek(self, count: int) -> list[str]:
+        """The next lines, fewer at the end, without reading them."""
+        self._look_ahead(count)
+        return list(islice(self._ahead, count))
+
+    def _look_ahead(self, count: int) -> None:
+        if (missing := count - len(self._ahead)) > 0:
+            self._ahead.extend(islice(self._text, missing))
+
+    def skip(self, count: int) -> None:
+        """Read some lines that `peek` gave."""
+        for _ in range(count):
+            self._ahead.popleft()
+        self.number += count
 
     def close(self) -> None:
         """Close the file."""
+        self._text.close()
         self._file.close()

@@ -1,4 +1,8 @@
-"""Records of SDF files: mol blocks (V2000 and V3000) and data fields."""
+"""Records of SDF files: mol blocks (V2000 and V3000) and data fields.
+
+RDKit reads a mol block. What it refuses, but other programs write, is put into the form of the
+format first: symbols in other cases, numbers with exponents, empty lines before `M  END`.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,22 @@ import re
 from collections.abc import Iterator, Mapping
 
 from rdkit import Chem, rdBase
+from rdkit.Chem import rdChemReactions
 
 from molgen_energy.chemistry.convert import molecule_from_rdkit
+from molgen_energy.chemistry.fields import parse_number
 from molgen_energy.chemistry.molfiles.lines import Lines, Record
 from molgen_energy.chemistry.rdkit import build
 from molgen_energy.data.molecules import Molecule
+from molgen_energy.elements import atomic_number, symbol
 
 _END = "M  END\n"
+_COUNTS = 3  # the line of the counts, from 0
+_V30 = "M  V30 "
+# RDKit reads the number before such an exponent and ignores the rest, in V3000 without an error.
+_OTHER_EXPONENT = re.compile(r"\d\.?(?:[dD][+-]?\d|\*\^)")
+# A reaction with one reactant, whose mol block begins at the next line.
+_REACTION = "$RXN\n\n\n\n  1  0\n$MOL\n"
 # A header `>  <name>`, and the lines up to an empty one or to the next header.
 _FIELD = re.compile(r"^>.*?<([^>\n]+)>.*\n((?:(?!>.*<).*\S.*\n?)*)", re.MULTILINE)
 
@@ -26,7 +39,7 @@ def read_records(lines: Lines) -> Iterator[Record]:
             record.append(line)
         if any(text.strip() for text in record):
             text = "".join(record)
-            yield Record(start, parse_mol_block(text), _data_fields(text))
+            yield Record(start, parse_mol_block(text, start), _data_fields(text))
         elif line is not None:
             yield Record(start, "an empty record", {})
         if line is None:
@@ -39,19 +52,119 @@ def _data_fields(record: str) -> dict[str, str]:
     return {name: value.rstrip("\n") for name, value in fields}
 
 
-def parse_mol_block(block: str) -> Molecule | str:
-    """The molecule of a record, or why it cannot be read."""
-    with rdBase.BlockLogs():
-        try:
-            parsed = Chem.MolFromMolBlock(block, sanitize=False, removeHs=False)
-        except RuntimeError as error:
-            return f"no readable mol block ({str(error).splitlines()[0]})"
+def parse_mol_block(block: str, start: int = 1) -> Molecule | str:
+    """The molecule of a mol block that begins at a line of the file, or why it cannot be read."""
+    parsed = None
+    if not ("V3000" in block and _OTHER_EXPONENT.search(block)):
+        parsed = _read(block)
     if parsed is None:
-        return "no readable mol block (cut off, or counts that do not fit)"
+        block = _repaired(block)
+        parsed = _read(block)
+    if parsed is None:
+        return f"no readable mol block: {_reason(block, start)}"
     try:
         return molecule_from_rdkit(parsed)
     except ValueError as error:
         return str(error)
+
+
+def _read(block: str) -> Chem.Mol | None:
+    with rdBase.BlockLogs():
+        try:
+            return Chem.MolFromMolBlock(block, sanitize=False, removeHs=False)
+        except RuntimeError:  # such as a bond to an atom that is not there
+            return None
+
+
+def _reason(block: str, start: int) -> str:
+    """Why RDKit cannot read a mol block, with the line in the file.
+
+    `MolFromMolBlock` writes the reason into RDKit's log alone. The reader of reactions calls the
+    same parser and raises it, so that no log has to be redirected.
+    """
+    with rdBase.BlockLogs():
+        try:
+            rdChemReactions.ReactionFromRxnBlock(_REACTION + block)
+        except (ValueError, RuntimeError) as error:
+            text = str(error)
+        else:
+            text = ""
+    if "AtomIdx" in text and text.startswith("Range Error"):
+        return "a bond names an atom that is not there"
+    lines = text.rpartition("The error was:")[2].strip().splitlines()
+    if text.startswith("Pre-condition Violation"):
+        return lines[1].strip()
+    if not lines or "Null reactant" in lines[0]:
+        return "it is cut off, or its counts do not fit"
+    reason, shift = lines[0], start - 1 - _REACTION.count("\n")
+    if found := re.match("Element '(.*)' not found", reason):
+        for k, line in enumerate(block.splitlines()):
+            if k > _COUNTS and found[1].lower() in line.lower().split():
+                return f"{reason} on line {start + k}"
+    return re.sub(r"\bline ?(\d+)", lambda match: f"line {int(match[1]) + shift}", reason)
+
+
+def _repaired(block: str) -> str:
+    """The block with atoms in the form of the format, and no empty lines before `M  END`."""
+    lines = block.split("\n")
+    end = next((k for k, line in enumerate(lines) if line.startswith("M  END")), None)
+    if end is None or end <= _COUNTS:
+        return block
+    if "V3000" in lines[_COUNTS]:
+        body = [_repaired_v3000(line) for line in lines[_COUNTS + 1 : end]]
+        after_bonds = 0
+    else:
+        try:
+            atoms, bonds = int(lines[_COUNTS][:3]), int(lines[_COUNTS][3:6])
+        except ValueError:
+            return block
+        body = lines[_COUNTS + 1 : end]
+        body[:atoms] = map(_repaired_v2000, body[:atoms])
+        after_bonds = atoms + bonds
+    body[after_bonds:] = filter(str.strip, body[after_bonds:])
+    return "\n".join([*lines[: _COUNTS + 1], *body, *lines[end:]])
+
+
+def _repaired_v2000(line: str) -> str:
+    """The line of an atom: x, y, z in 10 columns each, a symbol, and numbers that are kept."""
+    words = line.split()
+    try:
+        numbers = [parse_number(text) for text in words[:3]]
+        name = _symbol(words[3])
+    except (ValueError, IndexError):
+        return line
+    if line[31:34].strip() == words[3] and line[30:31] == " ":
+        rest = line[34:]
+    else:
+        rest = f"{words[4]:>2}" if len(words) > 4 else ""
+        rest += "".join(f"{word:>3}" for word in words[5:])
+    return f"{''.join(map(_ten_columns, numbers))} {name:<3}{rest}"
+
+
+def _ten_columns(value: float) -> str:
+    """A number in 10 columns, with as many decimals as fit; 4 are usual."""
+    return f"{value:10.{max(0, min(7, 8 - len(str(int(abs(value))))))}f}"
+
+
+def _repaired_v3000(line: str) -> str:
+    """The line of an atom, `M  V30 index symbol x y z …`; others are kept."""
+    words = line.split()
+    try:
+        numbers = [repr(parse_number(text)) for text in words[4:7]]
+        name = _symbol(words[3])
+    except (ValueError, IndexError):
+        return line
+    if len(numbers) < 3 or not line.startswith(_V30) or not words[2].isdecimal():
+        return line
+    return " ".join([_V30.rstrip(), words[2], name, *numbers, *words[7:]])
+
+
+def _symbol(text: str) -> str:
+    """An element's symbol in its usual case; `ValueError` where it is none, such as of a query."""
+    if not text.isalpha():
+        raise ValueError(text)
+    number = atomic_number(text)
+    return text.upper() if text.upper() in ("D", "T") else symbol(number)
 
 
 def format_record(molecule: Molecule, name: str, fields: Mapping[str, str | float]) -> str:

@@ -1,97 +1,365 @@
-"""Frames of XYZ files, whose comment may hold the `key=value` pairs of an extended XYZ."""
+"""Frames of XYZ files, plain, extended (`key=value` in the comment) and of QM9.
+
+The columns of an extended XYZ are what `Properties=name:type:count:…` says
+(https://github.com/libAtoms/extxyz); without it they are element or atomic number, x, y, z, and
+what follows is ignored.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
+from molgen_energy.chemistry import qm9
 from molgen_energy.chemistry.convert import as_positions
+from molgen_energy.chemistry.fields import parse_number, read_number
 from molgen_energy.chemistry.molfiles.lines import Lines, Record
 from molgen_energy.data.molecules import Molecule
 from molgen_energy.elements import atomic_number, symbol
 
-_PAIR = re.compile(r"""([^\s=]+)=(?:"([^"]*)"|'([^']*)'|(\S*))""")
+CELL = "the cell (Lattice) is dropped, molecules have none here"
+NUMBERED = (
+    "elements are numbers, read as atomic numbers: 2 is He; does the file hold types of atoms, as "
+    "those of LAMMPS do?"
+)
+
+_PAIR = re.compile(
+    r"""([^\s=]+)\s*=\s*(?:"([^"\\]*(?:\\.[^"\\]*)*)"|'([^']*)'|\{([^}]*)\}|(\S*))"""
+)
+_COLUMN_NAMES = {
+    "species": "element", "element": "element", "elements": "element", "symbol": "element",
+    "symbols": "element", "z": "number", "numbers": "number", "atomic_number": "number",
+    "atomic_numbers": "number", "pos": "positions", "position": "positions",
+    "positions": "positions",
+}  # fmt: skip
+_MOST_AHEAD = 200_000  # lines; the end of a longer bad frame is not looked for by its size
+
+
+class Columns(NamedTuple):
+    """Where element and coordinates stand in the line of an atom."""
+
+    element: int
+    x: int
+    """The column of x; y and z follow."""
+    total: int | None = None
+    """How many columns each line must have; None allows any others after z."""
+
+
+PLAIN = Columns(0, 1)
+_COLUMNS = " (columns are element, x, y, z unless the comment says Properties=…)"
+
+
+class _Elements(dict[str, int]):
+    """Atomic numbers by the texts that were met, for speed."""
+
+    def __missing__(self, text: str) -> int:
+        number = self[text] = atomic_number(text)
+        return number
+
+
+_ELEMENTS = _Elements()
 
 
 def read_records(lines: Lines) -> Iterator[Record]:
-    """Each frame.
+    """Each frame; `_length_of_bad_frame` says where the next one begins after a bad one."""
+    while (line := lines.next()) is not None:
+        if line.strip():
+            yield _read_frame(line, lines)
 
-    After a bad frame the next one is looked for: a line with a number alone, a comment, and a line
-    that reads as an atom.
-    """
-    while True:
-        line = lines.next()
-        if line is None:
-            return
-        if not line.strip():
-            continue
-        start = lines.number
-        record = [line]
-        parsed = _parse_frame(lines, record)
-        following = lines.next()
-        if following is not None:
-            lines.put_back([following])
-            if isinstance(parsed, Molecule) and not isinstance(_parse_atom(following), str):
-                parsed = f"more atoms follow than the {len(parsed)} that it names"
-        yield Record(start, parsed, _comment_fields(record[1] if len(record) > 1 else ""))
-        if isinstance(parsed, str):
-            lines.put_back(record[1:])
-            _seek_frame(lines)
+
+def _read_frame(first: str, lines: Lines) -> Record:
+    """Read one frame after its first line, whether it is good or bad."""
+    start = lines.number
+    comment = lines.ahead(0) or ""
+    of_qm9 = qm9.fields_of_comment(comment)
+    fields = of_qm9 or _comment_fields(comment)
+    size = _size(first)
+    try:
+        if size is None:
+            raise ValueError(f"expected a number of atoms, found '{first.strip()[:40]}'")
+        if size < 1:
+            raise ValueError(f"{size} atoms")
+        columns = _columns_of(fields)
+        molecule = _parse_ahead(lines, size, columns)
+    except ValueError as error:
+        lines.skip(_length_of_bad_frame(lines, size))
+        return Record(start, str(error), fields)
+    note = CELL if "Lattice" in fields else ""
+    if columns is PLAIN and (lines.ahead(1) or "").lstrip()[0].isdecimal():
+        note = NUMBERED if 2 in molecule.atomic_numbers else note
+    lines.skip(1 + size)
+    if of_qm9:
+        _read_end_of_qm9(lines, fields)
+    return Record(start, molecule, fields, note)
+
+
+def _size(first: str) -> int | None:
+    """The number of atoms, None where the line holds something else."""
+    text = first.strip()
+    return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else None
 
 
 def _comment_fields(comment: str) -> dict[str, str]:
-    """`key=value`, `key="value with spaces"` and `key='value'` of a comment line."""
+    """`key=value` of a comment line; the value may be in quotes or braces."""
     if "=" not in comment:
         return {}
-    pairs = (match.groups("") for match in _PAIR.finditer(comment))
-    return {key: double or single or plain for key, double, single, plain in pairs}
+    fields = {}
+    for match in _PAIR.finditer(comment):
+        key, double, single, braces, plain = match.groups("")
+        fields[key] = double.replace('\\"', '"') or single or braces or plain
+    return fields
 
 
-def _parse_frame(lines: Lines, record: list[str]) -> Molecule | str:
-    """Read one frame after its first line; every line read is added to `record`."""
+def _columns_of(fields: Mapping[str, str]) -> Columns:
+    """The columns that a comment declares, or those of a plain XYZ; `ValueError` if neither."""
+    declared = fields.get("Properties")
+    if declared is None:
+        return PLAIN
+    return _read_properties(declared)
+
+
+@lru_cache(maxsize=128)
+def _read_properties(declared: str) -> Columns:
+    """The columns of `name:type:count:name:type:count…`; `ValueError` says what is wrong."""
+    parts = declared.strip().split(":")
+    where: dict[str, int] = {}
+    column = 0
+    shown = f"Properties={declared.strip()[:60]}"
+    if len(parts) % 3:
+        raise ValueError(f"{shown} is not name:type:count for each column")
+    for name, kind, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        if kind.upper() not in ("S", "R", "I", "L") or not text.isdecimal() or int(text) < 1:
+            raise ValueError(
+                f"{shown}: '{name}:{kind}:{text}' is no name, type S, R, I or L, count"
+            )
+        meaning = _COLUMN_NAMES.get(name.lower())
+        expected = 3 if meaning == "positions" else 1
+        if meaning is not None and int(text) != expected:
+            raise ValueError(f"{shown}: {name} has {text} columns, expected {expected}")
+        if meaning is not None:
+            where.setdefault(meaning, column)
+        column += int(text)
+    element = where.get("element", where.get("number"))
+    if element is None or "positions" not in where:
+        missing = "species or Z" if element is None else "pos"
+        raise ValueError(f"{shown} lacks {missing}, so its columns are not known")
+    return Columns(element, where["positions"], column)
+
+
+def _parse_ahead(lines: Lines, size: int, columns: Columns) -> Molecule:
+    """The molecule of the frame whose comment comes next; `ValueError` says what is wrong."""
+    atoms = _body(lines, size)[1:]
+    rows = [line.split() for line in atoms]
+    molecule = None
+    if len(rows) == size and "_" not in "".join(atoms):  # float reads 1_0 as 10
+        molecule = _parse_quickly(rows, columns)
+    if molecule is None:
+        molecule = _parse_carefully(rows, size, columns)
+    if columns is PLAIN and len(rows[0]) > 4:
+        _check_plain(rows, molecule)
+    following = lines.ahead(size + 1)
+    if following is not None and _is_atom(following, columns):
+        raise ValueError(f"more atoms follow than the {size} that it names")
+    return molecule
+
+
+def _body(lines: Lines, size: int) -> list[str]:
+    """Comment and atoms; fewer where the file ends, or where a long frame ends before its size."""
+    count = min(size + 1, 1 << 16)
+    while True:
+        body = lines.peek(count)
+        if len(body) < count or count == size + 1:
+            return body
+        if any(len(line.split()) < 4 for line in body[count // 2 :]):
+            return body
+        count = min(size + 1, 2 * count)
+
+
+def _parse_quickly(rows: list[list[str]], columns: Columns) -> Molecule | None:
+    """The molecule, None where a line needs a closer look."""
+    element, x, total = columns
+    y, z = x + 1, x + 2
     try:
-        size = int(record[0])
-    except ValueError:
-        return f"expected a number of atoms, found '{record[0].strip()[:40]}'"
-    if size < 1:
-        return f"{size} atoms"
-    positions, numbers = [], []
-    for k in range(size + 1):
-        line = lines.next()
-        if line is None:
-            return f"the file ends before atom {max(k, 1)} of {size}"
-        record.append(line)
-        if k == 0:
-            continue  # the comment
-        atom = _parse_atom(line)
-        if isinstance(atom, str):
-            return f"atom {k} of {size}: {atom}"
-        numbers.append(atom[0])
-        positions.append(atom[1:])
+        numbers = [_ELEMENTS[row[element]] for row in rows]
+        positions = [[float(row[x]), float(row[y]), float(row[z])] for row in rows]
+    except (ValueError, IndexError):
+        return None
+    if total is not None and any(len(row) != total for row in rows):
+        return None
     return Molecule(as_positions(positions), np.array(numbers, np.uint8))
 
 
-def _parse_atom(line: str) -> tuple[int, float, float, float] | str:
-    fields = line.split()
-    if len(fields) < 4:
-        return f"expected element, x, y, z, found '{line.strip()[:40]}'"
+def _parse_carefully(rows: list[list[str]], size: int, columns: Columns) -> Molecule:
+    """The molecule with numbers in any notation; `ValueError` names the atom that is bad."""
+    atoms = [
+        _parse_atom(row, columns, f"atom {k} of {size}: ") for k, row in enumerate(rows, start=1)
+    ]
+    if len(rows) < size:
+        raise ValueError(f"the file ends before atom {len(rows) + 1} of {size}")
+    positions = as_positions([atom[1:] for atom in atoms])
+    return Molecule(positions, np.array([atom[0] for atom in atoms], np.uint8))
+
+
+def _parse_atom(
+    row: list[str], columns: Columns, place: str = ""
+) -> tuple[int, float, float, float]:
+    """Atomic number, x, y, z; `ValueError` begins with `place` and says what is wrong."""
+    element, x, total = columns
+    if total is not None and len(row) != total:
+        raise ValueError(f"{place}it has {len(row)} columns, Properties names {total}")
+    if len(row) < 4:
+        raise ValueError(f"{place}expected element, x, y, z, found '{' '.join(row)[:40]}'")
     try:
-        return (atomic_number(fields[0]), float(fields[1]), float(fields[2]), float(fields[3]))
+        number = atomic_number(row[element])
+        return (number, parse_number(row[x]), parse_number(row[x + 1]), parse_number(row[x + 2]))
     except ValueError as error:
-        return str(error)
+        raise ValueError(f"{place}{error}{'' if total else _COLUMNS}") from None
 
 
-def _seek_frame(lines: Lines) -> None:
-    while (line := lines.next()) is not None:
-        if not line.strip().isdigit():
-            continue
-        ahead = [text for text in (lines.next(), lines.next()) if text is not None]
-        is_frame = len(ahead) == 2 and not isinstance(_parse_atom(ahead[1]), str)
-        lines.put_back([line, *ahead] if is_frame else ahead)
-        if is_frame:
-            return
+def _check_plain(rows: list[list[str]], molecule: Molecule) -> None:
+    """Raise `ValueError` where the second column is evidently not x.
+
+    It counts the atoms, or holds nuclear charges as in files of GAMESS, with x, y, z after it.
+    """
+    if len(molecule) > 2 and all(row[1] == str(k) for k, row in enumerate(rows, start=1)):
+        raise ValueError(f"column 2 counts the atoms and is not x{_COLUMNS}")
+    numbers = molecule.atomic_numbers
+    if (molecule.positions[:, 0] == numbers).all() and (numbers != numbers[0]).any():
+        raise ValueError(f"column 2 holds nuclear charges and is not x{_COLUMNS}")
+
+
+def _is_atom(line: str, columns: Columns) -> bool:
+    try:
+        _parse_atom(line.split(), columns)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_end_of_qm9(lines: Lines, fields: dict[str, str]) -> None:
+    """Read what follows the atoms in a file of QM9: frequencies, SMILES, InChI, as far as it is
+    there; the SMILES becomes a field."""
+    frequencies = (lines.ahead(0) or "").split()
+    if not frequencies or not all(map(_is_number, frequencies)) or frequencies[0].isdecimal():
+        return
+    lines.skip(1)
+    smiles = (lines.ahead(0) or "").split()
+    if len(smiles) not in (1, 2) or smiles[0].isdecimal():
+        return
+    fields["smiles"] = smiles[0]
+    lines.skip(1)
+    if (lines.ahead(0) or "").startswith("InChI="):
+        lines.skip(1)
+
+
+def _is_number(text: str) -> bool:
+    return not np.isnan(read_number(text))
+
+
+def _length_of_bad_frame(lines: Lines, size: int | None) -> int:
+    """How many of the next lines, from the comment on, belong to a bad frame of a named size.
+
+    A frame with the right number of lines ends there, so that bad frames in a row are counted one
+    by one. Otherwise the next frame begins with a number alone, or with two lines of which neither
+    reads as an atom, before one that does.
+    """
+    comment = lines.ahead(0)
+    if comment is None:
+        return 0
+    end = _end_by_size(lines, size)
+    if _is_number_alone(comment) and not _resembles_atom(lines.ahead(1)):
+        fits = _resembles_atom(lines.ahead(2)) and _is_boundary(lines, 2 + int(comment))
+        if fits or _is_good_frame(lines):
+            return 0  # the comment and all atoms are missing
+    k = 1
+    while (line := lines.ahead(k)) is not None and k != end:
+        if _is_number_alone(line) and _begins_with_number(lines, k, int(line), end):
+            break
+        if _begins_without_number(lines, k):
+            break
+        k += 1
+    return k
+
+
+def _end_by_size(lines: Lines, size: int | None) -> int | None:
+    """Where the frame ends by its size, None where its lines do not bear that out."""
+    if size is None or not 0 <= size < _MOST_AHEAD:
+        return None
+    if size and _resembles_atom(lines.ahead(0)) and _is_boundary(lines, size):
+        return size  # the comment is missing
+    if not _is_boundary(lines, size + 1):
+        return None
+    atoms = lines.peek(size + 1)[1:]
+    others = sum(not _resembles_atom(line) for line in atoms)
+    return size + 1 if others <= 1 or not any(map(_is_number_alone, atoms)) else None
+
+
+def _is_good_frame(lines: Lines) -> bool:
+    """Whether the next lines are a whole frame."""
+    size = _size(lines.ahead(0) or "")
+    if size is None or not 0 < size < _MOST_AHEAD or lines.ahead(size + 1) is None:
+        return False
+    _, comment, *atoms = lines.peek(size + 2)
+    if _resembles_atom(lines.ahead(size + 2)):
+        return False
+    try:
+        columns = _columns_of(_comment_fields(comment))
+        _parse_carefully([line.split() for line in atoms], size, columns)
+    except ValueError:
+        return False
+    return True
+
+
+def _begins_with_number(lines: Lines, k: int, size: int, end: int | None) -> bool:
+    """Whether the number k lines ahead is that of a frame, not what is left of an atom's line.
+
+    Where the end of the frame before it is known, a frame of that size must end well too.
+    """
+    if not 0 < size < _MOST_AHEAD:
+        return end is None
+    if _resembles_atom(lines.ahead(k + 1)):  # the comment is missing
+        atoms = (lines.ahead(j) for j in range(k + 1, k + 1 + size))
+        fits = all(map(_resembles_atom, atoms)) and _is_boundary(lines, k + 1 + size)
+        return fits and end is None
+    return end is None or (end != k + 1 and _is_boundary(lines, k + 2 + size))
+
+
+def _is_boundary(lines: Lines, k: int) -> bool:
+    """Whether the file ends k lines ahead, or a frame may begin there, after empty lines."""
+    before = lines.ahead(k - 1)
+    if before is None:
+        return False
+    while (line := lines.ahead(k)) is not None and not line.strip():
+        k += 1
+    if line is None:
+        return True
+    if _is_number_alone(before):  # else this line may be the comment after it
+        return _is_number_alone(line) and not _resembles_atom(lines.ahead(k + 1))
+    return _is_number_alone(line) or _begins_without_number(lines, k)
+
+
+def _begins_without_number(lines: Lines, k: int) -> bool:
+    """Whether a frame begins k lines ahead whose first line is not the number that it should be."""
+    line = lines.ahead(k)
+    if line is None or not line.strip() or _is_number_alone(line) or _resembles_atom(line):
+        return False
+    return not _resembles_atom(lines.ahead(k + 1)) and _resembles_atom(lines.ahead(k + 2))
+
+
+def _is_number_alone(line: str) -> bool:
+    return line.strip().isdecimal()
+
+
+def _resembles_atom(line: str | None) -> bool:
+    """Whether a line is that of an atom, perhaps of a damaged one."""
+    first, *rest = (line or "").split() or [""]
+    if len(rest) < (2 if first.isalpha() else 3) or qm9.fields_of_comment(line or ""):
+        return False
+    return 2 * sum(map(_is_number, rest)) >= len(rest)
 
 
 def format_record(molecule: Molecule, fields: Mapping[str, str | float]) -> str:
