@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 
 from molgen_energy.cli import app
+from molgen_energy.data.hdf5 import MoleculeWriter
+from molgen_energy.data.molecules import Molecule, Molecules
 from molgen_energy.systems.molecules import sampling
 
 TINY = (
@@ -318,7 +320,7 @@ BAD = {
     "no table": (("evaluate", "salt.xyz"), "record 1 holds Na"),
     "bad split": (("preprocess", "good.xyz", "--split", "0.5,0.1"), "expected three shares"),
     "bad shares": (("preprocess", "good.xyz", "--split", "0.5,0.1,0.1"), "add up to 1"),
-    "foreign element": (("preprocess", "good.xyz", "--elements", "H,C"), "(line 1): it holds O"),
+    "foreign element": (("preprocess", "good.xyz", "--elements", "H,C"), "record 1: it holds O"),
     "no such element": (("preprocess", "good.xyz", "--elements", "H,Xx"), "no chemical element"),
     "nan": (("preprocess", "nan.xyz"), "record 1 (line 1): the coordinates of atom 2"),
     "no source": (("preprocess", "qm9", "--source", "nothing"), "nothing does not exist"),
@@ -369,8 +371,11 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, tmp_path, what, sample_path)
         with h5py.File(tmp_path / "nan.h5", "r+") as file:
             file["positions"][int(file["offsets"][1]), 2] = np.nan
     if "twins.h5" in BAD[what][0]:
-        (tmp_path / "twins.xyz").write_text("3\n\nH 0 0 0\nH 0 0 0.001\nO 1 0 0\n" * 9)
-        cli("preprocess", "twins.xyz", "-o", "twins.h5")
+        positions = np.array([[0, 0, 0], [0, 0, 0.001], [1, 0, 0]], np.float32)
+        twins = [Molecule(positions, np.array([1, 1, 8], np.uint8))] * 9
+        with MoleculeWriter(tmp_path / "twins.h5", source="test") as writer:
+            writer.append(Molecules.from_list(twins))
+            writer.set_split(np.repeat(np.array([0, 1, 2], np.uint8), [7, 1, 1]))
     before = sorted(tmp_path.rglob("*"))
     arguments, message = BAD[what]
     stderr = cli(*arguments, code=2).stderr
