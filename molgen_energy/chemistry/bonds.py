@@ -142,7 +142,7 @@ def _near_bonds(
 
 
 def are_perceived(molecule: Molecule, tolerance: float = 0.002) -> bool:
-    """Whether a molecule's bonds are those that `perceive` finds, and it has no charges.
+    """Whether a molecule's bonds are those that `perceive` finds.
 
     Parameters
     ----------
@@ -150,8 +150,6 @@ def are_perceived(molecule: Molecule, tolerance: float = 0.002) -> bool:
         Distances may differ by this much (Å), which the decimals of a file round away.
     """
     if molecule.bond_index is None or molecule.bond_order is None:
-        return False
-    if molecule.formal_charges is not None and molecule.formal_charges.any():
         return False
     given = {
         (min(i, j), max(i, j)): order

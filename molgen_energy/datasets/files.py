@@ -102,7 +102,7 @@ class MoleculeFiles(ScreenedDataset):
                 place = f"record {bad.number} (line {bad.line}): {bad.reason}"
                 log.skip(f"{bad.path.name}: {place}" if several else place)
             log.skipped_count += reader.skipped_count - len(reader.skipped)
-            log.notes += reader.notes
+            log.notes += [f"{reader.path}: {note}" for note in reader.notes]
 
     def _readers(self) -> list[MoleculeReader]:
         from molgen_energy.chemistry.molfiles import MoleculeReader

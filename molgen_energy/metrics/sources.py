@@ -95,7 +95,7 @@ class FileSource:
     def given_bonds(self) -> GivenBonds:
         """Which records have bonds that were not perceived from distances."""
         if not self.is_hdf5:
-            return MoleculeReader(self.path, self.skip_bad).given_bonds()
+            return MoleculeReader(self.path, self.skip_bad).given_bonds
         with _open_hdf5(self.path) as file:
             return GivenBonds(True, None) if "bonds" in file.columns else NO_BONDS
 

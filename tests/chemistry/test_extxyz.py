@@ -133,15 +133,6 @@ def test_other_columns_without_properties_are_refused(tmp_path, what):
         list(MoleculeReader(tmp_path / "a.xyz"))
 
 
-def test_types_of_atoms_are_noticed(tmp_path):
-    (tmp_path / "a.xyz").write_text("3\nTimestep 0\n1 0 0 0\n1 0 0 1.2\n2 0 0 2.4\n" * 3)
-    reader = MoleculeReader(tmp_path / "a.xyz")
-    assert [m.atomic_numbers.tolist() for m in reader] == [[1, 1, 2]] * 3
-    assert len(reader.notes) == 1
-    assert "types of atoms" in reader.notes[0]
-    assert "(3 records)" in reader.notes[0]
-
-
 def test_numbers_of_other_programs(tmp_path):
     numbers = {"7.29479528D-03": 7.29479528e-3, "-1.5d+01": -15.0, "-6.4*^-2": -0.064, "2E-1": 0.2}
     rows = "".join(f"C {text} 0 0.{k}\n" for k, text in enumerate(numbers))

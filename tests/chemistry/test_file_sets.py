@@ -14,9 +14,7 @@ from rdkit import Chem
 
 from molgen_energy.api.preprocess import preprocess
 from molgen_energy.chemistry.molfiles import MoleculeReader, base_name, molecule_files
-from molgen_energy.data.hdf5 import MoleculeFile
-from molgen_energy.datasets.base import DatasetLog
-from molgen_energy.datasets.files import MoleculeFiles
+from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.errors import InputError
 
 WATER = "3\n{}\nO 0 0 {}\nH 0.96 0 0.1\nH -0.24 0.93 0\n"
@@ -172,14 +170,22 @@ def test_files_with_bonds_and_without_cannot_be_one_data_set(tmp_path):
         preprocess(tmp_path, tmp_path / "a.h5", split="1,0,0")
 
 
-def test_many_small_files_are_written_together(tmp_path):
+def test_many_small_files_are_written_together(tmp_path, monkeypatch):
     folder = folder_of(tmp_path)
     files = sorted(folder.glob("mol*"))
-    (chunk,) = MoleculeFiles(files=tuple(files)).chunks(DatasetLog())
-    assert chunk.records.tolist() == [1] * 12
-    assert chunk.molecules.properties["gap"].values.tolist() == [
-        int(file.stem[9:]) + 0.5 for file in files
-    ]
+    written: list[int] = []
+    append = MoleculeWriter.append
+
+    def counted(writer, molecules):
+        written.append(len(molecules))
+        append(writer, molecules)
+
+    monkeypatch.setattr(MoleculeWriter, "append", counted)
+    preprocess(files, tmp_path / "a.h5", split="1,0,0")
+    assert written == [12]
+    with MoleculeFile(tmp_path / "a.h5") as file:
+        gaps = file.load().properties["gap"]
+    assert gaps.values.tolist() == [int(file.stem[9:]) + 0.5 for file in files]
 
 
 @pytest.mark.parametrize(

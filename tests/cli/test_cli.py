@@ -413,7 +413,9 @@ def test_evaluation_goes_on_behind_bad_records(cli, tmp_path, sample_path):
 def test_odd_files_are_evaluated(cli, tmp_path):
     """One molecule; nothing valid; five hundred atoms in one place and on a line."""
     (tmp_path / "one.xyz").write_text(WATER)
-    (tmp_path / "crowd.xyz").write_text("500\n\n" + "C 0 0 0\n" * 500)
+    (tmp_path / "crowd.xyz").write_text(
+        "500\n\n" + "".join(f"C {0.1 * k} 0 0\n" for k in range(500))
+    )
     line = "".join(f"C {1.5 * k} 0 0\n" for k in range(500))
     (tmp_path / "line.xyz").write_text("500\n\n" + line)
     done = cli("evaluate", "one.xyz", "crowd.xyz", "line.xyz", "--report", "out", "--json")

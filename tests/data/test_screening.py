@@ -143,9 +143,10 @@ def test_atom_types(tmp_path):
         preprocess(path, tmp_path / "a.h5", types="C,O")
 
 
-def test_a_folder_is_no_file():
+def test_a_folder_without_molecules(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for name in (".", "/"):
-        with pytest.raises(InputError, match=f"{name} is a folder; name an SDF or XYZ file"):
+        with pytest.raises(InputError, match=f"the folder {name} holds no molecule file"):
             preprocess(name)
 
 

@@ -569,7 +569,7 @@ def test_empty_files_and_paths_that_are_not_files(tmp_path):
             run(*arguments)
     with pytest.raises(InputError, match="null is a device or a pipe; name a file"):
         FileSource(Path("/dev/null"))
-    with pytest.raises(InputError, match="is a folder"):
+    with pytest.raises(InputError, match="holds no molecule file"):
         FileSource(tmp_path)
 
 

@@ -85,9 +85,9 @@ def molecule_files(path: Path) -> FileSet:
         raise InputError(f"{what} no molecule file; name {_READABLE}")
     notes = []
     if left := len(found) - len(files):
-        notes.append(f"{path}: {left:,} folders, hidden files or files of other kinds are left out")
+        notes.append(f"{left:,} folders, hidden files or files of other kinds are left out")
     if {_kind_of_name(file) for file in files} >= {SDF, XYZ}:
-        notes.append(f"{path}: both SDF and XYZ files are read; are these the same molecules?")
+        notes.append("both SDF and XYZ files are read; are these the same molecules?")
     return FileSet(files, True, notes)
 
 

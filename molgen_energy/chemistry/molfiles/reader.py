@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from molgen_energy.chemistry.bonds import are_perceived
 from molgen_energy.chemistry.fields import BONDS, FIRST_RECORDS, FieldSelection
 from molgen_energy.chemistry.molfiles import sdf, xyz
 from molgen_energy.chemistry.molfiles.bond_scan import (
@@ -101,7 +101,7 @@ class MoleculeReader:
     def notes(self) -> list[str]:
         """What the user should know of the files, and of the records that were read so far."""
         remarks = [
-            f"{self.path}: {text} ({count:,} record{'s' if count > 1 else ''})"
+            f"{text} ({count:,} record{'s' if count > 1 else ''})"
             for text, count in self._remarks.items()
         ]
         return self._notes + remarks
@@ -115,6 +115,7 @@ class MoleculeReader:
         )
         return FieldSelection.detect(fields, group)
 
+    @cached_property
     def given_bonds(self) -> GivenBonds:
         """Which records have bonds that were not perceived from distances."""
         return find_given_bonds(record for path in self.files for record in self._scanned(path))
@@ -224,7 +225,7 @@ class MoleculeReader:
             columns = self.selection.columns(record.fields)
         except ValueError as error:
             return str(error)
-        if self.bonds_perceived and are_perceived(molecule):
+        if self.bonds_perceived and self.given_bonds.declared_perceived:
             columns |= {"bond_index": None, "bond_order": None, "formal_charges": None}
         return replace(molecule, **columns)
 

@@ -22,10 +22,6 @@ from molgen_energy.data.molecules import Molecule
 from molgen_energy.elements import atomic_number, symbol
 
 CELL = "the cell (Lattice) is dropped, molecules have none here"
-NUMBERED = (
-    "elements are numbers, read as atomic numbers: 2 is He; does the file hold types of atoms, as "
-    "those of LAMMPS do?"
-)
 
 _PAIR = re.compile(
     r"""([^\s=]+)\s*=\s*(?:"([^"\\]*(?:\\.[^"\\]*)*)"|'([^']*)'|\{([^}]*)\}|(\S*))"""
@@ -89,8 +85,6 @@ def _read_frame(first: str, lines: Lines) -> Record:
         lines.skip(_length_of_bad_frame(lines, size))
         return Record(start, str(error), fields)
     note = CELL if "Lattice" in fields else ""
-    if columns is PLAIN and (lines.ahead(1) or "").lstrip()[0].isdecimal():
-        note = NUMBERED if 2 in molecule.atomic_numbers else note
     lines.skip(1 + size)
     if of_qm9:
         _read_end_of_qm9(lines, fields)
