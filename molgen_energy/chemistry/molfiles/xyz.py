@@ -213,11 +213,13 @@ def _parse_atom(
         raise ValueError(f"{place}it has {len(row)} columns, Properties names {total}")
     if len(row) < 4:
         raise ValueError(f"{place}expected element, x, y, z, found '{' '.join(row)[:40]}'")
+    hint = ""
     try:
         number = atomic_number(row[element])
+        hint = "" if total else _COLUMNS
         return (number, parse_number(row[x]), parse_number(row[x + 1]), parse_number(row[x + 2]))
     except ValueError as error:
-        raise ValueError(f"{place}{error}{'' if total else _COLUMNS}") from None
+        raise ValueError(f"{place}{error}{hint}") from None
 
 
 def _check_plain(rows: list[list[str]], molecule: Molecule) -> None:
