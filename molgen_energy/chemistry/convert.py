@@ -52,8 +52,8 @@ def molecule_from_rdkit(molecule: Chem.Mol, conformer: int = -1) -> Molecule:
             bond = molecule.GetBondBetweenAtoms(i, j)
             what = "a bond of a query" if bond.HasQuery() else _OTHER_BONDS.get(kind, "of order 0")
             raise ValueError(
-                f"the bond of atoms {i + 1} and {j + 1} is {what}; it has no order 1, 2, 3 or "
-                "aromatic"
+                f"the bond of atoms {i + 1} and {j + 1} has no order 1, 2, 3 or aromatic: "
+                f"it is {what}"
             )
     return Molecule(
         as_positions(molecule.GetConformer(conformer).GetPositions()),

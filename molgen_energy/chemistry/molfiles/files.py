@@ -97,10 +97,7 @@ def base_name(path: Path) -> str:
         return path.resolve().name or "molecules"
     if not path.exists() and glob.has_magic(path.name):
         return base_name(path.parent)
-    name = path.name
-    if _suffix(name) in _COMPRESSED:
-        name = name.rpartition(".")[0]
-    stem, _, suffix = name.rpartition(".")
+    stem, _, suffix = _unpacked(path.name).rpartition(".")
     return (stem if stem else suffix) or "molecules"
 
 
@@ -165,19 +162,20 @@ def _suffix(name: str) -> str:
     return name.lower().rpartition(".")[2] if "." in name else ""
 
 
+def _unpacked(name: str) -> str:
+    """The name without the ending of a packed file."""
+    return name.rpartition(".")[0] if _suffix(name) in _COMPRESSED else name
+
+
 def _kind_of_name(path: Path) -> str | None:
-    name = path.name
-    if _suffix(name) in _COMPRESSED:
-        name = name.rpartition(".")[0]
-    return _KINDS.get(_suffix(name))
+    return _KINDS.get(_suffix(_unpacked(path.name)))
 
 
 def _belongs(path: Path) -> bool:
     """Whether a member of a folder is a file of molecules."""
     if path.name.startswith(".") or path.is_dir():
         return False
-    name = path.name.lower()
-    is_text = name.removesuffix(".gz").endswith(".txt")
+    is_text = _suffix(_unpacked(path.name)) == "txt"
     return _kind_of_name(path) is not None or (is_text and _is_readable(path))
 
 

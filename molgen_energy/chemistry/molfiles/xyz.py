@@ -61,7 +61,7 @@ _ELEMENTS = _Elements()
 
 
 def read_records(lines: Lines) -> Iterator[Record]:
-    """Each frame; `_length_of_bad_frame` says where the next one begins after a bad one."""
+    """Each frame; `_skip_bad_frame` says where the next one begins after a bad one."""
     while (line := lines.next()) is not None:
         if line.strip():
             yield _read_frame(line, lines)
@@ -82,7 +82,7 @@ def _read_frame(first: str, lines: Lines) -> Record:
         columns = _columns_of(fields)
         molecule = _parse_ahead(lines, size, columns)
     except ValueError as error:
-        lines.skip(_length_of_bad_frame(lines, size))
+        _skip_bad_frame(lines, size)
         return Record(start, str(error), fields)
     note = CELL if "Lattice" in fields else ""
     lines.skip(1 + size)
@@ -207,11 +207,13 @@ def _parse_atom(
         raise ValueError(f"{place}it has {len(row)} columns, Properties names {total}")
     if len(row) < 4:
         raise ValueError(f"{place}expected element, x, y, z, found '{' '.join(row)[:40]}'")
+    hint = ""
     try:
         number = atomic_number(row[element])
+        hint = "" if total else _COLUMNS
         return (number, parse_number(row[x]), parse_number(row[x + 1]), parse_number(row[x + 2]))
     except ValueError as error:
-        raise ValueError(f"{place}{error}{'' if total else _COLUMNS}") from None
+        raise ValueError(f"{place}{error}{hint}") from None
 
 
 def _check_plain(rows: list[list[str]], molecule: Molecule) -> None:
@@ -254,8 +256,8 @@ def _is_number(text: str) -> bool:
     return not np.isnan(read_number(text))
 
 
-def _length_of_bad_frame(lines: Lines, size: int | None) -> int:
-    """How many of the next lines, from the comment on, belong to a bad frame of a named size.
+def _skip_bad_frame(lines: Lines, size: int | None) -> None:
+    """Read the lines of a bad frame of a named size, from the comment on.
 
     A frame with the right number of lines ends there, so that bad frames in a row are counted one
     by one. Otherwise the next frame begins with a number alone, or with two lines of which neither
@@ -263,24 +265,24 @@ def _length_of_bad_frame(lines: Lines, size: int | None) -> int:
     """
     comment = lines.ahead(0)
     if comment is None:
-        return 0
-    end = _end_by_size(lines, size)
+        return
+    left = _length_by_size(lines, size)
     if _is_number_alone(comment) and not _resembles_atom(lines.ahead(1)):
         fits = _resembles_atom(lines.ahead(2)) and _is_boundary(lines, 2 + int(comment))
         if fits or _is_good_frame(lines):
-            return 0  # the comment and all atoms are missing
-    k = 1
-    while (line := lines.ahead(k)) is not None and k != end:
-        if _is_number_alone(line) and _begins_with_number(lines, k, int(line), end):
-            break
-        if _begins_without_number(lines, k):
-            break
-        k += 1
-    return k
+            return  # the comment and all atoms are missing
+    while True:
+        lines.skip(1)
+        left = None if left is None else left - 1
+        line = lines.ahead(0)
+        if line is None or left == 0 or _begins_without_number(lines, 0):
+            return
+        if _is_number_alone(line) and _begins_with_number(lines, int(line), left):
+            return
 
 
-def _end_by_size(lines: Lines, size: int | None) -> int | None:
-    """Where the frame ends by its size, None where its lines do not bear that out."""
+def _length_by_size(lines: Lines, size: int | None) -> int | None:
+    """How many lines the frame has by its size, None where they do not bear that out."""
     if size is None or not 0 <= size < _MOST_AHEAD:
         return None
     if size and _resembles_atom(lines.ahead(0)) and _is_boundary(lines, size):
@@ -308,18 +310,18 @@ def _is_good_frame(lines: Lines) -> bool:
     return True
 
 
-def _begins_with_number(lines: Lines, k: int, size: int, end: int | None) -> bool:
-    """Whether the number k lines ahead is that of a frame, not what is left of an atom's line.
+def _begins_with_number(lines: Lines, size: int, left: int | None) -> bool:
+    """Whether the number in the next line is that of a frame, not what is left of an atom's line.
 
-    Where the end of the frame before it is known, a frame of that size must end well too.
+    Where it is known how many lines are left of the frame before it, a frame of that size must end
+    well too.
     """
     if not 0 < size < _MOST_AHEAD:
-        return end is None
-    if _resembles_atom(lines.ahead(k + 1)):  # the comment is missing
-        atoms = (lines.ahead(j) for j in range(k + 1, k + 1 + size))
-        fits = all(map(_resembles_atom, atoms)) and _is_boundary(lines, k + 1 + size)
-        return fits and end is None
-    return end is None or (end != k + 1 and _is_boundary(lines, k + 2 + size))
+        return left is None
+    if _resembles_atom(lines.ahead(1)):  # the comment is missing
+        fits = all(map(_resembles_atom, lines.peek(1 + size)[1:])) and _is_boundary(lines, 1 + size)
+        return fits and left is None
+    return left is None or (left != 1 and _is_boundary(lines, 2 + size))
 
 
 def _is_boundary(lines: Lines, k: int) -> bool:
@@ -345,7 +347,7 @@ def _begins_without_number(lines: Lines, k: int) -> bool:
 
 
 def _is_number_alone(line: str) -> bool:
-    return line.strip().isdecimal()
+    return re.fullmatch(r"\s*[0-9]{1,18}\s*", line) is not None
 
 
 def _resembles_atom(line: str | None) -> bool:
