@@ -14,11 +14,11 @@ import numpy as np
 from markupsafe import Markup
 
 from molgen_energy import __version__
-from molgen_energy.metrics.report.table import metric_text, uncertainty
+from molgen_energy.metrics.report.table import metric_text, real_text, uncertainty
 from molgen_energy.output import atomic_write, display_path
 
 if TYPE_CHECKING:
-    from molgen_energy.metrics.report.model import EvaluatedFile, Report, ReportColumn
+    from molgen_energy.metrics.report.model import EvaluatedFile, MetricValue, Report, ReportColumn
 
 PAGE = "report.html"
 SERIES = 8
@@ -108,7 +108,7 @@ def _sections(report: Report) -> list[dict[str, Any]]:
         {
             "title": section.title,
             "rows": [
-                {"row": row, "cells": [_cell(metric_text(c.metrics.get(row.key))) for c in columns]}
+                {"row": row, "cells": [_cell(c.metrics.get(row.key)) for c in columns]}
                 for row in section.rows
             ],
         }
@@ -116,10 +116,10 @@ def _sections(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-def _cell(text: str) -> tuple[str, str]:
-    """The value, and its uncertainty or note."""
-    value, _, rest = text.partition(" ")
-    return value, rest
+def _cell(metric: MetricValue | None) -> tuple[str, str, str]:
+    """The value, its uncertainty or note, and the range of real molecules."""
+    value, _, rest = metric_text(metric).partition(" ")
+    return value, rest, real_text(metric)
 
 
 def _provenance(file: EvaluatedFile) -> dict[str, Any]:
