@@ -53,7 +53,7 @@ def main() -> None:
     some = some.select(rng.permutation(len(some))[: arguments.molecules])
     reference = bundled_reference()
     shown = Table(title=f"% of files, cut from {len(some):,} molecules")
-    shown.add_column("distance")
+    shown.add_column("distance", no_wrap=True)
     columns: list[dict[str, str]] = []
     with WorkerPool(arguments.workers) as workers:
         for noise in arguments.noise:
