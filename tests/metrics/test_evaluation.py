@@ -601,9 +601,11 @@ def test_fcd_against_the_package(molecules):
     first, second = names[:24], names[24:]
     gaussians = []
     for part in (first, second):
-        net = ChemNet()
+        net = ChemNet(kept=len(part))
         net.add([*part, None, part[0]])  # each counts once
         moments = net.finish()
+        kept = net.kept()
+        assert kept.sum(axis=0) == pytest.approx(moments.first.sum(axis=0), rel=1e-5, abs=1e-4)
         assert moments.count.sum() == len(set(part))
         gaussians.append(moments.gaussian(np.ones(10, bool)))
     expected = fcd.get_fcd(sorted(set(first)), sorted(set(second)), device="cpu")
