@@ -11,6 +11,7 @@ import gzip
 import importlib.util
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,32 @@ from molgen_energy.data.hdf5 import MoleculeWriter
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.datasets import qm9
 from molgen_energy.distributed import default_workers
-from molgen_energy.metrics.options import METRIC_GROUPS, EvaluationOptions, is_missing
-from molgen_energy.metrics.reference import bundled_training_hashes, evaluate_reference
+from molgen_energy.metrics.distances.real_ranges import StoredRanges
+from molgen_energy.metrics.molecule_evaluation import evaluate_source
+from molgen_energy.metrics.options import (
+    METRIC_GROUPS,
+    EvaluationOptions,
+    is_missing,
+    with_types,
+)
+from molgen_energy.metrics.reference import (
+    bundled_training_hashes,
+    evaluate_reference,
+    resampled_ranges,
+)
+from molgen_energy.metrics.sources import FileSource
 from molgen_energy.resources import asset
 from molgen_energy.workers import WorkerPool
 
 SAMPLE = {0: 1000, 1: 200, 2: 800}
 """How many molecules of each of EDM's splits the bundled sample holds."""
+
+RANGES = (20, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 20_000, 30_000)
+"""Numbers of molecules of the stored ranges of real molecules."""
+TRAINING = 32_000
+"""Training molecules that these are drawn from, with the test split: 30,000 distinct valid ones
+for FCD."""
+DRAWS, FCD_DRAWS = 1000, 32
 
 
 def main() -> None:
@@ -90,6 +110,12 @@ def write_test_statistics() -> None:
         qm9.QM9().make(path)
         training = bundled_training_hashes()
         reference = evaluate_reference(path, "QM9 test", options, QM9_TYPES, training, workers)
+        fast = EvaluationOptions(frozenset({"rates", "geometry", "composition", "fcd"}))
+        fast = replace(with_types(fast, QM9_TYPES), kept=TRAINING)
+        source = FileSource(path, "train", limit=TRAINING)
+        other = evaluate_source("training molecules", source, fast, None, workers)
+        real = resampled_ranges([reference.evaluation, other], QM9_TYPES)
+        reference.ranges = StoredRanges.of(real, RANGES, DRAWS, FCD_DRAWS)
         reference.save(asset("qm9_test_statistics.h5"), "QM9 (qm9pack), test split of EDM")
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from molgen_energy.chemistry.anomalies import AnomalyCounts
 from molgen_energy.data.molecules import Molecule, MoleculeChunk
 from molgen_energy.metrics.checks.chunk import ChunkChecks, smiles_hash
+from molgen_energy.metrics.molecule_values import KeptMolecules, MoleculeValues, TypeValues
 from molgen_energy.metrics.statistics import Clusters, Rate
 
 MAX_VALUES = 20_000
@@ -71,12 +72,18 @@ class ValueSample:
             self._shrink()
 
     @classmethod
-    def of(cls, value: NDArray[np.float32], count: int) -> ValueSample:
-        """A stored subset of `count` values, all in group 0."""
+    def of(cls, value: NDArray[np.float32], group: NDArray[np.uint8], count: int) -> ValueSample:
+        """A stored subset of `count` values with the group of each."""
         sample = cls()
-        sample.add(value, np.arange(len(value), dtype=np.uint64), np.zeros(len(value), np.uint8))
+        sample.add(value, np.arange(len(value), dtype=np.uint64), group)
         sample.count = count
         return sample
+
+    def select(self, included: NDArray[np.bool_]) -> ValueSample:
+        """The part of the subset whose group is included, (groups,)."""
+        value, group = self.value, self.group
+        kept = included[group]
+        return ValueSample.of(value[kept], group[kept], int(kept.sum()))
 
     def _shrink(self) -> None:
         key = np.concatenate(self._key)
@@ -237,9 +244,12 @@ class EvaluationAccumulator:
     ----------
     subset
         Number of random molecules to keep for the slow metrics.
+    kept
+        Number of random molecules whose values are kept, to draw sets from real molecules.
     """
 
     subset: int = 1000
+    kept: int = 0
     counts: Counts = field(default_factory=Counts)
     smiles: DistinctHashes = field(default_factory=DistinctHashes)
     geometry: GeometrySamples = field(default_factory=dict)
@@ -263,6 +273,7 @@ class EvaluationAccumulator:
     def __post_init__(self) -> None:
         self.random_molecules = RandomSubset(self.subset)
         self.random_complete = RandomSubset(self.subset)
+        self.kept_molecules = KeptMolecules(self.kept)
         self.gallery_passing = RandomSubset(GALLERY_SIZE)
         self._gallery_failing: dict[str, RandomSubset] = {}
 
@@ -286,6 +297,8 @@ class EvaluationAccumulator:
         self.unstable_valences.update(checks.unstable_valences)
         self._add_failures(checks)
         self.add_geometry(checks)
+        if self.kept:
+            self.kept_molecules.add(_values_of(checks))
         self._add_to_subsets(checks)
 
     def _add_composition(self, chunk: MoleculeChunk) -> None:
@@ -366,6 +379,20 @@ def _copy(molecule: Molecule) -> Molecule:
     columns = vars(molecule).items()
     arrays: dict[str, Any] = {k: v.copy() for k, v in columns if isinstance(v, np.ndarray)}
     return replace(molecule, **arrays)
+
+
+def _values_of(checks: ChunkChecks) -> MoleculeValues:
+    """What distances are computed from, for the molecules of a chunk."""
+    records = checks.chunk.records
+    order = np.argsort(records)
+    geometry: dict[str, dict[int, TypeValues]] = {}
+    for kind, values in checks.geometry.items():
+        molecule = order[np.searchsorted(records, values.record, sorter=order)]
+        geometry[kind] = {
+            code: TypeValues(values.value[values.code == code], molecule[values.code == code])
+            for code in np.unique(values.code).tolist()
+        }
+    return MoleculeValues.of(checks.chunk.molecules, hash_numbers(records), geometry)
 
 
 def _failure_category(checks: ChunkChecks, k: int) -> str:

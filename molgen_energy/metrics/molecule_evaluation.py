@@ -78,6 +78,8 @@ class MoleculeEvaluation:
     """Strain energies and RMSD, by key."""
     distributions: Distributions | None = None
     accumulator: EvaluationAccumulator = field(default_factory=EvaluationAccumulator)
+    activations: NDArray[np.float32] | None = None
+    """ChemNet's activations of kept molecules, (V, 512)."""
     comparison: Comparison = field(default_factory=Comparison)
     """Distances from the reference."""
     bonds: str = BOND_DESCRIPTIONS["perceived"]
@@ -133,9 +135,9 @@ def evaluate_source(
         A molecule has an element without a known valence, and `skip_bad` is false; or the given
         bonds are chosen and there are none.
     """
-    accumulator = EvaluationAccumulator(options.subset)
+    accumulator = EvaluationAccumulator(options.subset, options.kept)
     elements = _ElementFilter(name, options)
-    net = ChemNet() if "fcd" in options.available else None
+    net = ChemNet(options.kept) if "fcd" in options.available else None
     settings = options.checks
     chunks = elements.filter(source.chunks())
     for chunk, checks in check_chunks(chunks, settings, workers):
@@ -157,6 +159,7 @@ def evaluate_source(
         counts.rates(),
         accumulator=accumulator,
         distributions=Distributions.of(accumulator, None if net is None else net.finish()),
+        activations=None if net is None else net.kept(),
         skipped=elements.skipped,
         bonds=BOND_DESCRIPTIONS[settings.bonds],
         notes=elements.notes(),

@@ -43,6 +43,8 @@ class EvaluationOptions:
     """Number of random molecules for strain and PoseBusters; xTB takes a tenth of them."""
     skip_bad: bool = False
     """Whether to skip broken records and elements without a known valence, rather than raise."""
+    kept: int = 0
+    """Number of random molecules whose values are kept, to draw sets from real molecules."""
 
     @property
     def available(self) -> frozenset[str]:

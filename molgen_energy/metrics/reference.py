@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +30,8 @@ from molgen_energy.metrics.accumulator import (
 )
 from molgen_energy.metrics.checks.chunk import CheckSettings
 from molgen_energy.metrics.distances.comparison import Comparison, Distributions, compare
-from molgen_energy.metrics.distances.fcd import Moments
+from molgen_energy.metrics.distances.fcd import FEATURES, Gaussian, Moments
+from molgen_energy.metrics.distances.real_ranges import RealRanges, ResampledRanges, StoredRanges
 from molgen_energy.metrics.molecule_evaluation import (
     MoleculeEvaluation,
     ProgressCounter,
@@ -38,6 +40,7 @@ from molgen_energy.metrics.molecule_evaluation import (
     evaluate_source,
     hash_smiles,
 )
+from molgen_energy.metrics.molecule_values import MoleculeValues
 from molgen_energy.metrics.options import EvaluationOptions, with_types
 from molgen_energy.metrics.sources import FileSource
 from molgen_energy.metrics.statistics import Estimate, Rate
@@ -48,6 +51,8 @@ from molgen_energy.workers import WorkerPool
 MAX_COMPARED = 10_000
 """Number of training molecules that are compared with the test split, for the reference's own
 distances."""
+MAX_KEPT = 20_000
+"""Number of molecules of the reference that sets of real molecules are drawn from."""
 
 _BUNDLED_SMILES = "qm9_train_smiles.txt.gz"
 _BUNDLED_STATISTICS = "qm9_test_statistics.h5"
@@ -66,6 +71,8 @@ class Reference:
     distances: Comparison
     """Distances of other real molecules from these: the best that samples can achieve."""
     types: GeometryTypes
+    ranges: RealRanges | None = None
+    """The range of each distance for as many real molecules as a file has."""
 
     def save(self, path: Path, source: str) -> None:
         """Write to an HDF5 file for `load`.
@@ -95,42 +102,62 @@ class Reference:
             for kind, names in self.types.types.items():
                 for name in names:
                     sample = self.distributions.values(kind, name)
+                    order = np.lexsort((sample.value, sample.group))
                     data = file.create_dataset(
-                        f"geometry/{kind}/{name}", data=np.sort(sample.value), **compressed
+                        f"geometry/{kind}/{name}", data=sample.value[order], **compressed
                     )
                     data.attrs["count"] = sample.count
-            file["sizes"] = self.distributions.sizes.sum(axis=0)
-            file["elements"] = self.distributions.elements.sum(axis=0)
+                    data.attrs["groups"] = np.bincount(sample.group, minlength=JACKKNIFE_GROUPS)
+            for key in ("sizes", "elements"):
+                counts = getattr(self.distributions, key)
+                file.create_dataset(key, data=counts, **compressed)
             moments = self.distributions.moments
             if moments is not None:
-                gaussian = moments.gaussian(np.ones(len(moments.count), bool))
-                upper = gaussian.covariance[np.triu_indices(len(gaussian.mean))]
-                file.create_dataset("fcd/mean", data=gaussian.mean)
-                file.create_dataset("fcd/covariance", data=upper.astype(np.float32), **compressed)
-                file["fcd"].attrs["count"] = gaussian.count
+                # Not those of every jackknife group: half a megabyte each.
+                parts = moments.halves() or [moments.gaussian()]
+                upper = [part.covariance[np.triu_indices(len(part.mean))] for part in parts]
+                covariance = np.array(upper, np.float32)
+                file.create_dataset("fcd/mean", data=np.array([part.mean for part in parts]))
+                file.create_dataset("fcd/covariance", data=covariance, **compressed)
+                file["fcd"].attrs["count"] = [part.count for part in parts]
+            if isinstance(self.ranges, StoredRanges):
+                file["ranges/counts"] = self.ranges.counts
+                for key, quantiles in self.ranges.ranges.items():
+                    file[f"ranges/quantiles/{key}"] = quantiles
 
     @classmethod
     def load(cls, path: Path) -> Reference:
-        """Read a file of `save`. Its distributions have a single jackknife group."""
+        """Read a file of `save`, also of earlier versions, with a single jackknife group."""
         with h5py.File(path, "r") as file:
             attributes = dict(file.attrs)
             geometry = {
                 kind: {
-                    code_of(kind, name): ValueSample.of(data[:], int(data.attrs["count"]))
+                    code_of(kind, name): _stored_sample(data)
                     for name, data in file[f"geometry/{kind}"].items()
                 }
                 for kind in KINDS
             }
             moments = None
             if "fcd" in file:
-                moments = Moments.of_gaussian(
-                    file["fcd/mean"][:],
-                    _symmetric(file["fcd/covariance"][:], len(file["fcd/mean"])),
-                    int(file["fcd"].attrs["count"]),
+                means = np.atleast_2d(file["fcd/mean"][:])
+                upper = np.atleast_2d(file["fcd/covariance"][:])
+                counts = np.atleast_1d(file["fcd"].attrs["count"])
+                moments = Moments.of_gaussians(
+                    [
+                        Gaussian(mean, _symmetric(part, len(mean)), int(count))
+                        for mean, part, count in zip(means, upper, counts, strict=True)
+                    ]
                 )
             distributions = Distributions(
-                geometry, file["sizes"][:][None], file["elements"][:][None], moments
+                geometry,
+                np.atleast_2d(file["sizes"][:]),
+                np.atleast_2d(file["elements"][:]),
+                moments,
             )
+            ranges = None
+            if "ranges" in file:
+                quantiles = {key: data[:] for key, data in file["ranges/quantiles"].items()}
+                ranges = StoredRanges(file["ranges/counts"][:], quantiles)
         rates = {
             key: None if value is None else Rate(*value)
             for key, value in json.loads(attributes["rates"]).items()
@@ -150,7 +177,14 @@ class Reference:
         types = json.loads(attributes["types"])
         by_kind = {k: tuple(v) for k, v in types["types"].items()}
         chosen = GeometryTypes(types["name"], by_kind, types.get("aromatic", False))
-        return cls(evaluation.name, evaluation, distributions, distances, chosen)
+        return cls(evaluation.name, evaluation, distributions, distances, chosen, ranges)
+
+
+def _stored_sample(data: h5py.Dataset) -> ValueSample:
+    """Values that are sorted by group; files of earlier versions have a single group."""
+    groups = data.attrs.get("groups", [len(data)])
+    group = np.repeat(np.arange(len(groups), dtype=np.uint8), groups)
+    return ValueSample.of(data[:], group, int(data.attrs["count"]))
 
 
 def _to_list(estimate: Estimate) -> list[object]:
@@ -211,27 +245,44 @@ def evaluate_reference(
     source = FileSource(path, "test", options.skip_bad)
     if types is None:
         types = frequent_types(source, options, workers)
-    options = with_types(options, types)
+    options = replace(with_types(options, types), kept=MAX_KEPT)
     evaluation = evaluate_source(name, source, options, training_hashes, workers, counter)
     evaluation.skipped += source.skipped
     evaluation.notes += source.notes
     assert evaluation.distributions is not None
     compared = types if "geometry" in options.metrics else None
     composition = "composition" in options.metrics
+    real = [evaluation]
     if has_train_and_test(source):
         training = FileSource(path, "train", options.skip_bad, MAX_COMPARED)
         fast = replace(options, metrics=options.metrics - {"strain", "xtb", "posebusters"})
         other = evaluate_source(f"{name}, train", training, fast, None, workers, counter)
         assert other.distributions is not None
+        real.append(other)
         distances = compare(other.distributions, evaluation.distributions, compared, composition)
     else:
         half = np.arange(JACKKNIFE_GROUPS) < JACKKNIFE_GROUPS // 2
         both = evaluation.distributions
-        distances = compare(
-            both, both, compared, composition, source_groups=half, target_groups=~half
-        )
+        distances = compare(both.select(half), both.select(~half), compared, composition)
         evaluation.notes.append("its distances are those of one half of it from the other")
-    return Reference(name, evaluation, evaluation.distributions, distances, types)
+    ranges = resampled_ranges(real, compared)
+    return Reference(name, evaluation, evaluation.distributions, distances, types, ranges)
+
+
+def resampled_ranges(
+    real: Sequence[MoleculeEvaluation], types: GeometryTypes | None
+) -> ResampledRanges:
+    """Ranges from the kept molecules of the reference, first, and of other real molecules."""
+    kept = [evaluation.accumulator.kept_molecules.values for evaluation in real]
+    activations = [e.activations for e in real if e.activations is not None]
+    molecules = MoleculeValues.join([values for values in kept if values is not None])
+    return ResampledRanges(
+        molecules,
+        np.concatenate([*activations, np.zeros((0, FEATURES), np.float32)]),
+        0 if kept[0] is None else len(kept[0]),
+        len(activations[0]) if activations else 0,
+        types,
+    )
 
 
 def has_train_and_test(source: FileSource) -> bool:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from molgen_energy.chemistry.geometry import GeometryTypes
 from molgen_energy.errors import InputError
 from molgen_energy.metrics.distances.comparison import compare
+from molgen_energy.metrics.distances.real_ranges import add_ranges
 from molgen_energy.metrics.molecule_evaluation import (
     MoleculeEvaluation,
     ProgressCounter,
@@ -273,3 +274,5 @@ def _compare_with(
         reference.types if "geometry" in options.metrics else None,
         "composition" in options.metrics,
     )
+    if reference.ranges is not None:
+        evaluation.notes += add_ranges(evaluation.comparison, reference.ranges)

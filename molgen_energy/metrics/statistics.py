@@ -43,6 +43,20 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class RealRange:
+    """Median and 95 % range of a distance, of as many real molecules."""
+
+    median: float
+    interval: tuple[float, float]
+
+    def place(self, value: float) -> str:
+        """Where a value lies: `above`, `like` or `below` real molecules."""
+        if value > self.interval[1]:
+            return "above"
+        return "like" if value >= self.interval[0] else "below"
+
+
+@dataclass(frozen=True)
 class Estimate:
     """A number with its 95 % interval; None where unknown."""
 
@@ -52,6 +66,8 @@ class Estimate:
     """Number of samples that it was computed from."""
     note: str = ""
     """Why there is no value, or its restriction."""
+    real: RealRange | None = None
+    """The range of as many real molecules, for distances."""
 
 
 @dataclass
@@ -140,15 +156,17 @@ def median_interval(values: NDArray[np.float64]) -> tuple[float, float] | None:
     return (float(low), float(high)) if np.isfinite([low, high]).all() else None
 
 
-def jackknife_interval(value: float, without: list[float]) -> tuple[float, float]:
+def jackknife_interval(
+    value: float, without: list[float], least: float = 0.0
+) -> tuple[float, float]:
     """95 % interval of a statistic from its values without each of g groups of samples.
 
     The grouped jackknife (J. W. Tukey, 1958): variance (g−1)/g Σ(θ_i − θ̄)², and Student's t with
-    g − 1 degrees of freedom. The lower bound is clipped to zero, for distances.
+    g − 1 degrees of freedom. The lower bound is at least `least`: zero, for distances.
     """
     from scipy.stats import t
 
     groups = len(without)
     variance = (groups - 1) * float(np.var(without))
     half = float(t.ppf(0.975, groups - 1)) * math.sqrt(variance)
-    return max(0.0, value - half), value + half
+    return max(least, value - half), value + half

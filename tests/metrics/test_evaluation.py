@@ -49,10 +49,10 @@ from molgen_energy.metrics.options import EvaluationOptions, with_types
 from molgen_energy.metrics.reference import Reference, bundled_reference, evaluate_reference
 from molgen_energy.metrics.report.model import Report
 from molgen_energy.metrics.report.molecules import molecule_report
-from molgen_energy.metrics.report.table import metric_text, tables
+from molgen_energy.metrics.report.table import metric_text, real_text, tables
 from molgen_energy.metrics.results import MoleculeResults, evaluate_inputs
 from molgen_energy.metrics.sources import FileSource
-from molgen_energy.metrics.statistics import Estimate, Mean, Rate
+from molgen_energy.metrics.statistics import Estimate, Mean, Rate, RealRange
 from molgen_energy.workers import WorkerError, WorkerPool
 
 HERE = WorkerPool(0)
@@ -663,9 +663,11 @@ def test_fcd_against_the_package(molecules):
     first, second = names[:24], names[24:]
     gaussians = []
     for part in (first, second):
-        net = ChemNet()
+        net = ChemNet(kept=len(part))
         net.add([*part, None, part[0]])  # each counts once
         moments = net.finish()
+        kept = net.kept()
+        assert kept.sum(axis=0) == pytest.approx(moments.first.sum(axis=0), rel=1e-5, abs=1e-4)
         assert moments.count.sum() == len(set(part))
         gaussians.append(moments.gaussian(np.ones(10, bool)))
     expected = fcd.get_fcd(sorted(set(first)), sorted(set(second)), device="cpu")
@@ -759,15 +761,16 @@ def test_the_page_stands_alone(samples, tmp_path):
     assert stored["files"][0]["metrics"]["mmd_angle"]["interval"] is not None
 
 
-def test_a_note_on_stable_samples_far_from_the_data(samples, molecules):
+def test_a_note_on_stable_samples_far_from_the_data(samples):
     results = run([samples])
     (found,) = results.samples
-    # 59 molecules prove nothing.
-    assert not any("far from them" in note for note in report_of(results).warnings())
-    found.molecules = 3000
     found.rates["molecule_stability"] = results.reference.evaluation.rates["molecule_stability"]
-    notes = report_of(results).files[0].notes
-    assert any("far from them in bond lengths, MMD" in note for note in notes)
+    real = RealRange(0.05, (0.02, 0.08))
+    for low, noted in ((0.2, False), (0.3, True)):
+        estimate = Estimate(0.4, (low, 0.5), 59, real=real)
+        found.comparison.estimates = {"mmd_bond_length": estimate}
+        notes = report_of(results).files[0].notes
+        assert any("far from them in bond lengths, MMD (×8)" in note for note in notes) == noted
 
 
 def test_figures_as_text():
@@ -777,6 +780,11 @@ def test_figures_as_text():
     assert metric_text(Estimate(17.874, (17.78, 17.98))) == "17.87 [17.8, 18]"
     assert metric_text(Estimate(0.0, (0.0, 0.0))) == "0 [0, 0]"
     assert metric_text(Estimate(2.0)) == "2"
+    real = RealRange(0.4, (0.123, 0.789))
+    assert real_text(Estimate(0.5, real=real)) == "like real [0.12, 0.79]"
+    assert real_text(Estimate(0.9, real=real)) == "above real [0.12, 0.79]"
+    assert real_text(Estimate(0.1, real=real)) == "below real [0.12, 0.79]"
+    assert real_text(Estimate(None, real=real)) == real_text(Estimate(0.5)) == ""
     assert metric_text(Rate(1, 4)) == "25.0 [4.6, 69.9]"
     assert metric_text(Mean(1.23456, 0.0123, 9)) == "1.235 ± 0.012"
     assert metric_text(Mean(1.5, math.nan, 1)) == "1.5"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, field
-from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +16,14 @@ from molgen_energy.metrics.accumulator import (
     GeometrySamples,
     ValueSample,
 )
-from molgen_energy.metrics.distances.fcd import Moments
+from molgen_energy.metrics.distances.fcd import MIN_EXTRAPOLATED, Moments, extrapolate
 from molgen_energy.metrics.distances.histograms import total_variation, wasserstein_of_counts
-from molgen_energy.metrics.distances.mmd import mmd_leave_groups_out
+from molgen_energy.metrics.distances.mmd import mmd_between_groups, mmd_leave_groups_out
 from molgen_energy.metrics.distances.wasserstein import wasserstein_leave_groups_out
 from molgen_energy.metrics.statistics import Estimate, jackknife_interval
 
-_MIN_MOLECULES = 2 * JACKKNIFE_GROUPS  # for an interval
+MIN_MOLECULES = 2 * JACKKNIFE_GROUPS
+"""For an interval."""
 
 
 @dataclass
@@ -36,9 +37,29 @@ class Distributions:
     """Histogram of atomic numbers, (groups, 119)."""
     moments: Moments | None = None
 
+    @property
+    def groups(self) -> list[int]:
+        """The jackknife groups with molecules."""
+        return np.flatnonzero(self.sizes.any(axis=1)).tolist()
+
     def values(self, kind: str, name: str) -> ValueSample:
         """The sample of a geometry type; empty if there is none."""
         return self.geometry.get(kind, {}).get(code_of(kind, name), ValueSample())
+
+    def select(self, included: NDArray[np.bool_]) -> Distributions:
+        """The distributions of some jackknife groups, without FCD moments.
+
+        Parameters
+        ----------
+        included
+            (groups,).
+        """
+        geometry = {
+            kind: {code: sample.select(included) for code, sample in by_type.items()}
+            for kind, by_type in self.geometry.items()
+        }
+        kept = included[:, None]
+        return Distributions(geometry, self.sizes * kept, self.elements * kept)
 
     @classmethod
     def of(cls, accumulator: EvaluationAccumulator, moments: Moments | None) -> Distributions:
@@ -62,8 +83,6 @@ def compare(
     target: Distributions,
     types: GeometryTypes | None,
     composition: bool = True,
-    source_groups: NDArray[np.bool_] | None = None,
-    target_groups: NDArray[np.bool_] | None = None,
 ) -> Comparison:
     """Distances of `source` from `target`, with jackknife intervals for the sampling of `source`.
 
@@ -73,126 +92,121 @@ def compare(
         Geometry types to compare; None skips geometry.
     composition
         Whether to compare sizes and elements.
-    source_groups, target_groups
-        Jackknife groups to include, (groups,); all by default.
     """
-    if source_groups is None:
-        source_groups = np.ones(len(source.sizes), bool)
-    if target_groups is None:
-        target_groups = np.ones(len(target.sizes), bool)
     result = Comparison()
-    molecules = int(source.sizes[source_groups].sum())
-    group_numbers = np.flatnonzero(source_groups)
+    molecules = int(source.sizes.sum())
     for kind in () if types is None else types.types:
-        pairs, missing = _common_types(source, target, kind, types, source_groups, target_groups)
+        pairs, missing = _common_types(source, target, kind, types)
         result.missing[kind] = missing
-        result.by_type[kind] = {}
         tables = {}
-        transport = partial(wasserstein_leave_groups_out, period=PERIODS.get(kind))
-        for label, distance in (("mmd", mmd_leave_groups_out), ("wasserstein", transport)):
+        for label, distance in _DISTANCES.items():
             # Distances of each type without each group first, then their means over types, since
             # one group may contain all instances of a type.
             rows = {
-                name: distance(values, group, other, group_numbers.tolist())
-                for name, (values, group, other) in pairs.items()
+                name: distance(samples, source.groups, PERIODS.get(kind))
+                for name, samples in pairs.items()
             }
             tables[label] = {name: row[0] for name, row in rows.items()}
-            key = f"{label}_{kind.replace(' ', '_')}"
-            result.estimates[key] = _mean_over_types(list(rows.values()), molecules)
+            least = -math.inf if label == "mmd_reference" else 0.0
+            estimate = _mean_over_types(list(rows.values()), molecules, least)
+            result.estimates[distance_key(label, kind)] = estimate
         result.by_type[kind] = {
             name: (tables["mmd"][name], tables["wasserstein"][name]) for name in pairs
         }
     if composition:
-        target_sizes = target.sizes[target_groups].sum(axis=0)
-        target_elements = target.elements[target_groups].sum(axis=0)
-
-        def sizes_distance(included: NDArray[np.bool_]) -> float | None:
-            counts = source.sizes[included].sum(axis=0)
-            if not counts.sum() or not target_sizes.sum():
-                return None
-            return wasserstein_of_counts(counts, target_sizes)
-
-        def elements_distance(included: NDArray[np.bool_]) -> float | None:
-            counts = source.elements[included].sum(axis=0)
-            if not counts.sum() or not target_elements.sum():
-                return None
-            return total_variation(counts, target_elements)
-
-        result.estimates["sizes"] = _jackknife(sizes_distance, source_groups, molecules)
-        result.estimates["elements"] = _jackknife(elements_distance, source_groups, molecules)
+        for key, distance_of in _COMPOSITION.items():
+            ours: NDArray[np.int64] = getattr(source, key)
+            whole, theirs = ours.sum(axis=0), getattr(target, key).sum(axis=0)
+            if not whole.sum() or not theirs.sum():
+                result.estimates[key] = Estimate(None, note="nothing to compare")
+                continue
+            without = [whole - ours[g] for g in source.groups]
+            values = [distance_of(counts, theirs) for counts in (whole, *without) if counts.sum()]
+            result.estimates[key] = _with_jackknife(values, molecules)
     if source.moments is not None and target.moments is not None:
-        result.estimates["fcd"] = _fcd(source.moments, target.moments, source_groups, target_groups)
+        result.estimates |= compare_moments(source.moments, target.moments)
     return result
 
 
-def _jackknife(
-    statistic: Callable[[NDArray[np.bool_]], float | None],
-    groups: NDArray[np.bool_],
-    molecules: int,
-) -> Estimate:
-    """A statistic of the included groups with its interval from leaving out one at a time."""
-    value = statistic(groups)
-    if value is None:
-        return Estimate(None, note="nothing to compare")
-    if molecules < _MIN_MOLECULES:
-        return Estimate(value, None, molecules)
-    without = []
-    for g in np.flatnonzero(groups):
-        included = groups.copy()
-        included[g] = False
-        without.append(statistic(included))
-    defined = [v for v in without if v is not None]
-    interval = jackknife_interval(value, defined) if len(defined) == len(without) else None
-    return Estimate(value, interval, molecules)
+def _with_jackknife(values: list[float], molecules: int) -> Estimate:
+    """A statistic, first of all groups and then without each, with its interval."""
+    if molecules < MIN_MOLECULES or len(values) < 3:
+        return Estimate(values[0], None, molecules)
+    return Estimate(values[0], jackknife_interval(values[0], values[1:]), molecules)
 
 
-TypeSamples = tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32]]
-"""Values of the source, the group of each, and values of the target."""
+_COMPOSITION = {"sizes": wasserstein_of_counts, "elements": total_variation}
+
+
+class TypeSamples(NamedTuple):
+    """Values of one geometry type, and the group of each."""
+
+    source: NDArray[np.float32]
+    group: NDArray[np.uint8]
+    target: NDArray[np.float32]
+    target_group: NDArray[np.uint8]
+
+
+def _mmd(samples: TypeSamples, left_out: list[int], _: float | None) -> list[float]:
+    return mmd_leave_groups_out(samples.source, samples.group, samples.target, left_out)
+
+
+def _mmd_reference(samples: TypeSamples, left_out: list[int], _: float | None) -> list[float]:
+    return mmd_between_groups(*samples, left_out)
+
+
+def _wasserstein(samples: TypeSamples, left_out: list[int], period: float | None) -> list[float]:
+    return wasserstein_leave_groups_out(
+        samples.source, samples.group, samples.target, left_out, period
+    )
+
+
+_DISTANCES = {"mmd": _mmd, "mmd_reference": _mmd_reference, "wasserstein": _wasserstein}
+
+
+def distance_key(label: str, kind: str) -> str:
+    """The key of a distance (`mmd`, `mmd_reference`, `wasserstein`) of a kind of geometry."""
+    return f"{label}_{kind.replace(' ', '_')}"
 
 
 def _common_types(
-    source: Distributions,
-    target: Distributions,
-    kind: str,
-    types: GeometryTypes | None,
-    source_groups: NDArray[np.bool_],
-    target_groups: NDArray[np.bool_],
+    source: Distributions, target: Distributions, kind: str, types: GeometryTypes | None
 ) -> tuple[dict[str, TypeSamples], list[str]]:
     """Samples of each type that both sets have, and the names of the other types."""
     pairs, missing = {}, []
     for name in () if types is None else types.types[kind]:
         ours, theirs = source.values(kind, name), target.values(kind, name)
-        inside, other = source_groups[ours.group], theirs.value[target_groups[theirs.group]]
-        if inside.any() and len(other):
-            pairs[name] = (ours.value[inside], ours.group[inside], other)
+        if len(ours.value) and len(theirs.value):
+            pairs[name] = TypeSamples(ours.value, ours.group, theirs.value, theirs.group)
         else:
             missing.append(name)
     return pairs, missing
 
 
-def _mean_over_types(rows: list[list[float]], molecules: int) -> Estimate:
+def _mean_over_types(rows: list[list[float]], molecules: int, least: float) -> Estimate:
     if not rows:
         return Estimate(None, note="no common type")
     values = np.array(rows)
     # The mean without a group excludes types that have no instance in the other groups.
     defined = np.isfinite(values).any(axis=0)
     means = np.nanmean(values[:, defined], axis=0).tolist()
-    if molecules < _MIN_MOLECULES or len(means) < 3 or not defined.all():
+    if molecules < MIN_MOLECULES or len(means) < 3 or not defined.all():
         return Estimate(means[0], None, molecules)
-    return Estimate(means[0], jackknife_interval(means[0], means[1:]), molecules)
+    return Estimate(means[0], jackknife_interval(means[0], means[1:], least), molecules)
 
 
-def _fcd(
-    source: Moments,
-    target: Moments,
-    source_groups: NDArray[np.bool_],
-    target_groups: NDArray[np.bool_],
-) -> Estimate:
-    if source.count[source_groups].sum() < 2 or target.count[target_groups].sum() < 2:
-        return Estimate(None, note="fewer than two valid molecules")
-    reference = target.gaussian(target_groups)
-    return _jackknife(
-        lambda included: source.gaussian(included).distance(reference),
-        source_groups,
-        int(source.count[source_groups].sum()),
-    )
+def compare_moments(source: Moments, target: Moments) -> dict[str, Estimate]:
+    """FCD as it is, and extrapolated to sets of infinite size."""
+    molecules = int(source.count.sum())
+    if molecules < 2 or target.count.sum() < 2:
+        nothing = Estimate(None, note="fewer than two valid molecules")
+        return {"fcd": nothing, "fcd_infinite": nothing}
+    reference = target.gaussian()
+    values = [part.distance(reference) for part in source.without_groups()]
+    found = {"fcd": _with_jackknife(values, molecules)}
+    if molecules < MIN_EXTRAPOLATED:
+        note = f"fewer than {MIN_EXTRAPOLATED} valid molecules"
+        return found | {"fcd_infinite": Estimate(None, note=note)}
+    whole = source.gaussian()
+    of_halves = [whole.distance(half) for half in target.halves()]
+    return found | {"fcd_infinite": extrapolate(values, of_halves, molecules)}

@@ -14,11 +14,11 @@ import numpy as np
 from markupsafe import Markup
 
 from molgen_energy import __version__
-from molgen_energy.metrics.report.table import metric_text, uncertainty
+from molgen_energy.metrics.report.table import metric_text, real_text, uncertainty
 from molgen_energy.output import atomic_write, display_path
 
 if TYPE_CHECKING:
-    from molgen_energy.metrics.report.model import EvaluatedFile, Report, ReportColumn
+    from molgen_energy.metrics.report.model import EvaluatedFile, MetricValue, Report, ReportColumn
 
 PAGE = "report.html"
 SERIES = 8
@@ -110,9 +110,7 @@ def _sections(report: Report) -> list[dict[str, Any]]:
             "rows": [
                 {
                     "row": row,
-                    "cells": [
-                        _cell(metric_text(c.metrics.get(row.key), row.show_count)) for c in columns
-                    ],
+                    "cells": [_cell(c.metrics.get(row.key), row.show_count) for c in columns],
                 }
                 for row in section.rows
             ],
@@ -121,10 +119,10 @@ def _sections(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-def _cell(text: str) -> tuple[str, str]:
-    """The value, and its uncertainty or note."""
-    value, _, rest = text.partition(" ")
-    return value, rest
+def _cell(metric: MetricValue | None, show_count: bool) -> tuple[str, str, str]:
+    """The value, its uncertainty or note, and the range of real molecules."""
+    value, _, rest = metric_text(metric, show_count).partition(" ")
+    return value, rest, real_text(metric)
 
 
 def _provenance(file: EvaluatedFile) -> dict[str, Any]:

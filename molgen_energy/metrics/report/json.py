@@ -63,7 +63,14 @@ def _metric(report: Report, metric: MetricValue | None) -> dict[str, Any] | None
         return found | {"count": metric.count, "total": metric.total}
     if isinstance(metric, Mean):
         return found | {"standard_error": _finite(metric.error)}
-    return found | {report.samples: metric.count, "note": metric.note}
+    found |= {report.samples: metric.count, "note": metric.note}
+    if metric.real is not None and metric.value is not None:
+        found["real"] = {
+            "median": metric.real.median,
+            "range": list(metric.real.interval),
+            "place": metric.real.place(metric.value),
+        }
+    return found
 
 
 def _finite(value: float | None) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -74,28 +75,35 @@ def _table(report: Report, files: list[EvaluatedFile]) -> Table:
             shown.add_row(f"[bold]{section.title}[/]", *([""] * len(columns)))
         for row in section.rows:
             remarks = (f"\n  {indent}[dim]{escape(t)}[/]" for t in (row.hint, row.note) if t)
-            values = (
-                metric_text(column.metrics.get(row.key), row.show_count) for _, column in columns
-            )
+            values = (_cell(column.metrics.get(row.key), row.show_count) for _, column in columns)
             shown.add_row(
                 f"{indent}{escape(row.heading)}{''.join(remarks)}",
-                *map(escape, values),
+                *values,
                 end_section=row is section.rows[-1],
             )
     return shown
 
 
+def _cell(metric: MetricValue | None, show_count: bool) -> str:
+    real = real_text(metric)
+    return escape(metric_text(metric, show_count)) + (f"\n[dim]{escape(real)}[/]" if real else "")
+
+
 def uncertainty(report: Report) -> str:
-    """What stands beside the values: intervals, standard errors, or both."""
-    kinds = {
-        isinstance(metric, Mean)
+    """What stands beside the values: intervals, standard errors, or both, and ranges below."""
+    metrics = [
+        metric
         for file in report.files
         for column in file.columns
         for metric in column.metrics.values()
         if metric is not None
-    }
+    ]
+    kinds = {isinstance(metric, Mean) for metric in metrics}
     texts = {True: "± standard error", False: "[95 % interval]"}
-    return " or ".join(texts[kind] for kind in (True, False) if kind in kinds)
+    found = " or ".join(texts[kind] for kind in (True, False) if kind in kinds)
+    if any(real_text(metric) for metric in metrics):
+        found += f"; below it the 95 % range of as many real {report.samples}"
+    return found
 
 
 def metric_text(metric: MetricValue | None, show_count: bool = False) -> str:
@@ -118,10 +126,22 @@ def metric_text(metric: MetricValue | None, show_count: bool = False) -> str:
     if isinstance(metric, Rate):
         value, *bounds = [f"{100 * number:.1f}" for number in (metric.value, *interval)]
     else:
-        digits = next((d for d in (2, 3, 4) if len({f"{x:.{d}g}" for x in interval}) > 1), 2)
-        bounds = [f"{number:.{digits}g}" for number in interval]
-        value = f"{metric.value:.{digits + 1}g}"
+        value, bounds = _rounded(metric.value, interval)
     text = f"{value} [{', '.join(bounds)}]" if bounds else value
     if not show_count:
         return text
     return f"{text} of {metric.total if isinstance(metric, Rate) else metric.count:,}"
+
+
+def real_text(metric: MetricValue | None) -> str:
+    """Where a distance lies among those of as many real molecules, and their range."""
+    if not isinstance(metric, Estimate) or metric.real is None or metric.value is None:
+        return ""
+    _, bounds = _rounded(metric.real.median, metric.real.interval)
+    return f"{metric.real.place(metric.value)} real [{', '.join(bounds)}]"
+
+
+def _rounded(value: float, interval: Sequence[float]) -> tuple[str, list[str]]:
+    """A number and its bounds, which have as many digits as it takes to tell them apart."""
+    digits = next((d for d in (2, 3, 4) if len({f"{x:.{d}g}" for x in interval}) > 1), 2)
+    return f"{value:.{digits + 1}g}", [f"{number:.{digits}g}" for number in interval]
