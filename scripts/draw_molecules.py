@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from molgen_energy.chemistry.bonds import perceive
+from molgen_energy.chemistry.valence import stable_atoms
 from molgen_energy.cli.console import exit_on_error
 from molgen_energy.data.molecules import Molecule, Molecules, offsets_from_sizes
 from molgen_energy.elements import symbol
 from molgen_energy.errors import InputError
-from molgen_energy.metrics.checks.chunk import unstable_atoms
 from molgen_energy.metrics.sources import FileSource
 from molgen_energy.output import atomic_replace
 
@@ -77,7 +77,7 @@ def draw(molecules: list[Molecule], columns: int) -> Figure:
         axes = figure.add_axes(
             (column / columns, 1 - (row + 1) / rows, 1 / columns, 1 / rows), frameon=False
         )
-        bad = unstable_atoms(molecule)
+        bad = np.flatnonzero(~stable_atoms(Molecules.from_list([molecule]))).tolist()
         axes.imshow(rendered(molecule, bad), interpolation="lanczos")
         axes.set_axis_off()
         text = formula(molecule) + (", not stable" if bad else "")

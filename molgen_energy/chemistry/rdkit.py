@@ -246,12 +246,6 @@ def _whole_smiles(molecule: Chem.Mol) -> str | None:
     return smiles
 
 
-def bond_forms(molecule: Molecule) -> BondForms:
-    """The orders of a molecule's bonds in aromatic and in Kekulé form."""
-    with rdBase.BlockLogs():
-        return _forms(molecule, None)
-
-
 def _forms(molecule: Molecule, sanitized: Chem.Mol | None) -> BondForms:
     """The forms of the bonds, of the molecule that RDKit sanitised if it did."""
     found = sanitized

@@ -148,10 +148,11 @@ class SelectedMolecule(NamedTuple):
     molecule: Molecule
     failure_reasons: tuple[str, ...] = ()
     smiles: str | None = None
+    unstable_atoms: tuple[int, ...] = ()
 
 
 Describe = Callable[[int, SelectedMolecule], SelectedMolecule]
-"""Adds failure reasons and SMILES to molecule k of a chunk."""
+"""Adds failure reasons, SMILES and unstable atoms to molecule k of a chunk."""
 
 
 class RandomSubset:
@@ -349,13 +350,16 @@ class EvaluationAccumulator:
                 sample.add(values.value[part], key[part], group[part])
 
     def _add_to_subsets(self, checks: ChunkChecks) -> None:
-        chunk = checks.chunk
+        chunk, molecules = checks.chunk, checks.chunk.molecules
         self.random_molecules.add(chunk, np.ones(len(chunk), bool))
         self.random_complete.add(chunk, checks.complete)
 
         def describe(k: int, selected: SelectedMolecule) -> SelectedMolecule:
+            atoms = slice(molecules.offsets[k], molecules.offsets[k + 1])
             return selected._replace(
-                failure_reasons=failure_reasons(checks, k), smiles=checks.smiles[k]
+                failure_reasons=failure_reasons(checks, k),
+                smiles=checks.smiles[k],
+                unstable_atoms=tuple(np.flatnonzero(checks.unstable[atoms]).tolist()),
             )
 
         self.gallery_passing.add(chunk, checks.passes_all, describe)

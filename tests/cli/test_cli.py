@@ -344,7 +344,7 @@ BAD = {
     "no bonds given": (("evaluate", "good.xyz", "--bonds", "given"), "has no bonds; leave out"),
     "report is a file": (("evaluate", "good.xyz", "--report", "a.pdb"), "a.pdb is a file"),
     "report nowhere": (("evaluate", "good.xyz", "--report", "no/out"), "no does not exist"),
-    "cut gzip": (("evaluate", "cut.xyz.gz"), "cut.xyz.gz is cut off or no gzip file, after"),
+    "cut gzip": (("evaluate", "cut.xyz.gz"), "the file is cut off (Compressed file ended"),
     "wrong counts": (("evaluate", "count.xyz"), "count.xyz: record 2 (line 6): the file ends"),
     "nan in hdf5": (("evaluate", "nan.h5"), "nan.h5: molecule 2 has coordinates that are not"),
     "checkpoint for a run": (("train", "--resume", "checkpoint"), "is a checkpoint; name its run"),

@@ -12,7 +12,7 @@ from scipy import stats
 
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.convert import molecule_from_rdkit
-from molgen_energy.chemistry.rdkit import bond_forms, build, sanitize
+from molgen_energy.chemistry.rdkit import build, sanitize
 from molgen_energy.chemistry.valence import (
     EDM_VALENCES,
     GEOM_VALENCES,
@@ -244,7 +244,9 @@ def test_aromatic_bonds_that_cannot_be_kekulised_are_unstable():
         np.array(ring + spokes, "u2"),
         np.array([12] * 5 + [1] * 5, "u1"),
     )
-    assert all((orders == radical.bond_order).all() for orders in bond_forms(radical))
+    assert all(
+        (orders == radical.bond_order).all() for orders in sanitize(radical, forms=True).forms
+    )
     assert unstable(radical) == [5]
     assert unstable(radical, valence="jodo") == [0]  # 1 + 1 + 1 = 3, which it takes for stable
 
@@ -590,7 +592,7 @@ def test_molecules_of_rdkit_that_cannot_be_used(smiles, message):
 def test_bonds_of_rdkit_that_cannot_be_used():
     molecule = Chem.MolFromSmiles("N->[Fe]")
     molecule.AddConformer(Chem.Conformer(2))
-    with pytest.raises(ValueError, match="bond of atoms 1 and 2 is dative"):
+    with pytest.raises(ValueError, match="bond of atoms 1 and 2 has no order .* dative"):
         molecule_from_rdkit(molecule)
 
 

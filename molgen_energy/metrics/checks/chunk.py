@@ -24,11 +24,10 @@ from molgen_energy.chemistry.geometry import KINDS, measure
 from molgen_energy.chemistry.rdkit import (
     MAX_NEIGHBOURS,
     SanitizationResult,
-    bond_forms,
     sanitize,
 )
 from molgen_energy.chemistry.valence import stable_atoms, valences
-from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
+from molgen_energy.data.molecules import MoleculeChunk, Molecules
 from molgen_energy.elements import symbol
 
 
@@ -70,7 +69,10 @@ class ChunkChecks:
 
     chunk: MoleculeChunk
     """The molecules with the bonds that were checked."""
+    unstable: NDArray[np.bool_]
+    """Which atoms are unstable, (ΣN,)."""
     unstable_atoms: NDArray[np.int64]
+    """Their number in each molecule."""
     valid: NDArray[np.bool_]
     fragments: NDArray[np.int64]
     hydrogens_missing: NDArray[np.bool_]
@@ -135,6 +137,7 @@ def _check(chunk: MoleculeChunk, settings: CheckSettings, failure: str | None) -
     coincident, results = _fail_coincident(as_given, anomalies, results)
     return ChunkChecks(
         chunk=MoleculeChunk(chunk.records, checked),
+        unstable=unstable | coincident,
         unstable_atoms=_count_per_molecule(unstable | coincident, checked),
         valid=np.array([r.valid for r in results], bool),
         fragments=np.array([r.fragments for r in results], np.int64),
@@ -249,16 +252,6 @@ def _count_fragments(molecules: Molecules) -> NDArray[np.int64]:
     _, label = connected_components(graph, directed=False)
     pairs = np.unique(np.stack([molecules.molecule_index, label], axis=1), axis=0)
     return np.bincount(pairs[:, 0], minlength=len(molecules))
-
-
-def unstable_atoms(molecule: Molecule, valence: str = "edm") -> list[int]:
-    """Indices of a molecule's unstable atoms, with its bonds, by a valence model."""
-    if valence == "strict":
-        return list(sanitize(molecule, strict=True).unstable_atoms)
-    forms = bond_forms(molecule)
-    orders = forms.aromatic if valence == "geom" else forms.kekule
-    alone = Molecules.from_list([replace(molecule, bond_order=orders)])
-    return [int(k) for k in np.flatnonzero(~stable_atoms(alone, valence))]
 
 
 def _count_per_molecule(atoms: NDArray[np.bool_], molecules: Molecules) -> NDArray[np.int64]:

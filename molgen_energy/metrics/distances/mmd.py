@@ -148,6 +148,10 @@ def mmd_of_sums(
         Which groups make the source, and which the target, 0 or 1, (D, R) or (R,).
     biased
         Take means over all pairs, as JODO does, not over those of different groups.
+
+    Returns
+    -------
+    NaN where a mean has no pair.
     """
 
     def mean(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -162,7 +166,7 @@ def mmd_of_sums(
             total, pairs = (
                 total - (a * left_out).sum(axis=-1), pairs - (a * pairs_left_out).sum(axis=-1)
             )  # fmt: skip
-        found: NDArray[np.float64] = total / pairs
+        found: NDArray[np.float64] = np.where(pairs > 0, total / pairs, np.nan)
         return found
 
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,6 @@ from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS, build, max_neighbours
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.elements import symbol
 from molgen_energy.metrics.accumulator import SelectedMolecule
-from molgen_energy.metrics.checks.chunk import unstable_atoms
 from molgen_energy.metrics.report.html import render
 from molgen_energy.metrics.report.model import BlockContent, ReportBlock
 from molgen_energy.metrics.results import MoleculeResults
@@ -35,7 +34,6 @@ def gallery_block(results: MoleculeResults, open_pool: Callable[[], WorkerPool])
     open_pool
         Starts the processes that draw the molecules, since RDKit can hang.
     """
-    valence = results.options.checks.valence
 
     def content() -> BlockContent:
         galleries: list[dict[str, Any]] = []
@@ -47,8 +45,8 @@ def gallery_block(results: MoleculeResults, open_pool: Callable[[], WorkerPool])
                     ("passing all checks", list(accumulator.gallery_passing)),
                     ("failing a check", accumulator.gallery_failing()),
                 ):
-                    cards = _cards(selected, workers, len(models), valence)
-                    models += [_model(s.molecule, valence) for s in selected]
+                    cards = _cards(selected, workers, len(models))
+                    models += [_model(s) for s in selected]
                     galleries.append({"title": f"{evaluation.name}: {title}", "cards": cards})
         encoded = json.dumps(models, separators=(",", ":")).replace("<", "\\u003c")
         return BlockContent(render("gallery.html.j2", galleries=galleries, models=Markup(encoded)))
@@ -57,14 +55,14 @@ def gallery_block(results: MoleculeResults, open_pool: Callable[[], WorkerPool])
 
 
 def _cards(
-    selected: list[SelectedMolecule], workers: WorkerPool, first: int, valence: str
+    selected: list[SelectedMolecule], workers: WorkerPool, first: int
 ) -> list[dict[str, Any]]:
     """Contents of the gallery's cards, numbered from `first`."""
     if not selected:
         return []
     records = np.array([s.record for s in selected], np.int64)
     chunk = MoleculeChunk(records, Molecules.from_list([s.molecule for s in selected]))
-    draw = partial(draw_chunk, valence=valence)
+    draw = partial(draw_chunk, unstable={s.record: s.unstable_atoms for s in selected})
     drawings: list[str] = []
     for _, part in workers.map(draw, chunk.parts(1), drawing_failed):
         drawings += part
@@ -97,8 +95,9 @@ def molecular_formula(molecule: Molecule) -> str:
     return "".join(s + (str(symbols.count(s)) if symbols.count(s) > 1 else "") for s in order)
 
 
-def _model(molecule: Molecule, valence: str) -> dict[str, Any]:
+def _model(selected: SelectedMolecule) -> dict[str, Any]:
     """Data of the page's 3D viewer: positions in Å, elements, bonds, unstable atoms."""
+    molecule = selected.molecule
     positions = molecule.positions.astype(np.float64)
     centred = positions - positions.mean(axis=0)
     bonds: list[list[int]] = []
@@ -109,19 +108,20 @@ def _model(molecule: Molecule, valence: str) -> dict[str, Any]:
         "positions": np.round(centred, 3).tolist(),
         "elements": [symbol(z) for z in molecule.atomic_numbers.tolist()],
         "bonds": bonds,
-        "unstable": unstable_atoms(molecule, valence),
+        "unstable": list(selected.unstable_atoms),
     }
 
 
-def draw_chunk(chunk: MoleculeChunk, valence: str) -> list[str]:
+def draw_chunk(chunk: MoleculeChunk, unstable: Mapping[int, tuple[int, ...]]) -> list[str]:
     """2D drawings of molecules as SVG with marked unstable atoms; empty where RDKit fails.
 
     Parameters
     ----------
-    valence
-        See `molgen_energy.metrics.checks.chunk.unstable_atoms`.
+    unstable
+        Indices of the unstable atoms of each molecule, by record.
     """
-    return [_draw(molecule, valence) for molecule in chunk.molecules]
+    records = chunk.records.tolist()
+    return [_draw(m, unstable[k]) for k, m in zip(records, chunk.molecules, strict=True)]
 
 
 def drawing_failed(chunk: MoleculeChunk, reason: str) -> list[str]:
@@ -129,10 +129,9 @@ def drawing_failed(chunk: MoleculeChunk, reason: str) -> list[str]:
     return [""] * len(chunk)
 
 
-def _draw(molecule: Molecule, valence: str) -> str:
+def _draw(molecule: Molecule, unstable: tuple[int, ...]) -> str:
     if max_neighbours(molecule) > MAX_NEIGHBOURS:
         return ""
-    unstable = unstable_atoms(molecule, valence)
     built = build(molecule)
     with rdBase.BlockLogs():
         try:
