@@ -592,7 +592,7 @@ def test_molecules_of_rdkit_that_cannot_be_used(smiles, message):
 def test_bonds_of_rdkit_that_cannot_be_used():
     molecule = Chem.MolFromSmiles("N->[Fe]")
     molecule.AddConformer(Chem.Conformer(2))
-    with pytest.raises(ValueError, match="bond of atoms 1 and 2 has no order .* dative"):
+    with pytest.raises(ValueError, match=r"bond of atoms 1 and 2 has no order .* dative"):
         molecule_from_rdkit(molecule)
 
 
