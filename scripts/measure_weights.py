@@ -98,6 +98,8 @@ MEASURES = {
     "xtb_energy": "GFN2-xTB strain, kcal/mol",
     "xtb_rmsd": "GFN2-xTB relaxation RMSD, Å",
 }
+RELAXED = "relaxed_of_first"
+"""Key of a report whose rows of strain were measured on fewer samples than the others."""
 BEGIN, END = (
     f"<!-- {word} of what scripts/measure_weights.py writes -->" for word in ("begin", "end")
 )
@@ -402,6 +404,12 @@ def card(weights: PretrainedWeights) -> str:
         lines.append(f"| {label} | {figures(file, key, 100)} | {figures(data, key, 100)} |")
     for key, label in MEASURES.items():
         lines.append(f"| {label} | {figures(file, key)} | {figures(data, key)} |")
+    if RELAXED in found:
+        lines += [
+            "",
+            f"Strain and its RMSD are of complete molecules among the first {found[RELAXED]:,} of "
+            "these samples.",
+        ]
     lines += ["", *few_steps(weights), "## Known weaknesses", "", *weaknesses(weights), ""]
     return "\n".join(lines)
 

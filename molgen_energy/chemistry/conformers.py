@@ -1,9 +1,8 @@
 """Conformers of SMILES: embedded by ETKDG, relaxed by a force field or GFN2-xTB.
 
 ETKDG: S. Riniker, G. A. Landrum, J. Chem. Inf. Model. 55, 2562 (2015), version 3: S. Wang et al.,
-J. Chem. Inf. Model. 60, 2044 (2020), by RDKit. MMFF94: T. A. Halgren, J. Comput. Chem. 17, 490
-(1996), by RDKit. GFN2-xTB: C. Bannwarth, S. Ehlert, S. Grimme, J. Chem. Theory Comput. 15, 1652
-(2019), by tblite and ASE.
+J. Chem. Inf. Model. 60, 2044 (2020), by RDKit. Relaxation:
+`molgen_energy.chemistry.relaxation`.
 """
 
 from __future__ import annotations
@@ -14,18 +13,15 @@ from typing import Any
 
 import numpy as np
 from rdkit import Chem, rdBase
-from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
+from rdkit.Chem import rdDistGeom
 
 from molgen_energy.chemistry.anomalies import Neighbours
 from molgen_energy.chemistry.convert import molecule_from_rdkit
+from molgen_energy.chemistry.relaxation import relax_mmff, relax_xtb
 from molgen_energy.data.molecules import Molecule, Molecules
 from molgen_energy.errors import InputError
 
 RELAXATIONS = ("mmff94", "gfn2-xtb", "none")
-
-_MAX_STEPS_MMFF = 10_000
-_MAX_STEPS_XTB = 500
-_MAX_FORCE_XTB = 0.05  # eV/Å
 
 
 @dataclass(frozen=True)
@@ -135,7 +131,7 @@ def _conformers(molecule: Chem.Mol, item: Embedding) -> list[Molecule]:
     found = []
     for k in ids:
         if item.relaxation == "mmff94":
-            _relax_mmff(molecule, k)
+            _relaxed_mmff(molecule, k)
         conformer = molecule_from_rdkit(molecule, k)
         if item.relaxation == "gfn2-xtb":
             conformer = _relaxed_xtb(molecule, conformer)
@@ -146,42 +142,22 @@ def _conformers(molecule: Chem.Mol, item: Embedding) -> list[Molecule]:
     return found
 
 
-def _relax_mmff(molecule: Chem.Mol, conformer: int) -> None:
+def _relaxed_mmff(molecule: Chem.Mol, conformer: int) -> None:
     """Move a conformer to a minimum of MMFF94; `ValueError` where there is none."""
     if molecule.GetNumAtoms() == 1:
         return
-    properties = rdForceFieldHelpers.MMFFGetMoleculeProperties(molecule)
-    field = properties and rdForceFieldHelpers.MMFFGetMoleculeForceField(
-        molecule, properties, confId=conformer
-    )
-    if not field:
-        raise ValueError("it has no MMFF94 parameters; --relax none or gfn2-xtb needs none")
-    field.Initialize()
-    if field.Minimize(maxIts=_MAX_STEPS_MMFF) != 0:
-        raise ValueError(f"MMFF94 does not converge in {_MAX_STEPS_MMFF:,} steps")
+    try:
+        relax_mmff(molecule, conformer)
+    except ValueError as error:
+        raise ValueError(f"{error}; try --relax gfn2-xtb or none") from error
 
 
 def _relaxed_xtb(molecule: Chem.Mol, conformer: Molecule) -> Molecule:
     """A conformer at a minimum of GFN2-xTB; `ValueError` where there is none or bonds changed."""
-    from ase import Atoms
-    from ase.optimize import BFGS
-    from tblite.ase import TBLite
-
-    atoms = Atoms(conformer.atomic_numbers, conformer.positions.astype(np.float64))
     unpaired = sum(atom.GetNumRadicalElectrons() for atom in molecule.GetAtoms())
-    atoms.calc = TBLite(
-        method="GFN2-xTB",
-        charge=Chem.GetFormalCharge(molecule),
-        multiplicity=unpaired + 1,
-        verbosity=0,
-    )
-    try:
-        converged = BFGS(atoms, logfile=None).run(fmax=_MAX_FORCE_XTB, steps=_MAX_STEPS_XTB)
-    except Exception as error:  # tblite raises several types where charges do not converge
-        raise ValueError(f"GFN2-xTB failed: {error}") from error
-    if not converged:
-        raise ValueError(f"GFN2-xTB does not converge in {_MAX_STEPS_XTB} steps")
-    relaxed = replace(conformer, positions=atoms.positions.astype(np.float32))
+    charge = Chem.GetFormalCharge(molecule)
+    found = relax_xtb(conformer.atomic_numbers, conformer.positions, charge, unpaired)
+    relaxed = replace(conformer, positions=found.positions.astype(np.float32))
     bare = replace(relaxed, bond_index=None, bond_order=None)
     near = {tuple(pair) for pair in Neighbours(Molecules.from_list([bare])).edges.tolist()}
     assert relaxed.bond_index is not None

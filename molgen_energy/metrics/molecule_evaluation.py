@@ -46,9 +46,9 @@ from molgen_energy.metrics.checks.chunk import (
 from molgen_energy.metrics.checks.posebusters import posebusters_failed, run_posebusters
 from molgen_energy.metrics.checks.strain import (
     Relaxation,
-    relax_mmff,
-    relax_xtb,
     relaxation_failed,
+    strain_mmff,
+    strain_xtb,
 )
 from molgen_energy.metrics.distances.comparison import Comparison, Distributions
 from molgen_energy.metrics.distances.fcd import ChemNet
@@ -279,8 +279,8 @@ def _add_subset_metrics(
     """Compute the metrics that are too slow for all molecules, on random subsets."""
     accumulator, estimates = evaluation.accumulator, evaluation.estimates
     methods: tuple[tuple[str, Callable[[MoleculeChunk], list[Relaxation]], str, int], ...] = (
-        ("strain", relax_mmff, "MMFF94", options.subset),
-        ("xtb", relax_xtb, "GFN2-xTB", max(1, options.subset // _XTB_FRACTION)),
+        ("strain", strain_mmff, "MMFF94", options.subset),
+        ("xtb", strain_xtb, "GFN2-xTB", max(1, options.subset // _XTB_FRACTION)),
     )
     for metric, relax, label, count in methods:
         if metric not in options.metrics:

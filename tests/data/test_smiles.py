@@ -123,7 +123,7 @@ def test_an_interrupted_run_continues(tmp_path, monkeypatch):
 
 def test_failures_name_line_and_reason(tmp_path):
     path = smi(tmp_path / "a.smi", ("CCO", "[Fe]C"))
-    with pytest.raises(InputError, match=r"a\.smi: line 3: it has no MMFF94 parameters; --relax"):
+    with pytest.raises(InputError, match=r"a\.smi: line 3: no MMFF94 parameters; try --relax"):
         preprocess(path, tmp_path / "a.h5", workers=0)
     path = smi(tmp_path / "b.smi", ("C" * 800, "CC"))
     result = preprocess(path, tmp_path / "b.h5", workers=1, timeout=0.5, skip_bad=True)

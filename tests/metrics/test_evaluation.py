@@ -41,7 +41,7 @@ from molgen_energy.metrics.accumulator import (
     hash_numbers,
 )
 from molgen_energy.metrics.checks.chunk import CheckSettings, check_chunk
-from molgen_energy.metrics.checks.strain import relax_mmff, rmsd
+from molgen_energy.metrics.checks.strain import rmsd, strain_mmff
 from molgen_energy.metrics.distances.comparison import Distributions, compare
 from molgen_energy.metrics.distances.mmd import mmd
 from molgen_energy.metrics.molecule_evaluation import evaluate_source
@@ -598,7 +598,7 @@ def test_a_table_of_many_files_keeps_its_words(samples, sample_path):
 
 def test_mmff_strain_against_rdkit(molecules):
     some = perceive(molecules.select(np.arange(0, 200, 10)))
-    for molecule, relaxed in zip(some, relax_mmff(numbered(some)), strict=True):
+    for molecule, relaxed in zip(some, strain_mmff(numbered(some)), strict=True):
         built = Chem.Mol(build(molecule, positions=True))
         if Chem.SanitizeMol(built, catchErrors=True) or relaxed.strain is None:
             assert relaxed.strain is None
@@ -644,11 +644,11 @@ def test_posebusters():
 def test_xtb():
     pytest.importorskip("tblite")
     pytest.importorskip("ase")
-    from molgen_energy.metrics.checks.strain import relax_xtb
+    from molgen_energy.metrics.checks.strain import strain_xtb
 
     water = of_smiles("O")
     stretched = replace(water, positions=water.positions * 1.1)
-    near, far = relax_xtb(numbered(Molecules.from_list([water, stretched])))
+    near, far = strain_xtb(numbered(Molecules.from_list([water, stretched])))
     assert 0 <= near.strain < 2
     assert far.strain > near.strain + 3
     assert far.rmsd > near.rmsd
