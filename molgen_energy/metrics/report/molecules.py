@@ -34,7 +34,7 @@ from molgen_energy.metrics.report.model import (
 from molgen_energy.metrics.results import MoleculeResults
 from molgen_energy.workers import WorkerPool
 
-_BONDS_UNUSED = "perceived bonds; the file has its own"
+_BONDS_UNUSED = "with perceived bonds, though a file has its own"
 _BY_BONDS = ("strain", "posebusters")  # metrics whose published values are of given bonds
 _FAR = 5  # times the distance of as many real molecules, for a file that is as stable as they
 _MAX_FAILURES = 4
