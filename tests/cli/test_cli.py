@@ -12,12 +12,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
-from molgen_energy.cli import app
+from molgen_energy.cli import app, main
 from molgen_energy.data.hdf5 import MoleculeWriter
 from molgen_energy.data.molecules import Molecule, Molecules
 from molgen_energy.systems.molecules import sampling
@@ -352,9 +353,27 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.fixture
+def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run a command in this process, without the start of another, and return its errors."""
+
+    def run(*arguments: object, code: int) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["molgen-energy", *map(str, arguments)])
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        assert ended.value.code == code
+        return capsys.readouterr().err
+
+    return run
+
+
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(cli, tmp_path, what, sample_path):
+def test_bad_input_is_one_line_and_exit_code_2(cli_here, tmp_path, what, sample_path):
     (tmp_path / "empty.sdf").touch()
     (tmp_path / "a.pdb").touch()
     (tmp_path / "checkpoint").mkdir()
@@ -378,7 +397,7 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, tmp_path, what, sample_path)
             writer.set_split(np.repeat(np.array([0, 1, 2], np.uint8), [7, 1, 1]))
     before = sorted(tmp_path.rglob("*"))
     arguments, message = BAD[what]
-    stderr = cli(*arguments, code=2).stderr
+    stderr = cli_here(*arguments, code=2)
     assert message in stderr
     assert stderr.startswith("error: ")
     assert stderr.count("\n") == 1
