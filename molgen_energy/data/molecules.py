@@ -361,6 +361,11 @@ class MoleculeChunk:
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def independent(self) -> NDArray[np.int64]:
+        """Equal numbers for molecules that are not independent, (M,): groups, or else records."""
+        return self.records if self.molecules.groups is None else self.molecules.groups
+
     def parts(self, size: int) -> Iterator[MoleculeChunk]:
         """The molecules in chunks of at most `size`."""
         for start in range(0, len(self), size):

@@ -45,9 +45,12 @@ def hash_numbers(*parts: NDArray[np.int64]) -> NDArray[np.uint64]:
     return state
 
 
-def jackknife_group(records: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """The group of each molecule (V,) by its record number, below `JACKKNIFE_GROUPS`."""
-    return (hash_numbers(records) % np.uint64(JACKKNIFE_GROUPS)).astype(np.uint8)
+def jackknife_group(independent: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """The jackknife group of each molecule (V,), below `JACKKNIFE_GROUPS`.
+
+    Molecules of one number of `MoleculeChunk.independent`, such as conformers, stand in one group.
+    """
+    return (hash_numbers(independent) % np.uint64(JACKKNIFE_GROUPS)).astype(np.uint8)
 
 
 class ValueSample:
@@ -303,7 +306,7 @@ class EvaluationAccumulator:
         self._add_to_subsets(checks)
 
     def _add_composition(self, chunk: MoleculeChunk) -> None:
-        molecules, group = chunk.molecules, jackknife_group(chunk.records)
+        molecules, group = chunk.molecules, jackknife_group(chunk.independent)
         longest = max(self.sizes.shape[1], int(molecules.sizes.max()) + 1)
         self.sizes = np.pad(self.sizes, ((0, 0), (0, longest - self.sizes.shape[1])))
         np.add.at(self.sizes, (group, molecules.sizes), 1)
@@ -338,7 +341,7 @@ class EvaluationAccumulator:
         """Add the lengths, angles and dihedrals of one chunk only."""
         for kind, values in checks.geometry.items():
             by_type = self.geometry.setdefault(kind, {})
-            group = jackknife_group(values.record)
+            group = jackknife_group(values.independent)
             key = hash_numbers(values.record, values.code, values.position)
             codes, starts = np.unique(values.code, return_index=True)
             stops = np.append(starts, len(values.code))[1:]
@@ -396,7 +399,8 @@ def _values_of(checks: ChunkChecks) -> MoleculeValues:
             code: TypeValues(values.value[values.code == code], molecule[values.code == code])
             for code in np.unique(values.code).tolist()
         }
-    return MoleculeValues.of(checks.chunk.molecules, hash_numbers(records), geometry)
+    independent = hash_numbers(checks.chunk.independent)
+    return MoleculeValues.of(checks.chunk.molecules, hash_numbers(records), independent, geometry)
 
 
 def _failure_category(checks: ChunkChecks, k: int) -> str:

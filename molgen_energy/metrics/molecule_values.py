@@ -26,6 +26,8 @@ class MoleculeValues:
 
     key: NDArray[np.uint64]
     """Random numbers that choose molecules, (M,)."""
+    independent: NDArray[np.uint64]
+    """Equal for molecules that are not independent, such as conformers, (M,)."""
     sizes: NDArray[np.int64]
     """Numbers of atoms, (M,)."""
     elements: NDArray[np.int32]
@@ -41,14 +43,15 @@ class MoleculeValues:
         cls,
         molecules: Molecules,
         key: NDArray[np.uint64],
+        independent: NDArray[np.uint64],
         geometry: dict[str, dict[int, TypeValues]],
     ) -> MoleculeValues:
-        """Values of molecules with the random number of each, (M,)."""
+        """Values of molecules, with a random number and `independent` of each, (M,)."""
         count = len(molecules)
         place = molecules.molecule_index * _ELEMENTS + molecules.atomic_numbers
         elements = np.bincount(place, minlength=count * _ELEMENTS).reshape(count, _ELEMENTS)
         sizes = molecules.sizes.astype(np.int64)
-        return cls(key, sizes, elements.astype(np.int32), geometry)
+        return cls(key, independent, sizes, elements.astype(np.int32), geometry)
 
     @classmethod
     def join(cls, parts: list[MoleculeValues]) -> MoleculeValues:
@@ -72,6 +75,7 @@ class MoleculeValues:
         }
         return cls(
             np.concatenate([part.key for part in parts]),
+            np.concatenate([part.independent for part in parts]),
             np.concatenate([part.sizes for part in parts]),
             np.concatenate([part.elements for part in parts]),
             geometry,
@@ -89,7 +93,13 @@ class MoleculeValues:
                 molecule = place[values.molecule]
                 kept = molecule >= 0
                 geometry[kind][code] = TypeValues(values.value[kept], molecule[kept])
-        return MoleculeValues(self.key[chosen], self.sizes[chosen], self.elements[chosen], geometry)
+        return MoleculeValues(
+            self.key[chosen],
+            self.independent[chosen],
+            self.sizes[chosen],
+            self.elements[chosen],
+            geometry,
+        )
 
 
 class KeptMolecules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def molecule_values(count, rng) -> MoleculeValues:
     elements = np.zeros((count, 119), np.int32)
     elements[:, [1, 6]] = rng.integers(1, 12, (count, 2))
     key = np.arange(count).astype("u8")
-    return MoleculeValues(key, elements.sum(axis=1), elements, geometry)
+    return MoleculeValues(key, key, elements.sum(axis=1), elements, geometry)
 
 
 def distributions_of(values: MoleculeValues, molecules) -> Distributions:
@@ -167,6 +168,32 @@ def test_ranges_against_direct_subsets(rng, count, reference):
         range_found = real.at(key, count)
         inside = [range_found.place(value) == "like" for value in direct[key]]
         assert np.mean(inside) >= 0.85
+
+
+def test_conformers_of_one_molecule_are_drawn_together(rng):
+    """Eight equal conformers of each molecule have the range of an eighth as many molecules."""
+    few = molecule_values(200, rng)
+    joined = MoleculeValues.join([few] * 8)
+    key = np.arange(1600).astype("u8")
+    none = np.zeros((0, FEATURES), np.float32)
+    places = {}
+    for name, independent in (("molecules", np.tile(few.key, 8)), ("conformers", key)):
+        values = replace(joined, key=key, independent=independent)
+        ranges = ResampledRanges(values, none, 800, 0, TYPES)
+        places[name] = [ranges.at("mmd_bond_length", 400), ranges.at("sizes", 400)]
+    inside = dict.fromkeys(places, 0)
+    for _ in range(20):
+        order = rng.permutation(200)
+        chosen = [
+            (order[part, None] + 200 * np.arange(8)).ravel() for part in (slice(50), slice(50, 150))
+        ]
+        source, target = (distributions_of(joined, molecules) for molecules in chosen)
+        found = compare(source, target, TYPES).estimates
+        for name, expected in places.items():
+            for key_, of_real in zip(("mmd_bond_length", "sizes"), expected, strict=True):
+                inside[name] += of_real.place(found[key_].value) == "like"
+    assert inside["molecules"] >= 32
+    assert inside["conformers"] <= 16
 
 
 def test_a_reference_without_other_molecules_gives_ranges_up_to_a_third(rng):

@@ -60,6 +60,7 @@ class GeometryValues(NamedTuple):
     code: NDArray[np.int64]  # (V,), of the type
     value: NDArray[np.float32]  # (V,), Å or degrees
     record: NDArray[np.int64]  # (V,), of the molecule
+    independent: NDArray[np.int64]  # (V,), see `MoleculeChunk.independent`
     position: NDArray[np.int64]  # (V,), among the values of one type and molecule
 
 
@@ -288,7 +289,9 @@ def _geometry(
         start = np.maximum.accumulate(np.where(first, np.arange(len(code)), 0))
         position = np.arange(len(code)) - start
         value = measured.value[chosen][order]
-        found[kind] = GeometryValues(code, value, chunk.records[molecule], position)
+        found[kind] = GeometryValues(
+            code, value, chunk.records[molecule], chunk.independent[molecule], position
+        )
     return found
 
 

@@ -128,6 +128,8 @@ class ResampledRanges:
             total, reference = len(self.activations), self.reference_activations
         else:
             total, reference = len(self.molecules), self.reference
+            if len(np.unique(self.molecules.independent)) < 2 * MIN_MOLECULES:
+                return 1, 0
         most = total - reference
         if 4 * reference > total:
             most = max(most, reference * total // (4 * reference - total))
@@ -156,7 +158,7 @@ class ResampledRanges:
         """
         rng = np.random.default_rng(seed)
         count, others = _sizes_of_draws(count, self.reference, len(self.molecules))
-        plan = _Plan.random(len(self.molecules), count, others, draws, rng)
+        plan = _Plan.random(self.molecules.independent, count, others, draws, rng)
         found = {}
         for kind in () if self.types is None else self.types.types:
             by_type = self.molecules.geometry.get(kind, {})
@@ -262,10 +264,20 @@ class _Plan:
 
     @classmethod
     def random(
-        cls, total: int, count: int, reference: int, draws: int, rng: np.random.Generator
+        cls,
+        independent: NDArray[np.uint64],
+        count: int,
+        reference: int,
+        draws: int,
+        rng: np.random.Generator,
     ) -> _Plan:
-        """Blocks of `total` molecules for sets of `count` and references of `reference`."""
-        number = min(_BLOCKS, total // 2)
+        """Blocks of molecules for sets of `count` and references of `reference`.
+
+        Molecules with equal numbers of `independent` (M,) stand in one block.
+        """
+        total = len(independent)
+        numbers, unit = np.unique(independent, return_inverse=True)
+        number = min(_BLOCKS, len(numbers) // 2)
         least = max(min(2 * JACKKNIFE_GROUPS, number // 2), math.ceil(count / (total // number)))
         # As many blocks as divide the number of molecules with the smallest remainder.
         possible = np.arange(least, max(least, number // 2) + 1)
@@ -273,13 +285,18 @@ class _Plan:
         best = int(np.abs(each * possible - count).argmin())
         needed, first = int(possible[best]), int(each[best])
         others = min(number - needed, max(1, round(reference * number / total)))
-        place = rng.permutation(total)
+        place = rng.permutation(len(numbers))[unit]
+        block = place % number
+        # The rank of each molecule within its block.
+        ascending = np.lexsort((place, block))
+        rank = np.empty(total, np.int64)
+        rank[ascending] = np.arange(total) - np.searchsorted(block[ascending], block[ascending])
         order = np.argsort(rng.random((draws, number)), axis=1)
         source, target = np.full((2, draws, number), -1)
         rows = np.arange(draws)[:, None]
         source[rows, order[:, :needed]] = np.arange(needed) % JACKKNIFE_GROUPS
         target[rows, order[:, needed : needed + others]] = np.arange(others) % JACKKNIFE_GROUPS
-        return cls(place % number, place // number < first, source, target)
+        return cls(block, rank < first, source, target)
 
     @property
     def shares(self) -> tuple[float, float]:
