@@ -49,11 +49,13 @@ def evaluate(
         File of real molecules to compare with, its test split if it has one. Default: bundled
         statistics of QM9's test split.
     train
-        File of training molecules for novelty, its training split if it has one. Default: QM9's
-        training molecules.
+        File of training molecules for novelty, its training split if it has one. Default: the
+        training split of the reference, or QM9's training molecules. A reference without splits
+        has no novelty.
     metrics
         Names of metrics, as a sequence or separated by commas: `rates`, `geometry`, `composition`,
-        `strain` (the default), `fcd`, `posebusters`, `xtb` (each an extra to install), or `all`.
+        `strain` (the default), `fcd`, `posebusters`, `xtb` (each an extra to install), `default`,
+        or `all`.
     bonds
         Bonds of all checks: `given` in the input; `perceived` from distances; `single`, the same
         but all taken as single for validity, SMILES and connectivity; or `auto` (default), given

@@ -34,17 +34,21 @@ def command(
         None, "--reference", help="Real molecules to compare with; default: QM9's test split."
     ),
     train: Path | None = typer.Option(
-        None, "--train", help="Training molecules, for novelty; default: QM9's 100,000."
+        None,
+        "--train",
+        help="Training molecules, for novelty; default: the training split of "
+        "--reference, or QM9's 100,000.",
     ),
     report: Path | None = typer.Option(
         None, "--report", metavar="FOLDER", help="Write report.html, report.json and pictures."
     ),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
     metrics: str = typer.Option(
-        "rates,geometry,composition,strain",
+        "default",
         "--metrics",
         metavar="NAMES",
-        help="Also fcd, posebusters, xtb (each an extra to install); or all.",
+        help="Some of rates, geometry, composition, strain (these are the default) and fcd, "
+        "posebusters, xtb (each an extra to install): default,fcd adds one; or all.",
     ),
     bonds: str = typer.Option(
         "auto",

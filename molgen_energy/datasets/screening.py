@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _REMEDIES = {
     "scale": "convert the coordinates to Å",
-    "drawing": "`preprocess smiles` makes conformers of SMILES",
+    "drawing": "write their SMILES to a .smi file, of which `preprocess smiles` makes conformers",
     "no_hydrogens": "add them, models here take hydrogens as atoms",
     "few_hydrogens": "add them, models here take hydrogens as atoms",
     "far": "move the molecules to the origin",

@@ -12,7 +12,7 @@ from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.metrics.checks.chunk import CheckSettings
 
 METRIC_GROUPS = ("rates", "geometry", "composition", "strain", "fcd", "posebusters", "xtb")
-"""Names for `metrics`; rates are always computed."""
+"""Names for `metrics`, beside `default` and `all`; rates are always computed."""
 DEFAULT_METRICS = ("rates", "geometry", "composition", "strain")
 EXTRAS = {"fcd": ("fcd",), "posebusters": ("posebusters",), "xtb": ("tblite", "ase")}
 """Packages that a metric needs. The optional dependencies of this package have the same names."""
@@ -85,7 +85,9 @@ def with_bonds(options: EvaluationOptions, bonds: str) -> EvaluationOptions:
 
 
 def parse_metrics(metrics: str | Iterable[str]) -> frozenset[str]:
-    """Metrics from their names, a text with commas or a sequence; `all` means all of them.
+    """Metrics from their names, a text with commas or a sequence.
+
+    `default` stands for `DEFAULT_METRICS`, `all` for all of them.
 
     Rates are always included.
 
@@ -98,10 +100,12 @@ def parse_metrics(metrics: str | Iterable[str]) -> frozenset[str]:
     names = [name.strip().lower() for name in names if name.strip()]
     if "all" in names:
         return frozenset(METRIC_GROUPS)
+    found = {"rates"}
     for name in names:
-        if name not in METRIC_GROUPS:
-            raise InputError(unknown_name("metric", name, [*METRIC_GROUPS, "all"]))
-    return frozenset(names) | {"rates"}
+        if name not in (*METRIC_GROUPS, "default"):
+            raise InputError(unknown_name("metric", name, [*METRIC_GROUPS, "default", "all"]))
+        found.update(DEFAULT_METRICS if name == "default" else (name,))
+    return frozenset(found)
 
 
 def is_missing(metric: str) -> bool:

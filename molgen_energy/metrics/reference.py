@@ -264,7 +264,9 @@ def evaluate_reference(
         half = np.arange(JACKKNIFE_GROUPS) < JACKKNIFE_GROUPS // 2
         both = evaluation.distributions
         distances = compare(both.select(half), both.select(~half), compared, composition)
-        evaluation.notes.append("its distances are those of one half of it from the other")
+        evaluation.notes.append(
+            "it has no splits: its distances are those of one half of it from the other"
+        )
     ranges = resampled_ranges(real, compared)
     return Reference(name, evaluation, evaluation.distributions, distances, types, ranges)
 

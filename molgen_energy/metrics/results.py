@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molgen_energy.chemistry.geometry import GeometryTypes
+from molgen_energy.elements import symbol
 from molgen_energy.errors import InputError
 from molgen_energy.metrics.distances.comparison import compare
 from molgen_energy.metrics.distances.real_ranges import add_ranges
@@ -37,6 +38,7 @@ from molgen_energy.workers import WorkerPool
 
 _BUNDLED_TRAINING = "QM9's 100,000 training molecules (bundled)"
 _MANY_FILES = 8
+_SIMILAR = 1.2  # files whose numbers of molecules differ by at most this factor
 _NO_TRAINING = "nothing"
 _NOVELTY_OF_PERCEIVED = (
     "so those of its molecules are perceived from distances; where perception fails, a training "
@@ -80,7 +82,8 @@ def evaluate_inputs(
     reference
         File of real molecules; None takes the bundled statistics of QM9's test split.
     train
-        File of training molecules for novelty; None takes the bundled SMILES of QM9.
+        File of training molecules for novelty; None takes the training split of the reference, or
+        the bundled SMILES of QM9.
     types
         Name of a list of geometry types, see `molgen_energy.metrics.reference.select_types`.
     options
@@ -106,8 +109,15 @@ def evaluate_inputs(
             "each file is evaluated alone; a folder, or a pattern in quotes such as 'mol_*.xyz', "
             "is one set"
         )
+    train = train or _training_split(reference)
     counter = ProgressCounter(progress, _total(sources, reference, train))
-    training_hashes, novelty_against = _training_hashes(train, options, workers, counter, notes)
+    if reference is not None and train is None and not FileSource(reference).is_qm9():
+        notes.append(
+            f"novelty is n/a: {display_path(reference)} has no training split; pass --train"
+        )
+        training_hashes, novelty_against = None, _NO_TRAINING
+    else:
+        training_hashes, novelty_against = _training_hashes(train, options, workers, counter, notes)
     if reference is None:
         data = bundled_reference()
         _check_bundled(data, chosen, options)
@@ -127,6 +137,12 @@ def evaluate_inputs(
         notes.append(
             f"bonds of {data.name} are {data.evaluation.bonds}; those of the samples are "
             f"{samples[0].bonds}"
+        )
+    counts = [sample.molecules for sample in samples]
+    if max(counts) > _SIMILAR * min(counts):
+        notes.append(
+            "the files have different numbers of molecules, on which distances depend: compare the "
+            "unbiased and extrapolated rows, or each distance with its range of real molecules"
         )
     unused = options.checks.bonds != "given" and any(s.given_bonds.some for s in sources)
     return MoleculeResults(samples, data, options, novelty_against, unused, notes)
@@ -155,13 +171,11 @@ def _resolve_bonds(
         for name, source in sources.items():
             found = source.given_bonds
             if bonds == "perceived" and found.some:
-                why = "another file has none"
+                why, remedy = "another file has none", f"evaluate {name} alone to use its own"
                 if found.without is not None:
                     why = f"record {found.without} has none"
-                notes.append(
-                    f"bonds are perceived from distances, since {why}; --bonds given takes those "
-                    f"of {name}"
-                )
+                    remedy = f"--bonds given takes those of {name}"
+                notes.append(f"bonds are perceived from distances, since {why}; {remedy}")
     return with_bonds(options, bonds)
 
 
@@ -170,6 +184,14 @@ def _options_for(source: FileSource, options: EvaluationOptions) -> EvaluationOp
     if options.checks.bonds == "given" and not source.given_bonds.every:
         return with_bonds(options, "perceived")
     return options
+
+
+def _training_split(reference: Path | None) -> Path | None:
+    """A reference that has training molecules beside others; QM9's are bundled."""
+    if reference is None:
+        return None
+    source = FileSource(reference)
+    return reference if has_train_and_test(source) and not source.is_qm9() else None
 
 
 def _open_sources(
@@ -237,7 +259,7 @@ def _training_hashes(
         notes += [f"{name}: {note}" for note in source.notes]
         if source.skipped:
             notes.append(f"{name}: {source.skipped:,} bad records skipped")
-        return hashes, name
+        return hashes, f"the training split of {name}" if source.has_split("train") else name
     if options.checks.bonds == "single":
         notes.append(
             "novelty is n/a: the bundled SMILES of QM9 were computed with perceived bonds; pass "
@@ -268,6 +290,13 @@ def _compare_with(
     evaluation.provenance = source.provenance
     evaluation.notes += source.notes
     assert evaluation.distributions is not None
+    absent = evaluation.distributions.elements.sum(axis=0) > 0
+    known = reference.distributions.elements.sum(axis=0) > 0
+    if "composition" in options.metrics and (absent & ~known).any():
+        names = ", ".join(symbol(z) for z in np.flatnonzero(absent & ~known).tolist())
+        evaluation.notes.append(
+            f"{reference.name} has no {names}; compare with molecules like yours by --reference"
+        )
     evaluation.comparison = compare(
         evaluation.distributions,
         reference.distributions,

@@ -67,7 +67,7 @@ def test_a_mol_block_may_have_a_number_as_its_name(tmp_path):
 
 OTHERS = {
     "a.pdf": (b"%PDF-1.4\n", "is a PDF document"),
-    "a.sdf": (b"CCO ethanol\nc1ccccc1 benzene\n", "holds SMILES, not mol blocks"),
+    "a.sdf": (b"CCO ethanol\nc1ccccc1 benzene\n", "holds SMILES, which have no coordinates"),
     "a.smi": (b"smiles\tname\nCCO\tx\n", "holds SMILES"),
     "a.zip": (b"PK\x03\x04rest", "zip archive; unpack it first"),
     "b.xyz": (b"\x00\x01\x02\x03" * 99, "is a binary file"),

@@ -442,7 +442,7 @@ def test_given_bonds_are_those_of_all_checks(tmp_path, molecules):
     both = run([tmp_path / "own.sdf", tmp_path / "perceived.sdf"])
     assert {sample.bonds for sample in both.samples} == {"perceived from distances"}
     assert both.bonds_unused
-    assert any("another file has none; --bonds given takes those of own" in n for n in both.notes)
+    assert any("another file has none; evaluate own.sdf alone" in note for note in both.notes)
     rows = {row.key: row for section in report_of(both).sections for row in section.rows}
     assert rows["strain_energy"].note == rows["posebusters"].note != ""
     assert rows["validity"].note == ""

@@ -127,8 +127,8 @@ def kind_of(path: Path, lines: Lines) -> str:
     kind = _kind_of_name(path)
     if kind != XYZ and _are_smiles(first):
         raise InputError(
-            f"{path} holds SMILES, not mol blocks; rename it to .smi, and `preprocess` makes "
-            "conformers"
+            f"{path} holds SMILES, which have no coordinates; `preprocess smiles` makes "
+            "conformers of them"
         )
     if kind is not None:
         return kind
@@ -176,22 +176,25 @@ def _belongs(path: Path) -> bool:
     if path.name.startswith(".") or path.is_dir():
         return False
     is_text = _suffix(_unpacked(path.name)) == "txt"
-    return _kind_of_name(path) is not None or (is_text and _is_readable(path))
+    return _kind_of_name(path) is not None or (is_text and _may_hold_molecules(path))
 
 
 def _matches(path: Path) -> bool:
     """Whether a match of a pattern is a file of molecules."""
-    return not path.is_dir() and (_kind_of_name(path) is not None or _is_readable(path))
+    return not path.is_dir() and (_kind_of_name(path) is not None or _may_hold_molecules(path))
 
 
-def _is_readable(path: Path) -> bool:
+def _may_hold_molecules(path: Path) -> bool:
+    """By its content. An empty file is a bad record: a program may have failed to write it."""
     try:
+        if path.stat().st_size == 0:
+            return True
         lines = Lines(path)
         try:
             kind_of(path, lines)
         finally:
             lines.close()
-    except InputError:
+    except (InputError, OSError):
         return False
     return True
 

@@ -221,8 +221,8 @@ def add_ranges(comparison: Comparison, ranges: RealRanges) -> list[str]:
         if low <= high and not low <= estimate.count <= high:
             unknown[estimate.count, low, high] = None
     return [
-        f"distances of {count:,} molecules have no range of real molecules: the reference gives "
-        f"those of {low:,} to {high:,}"
+        f"no range of real molecules for distances of {count:,} molecules: the reference allows "
+        f"{low:,} to {high:,}"
         for count, low, high in unknown
     ]
 

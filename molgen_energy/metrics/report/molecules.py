@@ -59,7 +59,7 @@ def _geometry_rows() -> tuple[MetricRow, ...]:
     ]  # fmt: skip
     by_reference = [
         MetricRow(distance_key("mmd_reference", kind), f"{kind}s, MMD, unbiased",
-            "with the reference's bandwidth; on average that of infinite sets, 0 for real data",
+            "with the reference's bandwidth; does not depend on the number of molecules",
             "", "geometry")
         for kind in KINDS
     ]  # fmt: skip
@@ -81,7 +81,7 @@ _DISTANCES = (
         "composition"),
     MetricRow("fcd", "FCD", "Fréchet ChemNet distance of distinct valid molecules", "", "fcd"),
     MetricRow("fcd_infinite", "FCD, extrapolated",
-        "to sets of infinite size; on average 0 for real data", "", "fcd"),
+        "to infinitely many molecules; does not depend on their number", "", "fcd"),
 )  # fmt: skip
 _SECTIONS = {
     "rates, %": (
@@ -112,7 +112,7 @@ _SECTIONS = {
         MetricRow("xtb_rmsd", "GFN2-xTB relaxation RMSD",
             "of all atoms after superposition, median", "Å", "xtb"),
         MetricRow("stereocentres_r", "R among stereocentres",
-            "the rest is S; symmetric under reflection at 50 %", "%", "geometry"),
+            "the rest is S; 50 % if mirror images are equally frequent", "%", "geometry"),
         MetricRow("posebusters", "PoseBusters",
             "molecules that pass every check except the energy ratio", "%", "posebusters"),
     ),
@@ -181,7 +181,7 @@ def _hint(metric: str, options: EvaluationOptions) -> str:
         return ""
     if is_missing(metric):
         return install_command(metric)
-    return "" if metric in options.metrics else f"--metrics {metric}"
+    return "" if metric in options.metrics else f"--metrics default,{metric}"
 
 
 def _evaluated_file(
