@@ -73,6 +73,7 @@ OTHERS = {
     "b.xyz": (b"\x00\x01\x02\x03" * 99, "is a binary file"),
     "a.html": (b"\n<!DOCTYPE html><html>", "web page or XML; download the file itself"),
     "a.mol2": (b"# made by X\n@<TRIPOS>MOLECULE\nx\n", "is a MOL2 file"),
+    "a.nw": (b'title "ethanol"\ngeometry\nend\n', "is no SDF or XYZ file"),  # in NWChem's form
     "a.pdb": (b"HEADER    PROTEIN\nATOM      1  N\n", "is a PDB file"),
     "c.xyz": (b"data_1ABC\n_cell.length_a 1\n", "is a CIF file"),
     "a.h5": (b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),

@@ -36,7 +36,7 @@ _TEXTS = {
     r"<!doctype|<html|<\?xml|<svg": "a web page or XML; download the file itself",
     r"(#[^\n]*\s+)*@<TRIPOS>": f"a MOL2 file; {_CONVERT}",
     r"data_\S*\s": f"a CIF file; {_CONVERT}",
-    r"(HEADER|TITLE |COMPND|REMARK|CRYST1|MODEL |ATOM  |HETATM)": f"a PDB file; {_CONVERT}",
+    r"(?-i:HEADER|TITLE |COMPND|REMARK|CRYST1|MODEL |ATOM  |HETATM)": f"a PDB file; {_CONVERT}",
     r"version https://git-lfs": "a pointer of Git LFS; run `git lfs pull`",
     r"\$RXN|\$RDFILE": "a file of reactions, not of molecules",
     r"[\[{]\s*[\"\[{]": f"JSON; {_CONVERT}",
