@@ -128,6 +128,11 @@ def evaluate_inputs(
             f"bonds of {data.name} are {data.evaluation.bonds}; those of the samples are "
             f"{samples[0].bonds}"
         )
+    elif data.evaluation.valence != samples[0].valence:
+        notes.append(
+            f"stability of {data.name} is by --valence {data.evaluation.valence}, that of the "
+            f"samples by {samples[0].valence}"
+        )
     unused = options.checks.bonds != "given" and any(s.given_bonds.some for s in sources)
     return MoleculeResults(samples, data, options, novelty_against, unused, notes)
 
@@ -232,7 +237,10 @@ def _training_hashes(
         source = FileSource(train, "train", options.skip_bad)
         own = _options_for(source, options)
         if own is not options:
-            notes.append(f"novelty: {name} has no bonds, {_NOVELTY_OF_PERCEIVED}")
+            notes.append(
+                f"novelty: record {source.given_bonds.without} of {name} has no bonds of its own, "
+                f"{_NOVELTY_OF_PERCEIVED}"
+            )
         hashes = collect_smiles_hashes(source, own.checks, workers, counter)
         notes += [f"{name}: {note}" for note in source.notes]
         if source.skipped:

@@ -30,6 +30,7 @@ from molgen_energy.metrics.molecule_evaluation import (
     is_over_regular,
 )
 from molgen_energy.metrics.options import (
+    BOND_DESCRIPTIONS,
     METRIC_GROUPS,
     EvaluationOptions,
     make_options,
@@ -520,10 +521,13 @@ def test_interval_of_the_median(rng):
 def test_over_regular(molecules):
     data = rates_of(molecules)
     better = rates_of(molecules)
-    rate = data.rates["molecule_stability"]
-    assert not is_over_regular(better, rate)
+    assert not is_over_regular(better, data)
     better.rates["molecule_stability"] = Rate(2000, 2000)
-    assert is_over_regular(better, rate)
+    assert is_over_regular(better, data)
+    # Rates that mean different things are not compared.
+    assert is_over_regular(replace(better, bonds=BOND_DESCRIPTIONS["single"]), data)
+    assert not is_over_regular(replace(better, bonds=BOND_DESCRIPTIONS["given"]), data)
+    assert not is_over_regular(replace(better, valence="jodo"), data)
 
 
 def test_bundled_training_smiles(sample_path):
