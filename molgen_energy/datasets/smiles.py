@@ -31,7 +31,7 @@ from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.distributed import default_workers
 from molgen_energy.elements import symbol
 from molgen_energy.errors import InputError, unknown_name
-from molgen_energy.output import check_file, remove
+from molgen_energy.output import check_file, named_path, remove
 from molgen_energy.progress import ProgressCallback, no_progress
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class SmilesFiles(ScreenedDataset):
     seed: int = option(0, "Seed of conformers and split.")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "files", tuple(map(Path, self.files)))
+        object.__setattr__(self, "files", tuple(map(named_path, self.files)))
 
     def default_output(self) -> Path:
         """Named after the first file."""
