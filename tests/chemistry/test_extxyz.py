@@ -74,7 +74,9 @@ def test_columns_are_those_that_ase_reads(tmp_path, order, comment):
     assert len(cell) == len(reader.notes) == ("Lattice" in comment)
 
 
-@pytest.mark.parametrize("quoted", ['Properties="{}"', "Properties='{}'", "Properties = {}"])
+@pytest.mark.parametrize(
+    "quoted", ['Properties="{}"', "Properties='{}'", "Properties = {}", "properties={}"]
+)
 def test_properties_in_quotes_or_with_spaces(tmp_path, quoted):
     declared = "id:I:1:species:S:1:pos:R:3"
     text = frame("id species pos").replace(f"Properties={declared}", quoted.format(declared))

@@ -110,7 +110,7 @@ def _comment_fields(comment: str) -> dict[str, str]:
 
 def _columns_of(fields: Mapping[str, str]) -> Columns:
     """The columns that a comment declares, or those of a plain XYZ; `ValueError` if neither."""
-    declared = fields.get("Properties")
+    declared = fields.get("Properties", fields.get("properties"))
     if declared is None:
         return PLAIN
     return _read_properties(declared)
