@@ -253,12 +253,10 @@ class _ElementFilter:
             owners, first = np.unique(of_atoms, return_index=True)
             names = [symbol(z) for z in numbers[unknown[first]].tolist()]
             self._unknown.update(names)
-            why = "its valences" if given else "its bonds and valences"
-            self._skip(
-                chunk.records[owners[0]],
-                len(owners),
-                f"holds {names[0]}, and {why} are not known to --valence {self._checks.valence}",
-            )
+            why = f"whose valences --valence {self._checks.valence} does not know"
+            if not given and not has_valence(numbers[unknown[:1]], "edm")[0]:
+                why = "whose bonds can be given (--bonds given), not perceived from distances"
+            self._skip(chunk.records[owners[0]], len(owners), f"holds {names[0]}, {why}")
             rest = np.setdiff1d(np.arange(len(chunk)), owners)
             if len(rest):
                 yield chunk.select(rest)

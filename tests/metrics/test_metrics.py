@@ -374,8 +374,15 @@ def test_rates_do_not_depend_on_chunks_or_padding(molecules):
 def test_an_element_without_valence_is_named():
     salt = Molecule(np.array([[0, 0, 0], [0, 0, 2.4]], "f4"), np.array([11, 17], "u1"))
     parts = [Molecules.from_list([of_smiles("CC")]), Molecules.from_list([of_smiles("C"), salt])]
-    with pytest.raises(InputError, match="record 3 holds Na, and its bonds and valences"):
+    with pytest.raises(InputError, match="record 3 holds Na, whose bonds can be given"):
         rates_of(*parts)
+    ions = replace(salt, bond_index=np.zeros((0, 2), "u4"), bond_order=np.zeros(0, "u1"))
+    by_bonds = Molecules.from_list([ions])
+    for valence in ("geom", "jodo", "edm"):
+        checks = replace(GIVEN.checks, valence=valence)
+        with pytest.raises(InputError, match=f"Na, whose valences --valence {valence} does not"):
+            rates_of(by_bonds, options=replace(GIVEN, checks=checks))
+    assert rates_of(by_bonds, options=GIVEN).molecules == 1
     found = rates_of(*parts, options=replace(RATES_ONLY, skip_bad=True))
     assert (found.molecules, found.skipped) == (2, 1)
     assert found.notes == ["molecules with elements without known valences are left out: Na (1)"]
