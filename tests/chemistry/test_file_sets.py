@@ -152,6 +152,17 @@ def test_a_file_of_a_set_that_cannot_be_read_is_one_bad_record(tmp_path):
     assert "cut off" in reader.skipped[2].reason
 
 
+@pytest.mark.parametrize("packing", ["gzip", "bzip2", "xz"])
+def test_packed_files_of_which_no_line_is_left(tmp_path, packing):
+    (tmp_path / "b.xyz").write_bytes(PACKED[packing](water(8).encode())[:24])
+    for skip_bad in (False, True):
+        with pytest.raises(InputError, match=r"b\.xyz is cut off at its beginning"):
+            MoleculeReader(tmp_path / "b.xyz", skip_bad=skip_bad)
+    (tmp_path / "a.xyz").write_text(water(1))
+    (tmp_path / "c.txt").write_bytes((tmp_path / "b.xyz").read_bytes())
+    assert order(tmp_path, skip_bad=True) == [1]
+
+
 def test_sdf_and_xyz_in_one_folder_are_noticed(tmp_path):
     (tmp_path / "a.xyz").write_text(water(1))
     (tmp_path / "b.sdf").write_text(sdf(2))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from rdkit import Chem, rdBase
 
-from molgen_energy.chemistry.molfiles.lines import Lines
+from molgen_energy.chemistry.molfiles.lines import DAMAGED, Lines
 from molgen_energy.errors import InputError
 from molgen_energy.output import check_file
 
@@ -107,7 +107,7 @@ def kind_of(path: Path, lines: Lines) -> str:
     Raises
     ------
     InputError
-        It is neither; names what it is, if that can be told.
+        It is neither; names what it is, if that can be told. Or it is packed and damaged.
     """
     head = lines.head
     for start, what in _BINARY.items():
@@ -115,7 +115,10 @@ def kind_of(path: Path, lines: Lines) -> str:
             raise InputError(f"{path} is {what}")
     if b"\0" in head and not lines.is_utf16:
         raise InputError(f"{path} is a binary file; name {_READABLE}")
-    first = lines.peek(_HEADER_LINES)
+    try:
+        first = lines.peek(_HEADER_LINES)
+    except DAMAGED as error:
+        raise InputError(f"{path} is cut off at its beginning ({error}); make it again") from error
     if _MOL_BLOCK.search("".join(first)):
         return SDF
     if _begins_frame(first):
