@@ -156,7 +156,7 @@ def test_a_file_of_a_set_that_cannot_be_read_is_one_bad_record(tmp_path):
 def test_packed_files_of_which_no_line_is_left(tmp_path, packing):
     (tmp_path / "b.xyz").write_bytes(PACKED[packing](water(8).encode())[:24])
     for skip_bad in (False, True):
-        with pytest.raises(InputError, match=r"b\.xyz is cut off at its beginning"):
+        with pytest.raises(InputError, match=r"b\.xyz is cut off or damaged at its beginning"):
             MoleculeReader(tmp_path / "b.xyz", skip_bad=skip_bad)
     (tmp_path / "a.xyz").write_text(water(1))
     (tmp_path / "c.txt").write_bytes((tmp_path / "b.xyz").read_bytes())

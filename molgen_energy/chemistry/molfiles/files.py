@@ -118,7 +118,9 @@ def kind_of(path: Path, lines: Lines) -> str:
     try:
         first = lines.peek(_HEADER_LINES)
     except DAMAGED as error:
-        raise InputError(f"{path} is cut off at its beginning ({error}); make it again") from error
+        raise InputError(
+            f"{path} is cut off or damaged at its beginning ({error}); make it again"
+        ) from error
     if _MOL_BLOCK.search("".join(first)):
         return SDF
     if _begins_frame(first):
