@@ -31,6 +31,16 @@ def check_writable(path: Path) -> None:
     check_folder(path.parent)
 
 
+def named_path(name: str | Path) -> Path:
+    """The path of a name that the user gave; raises `InputError` where it is empty.
+
+    `Path("")` is the current folder.
+    """
+    if not str(name):
+        raise InputError("a file name is empty; is a variable of the shell not set?")
+    return Path(name)
+
+
 def check_file(path: Path) -> None:
     """Check that a path is a regular file, which can be read more than once.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molgen_energy.errors import InputError
+from molgen_energy.output import named_path
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.systems.evaluators import EVALUATORS
 
@@ -100,8 +101,8 @@ def evaluate(
     items = _as_list(inputs)
     system = system_of_inputs(items)
     options: dict[str, Any] = {
-        "reference": None if reference is None else Path(reference),
-        "train": None if train is None else Path(train),
+        "reference": None if reference is None else named_path(reference),
+        "train": None if train is None else named_path(train),
         "metrics": metrics,
         "bonds": bonds,
         "valence": valence,
@@ -127,8 +128,8 @@ def evaluate(
 def _as_list(inputs: Any) -> list[Any]:
     """Paths as `Path`, anything else unchanged."""
     if isinstance(inputs, (str, Path)):
-        return [Path(inputs)]
-    items = [Path(item) if isinstance(item, (str, Path)) else item for item in inputs]
+        return [named_path(inputs)]
+    items = [named_path(item) if isinstance(item, (str, Path)) else item for item in inputs]
     if not items:
         raise InputError("there is nothing to evaluate; give a file or molecules")
     if 0 < sum(isinstance(item, Path) for item in items) < len(items):

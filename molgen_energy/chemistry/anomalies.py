@@ -576,4 +576,5 @@ class AnomalyCounts:
             for factor, unit in _SCALES.items()
             if 1 / _TOLERANCE < scale / factor < _TOLERANCE
         )
-        return {"scale": f"{scale:.2g}", "unit": next(units, "")}
+        text = np.format_float_positional(scale, 2, fractional=False, trim="-")
+        return {"scale": text, "unit": next(units, "")}

@@ -126,7 +126,8 @@ def sanitize(
     strict
         Whether to list the atoms that are unstable by the valence model `strict`: those whose bonds
         RDKit refuses for their formal charge, that cannot be Kekulised, or that need implicit
-        hydrogens or radical electrons. RDKit's clean-up of unusual valences does not count.
+        hydrogens or radical electrons. RDKit's clean-up of unusual valences does not count, except
+        that bonds of metals to atoms without a valence left are dative. R₃S⁻ is unstable too.
     """
     built = build(molecule)
     parts = Chem.GetMolFrags(built)

@@ -24,18 +24,22 @@ if TYPE_CHECKING:
 
 def command(
     context: typer.Context,
-    files: list[Path] = typer.Argument(
+    files: list[str] = typer.Argument(
         ...,
         metavar="FILE…",
         help="SDF or XYZ (also .gz) or HDF5, of any program; a folder, or a "
         "pattern in quotes such as 'mol_*.xyz', is one set.",
     ),
-    reference: Path | None = typer.Option(
-        None, "--reference", help="Real molecules to compare with; default: QM9's test split."
+    reference: str | None = typer.Option(
+        None,
+        "--reference",
+        metavar="FILE",
+        help="Real molecules to compare with; default: QM9's test split.",
     ),
-    train: Path | None = typer.Option(
+    train: str | None = typer.Option(
         None,
         "--train",
+        metavar="FILE",
         help="Training molecules, for novelty; default: the training split of "
         "--reference, or QM9's 100,000.",
     ),

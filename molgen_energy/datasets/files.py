@@ -16,6 +16,7 @@ from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.datasets.smiles import is_smiles_file
 from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError
+from molgen_energy.output import named_path
 
 if TYPE_CHECKING:
     from molgen_energy.chemistry.molfiles import MoleculeReader
@@ -54,9 +55,7 @@ class MoleculeFiles(ScreenedDataset):
     )
 
     def __post_init__(self) -> None:
-        if "" in map(str, self.files):
-            raise InputError("a file name is empty; is a variable of the shell not set?")
-        object.__setattr__(self, "files", tuple(map(Path, self.files)))
+        object.__setattr__(self, "files", tuple(map(named_path, self.files)))
 
     def default_output(self) -> Path:
         """Named after the first file, or its folder where that is a folder or pattern."""

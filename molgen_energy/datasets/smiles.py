@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -30,7 +31,7 @@ from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.distributed import default_workers
 from molgen_energy.elements import symbol
 from molgen_energy.errors import InputError, unknown_name
-from molgen_energy.output import check_file, remove
+from molgen_energy.output import check_file, named_path, remove
 from molgen_energy.progress import ProgressCallback, no_progress
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class SmilesFiles(ScreenedDataset):
     seed: int = option(0, "Seed of conformers and split.")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "files", tuple(map(Path, self.files)))
+        object.__setattr__(self, "files", tuple(map(named_path, self.files)))
 
     def default_output(self) -> Path:
         """Named after the first file."""
@@ -243,8 +244,8 @@ class SmilesFiles(ScreenedDataset):
         allowed = self.allowed_elements()
         first: dict[str, int] = {}
         number = 0
+        selection = self._selection()
         for path in self.files:
-            selection = self._selection(path)
             for line, text, fields in self._rows(path):
                 number += 1
                 place = f"line {line}" if len(self.files) == 1 else f"{path.name}: line {line}"
@@ -270,10 +271,15 @@ class SmilesFiles(ScreenedDataset):
                 f"one, the first in {repeated[0].name}; --drop-duplicates leaves them out"
             )
 
-    def _selection(self, path: Path) -> FieldSelection:
-        from molgen_energy.chemistry.fields import FieldSelection
+    def _selection(self) -> FieldSelection:
+        """The properties of all files; those that a file lacks are NaN there."""
+        from molgen_energy.chemistry.fields import FIRST_RECORDS, FieldSelection
 
-        fields = (fields for _, _, fields in self._rows(path))
+        fields = (
+            fields
+            for path in self.files
+            for _, _, fields in islice(self._rows(path), FIRST_RECORDS)
+        )
         return choose_properties(FieldSelection.detect(fields), self.properties)
 
     def _rows(self, path: Path) -> Iterator[tuple[int, str, dict[str, str]]]:
@@ -287,8 +293,10 @@ class SmilesFiles(ScreenedDataset):
 
 
 def _opened(path: Path) -> IO[str]:
-    """A text file, plain or gzip."""
-    if path.name.lower().endswith(".gz"):
+    """A text file, plain or gzip by its first bytes, whatever the name says."""
+    with path.open("rb") as file:
+        is_packed = file.read(2) == b"\x1f\x8b"
+    if is_packed:
         return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
     return path.open(encoding="utf-8-sig", errors="replace", newline="")
 

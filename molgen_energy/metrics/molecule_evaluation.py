@@ -83,12 +83,20 @@ class MoleculeEvaluation:
     comparison: Comparison = field(default_factory=Comparison)
     """Distances from the reference."""
     bonds: str = BOND_DESCRIPTIONS["perceived"]
+    valence: str = "edm"
+    """One of `molgen_energy.chemistry.valence.VALENCE_MODELS`."""
     skipped: int = 0
     notes: list[str] = field(default_factory=list)
     worst: list[WorstRecord] = field(default_factory=list)
     provenance: dict[str, str] = field(default_factory=dict)
     posebusters_failures: Counter[str] = field(default_factory=Counter)
     path: Path | None = None
+
+    def shares_stability(self, other: MoleculeEvaluation) -> bool:
+        """Whether stability means the same in both; single bonds are for validity alone."""
+        given = BOND_DESCRIPTIONS["given"]
+        alike = (self.bonds == given) == (other.bonds == given)
+        return alike and self.valence == other.valence
 
 
 class ProgressCounter:
@@ -162,6 +170,7 @@ def evaluate_source(
         activations=None if net is None else net.kept(),
         skipped=elements.skipped,
         bonds=BOND_DESCRIPTIONS[settings.bonds],
+        valence=settings.valence,
         notes=elements.notes(),
     )
     evaluation.notes += accumulator.anomalies.notes(kinds=_FAULTS_OF_FILES)
@@ -244,12 +253,10 @@ class _ElementFilter:
             owners, first = np.unique(of_atoms, return_index=True)
             names = [symbol(z) for z in numbers[unknown[first]].tolist()]
             self._unknown.update(names)
-            why = "its valences" if given else "its bonds and valences"
-            self._skip(
-                chunk.records[owners[0]],
-                len(owners),
-                f"holds {names[0]}, and {why} are not known to --valence {self._checks.valence}",
-            )
+            why = f"whose valences --valence {self._checks.valence} does not know"
+            if not given and not has_valence(numbers[unknown[:1]], "edm")[0]:
+                why = "whose bonds can be given (--bonds given), not perceived from distances"
+            self._skip(chunk.records[owners[0]], len(owners), f"holds {names[0]}, {why}")
             rest = np.setdiff1d(np.arange(len(chunk)), owners)
             if len(rest):
                 yield chunk.select(rest)
@@ -361,9 +368,10 @@ def _add_strain(
         evaluation.notes.append(f"{label} strain excludes: {text}")
 
 
-def is_over_regular(evaluation: MoleculeEvaluation, reference: Rate | None) -> bool:
+def is_over_regular(evaluation: MoleculeEvaluation, reference: MoleculeEvaluation) -> bool:
     """Whether samples are more often stable than real data, with disjoint intervals."""
     rate = evaluation.rates["molecule_stability"]
-    if rate is None or reference is None or rate.interval is None or reference.interval is None:
+    data = reference.rates["molecule_stability"]
+    if rate is None or data is None or rate.interval is None or data.interval is None:
         return False
-    return rate.interval[0] > reference.interval[1]
+    return evaluation.shares_stability(reference) and rate.interval[0] > data.interval[1]

@@ -91,6 +91,7 @@ class Reference:
                 rdkit=rdBase.rdkitVersion,
                 molecules=evaluation.molecules,
                 bonds=evaluation.bonds,
+                valence=evaluation.valence,
                 types=json.dumps(vars(self.types)),
                 rates=json.dumps({k: None if r is None else [r.count, r.total, r.effect]
                                   for k, r in evaluation.rates.items()}),
@@ -169,6 +170,7 @@ class Reference:
             {key: _of_list(value) for key, value in json.loads(attributes["measures"]).items()},
             distributions,
             bonds=str(attributes["bonds"]),
+            valence=str(attributes.get("valence", "edm")),
         )
         distances = Comparison(
             {key: _of_list(value) for key, value in json.loads(attributes["distances"]).items()},

@@ -138,6 +138,11 @@ def evaluate_inputs(
             f"bonds of {data.name} are {data.evaluation.bonds}; those of the samples are "
             f"{samples[0].bonds}"
         )
+    elif data.evaluation.valence != samples[0].valence:
+        notes.append(
+            f"stability of {data.name} is by --valence {data.evaluation.valence}, that of the "
+            f"samples by {samples[0].valence}"
+        )
     counts = [sample.molecules for sample in samples]
     if max(counts) > _SIMILAR * min(counts):
         notes.append(
@@ -254,7 +259,10 @@ def _training_hashes(
         source = FileSource(train, "train", options.skip_bad)
         own = _options_for(source, options)
         if own is not options:
-            notes.append(f"novelty: {name} has no bonds, {_NOVELTY_OF_PERCEIVED}")
+            notes.append(
+                f"novelty: record {source.given_bonds.without} of {name} has no bonds of its own, "
+                f"{_NOVELTY_OF_PERCEIVED}"
+            )
         hashes = collect_smiles_hashes(source, own.checks, workers, counter)
         notes += [f"{name}: {note}" for note in source.notes]
         if source.skipped:

@@ -85,6 +85,7 @@ def test_units(molecules, scale, unit):
     counts.add(replace(some, positions=some.positions * np.float32(scale)), np.arange(1, 101))
     (note,) = counts.notes({"scale": "convert it"})
     assert note.startswith("100 of 100 molecules have nearest atoms at ")
+    assert float(note.split()[8]) == pytest.approx(scale, rel=0.1) and "e+" not in note
     assert unit in note
     assert note.endswith("(records 1, 2, 3, …); convert it")
 

@@ -74,7 +74,9 @@ def test_columns_are_those_that_ase_reads(tmp_path, order, comment):
     assert len(cell) == len(reader.notes) == ("Lattice" in comment)
 
 
-@pytest.mark.parametrize("quoted", ['Properties="{}"', "Properties='{}'", "Properties = {}"])
+@pytest.mark.parametrize(
+    "quoted", ['Properties="{}"', "Properties='{}'", "Properties = {}", "properties={}"]
+)
 def test_properties_in_quotes_or_with_spaces(tmp_path, quoted):
     declared = "id:I:1:species:S:1:pos:R:3"
     text = frame("id species pos").replace(f"Properties={declared}", quoted.format(declared))
@@ -203,3 +205,10 @@ def test_a_bad_frame_of_qm9_takes_its_end_with_it(tmp_path):
     reader = MoleculeReader(bad, skip_bad=True)
     assert [(reader.number, len(molecule)) for molecule in reader] == [(1, 3), (3, 2)]
     assert [record.number for record in reader.skipped] == [2]
+
+
+def test_frames_of_orca(tmp_path):
+    """ORCA's .allxyz has a line `>` between frames."""
+    frame = "3\n\nO 0 0 0\nH 0.96 0 0\nH -0.24 0.93 0\n"
+    (tmp_path / "a.allxyz").write_text(">\n".join([frame] * 3))
+    assert len(list(MoleculeReader(tmp_path / "a.allxyz"))) == 3

@@ -73,6 +73,7 @@ OTHERS = {
     "b.xyz": (b"\x00\x01\x02\x03" * 99, "is a binary file"),
     "a.html": (b"\n<!DOCTYPE html><html>", "web page or XML; download the file itself"),
     "a.mol2": (b"# made by X\n@<TRIPOS>MOLECULE\nx\n", "is a MOL2 file"),
+    "a.nw": (b'title "ethanol"\ngeometry\nend\n', "is no SDF or XYZ file"),  # in NWChem's form
     "a.pdb": (b"HEADER    PROTEIN\nATOM      1  N\n", "is a PDB file"),
     "c.xyz": (b"data_1ABC\n_cell.length_a 1\n", "is a CIF file"),
     "a.h5": (b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
@@ -149,6 +150,17 @@ def test_a_file_of_a_set_that_cannot_be_read_is_one_bad_record(tmp_path):
     assert reader.skipped_count == 3
     assert "is a link to nowhere" in reader.skipped[1].reason
     assert "cut off" in reader.skipped[2].reason
+
+
+@pytest.mark.parametrize("packing", ["gzip", "bzip2", "xz"])
+def test_packed_files_of_which_no_line_is_left(tmp_path, packing):
+    (tmp_path / "b.xyz").write_bytes(PACKED[packing](water(8).encode())[:24])
+    for skip_bad in (False, True):
+        with pytest.raises(InputError, match=r"b\.xyz is cut off or damaged at its beginning"):
+            MoleculeReader(tmp_path / "b.xyz", skip_bad=skip_bad)
+    (tmp_path / "a.xyz").write_text(water(1))
+    (tmp_path / "c.txt").write_bytes((tmp_path / "b.xyz").read_bytes())
+    assert order(tmp_path, skip_bad=True) == [1]
 
 
 def test_sdf_and_xyz_in_one_folder_are_noticed(tmp_path):

@@ -99,6 +99,7 @@ BAD = {
     "atoms missing": (v2000(count=4), r"Atom line too short: .* on line 7"),
     "not finite": (v2000(x="nan"), r"Cannot process coordinates on line 5"),
     "overflow": (v2000(x="**********"), r"Cannot process coordinates on line 5"),
+    "cut off in a charge": (v2000(end="M  CHG  1   \n"), "it is cut off"),
     "no end": (v2000(end=""), r"on line 8|at line 8|around line 8"),
     "an atom that is not there": (v2000().replace("  1  2  1", "  1  7  1"), "not there"),
     "a bond to itself": (v2000().replace("  1  2  1", "  1  1  1"), "self-bond"),

@@ -209,3 +209,16 @@ def test_all_records_bad(tmp_path):
     (tmp_path / "a.xyz").write_text("1\n\nQq 0 0 0\n" * 2)
     with pytest.raises(InputError, match="no usable molecule"):
         list(MoleculeReader(tmp_path / "a.xyz", skip_bad=True))
+
+
+def test_ions_need_no_bonds(tmp_path):
+    """A salt without bonds beside molecules with bonds leaves the bonds of the file given."""
+    mols = []
+    for smiles in ("[Na+].[Cl-]", "O"):
+        molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
+        molecule.AddConformer(Chem.Conformer(molecule.GetNumAtoms()))
+        mols.append(Chem.MolToMolBlock(molecule))
+    (tmp_path / "a.sdf").write_text("".join(f"{block}$$$$\n" for block in mols))
+    assert MoleculeReader(tmp_path / "a.sdf").given_bonds.every
+    (tmp_path / "b.sdf").write_text(f"{mols[1]}$$$$\n{mols[0].replace('M  CHG', 'M  RAD')}$$$$\n")
+    assert MoleculeReader(tmp_path / "b.sdf").given_bonds.without == 2

@@ -74,8 +74,8 @@ def test_each_kind_is_counted(mixed, tmp_path):
     result = preprocess(mixed, tmp_path / "a.h5", skip_bad=True)
     assert (result.count, result.skipped_count) == (6, 1)
     assert result.warnings == (
-        "1 of 6 molecules lies flat in z = 0, as 2D drawings do (record 3); write their SMILES to a "
-        ".smi file, of which `preprocess smiles` makes conformers",
+        "1 of 6 molecules lies flat in z = 0, as 2D drawings do (record 3); write their SMILES "
+        "to a .smi file, of which `preprocess smiles` makes conformers",
         "1 of 6 molecules has no hydrogens, which their carbons need (record 4); add hydrogens, or "
         "leave such records out with --require-hydrogens",
         "1 of 6 molecules holds several fragments, such as salts (record 5); --largest-fragment "

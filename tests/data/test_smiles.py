@@ -82,6 +82,30 @@ def test_groups_properties_and_bad_records(tmp_path):
     assert loaded(tmp_path / "b.h5").smiles.tolist() == ["CCO"]
 
 
+def test_files_with_different_columns(tmp_path):
+    """A property that a file lacks is missing in its molecules, whichever file comes first."""
+    texts = {"a.csv": "smiles,gap\nC,1\n", "b.csv": "smiles,mu\nO,2\n", "c.smi": "N\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    for names in (["a.csv", "b.csv", "c.smi"], ["c.smi", "b.csv", "a.csv"]):
+        files = [tmp_path / name for name in names]
+        preprocess(files, tmp_path / "all.h5", workers=0)
+        molecules = loaded(tmp_path / "all.h5")
+        of_smiles = {"C": (1, np.nan), "O": (np.nan, 2), "N": (np.nan, np.nan)}
+        expected = np.array([of_smiles[smiles] for smiles in molecules.smiles])
+        for k, name in enumerate(("gap", "mu")):
+            np.testing.assert_array_equal(molecules.properties[name].values, expected[:, k])
+
+
+def test_gzip_is_told_by_the_content(tmp_path):
+    plain, packed = tmp_path / "plain.smi.gz", tmp_path / "packed.smi"
+    plain.write_text("C\n")
+    packed.write_bytes(gzip.compress(b"C\n"))
+    for path in (plain, packed):
+        preprocess(path, tmp_path / "a.h5", workers=0)
+        assert loaded(tmp_path / "a.h5").smiles.tolist() == ["C"]
+
+
 def test_the_same_for_any_number_of_processes(tmp_path):
     """Also from gzip, and in part from finished shards."""
     path = smi(tmp_path / "a.smi")
@@ -144,7 +168,7 @@ def test_other_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"a\.smi holds SMILES; `preprocess smiles .*a\.smi`"):
         preprocess("files", tmp_path / "a.h5", files=(path,))
     with pytest.raises(InputError, match=r"b\.smi\.gz cannot be read"):
-        (tmp_path / "b.smi.gz").write_text("CC")
+        (tmp_path / "b.smi.gz").write_bytes(gzip.compress(b"CC" * 99)[:-9])
         preprocess(tmp_path / "b.smi.gz", tmp_path / "a.h5", workers=0)
 
 

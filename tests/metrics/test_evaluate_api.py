@@ -72,6 +72,13 @@ def test_rdkit_molecules_that_cannot_be_used(some):
         evaluate([good, "a.sdf"], **FAST)
 
 
+@pytest.mark.parametrize("names", [{"inputs": ""}, {"reference": ""}, {"train": ""}])
+def test_an_empty_name_is_not_the_current_folder(sdf, names, monkeypatch):
+    monkeypatch.chdir(sdf.parent)  # which holds molecules
+    with pytest.raises(InputError, match="a file name is empty"):
+        evaluate(**({"inputs": sdf} | names), **FAST)
+
+
 def test_a_report_as_text_dictionary_and_folder(sdf, tmp_path):
     report = evaluate([str(sdf)], subset=10, workers=0)
     assert "passes all checks" in str(report)

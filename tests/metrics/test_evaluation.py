@@ -461,8 +461,15 @@ def test_files_with_some_given_bonds(tmp_path, molecules):
     found = run([tmp_path / "mixed.sdf"])
     assert found.samples[0].bonds == "perceived from distances"
     assert any("since record 1 has none; --bonds given takes" in note for note in found.notes)
-    given = run([tmp_path / "mixed.sdf"], options=replace(EVERYTHING_FAST, bonds="given"))
+    given = run(
+        [tmp_path / "mixed.sdf"],
+        train=tmp_path / "mixed.sdf",
+        options=replace(EVERYTHING_FAST, bonds="given"),
+    )
     assert given.samples[0].molecules == 40
+    assert any("novelty: record 1 of" in note and "of its own" in note for note in given.notes)
+    other = run([tmp_path / "mixed.sdf"], options=replace(EVERYTHING_FAST, valence="jodo"))
+    assert any("by --valence edm, that of the samples by jodo" in note for note in other.notes)
     given = run([tmp_path / "a.sdf"], options=replace(EVERYTHING_FAST, bonds="given"))
     assert given.samples[0].bonds == "given in the file"
     assert any("their bonds come from distances" in note for note in given.notes)

@@ -30,6 +30,7 @@ from molgen_energy.metrics.molecule_evaluation import (
     is_over_regular,
 )
 from molgen_energy.metrics.options import (
+    BOND_DESCRIPTIONS,
     METRIC_GROUPS,
     EvaluationOptions,
     make_options,
@@ -299,6 +300,10 @@ def test_strict_stability_is_that_of_rdkit_as_written():
     nitro = Chem.MolFromSmiles("CN(=O)=O", sanitize=False)
     nitro.UpdatePropertyCache(strict=False)
     assert unstable(as_molecule(Chem.AddHs(nitro))) == [1]
+    # Bonds of a metal to an atom that has no valence left are dative, as RDKit makes them.
+    cisplatin = Chem.MolFromSmiles("[NH3][Pt](Cl)(Cl)[NH3]", sanitize=False)
+    cisplatin.UpdatePropertyCache(strict=False)
+    assert unstable(as_molecule(Chem.AddHs(cisplatin))) == [0]
 
 
 def star(z: int, charge: int, aromatic: int, single: int) -> Molecules:
@@ -369,8 +374,15 @@ def test_rates_do_not_depend_on_chunks_or_padding(molecules):
 def test_an_element_without_valence_is_named():
     salt = Molecule(np.array([[0, 0, 0], [0, 0, 2.4]], "f4"), np.array([11, 17], "u1"))
     parts = [Molecules.from_list([of_smiles("CC")]), Molecules.from_list([of_smiles("C"), salt])]
-    with pytest.raises(InputError, match="record 3 holds Na, and its bonds and valences"):
+    with pytest.raises(InputError, match="record 3 holds Na, whose bonds can be given"):
         rates_of(*parts)
+    ions = replace(salt, bond_index=np.zeros((0, 2), "u4"), bond_order=np.zeros(0, "u1"))
+    by_bonds = Molecules.from_list([ions])
+    for valence in ("geom", "jodo", "edm"):
+        checks = replace(GIVEN.checks, valence=valence)
+        with pytest.raises(InputError, match=f"Na, whose valences --valence {valence} does not"):
+            rates_of(by_bonds, options=replace(GIVEN, checks=checks))
+    assert rates_of(by_bonds, options=GIVEN).molecules == 1
     found = rates_of(*parts, options=replace(RATES_ONLY, skip_bad=True))
     assert (found.molecules, found.skipped) == (2, 1)
     assert found.notes == ["molecules with elements without known valences are left out: Na (1)"]
@@ -516,10 +528,13 @@ def test_interval_of_the_median(rng):
 def test_over_regular(molecules):
     data = rates_of(molecules)
     better = rates_of(molecules)
-    rate = data.rates["molecule_stability"]
-    assert not is_over_regular(better, rate)
+    assert not is_over_regular(better, data)
     better.rates["molecule_stability"] = Rate(2000, 2000)
-    assert is_over_regular(better, rate)
+    assert is_over_regular(better, data)
+    # Rates that mean different things are not compared.
+    assert is_over_regular(replace(better, bonds=BOND_DESCRIPTIONS["single"]), data)
+    assert not is_over_regular(replace(better, bonds=BOND_DESCRIPTIONS["given"]), data)
+    assert not is_over_regular(replace(better, valence="jodo"), data)
 
 
 def test_bundled_training_smiles(sample_path):

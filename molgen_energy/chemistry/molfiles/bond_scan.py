@@ -37,7 +37,7 @@ class ScannedRecord(NamedTuple):
     """The bonds of one record."""
 
     has_bonds: bool
-    """Whether it has any, or needs none as a single atom."""
+    """Whether it has any, or needs none as a single atom or as ions."""
     declared_perceived: bool
     """Whether it says that its bonds were perceived from distances."""
     parse: Callable[[], Molecule | None]
@@ -114,4 +114,6 @@ def _has_bonds(record: list[str]) -> bool:
         atoms, bonds = map(int, texts)
     except ValueError:
         return True
-    return bonds > 0 or atoms <= 1
+    if bonds > 0 or atoms <= 1:
+        return True
+    return any(line.startswith("M  CHG") or ("V30" in line and "CHG=" in line) for line in record)

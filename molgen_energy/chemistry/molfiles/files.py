@@ -10,13 +10,22 @@ from typing import NamedTuple
 
 from rdkit import Chem, rdBase
 
-from molgen_energy.chemistry.molfiles.lines import Lines
+from molgen_energy.chemistry.molfiles.lines import DAMAGED, Lines
 from molgen_energy.errors import InputError
 from molgen_energy.output import check_file
 
 SDF, XYZ = "sdf", "xyz"
 
-_KINDS = {"sdf": SDF, "sd": SDF, "mol": SDF, "mdl": SDF, "xyz": XYZ, "extxyz": XYZ, "exyz": XYZ}
+_KINDS = {
+    "sdf": SDF,
+    "sd": SDF,
+    "mol": SDF,
+    "mdl": SDF,
+    "xyz": XYZ,
+    "extxyz": XYZ,
+    "exyz": XYZ,
+    "allxyz": XYZ,
+}
 _COMPRESSED = ("gz", "bz2", "xz")
 _READABLE = "an SDF or XYZ file (.sdf, .mol, .xyz, .extxyz, .txt, also .gz)"
 
@@ -36,7 +45,7 @@ _TEXTS = {
     r"<!doctype|<html|<\?xml|<svg": "a web page or XML; download the file itself",
     r"(#[^\n]*\s+)*@<TRIPOS>": f"a MOL2 file; {_CONVERT}",
     r"data_\S*\s": f"a CIF file; {_CONVERT}",
-    r"(HEADER|TITLE |COMPND|REMARK|CRYST1|MODEL |ATOM  |HETATM)": f"a PDB file; {_CONVERT}",
+    r"(?-i:HEADER|TITLE |COMPND|REMARK|CRYST1|MODEL |ATOM  |HETATM)": f"a PDB file; {_CONVERT}",
     r"version https://git-lfs": "a pointer of Git LFS; run `git lfs pull`",
     r"\$RXN|\$RDFILE": "a file of reactions, not of molecules",
     r"[\[{]\s*[\"\[{]": f"JSON; {_CONVERT}",
@@ -107,7 +116,7 @@ def kind_of(path: Path, lines: Lines) -> str:
     Raises
     ------
     InputError
-        It is neither; names what it is, if that can be told.
+        It is neither; names what it is, if that can be told. Or it is packed and damaged.
     """
     head = lines.head
     for start, what in _BINARY.items():
@@ -115,7 +124,12 @@ def kind_of(path: Path, lines: Lines) -> str:
             raise InputError(f"{path} is {what}")
     if b"\0" in head and not lines.is_utf16:
         raise InputError(f"{path} is a binary file; name {_READABLE}")
-    first = lines.peek(_HEADER_LINES)
+    try:
+        first = lines.peek(_HEADER_LINES)
+    except DAMAGED as error:
+        raise InputError(
+            f"{path} is cut off or damaged at its beginning ({error}); make it again"
+        ) from error
     if _MOL_BLOCK.search("".join(first)):
         return SDF
     if _begins_frame(first):

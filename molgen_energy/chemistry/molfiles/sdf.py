@@ -72,7 +72,7 @@ def _read(block: str) -> Chem.Mol | None:
     with rdBase.BlockLogs():
         try:
             return Chem.MolFromMolBlock(block, sanitize=False, removeHs=False)
-        except RuntimeError:  # such as a bond to an atom that is not there
+        except (RuntimeError, IndexError):  # such as a bond to an atom that is not there
             return None
 
 
@@ -85,6 +85,8 @@ def _reason(block: str, start: int) -> str:
     with rdBase.BlockLogs():
         try:
             rdChemReactions.ReactionFromRxnBlock(_REACTION + block)
+        except IndexError:  # the parser cuts columns out of a line that ends before them
+            text = ""
         except (ValueError, RuntimeError) as error:
             text = str(error)
         else:

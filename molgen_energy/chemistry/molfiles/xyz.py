@@ -32,6 +32,7 @@ _COLUMN_NAMES = {
     "atomic_numbers": "number", "pos": "positions", "position": "positions",
     "positions": "positions",
 }  # fmt: skip
+_BETWEEN_FRAMES = ("", ">")  # ORCA divides the frames of .allxyz by the second
 _MOST_AHEAD = 200_000  # lines; the end of a longer bad frame is not looked for by its size
 
 
@@ -63,7 +64,7 @@ _ELEMENTS = _Elements()
 def read_records(lines: Lines) -> Iterator[Record]:
     """Each frame; `_skip_bad_frame` says where the next one begins after a bad one."""
     while (line := lines.next()) is not None:
-        if line.strip():
+        if line.strip() not in _BETWEEN_FRAMES:
             yield _read_frame(line, lines)
 
 
@@ -110,7 +111,7 @@ def _comment_fields(comment: str) -> dict[str, str]:
 
 def _columns_of(fields: Mapping[str, str]) -> Columns:
     """The columns that a comment declares, or those of a plain XYZ; `ValueError` if neither."""
-    declared = fields.get("Properties")
+    declared = fields.get("Properties", fields.get("properties"))
     if declared is None:
         return PLAIN
     return _read_properties(declared)

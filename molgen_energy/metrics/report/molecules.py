@@ -232,13 +232,14 @@ def _details(evaluation: MoleculeEvaluation, distances: Comparison) -> dict[str,
 def _notes(evaluation: MoleculeEvaluation, results: MoleculeResults) -> list[str]:
     """Restrictions of a file's metrics, and what they mean together."""
     notes = _own_notes(evaluation)
-    reference = results.reference
-    data = reference.evaluation.rates["molecule_stability"]
-    if is_over_regular(evaluation, data):
+    reference = results.reference.evaluation
+    data = reference.rates["molecule_stability"]
+    if is_over_regular(evaluation, reference):
         notes.append("more often stable than real data: over-regular, not better than the data")
     rate = evaluation.rates["molecule_stability"]
     as_stable = (
-        rate is not None
+        evaluation.shares_stability(reference)
+        and rate is not None
         and data is not None
         and rate.value is not None
         and data.interval is not None
