@@ -45,7 +45,12 @@ from molgen_energy.metrics.checks.strain import rmsd, strain_mmff
 from molgen_energy.metrics.distances.comparison import Distributions, compare
 from molgen_energy.metrics.distances.mmd import mmd
 from molgen_energy.metrics.molecule_evaluation import evaluate_source
-from molgen_energy.metrics.options import EvaluationOptions, with_types
+from molgen_energy.metrics.options import (
+    DEFAULT_METRICS,
+    EvaluationOptions,
+    parse_metrics,
+    with_types,
+)
 from molgen_energy.metrics.reference import Reference, bundled_reference, evaluate_reference
 from molgen_energy.metrics.report.model import Report
 from molgen_energy.metrics.report.molecules import molecule_report
@@ -473,6 +478,38 @@ def test_files_with_some_given_bonds(tmp_path, molecules):
     given = run([tmp_path / "a.sdf"], options=replace(EVERYTHING_FAST, bonds="given"))
     assert given.samples[0].bonds == "given in the file"
     assert any("their bonds come from distances" in note for note in given.notes)
+
+
+def test_what_notes_say_of_other_data(tmp_path, molecules):
+    """Novelty against the reference's own training split, sizes that differ, absent elements."""
+    some = replace(molecules.select(np.arange(60)), smiles=None, properties={})
+    with MoleculeWriter(tmp_path / "mine.h5", source="mine") as writer:
+        writer.append(some)
+        writer.set_split(np.repeat(np.array([0, 2], np.uint8), 30))
+    for name, part in (("old", slice(0, 30)), ("new", slice(30, 50))):
+        with MoleculeWriter(tmp_path / f"{name}.h5", source=name) as writer:
+            writer.append(some.select(np.arange(60)[part]))
+    hydrogen_bromide = Molecule(np.array([[0, 0, 0], [0, 0, 1.41]], "f4"), np.array([1, 35], "u1"))
+    with MoleculeTextWriter(tmp_path / "hbr.xyz", {}) as writer:
+        writer.append(Molecules.from_list([hydrogen_bromide]))
+    paths = [tmp_path / name for name in ("old.h5", "new.h5", "hbr.xyz")]
+    found = run(paths, tmp_path / "mine.h5")
+    assert found.novelty_against.startswith("the training split of ")
+    assert [s.rates["novelty"].count for s in found.samples[:2]] == [
+        0, found.samples[1].rates["novelty"].total,
+    ]  # fmt: skip
+    assert any("different numbers of molecules" in note for note in found.notes)
+    assert any("has no Br; compare with" in note for note in found.samples[2].notes)
+    found = run(paths[:1], paths[1])
+    assert found.samples[0].rates["novelty"] is None
+    assert any("has no training split; pass --train" in note for note in found.notes)
+
+
+def test_metrics_by_name():
+    assert parse_metrics("default,fcd") == {*DEFAULT_METRICS, "fcd"}
+    assert parse_metrics(["strain"]) == {"rates", "strain"}
+    with pytest.raises(InputError, match="did you mean 'default'"):
+        parse_metrics("defualt")
 
 
 def test_provenance_is_of_this_package_only(tmp_path, molecules, samples):
