@@ -204,7 +204,7 @@ def test_a_reference_without_other_molecules_gives_ranges_up_to_a_third(rng):
     assert real.at("sizes", 100).interval[1] < real.at("sizes", 20).interval[1]
     comparison = Comparison({"sizes": Estimate(0.3, None, 150), "elements": Estimate(None)})
     (note,) = add_ranges(comparison, real)
-    assert "150 molecules have no range" in note
+    assert "for distances of 150 molecules" in note
     assert "20 to 100" in note
     comparison = Comparison({"sizes": Estimate(0.3, None, 50)})
     assert add_ranges(comparison, real) == []
