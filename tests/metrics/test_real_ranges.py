@@ -13,7 +13,12 @@ from molgen_energy.chemistry.geometry import GeometryTypes, code_of
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
 from molgen_energy.metrics.accumulator import EvaluationAccumulator, ValueSample, hash_numbers
 from molgen_energy.metrics.checks.chunk import CheckSettings, check_chunk
-from molgen_energy.metrics.distances.comparison import Comparison, Distributions, compare
+from molgen_energy.metrics.distances.comparison import (
+    Comparison,
+    Distributions,
+    compare,
+    compare_moments,
+)
 from molgen_energy.metrics.distances.fcd import FEATURES, Gaussian, Moments, extrapolate
 from molgen_energy.metrics.distances.mmd import mmd, mmd_between_groups
 from molgen_energy.metrics.distances.real_ranges import (
@@ -109,6 +114,7 @@ def test_fcd_extrapolated_to_infinite_sets(rng):
     assert found.interval[0] <= truth <= found.interval[1]
     assert found.value == pytest.approx(truth, abs=0.2)
     assert Moments.of_gaussians([target.gaussian()]).halves() == []
+    assert compare_moments(source, source)["fcd_infinite"].value == 0
 
 
 def molecule_values(count, rng) -> MoleculeValues:

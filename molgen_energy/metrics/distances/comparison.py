@@ -196,7 +196,10 @@ def _mean_over_types(rows: list[list[float]], molecules: int, least: float) -> E
 
 
 def compare_moments(source: Moments, target: Moments) -> dict[str, Estimate]:
-    """FCD as it is, and extrapolated to sets of infinite size."""
+    """FCD as it is, and extrapolated to sets of infinite size.
+
+    The extrapolation is for independent sets; a set is at distance 0 from itself.
+    """
     molecules = int(source.count.sum())
     if molecules < 2 or target.count.sum() < 2:
         nothing = Estimate(None, note="fewer than two valid molecules")
@@ -208,5 +211,7 @@ def compare_moments(source: Moments, target: Moments) -> dict[str, Estimate]:
         note = f"fewer than {MIN_EXTRAPOLATED} valid molecules"
         return found | {"fcd_infinite": Estimate(None, note=note)}
     whole = source.gaussian()
+    if whole.count == reference.count and np.allclose(whole.mean, reference.mean, atol=1e-12):
+        return found | {"fcd_infinite": Estimate(0.0, None, molecules)}
     of_halves = [whole.distance(half) for half in target.halves()]
     return found | {"fcd_infinite": extrapolate(values, of_halves, molecules)}

@@ -103,7 +103,8 @@ def mmd_between_groups(
     as 4 w: all sources are compared by one measure. Means of K within a sample are over pairs of
     different groups (an unbiased estimate: A. Gretton et al., J. Mach. Learn. Res. 13, 723, 2012,
     eq. 3, where groups stand for single numbers). Groups are independent of each other, and numbers
-    of one molecule, which are not, stand in one group. It can be negative.
+    of one molecule, which are not, stand in one group. It can be negative. Two samples of the same
+    numbers are not independent; they are at distance 0.
 
     Parameters
     ----------
@@ -118,6 +119,9 @@ def mmd_between_groups(
     -------
     One value more than `left_out`; NaN where no number remains.
     """
+    left_out = list(left_out)
+    if np.array_equal(np.sort(source), np.sort(target)):
+        return [0.0] * (1 + len(left_out))
     numbers, source_row = np.unique(group, return_inverse=True)
     target_row = np.unique(target_group, return_inverse=True)[1]
     row = np.concatenate([source_row, len(numbers) + target_row])
