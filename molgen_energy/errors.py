@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MEND_OR_SKIP = "mend it or pass --skip-bad to leave out such records"
+"""The remedy for a bad record of a file."""
+
 
 class InputError(ValueError):
     """Bad input. The message is one line: what is wrong, in which file and record, and the remedy.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
 from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.elements import symbol
-from molgen_energy.errors import InputError
+from molgen_energy.errors import MEND_OR_SKIP, InputError
 
 if TYPE_CHECKING:
     from molgen_energy.chemistry.anomalies import Anomalies
@@ -107,8 +107,7 @@ class Screen:
         for k, reason in sorted(bad.items()):
             record = f"{log.locate(int(chunk.records[k]))}: {reason}"
             if not self._skip_bad:
-                remedy = "; mend it or pass --skip-bad to leave out such records"
-                remedy = "" if self._skip_bad is None else remedy
+                remedy = "" if self._skip_bad is None else f"; {MEND_OR_SKIP}"
                 raise InputError(f"{log.file or source}: {record}{remedy}")
             log.skip(f"{log.file}: {record}" if log.file else record)
         return np.setdiff1d(np.arange(len(chunk)), list(bad))
@@ -118,14 +117,24 @@ class Screen:
         bad = {}
         foreign = np.flatnonzero(~self._allowed[molecules.atomic_numbers])
         for k in np.unique(molecules.molecule_index[foreign]).tolist():
-            elements = np.unique(molecules[k].atomic_numbers)
-            names = [symbol(z) for z in elements[~self._allowed[elements]].tolist()]
-            allowed = ", ".join(symbol(z) for z in np.flatnonzero(self._allowed[:119]).tolist())
-            bad[k] = f"it holds {', '.join(names)}, which is not among {allowed}"
+            names = foreign_elements(molecules[k].atomic_numbers, self._allowed)
+            bad[k] = foreign_reason(names, self._allowed)
             log.counts.update(f"left out with {name}" for name in names)
         for kind, reason in _BAD.items():
             bad |= dict.fromkeys(np.flatnonzero(found.kinds[kind]).tolist(), reason)
         return bad
+
+
+def foreign_elements(atomic_numbers: NDArray[np.uint8], allowed: NDArray[np.bool_]) -> list[str]:
+    """Symbols of the elements of a molecule that may not occur; `allowed` is (256,)."""
+    elements = np.unique(atomic_numbers)
+    return [symbol(z) for z in elements[~allowed[elements]].tolist()]
+
+
+def foreign_reason(names: list[str], allowed: NDArray[np.bool_]) -> str:
+    """Why a molecule with these elements is a bad record."""
+    among = ", ".join(symbol(z) for z in np.flatnonzero(allowed[:119]).tolist())
+    return f"it holds {', '.join(names)}, which is not among {among}"
 
 
 def _broken(molecules: Molecules) -> dict[int, str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
+import io
 import json
-import zlib
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -28,9 +28,9 @@ from molgen_energy.datasets.base import (
     option,
 )
 from molgen_energy.datasets.log import DatasetLog
+from molgen_energy.datasets.screening import foreign_elements, foreign_reason
 from molgen_energy.distributed import default_workers
-from molgen_energy.elements import symbol
-from molgen_energy.errors import InputError, unknown_name
+from molgen_energy.errors import MEND_OR_SKIP, InputError, unknown_name
 from molgen_energy.output import check_file, named_path, remove
 from molgen_energy.progress import ProgressCallback, no_progress
 
@@ -97,7 +97,9 @@ class SmilesFiles(ScreenedDataset):
 
     def default_output(self) -> Path:
         """Named after the first file."""
-        return Path(self.files[0].name.removesuffix(".gz")).with_suffix(".h5")
+        from molgen_energy.chemistry.molfiles import base_name
+
+        return Path(f"{base_name(self.files[0])}.h5")
 
     def source_name(self) -> str:
         """The names of the files, and how the conformers were made."""
@@ -230,9 +232,7 @@ class SmilesFiles(ScreenedDataset):
         """Leave out a bad record, or raise."""
         if not self.skip_bad:
             where = place if len(self.files) > 1 else f"{self.files[0].name}: {place}"
-            raise InputError(
-                f"{where}: {reason}; mend it or pass --skip-bad to leave out such records"
-            )
+            raise InputError(f"{where}: {reason}; {MEND_OR_SKIP}")
         log.skip(f"{place}: {reason}")
 
     def _records(self, log: DatasetLog) -> Iterator[_Record]:
@@ -284,21 +284,15 @@ class SmilesFiles(ScreenedDataset):
 
     def _rows(self, path: Path) -> Iterator[tuple[int, str, dict[str, str]]]:
         """Line number, SMILES and the other columns of each row."""
+        from molgen_energy.chemistry.molfiles.lines import DAMAGED, open_unpacked
+
         table = path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
+        text = partial(io.TextIOWrapper, encoding="utf-8-sig", errors="replace", newline="")
         try:
-            with _opened(path) as file:
+            with text(open_unpacked(path)) as file:
                 yield from _table(path, file, self.column) if table else _lines(file)
-        except (EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
+        except (*DAMAGED, csv.Error) as error:
             raise InputError(f"{path} cannot be read ({error}); make it again") from error
-
-
-def _opened(path: Path) -> IO[str]:
-    """A text file, plain or gzip by its first bytes, whatever the name says."""
-    with path.open("rb") as file:
-        is_packed = file.read(2) == b"\x1f\x8b"
-    if is_packed:
-        return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
-    return path.open(encoding="utf-8-sig", errors="replace", newline="")
 
 
 def _lines(file: IO[str]) -> Iterator[tuple[int, str, dict[str, str]]]:
@@ -335,11 +329,9 @@ def _table(
 
 def _check_elements(molecule: Any, allowed: NDArray[np.bool_]) -> None:
     """Raise `ValueError` where a molecule holds an element that may not occur."""
-    numbers = sorted({atom.GetAtomicNum() for atom in molecule.GetAtoms()})
-    foreign = [symbol(z) for z in numbers if not allowed[z]]
-    if foreign:
-        among = ", ".join(symbol(z) for z in np.flatnonzero(allowed[:119]).tolist())
-        raise ValueError(f"it holds {', '.join(foreign)}, which is not among {among}")
+    numbers = np.array([atom.GetAtomicNum() for atom in molecule.GetAtoms()], np.uint8)
+    if names := foreign_elements(numbers, allowed):
+        raise ValueError(foreign_reason(names, allowed))
 
 
 def _shard_name(part: list[_Record]) -> str:

@@ -111,13 +111,9 @@ def evaluate_inputs(
         )
     train = train or _training_split(reference)
     counter = ProgressCounter(progress, _total(sources, reference, train))
-    if reference is not None and train is None and not FileSource(reference).is_qm9():
-        notes.append(
-            f"novelty is n/a: {display_path(reference)} has no training split; pass --train"
-        )
-        training_hashes, novelty_against = None, _NO_TRAINING
-    else:
-        training_hashes, novelty_against = _training_hashes(train, options, workers, counter, notes)
+    training_hashes, novelty_against = _training_hashes(
+        train, reference, options, workers, counter, notes
+    )
     if reference is None:
         data = bundled_reference()
         _check_bundled(data, chosen, options)
@@ -248,6 +244,7 @@ def _check_bundled(
 
 def _training_hashes(
     train: Path | None,
+    reference: Path | None,
     options: EvaluationOptions,
     workers: WorkerPool,
     counter: ProgressCounter,
@@ -268,6 +265,10 @@ def _training_hashes(
         if source.skipped:
             notes.append(f"{name}: {source.skipped:,} bad records skipped")
         return hashes, f"the training split of {name}" if source.has_split("train") else name
+    if reference is not None and not FileSource(reference).is_qm9():
+        name = display_path(reference)
+        notes.append(f"novelty is n/a: {name} has no training split; pass --train")
+        return None, _NO_TRAINING
     if options.checks.bonds == "single":
         notes.append(
             "novelty is n/a: the bundled SMILES of QM9 were computed with perceived bonds; pass "

@@ -244,7 +244,11 @@ def _scanned(molecule: Any) -> ScannedRecord:
         except ValueError:
             return None
 
-    has_bonds = molecule.GetNumBonds() > 0 or molecule.GetNumAtoms() <= 1
+    has_bonds = (
+        molecule.GetNumBonds() > 0
+        or molecule.GetNumAtoms() <= 1
+        or any(atom.GetFormalCharge() for atom in molecule.GetAtoms())
+    )
     return ScannedRecord(has_bonds, _declared_perceived(molecule), parse)
 
 

@@ -222,3 +222,8 @@ def test_ions_need_no_bonds(tmp_path):
     assert MoleculeReader(tmp_path / "a.sdf").given_bonds.every
     (tmp_path / "b.sdf").write_text(f"{mols[1]}$$$$\n{mols[0].replace('M  CHG', 'M  RAD')}$$$$\n")
     assert MoleculeReader(tmp_path / "b.sdf").given_bonds.without == 2
+    # An empty record has a number too, as when the molecules are read.
+    (tmp_path / "b.sdf").write_text(
+        f"{mols[1]}$$$$\n$$$$\n{mols[0].replace('M  CHG', 'M  RAD')}$$$$\n"
+    )
+    assert MoleculeReader(tmp_path / "b.sdf").given_bonds.without == 3

@@ -17,6 +17,7 @@ from molgen_energy.chemistry.rdkit import build
 from molgen_energy.data.hdf5 import MoleculeWriter
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.errors import InputError
+from molgen_energy.metrics.sources import RDKitSource
 
 FAST = {"metrics": "rates", "workers": 0}
 
@@ -131,3 +132,10 @@ def test_options_of_another_system(tmp_path):
     }  # fmt: skip
     with pytest.raises(InputError, match="--bonds is for molecules, not for shapes"):
         evaluate(tmp_path / "a.h5", bonds="given")
+
+
+def test_ions_in_memory_need_no_bonds_as_those_of_a_file():
+    mols = [Chem.AddHs(Chem.MolFromSmiles(smiles)) for smiles in ("[Na+].[Cl-]", "O")]
+    for molecule in mols:
+        molecule.AddConformer(Chem.Conformer(molecule.GetNumAtoms()))
+    assert RDKitSource(mols).given_bonds.every

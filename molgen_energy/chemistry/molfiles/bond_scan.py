@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 from molgen_energy.chemistry.bonds import are_perceived
+from molgen_energy.chemistry.fields import BONDS
 from molgen_energy.chemistry.molfiles.lines import Lines
-from molgen_energy.chemistry.molfiles.sdf import parse_mol_block
+from molgen_energy.chemistry.molfiles.sdf import parse_mol_block, split_records
 from molgen_energy.data.molecules import Molecule
 
 _DECLARED_CHECKED = 100
-_PERCEIVED_FIELD = "<bonds>"
+_FIELD = f"<{BONDS}>"
 
 
 class GivenBonds(NamedTuple):
@@ -79,21 +81,12 @@ def scan_xyz(lines: Lines) -> Iterator[ScannedRecord]:
 
 def scan_sdf(lines: Lines) -> Iterator[ScannedRecord]:
     """The records of an SDF, of which only the counts and the field `bonds` are read."""
-    while True:
-        record: list[str] = []
-        perceived = False
-        while (line := lines.next()) is not None and not line.startswith("$$$$"):
-            if line[0] == ">" and _PERCEIVED_FIELD in line:
-                record.append(line)
-                line = lines.next()
-                if line is None:
-                    break
-                perceived = line.startswith("perceived")
-            record.append(line)
-        if any(text.strip() for text in record):
-            yield ScannedRecord(_has_bonds(record), perceived, _parser(record))
-        if line is None:
-            return
+    for _, record in split_records(lines):
+        perceived = any(
+            header[0] == ">" and _FIELD in header and value.startswith("perceived")
+            for header, value in pairwise(record)
+        )
+        yield ScannedRecord(_has_bonds(record), perceived, _parser(record))
 
 
 def _parser(record: list[str]) -> Callable[[], Molecule | None]:

@@ -18,7 +18,7 @@ from molgen_energy.errors import InputError
 from molgen_energy.output import check_file
 
 # By their first bytes, whatever the name: browsers and download tools pack and unpack files.
-_OPENERS: dict[bytes, Callable[[Any], Any]] = {
+_OPENERS: dict[bytes, Callable[[Path, str], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
@@ -27,6 +27,24 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)
 """What reading a damaged compressed file raises; an `OSError` with a number is another fault."""
+
+
+def open_unpacked(path: Path) -> Any:
+    """A file as bytes, unpacked if its first bytes are those of gzip, bzip2 or xz.
+
+    Raises
+    ------
+    InputError
+        The file is missing, is no regular file, or cannot be opened.
+    """
+    check_file(path)
+    try:
+        with path.open("rb") as file:
+            start = file.peek()
+        opener = next((opener for mark, opener in _OPENERS.items() if start.startswith(mark)), open)
+        return opener(path, "rb")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 class Record(NamedTuple):
@@ -52,14 +70,7 @@ class Lines:
     """
 
     def __init__(self, path: Path) -> None:
-        check_file(path)
-        try:
-            self._file = path.open("rb")
-            start = self._file.peek()
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
-        opener = next((opener for mark, opener in _OPENERS.items() if start.startswith(mark)), None)
-        content = self._file if opener is None else opener(self._file)
+        content = open_unpacked(path)
         try:
             self.head: bytes = content.peek(io.DEFAULT_BUFFER_SIZE)
         except DAMAGED:  # reading the lines says so
@@ -101,4 +112,3 @@ class Lines:
     def close(self) -> None:
         """Close the file."""
         self._text.close()
-        self._file.close()

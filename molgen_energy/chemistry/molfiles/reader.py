@@ -26,8 +26,7 @@ from molgen_energy.chemistry.molfiles.bond_scan import (
 from molgen_energy.chemistry.molfiles.files import SDF, kind_of, molecule_files
 from molgen_energy.chemistry.molfiles.lines import DAMAGED, Lines, Record
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
-from molgen_energy.elements import atomic_number, symbol
-from molgen_energy.errors import InputError
+from molgen_energy.errors import MEND_OR_SKIP, InputError
 
 _MOST_NAMED = 5
 
@@ -55,8 +54,6 @@ class MoleculeReader:
         A file, a folder or a pattern, see `molecule_files`.
     skip_bad
         Go on after a bad record and remember it in `skipped`; else raise.
-    elements
-        Symbols that may occur, a record with another is bad; None allows all.
     selection
         Which data fields become properties, SMILES and groups. Bonds and charges of a record that
         says that they were perceived from distances, and were, are then left out. None reads atoms
@@ -73,13 +70,11 @@ class MoleculeReader:
         self,
         path: Path,
         skip_bad: bool = False,
-        elements: list[str] | None = None,
         selection: FieldSelection | None = None,
     ) -> None:
         self.files, self._is_set, self._notes = molecule_files(path)
         self.path = path
         self.skip_bad = skip_bad
-        self._allowed = None if elements is None else {atomic_number(name) for name in elements}
         self.selection = selection
         self.skipped: list[BadRecord] = []
         self.skipped_count = 0
@@ -200,8 +195,7 @@ class MoleculeReader:
             self.skipped.append(bad)
         if not self.skip_bad:
             raise InputError(
-                f"{bad.path}: record {bad.number} (line {bad.line}): {bad.reason}; "
-                "mend it or pass --skip-bad to leave out such records"
+                f"{bad.path}: record {bad.number} (line {bad.line}): {bad.reason}; {MEND_OR_SKIP}"
             )
 
     def _usable(self, record: Record) -> Molecule | str:
@@ -214,11 +208,6 @@ class MoleculeReader:
         if not np.isfinite(molecule.positions).all():
             atom = int(np.flatnonzero(~np.isfinite(molecule.positions).all(axis=1))[0]) + 1
             return f"the coordinates of atom {atom} are not finite"
-        if self._allowed is not None:
-            foreign = set(molecule.atomic_numbers.tolist()) - self._allowed
-            if foreign:
-                allowed = ", ".join(symbol(z) for z in sorted(self._allowed))
-                return f"it holds {symbol(min(foreign))}, which is not among {allowed}"
         if self.selection is None:
             return molecule
         try:

@@ -31,17 +31,27 @@ _FIELD = re.compile(r"^>.*?<([^>\n]+)>.*\n((?:(?!>.*<).*\S.*\n?)*)", re.MULTILIN
 
 
 def read_records(lines: Lines) -> Iterator[Record]:
-    """Each record up to its `$$$$`."""
+    """The molecule and the data fields of each record."""
+    for start, record in split_records(lines):
+        if any(text.strip() for text in record):
+            text = "".join(record)
+            yield Record(start, parse_mol_block(text, start), _data_fields(text))
+        else:
+            yield Record(start, "an empty record", {})
+
+
+def split_records(lines: Lines) -> Iterator[tuple[int, list[str]]]:
+    """The number of the first line of each record, and its lines up to `$$$$`.
+
+    What follows the last `$$$$` is a record unless it is empty.
+    """
     while True:
         start = lines.number + 1
         record: list[str] = []
         while (line := lines.next()) is not None and not line.startswith("$$$$"):
             record.append(line)
-        if any(text.strip() for text in record):
-            text = "".join(record)
-            yield Record(start, parse_mol_block(text, start), _data_fields(text))
-        elif line is not None:
-            yield Record(start, "an empty record", {})
+        if line is not None or any(text.strip() for text in record):
+            yield start, record
         if line is None:
             return
 

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.chemistry.anomalies import (
-    COINCIDENT,
-    Anomalies,
-    Neighbours,
-    find_anomalies,
-)
-from molgen_energy.chemistry.anomalies import (
-    KINDS as ANOMALIES,
-)
+from molgen_energy.chemistry.anomalies import COINCIDENT, Anomalies, Neighbours, find_anomalies
+from molgen_energy.chemistry.anomalies import KINDS as ANOMALIES
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.geometry import KINDS, measure
 from molgen_energy.chemistry.rdkit import (
@@ -72,8 +66,6 @@ class ChunkChecks:
     """The molecules with the bonds that were checked."""
     unstable: NDArray[np.bool_]
     """Which atoms are unstable, (ΣN,)."""
-    unstable_atoms: NDArray[np.int64]
-    """Their number in each molecule."""
     valid: NDArray[np.bool_]
     fragments: NDArray[np.int64]
     hydrogens_missing: NDArray[np.bool_]
@@ -94,6 +86,11 @@ class ChunkChecks:
     anomalies: Anomalies
     """What is probably a fault of the file. Molecules with coincident atoms are invalid, and these
     atoms are unstable."""
+
+    @cached_property
+    def unstable_atoms(self) -> NDArray[np.int64]:
+        """Number of unstable atoms of each molecule."""
+        return _count_per_molecule(self.unstable, self.chunk.molecules)
 
     @property
     def complete(self) -> NDArray[np.bool_]:
@@ -139,7 +136,6 @@ def _check(chunk: MoleculeChunk, settings: CheckSettings, failure: str | None) -
     return ChunkChecks(
         chunk=MoleculeChunk(chunk.records, checked),
         unstable=unstable | coincident,
-        unstable_atoms=_count_per_molecule(unstable | coincident, checked),
         valid=np.array([r.valid for r in results], bool),
         fragments=np.array([r.fragments for r in results], np.int64),
         hydrogens_missing=np.array([r.hydrogens_missing for r in results], bool),
