@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.data.molecules import AROMATIC, Bonds, Molecules, offsets_from_sizes
+from molgen_energy.data.molecules import AROMATIC, Molecules
 from molgen_energy.elements import atomic_number, symbol
 
 KINDS: Mapping[str, str] = {
@@ -227,7 +227,7 @@ class _Finder:
                 "no_hydrogens": needs & bare & ~scaled,
                 "few_hydrogens": needs & ~bare & ~scaled,
                 "fragments": (regular | self._near.given)
-                & (fragments(molecules, self._near)[1] > 1),
+                & (fragments(molecules, self._near.edges)[1] > 1),
                 "far": self._any(beyond[:, 0] | beyond[:, 1] | beyond[:, 2]),
             },
             self._median(scaled),
@@ -355,16 +355,22 @@ def _open_valences(molecules: Molecules) -> NDArray[np.bool_]:
 
 
 def fragments(
-    molecules: Molecules, near: Neighbours | None = None
+    molecules: Molecules, edges: NDArray[np.int64] | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Connected fragments by given bonds, or by distances where a molecule has none.
+    """Connected fragments.
+
+    Parameters
+    ----------
+    edges
+        Bonded atoms by their number among all atoms, (E, 2). By default given bonds, or near atoms
+        where a molecule has none (`Neighbours`).
 
     Returns
     -------
     The number of the fragment of each atom among all molecules, (ΣN,), and how many fragments each
     molecule has, (M,).
     """
-    i, j = (Neighbours(molecules) if near is None else near).edges.T
+    i, j = (Neighbours(molecules).edges if edges is None else edges).T
     # Every fragment gets the number of its first atom: roots of trees are joined along bonds, and
     # trees are flattened, until no bond joins two trees.
     label = np.arange(len(molecules.atomic_numbers))
@@ -400,34 +406,10 @@ def largest_fragments(molecules: Molecules) -> tuple[Molecules, NDArray[np.bool_
     kept = np.zeros(len(size), bool)
     # A molecule's best fragment is the first of its rows in this order.
     kept[order[np.unique(molecule[order], return_index=True)[1]]] = True
-    atoms = kept[label]
-    number = np.cumsum(atoms) - 1
-    sizes = np.bincount(molecules.molecule_index[atoms], minlength=len(molecules))
-    offsets = offsets_from_sizes(sizes)
-    bonds = None
-    if molecules.bonds is not None:
-        ends = molecules.atoms_of_bonds()
-        rows = atoms[ends].all(axis=1)
-        of_molecule = molecules.molecule_index[ends[rows, 0]]
-        bonds = Bonds(
-            (number[ends[rows]] - offsets[of_molecule][:, None]).astype(np.uint32),
-            molecules.bonds.order[rows],
-            offsets_from_sizes(np.bincount(of_molecule, minlength=len(molecules))),
-        )
     smiles = molecules.smiles
     if smiles is not None:
         smiles = np.where(several, "", smiles).astype(object)
-    charges = molecules.formal_charges
-    changed = replace(
-        molecules,
-        positions=molecules.positions[atoms],
-        atomic_numbers=molecules.atomic_numbers[atoms],
-        offsets=offsets,
-        formal_charges=None if charges is None else charges[atoms],
-        bonds=bonds,
-        smiles=smiles,
-    )
-    return changed, several
+    return replace(molecules.keep_atoms(kept[label]), smiles=smiles), several
 
 
 def fingerprints(molecules: Molecules) -> NDArray[np.uint64]:

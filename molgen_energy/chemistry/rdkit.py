@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rdkit import Chem, rdBase
 
-from molgen_energy.data.molecules import AROMATIC, Molecule
+from molgen_energy.data.molecules import AROMATIC, Molecule, Molecules
 
 BOND_TYPES = {
     1: Chem.BondType.SINGLE,
@@ -149,7 +149,7 @@ def sanitize(
             missing = any(_lacks_hydrogens(atom) for atom in built.GetAtoms())
             largest = built
             if fragments > 1:  # `GetMolFrags(asMols=True)` takes an hour for 20,000 fragments
-                largest = build(_part(molecule, np.array(max(parts, key=len))))
+                largest = build(_part(molecule, max(parts, key=len)))
                 Chem.SanitizeMol(largest)
             smiles = Chem.MolToSmiles(largest)
             whole = _whole_smiles(built) if whole_smiles else None
@@ -220,23 +220,11 @@ def _unstable_atoms(
     return tuple(sorted(unstable))
 
 
-def _part(molecule: Molecule, atoms: NDArray[np.int64]) -> Molecule:
-    """Some atoms (n,) in ascending order, with the charges of them and the bonds among them."""
-    index = order = None
-    if molecule.bond_index is not None and molecule.bond_order is not None:
-        new = np.full(len(molecule), -1)
-        new[atoms] = np.arange(len(atoms))
-        index = new[molecule.bond_index]
-        inside = (index >= 0).all(axis=1)
-        index, order = index[inside], molecule.bond_order[inside]
-    charges = molecule.formal_charges
-    return Molecule(
-        molecule.positions[atoms],
-        molecule.atomic_numbers[atoms],
-        None if charges is None else charges[atoms],
-        index,
-        order,
-    )
+def _part(molecule: Molecule, atoms: tuple[int, ...]) -> Molecule:
+    """A molecule's atoms of these indices, in ascending order."""
+    kept = np.zeros(len(molecule), bool)
+    kept[list(atoms)] = True
+    return Molecules.from_list([molecule]).keep_atoms(kept)[0]
 
 
 def _whole_smiles(molecule: Chem.Mol) -> str | None:

@@ -21,7 +21,7 @@ properties/<name>    (M,)          float64  in the unit beside the values, NaN w
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -339,6 +339,34 @@ class Molecules:
             None if self.smiles is None else self.smiles[which],
             {k: Property(p.values[which], p.unit) for k, p in self.properties.items()},
             None if self.groups is None else self.groups[which],
+        )
+
+    def keep_atoms(self, atoms: NDArray[np.bool_]) -> Molecules:
+        """The molecules with some of their atoms (ΣN,), and the bonds among these.
+
+        Other columns stay.
+        """
+        number = np.cumsum(atoms) - 1
+        owner = self.molecule_index
+        offsets = offsets_from_sizes(np.bincount(owner[atoms], minlength=len(self)))
+        bonds = None
+        if self.bonds is not None:
+            ends = self.atoms_of_bonds()
+            rows = atoms[ends].all(axis=1)
+            owner = owner[ends[rows, 0]]
+            bonds = Bonds(
+                (number[ends[rows]] - offsets[owner][:, None]).astype(np.uint32),
+                self.bonds.order[rows],
+                offsets_from_sizes(np.bincount(owner, minlength=len(self))),
+            )
+        charges = self.formal_charges
+        return replace(
+            self,
+            positions=self.positions[atoms],
+            atomic_numbers=self.atomic_numbers[atoms],
+            offsets=offsets,
+            formal_charges=None if charges is None else charges[atoms],
+            bonds=bonds,
         )
 
     def padded(self) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:

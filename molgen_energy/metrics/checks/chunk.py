@@ -11,7 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.chemistry.anomalies import COINCIDENT, Anomalies, Neighbours, find_anomalies
+from molgen_energy.chemistry.anomalies import (
+    COINCIDENT,
+    Anomalies,
+    Neighbours,
+    find_anomalies,
+    fragments,
+)
 from molgen_energy.chemistry.anomalies import KINDS as ANOMALIES
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.geometry import KINDS, measure
@@ -167,8 +173,8 @@ def _fail_coincident(
         atoms[np.isin(molecules.molecule_index, which)] = closest < COINCIDENT
         for k in which.tolist():
             reason = ANOMALIES[kind].removeprefix("have ")
-            fragments, forms = results[k].fragments, results[k].forms
-            results[k] = SanitizationResult(False, fragments, reason=reason, forms=forms)
+            count, forms = results[k].fragments, results[k].forms
+            results[k] = SanitizationResult(False, count, reason=reason, forms=forms)
     return atoms, results
 
 
@@ -231,24 +237,11 @@ def _sanitize_all(
     if failure is None:
         return [sanitize(m, settings.whole_smiles, forms, strict) for m in molecules]
     unstable = [tuple(range(size)) if strict else () for size in molecules.sizes.tolist()]
-    fragments = _count_fragments(molecules).tolist()
+    counts = fragments(molecules, molecules.atoms_of_bonds())[1].tolist()
     return [
         SanitizationResult(False, count, reason=failure, unstable_atoms=atoms)
-        for count, atoms in zip(fragments, unstable, strict=True)
+        for count, atoms in zip(counts, unstable, strict=True)
     ]
-
-
-def _count_fragments(molecules: Molecules) -> NDArray[np.int64]:
-    """Number of connected components of each molecule, (M,)."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    i, j = molecules.atoms_of_bonds().T
-    atoms = len(molecules.atomic_numbers)
-    graph = coo_array((np.ones(len(i), np.int8), (i, j)), shape=(atoms, atoms))
-    _, label = connected_components(graph, directed=False)
-    pairs = np.unique(np.stack([molecules.molecule_index, label], axis=1), axis=0)
-    return np.bincount(pairs[:, 0], minlength=len(molecules))
 
 
 def _count_per_molecule(atoms: NDArray[np.bool_], molecules: Molecules) -> NDArray[np.int64]:
