@@ -22,7 +22,7 @@ from rich.table import Table
 
 from molgen_energy.chemistry.bonds import DOUBLE, MARGINS, SINGLE, TRIPLE
 from molgen_energy.chemistry.molfiles import MoleculeTextWriter
-from molgen_energy.chemistry.valence import VALENCES
+from molgen_energy.chemistry.valence import EDM_VALENCES
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.distributed import default_workers
@@ -96,7 +96,7 @@ def naive(molecules: Molecules) -> tuple[int, int]:
                 sums[j] += order
                 if order:
                     built.AddBond(i, j, _KINDS[order])
-        stable += all(s in VALENCES[name] for s, name in zip(sums, names, strict=True))
+        stable += all(s in EDM_VALENCES[name] for s, name in zip(sums, names, strict=True))
         valid += Chem.SanitizeMol(built, catchErrors=True) == 0
     return stable, valid
 
