@@ -32,6 +32,7 @@ LAYERS = (
     "workers",
     "distributed",
     "config",
+    "formats",
     "output",
     "elements",
     "resources",

@@ -44,12 +44,11 @@ def _machine() -> int | None:
 
 
 def _control_group() -> int | None:
-    for path in _CGROUP_LIMITS:
-        try:
-            return int(path.read_text(encoding="ascii"))
-        except (OSError, ValueError):  # none, or `max`
-            continue
-    return None
+    path = next((path for path in _CGROUP_LIMITS if path.is_file()), None)
+    try:
+        return None if path is None else int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # `max` is no limit
+        return None
 
 
 def _address_space() -> int | None:
