@@ -307,6 +307,8 @@ class HDF5File:
                 raise self.error(f"lacks the {where}", colon=False)
             return None
         try:
+            if spec.shape and not self._fits(np.shape(value), spec.shape):
+                raise ValueError
             return _checked(spec, value)
         except (ValueError, TypeError):
             raise self.error(f"{where}: expected {spec.expected}, found {found}") from None
@@ -517,11 +519,9 @@ def _checked(spec: AttributeSpec, value: Any) -> Any:
     """The value of an attribute; `ValueError` or `TypeError` unless it is as declared."""
     if spec.shape:
         kinds = {"integer": "iu", "float": "iuf"}[spec.kind]
-        if not isinstance(value, np.ndarray) or value.ndim != len(spec.shape):
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds:
             raise TypeError
-        if value.dtype.kind not in kinds:
-            raise TypeError
-        low, high = value.min(initial=np.inf), value.max(initial=-np.inf)
+        low, high = (value.min(), value.max()) if value.size else (0, 0)
     elif spec.kind in ("integer", "float"):
         if type(value) not in ((int,) if spec.kind == "integer" else (int, float)):
             raise TypeError

@@ -163,7 +163,7 @@ def test_nan_names_the_molecule(tmp_path, sample_path):
     path = edited(tmp_path / "a.h5", sample_path, poison)
     with (
         MoleculeFile(path) as file,
-        pytest.raises(InputError, match="record 42: .*'positions'"),
+        pytest.raises(InputError, match=r"record 42: .*'positions'"),
     ):
         file.load()
 
