@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from molgen_energy.data.shards import Manifest
+from molgen_energy.formats.yaml import YAMLFormat
 
 
 class SmilesManifest(Manifest):
@@ -19,3 +20,10 @@ class SmilesManifest(Manifest):
     """The relaxation."""
     rdkit: str
     """Version of RDKit."""
+
+
+SMILES_MANIFEST = YAMLFormat(
+    "manifest.yaml of conformers",
+    "The options of `preprocess smiles`, in `FILE.shards` until it ends.",
+    SmilesManifest,
+)

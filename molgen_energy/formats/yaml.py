@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +47,21 @@ class Schema(BaseModel):
     declared ones are refused.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+@dataclass(frozen=True)
+class YAMLFormat:
+    """The declaration of a YAML file."""
+
+    title: str
+    """The file and what it belongs to."""
+    purpose: str
+    """What the file is for, in a sentence or two."""
+    schema: type[Schema]
+    """Its keys, their types, ranges and meanings."""
 
 
 def load_yaml(source: Path | str | bytes, what: str = "") -> Any:

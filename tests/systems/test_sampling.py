@@ -489,7 +489,9 @@ def test_a_checkpoint_that_a_trainer_replaces_is_read_whole(tmp_path):
 
     def save(step):
         weights = {"ema": {"x": torch.full((50_000,), float(step))}}
-        save_checkpoint(tmp_path / "checkpoints" / "last", config, {"step": step}, weights)
+        save_checkpoint(
+            tmp_path / "checkpoints" / "last", config, {"progress": {"step": step}}, weights
+        )
 
     def train():
         step = 1
@@ -507,8 +509,8 @@ def test_a_checkpoint_that_a_trainer_replaces_is_read_whole(tmp_path):
             except InputError as error:
                 assert "is replaced faster than it can be read" in str(error)
                 continue
-            steps.add(loaded.state["step"])
-            assert loaded.read_tensors("ema")["x"][0] == loaded.state["step"]
+            steps.add(loaded.state["progress"]["step"])
+            assert loaded.read_tensors("ema")["x"][0] == loaded.state["progress"]["step"]
     finally:
         stop.set()
         trainer.join()

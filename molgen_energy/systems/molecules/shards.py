@@ -12,6 +12,7 @@ from pydantic import Field, Strict, model_validator
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.data.shards import Manifest, ShardFolder, check_unchanged, shards_folder
 from molgen_energy.errors import InputError
+from molgen_energy.formats.yaml import YAMLFormat
 from molgen_energy.output import check_writable
 from molgen_energy.systems.molecules.state import Atoms
 
@@ -64,6 +65,13 @@ class SamplingJob(Manifest):
         if self.n_atoms is not None and self.n_atoms[0] > self.n_atoms[1]:
             raise ValueError("n_atoms: expected the fewest before the most atoms")
         return self
+
+
+SAMPLING_MANIFEST = YAMLFormat(
+    "manifest.yaml of sampled molecules",
+    "The options of `sample`, in `FILE.shards` until it ends; `sample --resume` reads it.",
+    SamplingJob,
+)
 
 
 class Shard(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from molgen_energy.elements import atomic_number
-from molgen_energy.formats.yaml import Schema
+from molgen_energy.formats.yaml import Schema, YAMLFormat
 from molgen_energy.training.state import Count, Finite, RunState
 
 MOST_ATOMS = 1_000_000
@@ -94,3 +94,10 @@ class MoleculeState(RunState):
     """Of pretrained weights."""
     training: dict[str, str | float] | None = None
     """Of pretrained weights: command, hardware and minutes."""
+
+
+MOLECULE_STATE = YAMLFormat(
+    "state.yaml of a run on molecules",
+    "What a checkpoint holds besides configuration and weights.",
+    MoleculeState,
+)

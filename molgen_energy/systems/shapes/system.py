@@ -22,6 +22,7 @@ from molgen_energy.config import Config, OneOf
 from molgen_energy.data.arrays import write_arrays
 from molgen_energy.data.splits import SPLITS
 from molgen_energy.errors import InputError
+from molgen_energy.formats.yaml import YAMLFormat
 from molgen_energy.losses import LOSSES, SPIN_LOSSES, EnergyConfig, Loss, LossConfig
 from molgen_energy.models import SHAPE_MODELS
 from molgen_energy.models.mlp import MLPConfig
@@ -73,6 +74,13 @@ class ShapeState(RunState):
         if self.radii[0] > self.radii[1]:
             raise ValueError("radii: expected the smallest before the largest radius")
         return self
+
+
+SHAPE_STATE = YAMLFormat(
+    "state.yaml of a run on polygons",
+    "What a checkpoint holds besides configuration and weights.",
+    ShapeState,
+)
 
 
 class ShapeSystem(System):

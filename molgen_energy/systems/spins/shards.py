@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from molgen_energy.data.shards import Manifest
+from molgen_energy.formats.yaml import YAMLFormat
 
 
 class SpinManifest(Manifest):
@@ -20,3 +21,10 @@ class SpinManifest(Manifest):
     """Lattices."""
     boundary: Literal["open", "periodic"]
     seed: Annotated[int, Field(ge=0)]
+
+
+SPIN_MANIFEST = YAMLFormat(
+    "manifest.yaml of solved lattices",
+    "The options of `preprocess spins`, in `FILE.shards` until it ends.",
+    SpinManifest,
+)

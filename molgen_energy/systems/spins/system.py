@@ -17,6 +17,7 @@ from molgen_energy.config import Config, OneOf
 from molgen_energy.data.arrays import write_arrays
 from molgen_energy.data.splits import SPLITS
 from molgen_energy.errors import InputError
+from molgen_energy.formats.yaml import YAMLFormat
 from molgen_energy.losses import LOSSES, SPIN_LOSSES, Loss, LossConfig, lattice_couplings
 from molgen_energy.losses.spin import LocalFieldConfig
 from molgen_energy.models import SPIN_MODELS
@@ -61,6 +62,13 @@ class SpinState(RunState):
 
     boundary: Literal["open", "periodic"]
     """Of the training lattices."""
+
+
+SPIN_STATE = YAMLFormat(
+    "state.yaml of a run on spin glasses",
+    "What a checkpoint holds besides configuration and weights.",
+    SpinState,
+)
 
 
 class SpinSystem(System):
