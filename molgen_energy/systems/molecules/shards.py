@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, Strict, model_validator
 
-from molgen_energy.data.molecules import Molecules
+from molgen_energy.data.molecules import PROPERTIES, SHAPES, Molecules
 from molgen_energy.data.shards import Manifest, ShardFolder, check_unchanged, shards_folder
 from molgen_energy.errors import InputError
 from molgen_energy.formats.yaml import YAMLFormat
@@ -139,10 +139,17 @@ class MoleculeShards(ShardFolder[SamplingJob]):
 
     def read(self, shard: Shard) -> Molecules | None:
         """The molecules of a shard; None if it is missing or damaged."""
-        arrays = self.load(shard.name)
+        properties = {f"{PROPERTIES}{name}": ("float64", ("molecules",)) for name in self.job.units}
+        declared = {**SHAPES, **properties, "numbers": ("int64", ("molecules",))}
+        arrays = self.load(shard.name, declared)
         if arrays is None or not np.array_equal(arrays.pop("numbers"), shard.numbers):
             return None
-        return Molecules.from_arrays(arrays, self.job.units)
+        molecules = Molecules.from_arrays(arrays, self.job.units)
+        try:
+            molecules.check()
+        except InputError:
+            return None
+        return molecules if len(molecules) == len(shard.numbers) else None
 
     def write(self, shard: Shard, molecules: Molecules) -> None:
         """Store a shard that was drawn."""
