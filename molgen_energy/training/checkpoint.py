@@ -28,7 +28,7 @@ from molgen_energy.formats.tensors import pack_tensors, read_tensors
 from molgen_energy.formats.yaml import MOST_BYTES, dump_yaml, load_yaml, shown, validate_as
 from molgen_energy.output import flush_to_disk, remove, with_filename
 from molgen_energy.training.pretrained import verify_checksums
-from molgen_energy.training.state import RunState, State
+from molgen_energy.training.state import Progress, RunState, State
 
 FORMAT = 3
 _OLDEST = 2
@@ -112,11 +112,16 @@ class Checkpoint:
         return validate_as(declaration, self.state, str(self.path / "state.yaml"), _REMEDY)
 
     @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        return Progress.model_validate(self.state["progress"])
+
+    @property
     def origin(self) -> str:
         """Run and step of the weights; `runs/x/checkpoints/last` is of run x."""
         path = self.path.resolve()
         run = path.parents[1].name if path.parent.name == "checkpoints" else path.name
-        return f"{run}, step {self.state['progress']['step']}"
+        return f"{run}, step {self.progress.step}"
 
     def load_weights(self, model: nn.Module, name: str) -> None:
         """Load the weights `model` or `ema` into a model of the same architecture.

@@ -23,7 +23,8 @@ from molgen_energy.losses.spin import LocalFieldConfig
 from molgen_energy.models import SPIN_MODELS
 from molgen_energy.models.resnet import ResNetConfig
 from molgen_energy.progress import ProgressCallback
-from molgen_energy.systems.base import SamplingCallback, SamplingResult, System, build_with_seed
+from molgen_energy.systems.base import SamplingCallback, SamplingResult, System
+from molgen_energy.systems.networks import build_network
 from molgen_energy.systems.spins.files import read_couplings, read_spins
 from molgen_energy.systems.spins.lattices import Lattices, fix_gauge
 from molgen_energy.systems.supervised import (
@@ -126,7 +127,7 @@ class SpinSystem(System):
 
 def build_model(config: SpinConfig, periodic: bool) -> nn.Module:
     """The configured network, with random weights of the run's seed."""
-    return build_with_seed(config.training.seed, lambda: config.model.build(_CHANNELS, periodic))
+    return build_network(config.model, config.training.seed, _CHANNELS, periodic)
 
 
 def as_channels(lattices: Lattices) -> Tensor:
