@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -89,6 +90,9 @@ class Shard(NamedTuple):
         return f"{self.window:06d}-{self.place:05d}.shard"
 
 
+_NAME = re.compile(r"([0-9]{6,9})-[0-9]{5,9}\.shard")  # of the file of a shard
+
+
 class MoleculeShards(ShardFolder[SamplingJob]):
     """The folder of finished shards of a file of molecules; made by `create` or `open`.
 
@@ -136,6 +140,11 @@ class MoleculeShards(ShardFolder[SamplingJob]):
     def has(self, shard: Shard) -> bool:
         """Whether a shard is finished; it may have been damaged since."""
         return self.holds(shard.name)
+
+    def windows(self) -> set[int]:
+        """The windows of which a shard is finished."""
+        names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return {int(match[1]) for match in names if match is not None}
 
     def read(self, shard: Shard) -> Molecules | None:
         """The molecules of a shard; None if it is missing or damaged."""

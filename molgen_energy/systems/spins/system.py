@@ -159,7 +159,8 @@ class SpinGenerator:
         self._config, self.origin = config, checkpoint.origin
         self._boundary = state.boundary
         self._trained_on = Path(str(config.data.path))
-        self._data = self._trained_on if data is None else data
+        self._data, self._named = self._trained_on if data is None else data, data is not None
+        self._fingerprint = None if state.data is None else state.data.fingerprint
         self.inputs: tuple[Path, ...] = (self._trained_on, self._data)
         self._lattices, self._records, self._source = self._read()
         config.model.check_lattice(self._lattices.size, self._lattices.periodic)
@@ -196,6 +197,11 @@ class SpinGenerator:
             raise InputError(
                 f"{path} holds lattices with {found.file.attributes['boundary']} boundaries, the "
                 f"run was trained on {self._boundary} ones; name others with --data"
+            )
+        if trained_on and not self._named and found.file.fingerprint() != self._fingerprint:
+            raise InputError(
+                f"{path}, which the run names, is not the data that it was trained on; name "
+                "couplings with --data FILE"
             )
         which = found.file.split_indices("test") if trained_on else np.arange(len(found.file))
         if not len(which):
