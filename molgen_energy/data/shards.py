@@ -9,7 +9,6 @@ names when they are complete.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -19,7 +18,15 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from molgen_energy.errors import InputError
-from molgen_energy.output import atomic_write, lock_file, remove, with_filename
+from molgen_energy.output import (
+    atomic_write,
+    check_own_file,
+    lock_file,
+    remove,
+    remove_leftovers,
+    temporary_folder,
+    with_filename,
+)
 
 FORMAT = 2
 MANIFEST = "manifest.yaml"
@@ -54,6 +61,9 @@ class ShardFolder:
     def __init__(self, output: Path, command: str, lead: bool) -> None:
         self.folder = shards_folder(output)
         path, again = self.folder / MANIFEST, f"{command} again"
+        check_own_file(self.folder)
+        for file in self.folder.iterdir() if self.folder.is_dir() else ():
+            check_own_file(file)
         try:
             text = path.read_bytes()
             self.manifest: dict[str, Any] = yaml.safe_load(text)
@@ -79,23 +89,22 @@ class ShardFolder:
         self._lock: IO[bytes] | None = None
         if lead:
             self._lock = lock_file(path, str(self.folder))
+            remove_leftovers(self.folder)
 
     @staticmethod
     def begin(output: Path, command: str, manifest: Mapping[str, Any]) -> None:
         """Make the folder with a manifest that describes the job in YAML types."""
         folder = shards_folder(output)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        check_own_file(folder)
+        text = yaml.safe_dump(
+            {"format": FORMAT, "command": command} | dict(manifest), sort_keys=False
+        )
         try:
-            temporary.mkdir()
-            text = yaml.safe_dump(
-                {"format": FORMAT, "command": command} | dict(manifest), sort_keys=False
-            )
-            (temporary / MANIFEST).write_text(text, encoding="utf-8")
-            temporary.rename(folder)
+            with temporary_folder(folder) as temporary:
+                (temporary / MANIFEST).write_text(text, encoding="utf-8")
+                temporary.rename(folder)
         except OSError as error:
             raise with_filename(error, folder) from None
-        finally:
-            remove(temporary)
 
     def __enter__(self: Own) -> Own:
         return self
@@ -124,7 +133,7 @@ class ShardFolder:
     def store(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Write a finished shard."""
         payload = save(dict(arrays))
-        atomic_write(self.folder / name, self._digest(payload) + payload)
+        atomic_write(self.folder / name, self._digest(payload) + payload, own=True)
 
     def _digest(self, payload: bytes) -> bytes:
         return hashlib.sha256(self._salt + payload).digest()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from molgen_energy.output import atomic_replace
+from molgen_energy.output import atomic_replace, open_to_append
 
 _BEFORE = ("step", "epoch", "loss")
 _AFTER = ("valid_loss", "gradient_norm", "lr", "samples_per_second", "seconds", "skipped")
@@ -27,7 +27,7 @@ class MetricsLog:
         self._columns = (*_BEFORE, *loss_terms, *_AFTER)
         rows = read_metrics(self._path) if self._path.exists() else []
         with (
-            atomic_replace(self._path) as output,
+            atomic_replace(self._path, own=True) as output,
             output.temporary.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.writer(file)
@@ -41,7 +41,7 @@ class MetricsLog:
     def write(self, **values: float | int | None) -> None:
         """Append a row; missing columns stay empty."""
         row = ["" if values.get(name) is None else _text(values[name]) for name in self._columns]
-        with self._path.open("a", newline="", encoding="utf-8") as file:
+        with open_to_append(self._path) as file:
             csv.writer(file).writerow(row)
         if self._board is not None:
             for name, value in values.items():

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.data.shards import MANIFEST, ShardFolder, check_unchanged, shards_folder
 from molgen_energy.errors import InputError
-from molgen_energy.output import check_writable
+from molgen_energy.output import check_writable, open_to_append
 
 _DONE = ".done"
 _PAIRS = ("n_atoms", "temperature_range")
@@ -141,7 +141,7 @@ class MoleculeShards(ShardFolder):
 
     def mark_done(self, process: int) -> None:
         """Mark that a process has drawn its shards and does not need the folder any more."""
-        (self.folder / f"{process}{_DONE}").touch()
+        open_to_append(self.folder / f"{process}{_DONE}").close()
 
     def is_done(self, process: int) -> bool:
         """Whether a process has finished since the folder was locked."""
