@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from molgen_energy import __version__
 from molgen_energy.config import Config, RawConfig, Self, read_config
 from molgen_energy.errors import InputError
-from molgen_energy.output import flush_to_disk, remove, with_filename
+from molgen_energy.output import display_path, flush_to_disk, real_path, remove, with_filename
 from molgen_energy.training.pretrained import verify_checksums
 
 FORMAT = 3
@@ -75,7 +75,8 @@ class Checkpoint:
         if not path.is_file():
             raise InputError(f"{self.path} lacks {path.name}; {_REMEDY}")
         try:
-            return dict(safetensors.torch.load_file(path))
+            # By its bytes: the library opens no file whose name is not UTF-8.
+            return dict(safetensors.torch.load(path.read_bytes()))
         except safetensors.SafetensorError as error:
             raise InputError(f"{path} is cut off or damaged ({error}); {_REMEDY}") from error
 
@@ -102,9 +103,9 @@ class Checkpoint:
     @property
     def origin(self) -> str:
         """Run and step of the weights; `runs/x/checkpoints/last` is of run x."""
-        path = self.path.resolve()
-        run = path.parents[1].name if path.parent.name == "checkpoints" else path.name
-        return f"{run}, step {self.state['progress']['step']}"
+        path = real_path(self.path)
+        run = path.parents[1] if path.parent.name == "checkpoints" else path
+        return f"{display_path(Path(run.name))}, step {self.state['progress']['step']}"
 
     def load_weights(self, model: nn.Module, name: str) -> None:
         """Load the weights `model` or `ema` into a model of the same architecture.

@@ -20,6 +20,8 @@ from molgen_energy.losses import LOSSES, SPIN_LOSSES, Loss, LossConfig, lattice_
 from molgen_energy.losses.spin import LocalFieldConfig
 from molgen_energy.models import SPIN_MODELS
 from molgen_energy.models.resnet import ResNetConfig
+from molgen_energy.output import display_path, real_path
+from molgen_energy.paths import find_again
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.base import SamplingCallback, SamplingResult, System, build_with_seed
 from molgen_energy.systems.spins.files import read_couplings, read_spins
@@ -140,7 +142,8 @@ class SpinGenerator:
             raise InputError(f"{checkpoint.path} is not a checkpoint of a run on spins")
         self._config, self.origin = config, checkpoint.origin
         self._boundary = str(state["boundary"])
-        self._trained_on = Path(str(config.data.path))
+        self._trained_on = find_again(str(config.data.path), checkpoint.path)
+        self._fingerprint = state.get("data", {}).get("fingerprint")
         self._data = self._trained_on if data is None else data
         self.inputs: tuple[Path, ...] = (self._trained_on, self._data)
         self._lattices, self._records, self._source = self._read()
@@ -166,8 +169,8 @@ class SpinGenerator:
         path, periodic = self._data, self._boundary == "periodic"
         if path.suffix.lower() not in (".h5", ".hdf5"):
             lattices = read_couplings(path, periodic)
-            return lattices, 1 + np.arange(len(lattices)), path.name
-        trained_on = path.resolve() == self._trained_on
+            return lattices, 1 + np.arange(len(lattices)), display_path(Path(path.name))
+        trained_on = real_path(path) == real_path(self._trained_on)
         if trained_on and not path.exists():
             raise InputError(
                 f"{path}, the training data, does not exist any more; name couplings with --data "
@@ -179,10 +182,16 @@ class SpinGenerator:
                 f"{path} holds lattices with {found.file.attributes['boundary']} boundaries, the "
                 f"run was trained on {self._boundary} ones; name others with --data"
             )
+        if trained_on and found.file.fingerprint() != self._fingerprint:
+            raise InputError(
+                f"{path} is not the file that the run was trained on; name couplings with --data "
+                "FILE"
+            )
         which = found.file.split_indices("test") if trained_on else np.arange(len(found.file))
         if not len(which):
             raise InputError(f"{path} holds no test lattice; name couplings with --data FILE")
-        source = f"{path.name}, test split" if trained_on else path.name
+        name = display_path(Path(path.name))
+        source = f"{name}, test split" if trained_on else name
         return found.lattices.select(which), 1 + which, source
 
     def write(
