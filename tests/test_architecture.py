@@ -157,7 +157,7 @@ def test_files_are_read_in_one_place():
                 readers.add(module)
     assert opens == {"formats.hdf5"}
     # The pool reads what its own processes wrote.
-    assert {layer(module) for module in readers} == {"formats", "workers"}, readers
+    assert {layer(module) for module in readers} <= {"formats", "workers"}, readers
 
 
 def test_no_cycle_between_packages():
