@@ -50,6 +50,7 @@ class SamplingJob(Manifest):
     batch_size: Annotated[int, Field(ge=1, le=_MOST_IN_WINDOW)] | None
     """Molecules in a batch; None makes batches of `pairs` pairs of atoms."""
     pairs: Annotated[int, Field(ge=1, le=10**9)]
+    """Pairs of atoms in a batch."""
     window: Annotated[int, Field(ge=1, le=_MOST_IN_WINDOW)]
     """Molecules that are sorted by size and cut into batches together."""
     weights: Text
