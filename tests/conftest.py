@@ -20,6 +20,7 @@ from rdkit import Chem
 from rdkit.Chem import AllChem
 
 from molgen_energy.chemistry.bonds import perceive
+from molgen_energy.cli import main
 from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.data.molecules import Molecule, Molecules, offsets_from_sizes
 from molgen_energy.resources import asset
@@ -87,6 +88,27 @@ def cli(tmp_path: Path):
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done
+
+    return run
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Run a command in this process, in a folder of its own: exit code and errors."""
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+
+    def run(*arguments: object) -> tuple[int, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["molgen-energy", *map(str, arguments)])
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return int(ended.value.code or 0), capsys.readouterr().err
 
     return run
 

@@ -163,10 +163,10 @@ class MoleculeShards(ShardFolder[SamplingJob]):
         arrays = self.load(shard.name, declared)
         if arrays is None or not np.array_equal(arrays.pop("numbers"), shard.numbers):
             return None
-        molecules = Molecules.from_arrays(arrays, self.job.units)
         try:
+            molecules = Molecules.from_arrays(arrays, self.job.units)
             molecules.check()
-        except InputError:
+        except (InputError, KeyError):  # a part of the bonds is missing
             return None
         return molecules if len(molecules) == len(shard.numbers) else None
 
