@@ -157,7 +157,16 @@ def test_files_are_read_in_one_place():
                 readers.add(module)
     assert opens == {"formats.hdf5"}
     # The pool reads what its own processes wrote.
-    assert {layer(module) for module in readers} == {"formats", "workers"}, readers
+    assert {layer(module) for module in readers} - {"formats"} == {"workers"}, readers
+    for package, reader in (("yaml", "formats.yaml"), ("safetensors", "formats.tensors")):
+        users = {
+            module
+            for module, path in modules().items()
+            for statement in statements(ast.parse(path.read_text(encoding="utf-8")))
+            for name in imported_names(statement)
+            if name.partition(".")[0] == package
+        }
+        assert users == {reader}, users
 
 
 def test_no_cycle_between_packages():
