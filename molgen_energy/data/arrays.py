@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from molgen_energy import __version__
 from molgen_energy.data.hdf5 import (
-    SCHEMA,
     DeferredErrorFile,
     check_columns,
     check_hdf5_name,
@@ -28,6 +27,7 @@ from molgen_energy.data.hdf5 import (
 )
 from molgen_energy.data.splits import SPLITS
 from molgen_energy.errors import InputError
+from molgen_energy.formats.declaration import SCHEMA
 from molgen_energy.output import atomic_replace
 
 Columns = Mapping[str, NDArray[Any]]

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from molgen_energy import __version__
 from molgen_energy.data.molecules import (
+    AROMATIC,
     DTYPES,
     PROPERTIES,
     Bonds,
@@ -34,10 +35,19 @@ from molgen_energy.data.molecules import (
     offsets_from_sizes,
 )
 from molgen_energy.data.splits import SPLITS
+from molgen_energy.elements import ELEMENTS
 from molgen_energy.errors import InputError, unknown_name
+from molgen_energy.formats.declaration import (
+    FILE_ATTRIBUTES,
+    SCHEMA,
+    AttributeSpec,
+    DatasetSpec,
+    HDF5Format,
+    Relation,
+    Size,
+)
 from molgen_energy.output import atomic_replace, check_writable
 
-SCHEMA = 1
 _CHUNK_ROWS = 65536
 _MARGIN = 1 << 20  # bytes for the library's own tables
 _SLICE = 1 << 20  # most atoms of one slice: 12 MB of positions
@@ -45,6 +55,117 @@ _GAP = 1 << 11  # atoms that are read over rather than skipped; a call costs abo
 _OPTIONAL = ("formal_charges", "bonds", "smiles", "group")
 _ALL_OR_NONE = {"formal_charges": "formal charges", "bonds/index": "bonds", "group": "groups"}
 """Columns that all molecules of a file have, or none, since no value says that it is missing."""
+
+
+def _not_ascending(offsets: NDArray[np.int64], total: int, least: int) -> NDArray[np.bool_]:
+    """Which records do not begin where the one before ends, (M,), or are of less than `least`."""
+    wrong = np.diff(offsets) < least
+    wrong[0] |= offsets[0] != 0
+    wrong[-1] |= offsets[-1] != total
+    return wrong
+
+
+def _any_of_records(rows: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which records have a row that is true, (M,)."""
+    before = np.concatenate([[0], np.cumsum(rows)])
+    return np.diff(before[offsets]) > 0
+
+
+def _outside(
+    index: NDArray[np.integer[Any]], offsets: NDArray[np.int64], bonds: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Which molecules have a bond of an atom that they do not have, (M,)."""
+    sizes = np.repeat(np.diff(offsets), np.diff(bonds))
+    return _any_of_records(np.asarray((index >= sizes[:, None]).any(axis=1)), bonds)
+
+
+def _with_itself(index: NDArray[np.integer[Any]], bonds: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which molecules have a bond of an atom with itself, (M,)."""
+    return _any_of_records(index[:, 0] == index[:, 1], bonds)
+
+
+MOLECULES = HDF5Format(
+    "molecules",
+    "Molecules",
+    "Molecules of any size one after another, with their split. `preprocess` writes it, and "
+    "`sample` where the output is HDF5; `train` and `evaluate` read it.",
+    sizes={
+        "M": Size("molecules"),
+        "N_total": Size("atoms of all molecules"),
+        "B": Size("bonds of all molecules", low=0),
+    },
+    records="molecules",
+    attributes=(
+        *FILE_ATTRIBUTES,
+        AttributeSpec("units", "text", "units of positions and charges", required=False),
+    ),
+    datasets=(
+        DatasetSpec(
+            "split", ("M",), "integer", "0 training, 1 validation, 2 test", low=0, high=2,
+            dtype="u1",
+        ),
+        DatasetSpec(
+            "offsets", ("M+1",), "integer",
+            "atoms of molecule i are offsets[i] to offsets[i+1] - 1", low=0,
+        ),
+        DatasetSpec(
+            "atomic_numbers", ("N_total",), "integer", "nuclear charges", low=1,
+            high=ELEMENTS, dtype="u1",
+        ),
+        DatasetSpec("positions", ("N_total", 3), "float", "coordinates", unit="Å", dtype="f4"),
+        DatasetSpec(
+            "formal_charges", ("N_total",), "integer", "formal charges", unit="e",
+            required=False, dtype="i1",
+        ),
+        DatasetSpec(
+            "bonds/offsets", ("M+1",), "integer",
+            "bonds of molecule i are offsets[i] to offsets[i+1] - 1", required=False,
+            required_with="bonds", low=0,
+        ),
+        DatasetSpec(
+            "bonds/index", ("B", 2), "integer", "numbers of two atoms within their molecule, from "
+            "0", required=False, required_with="bonds", low=0, dtype="u4",
+        ),
+        DatasetSpec(
+            "bonds/order", ("B",), "integer", "single, double, triple, or 12 for aromatic",
+            required=False, required_with="bonds", choices=(1, 2, 3, AROMATIC), dtype="u1",
+        ),
+        DatasetSpec(
+            "smiles", ("M",), "text", "SMILES, empty where it is missing", required=False,
+            fill=True,
+        ),
+        DatasetSpec(
+            "group", ("M",), "integer", "molecules of one group stay in one split",
+            required=False,
+        ),
+        DatasetSpec(
+            f"{PROPERTIES}*", ("M",), "float", "a property, NaN where it is missing",
+            unit="attribute `unit`", required=False, finite=False, fill=True,
+            attributes=(AttributeSpec("unit", "text", "unit of the values", required=False),),
+        ),
+    ),
+    relations=(
+        Relation(
+            "offsets that ascend from 0 to the number of atoms",
+            ("offsets", "N_total"),
+            lambda offsets, atoms: _not_ascending(offsets, atoms, 1),
+            at_opening=True,
+        ),
+        Relation(
+            "offsets that ascend from 0 to the number of bonds",
+            ("bonds/offsets", "B"),
+            lambda offsets, bonds: _not_ascending(offsets, bonds, 0),
+            at_opening=True,
+        ),
+        Relation(
+            "bonds of atoms of their molecule",
+            ("bonds/index", "offsets", "bonds/offsets"),
+            _outside,
+        ),
+        Relation("bonds of two different atoms", ("bonds/index", "bonds/offsets"), _with_itself),
+    ),
+)  # fmt: skip
+"""The declaration of files of molecules."""
 
 
 def _chunk_rows(rows: int) -> int:

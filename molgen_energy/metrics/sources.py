@@ -20,9 +20,10 @@ from molgen_energy.chemistry.molfiles.bond_scan import (
     ScannedRecord,
     find_given_bonds,
 )
-from molgen_energy.data.hdf5 import SCHEMA, MoleculeFile
+from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.errors import InputError
+from molgen_energy.formats.declaration import SCHEMA
 
 CHUNK_SIZE = 500
 
