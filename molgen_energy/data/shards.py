@@ -10,22 +10,42 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
-import yaml
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from molgen_energy.errors import InputError
+from molgen_energy.formats.parts import read_part
+from molgen_energy.formats.yaml import (
+    MOST_BYTES,
+    Schema,
+    dump_yaml,
+    load_yaml,
+    shown,
+    validate_as,
+)
 from molgen_energy.output import atomic_write, lock_file, remove, with_filename
 
 FORMAT = 2
 MANIFEST = "manifest.yaml"
 _DIGEST = 32  # bytes
 
-Own = TypeVar("Own", bound="ShardFolder")
+
+class Manifest(Schema):
+    """The declaration of `manifest.yaml`: what the shards of a file depend on.
+
+    Each command declares its own in a subclass. The file holds `format` and `command` as well.
+    """
+
+    version: str
+    """Version of this package."""
+
+
+Job = TypeVar("Job", bound=Manifest)
+Own = TypeVar("Own", bound="ShardFolder[Any]")
 
 
 def shards_folder(output: Path) -> Path:
@@ -33,7 +53,7 @@ def shards_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.shards")
 
 
-class ShardFolder:
+class ShardFolder(Generic[Job]):
     """The folder of the finished shards of a file; as a context manager it releases its lock.
 
     Parameters
@@ -42,6 +62,8 @@ class ShardFolder:
         The file.
     command
         Name of the command that writes it.
+    declaration
+        Of the manifest.
     lead
         Whether to lock the folder, so that no other process writes the file.
 
@@ -51,44 +73,50 @@ class ShardFolder:
         There is no such folder, it is damaged or of another command, or another process locks it.
     """
 
-    def __init__(self, output: Path, command: str, lead: bool) -> None:
+    def __init__(self, output: Path, command: str, declaration: type[Job], lead: bool) -> None:
         self.folder = shards_folder(output)
         path, again = self.folder / MANIFEST, f"{command} again"
+        if self.folder.is_symlink():
+            raise InputError(f"{self.folder} is a link; remove it and {again}")
+        if not path.exists() and not path.is_symlink():
+            raise InputError(_absent(output, again))
+        content = read_part(path, MOST_BYTES)
+        damaged = f"the manifest is damaged; remove {self.folder} and {again}"
         try:
-            text = path.read_bytes()
-            self.manifest: dict[str, Any] = yaml.safe_load(text)
-            known = self.manifest.pop("format") == FORMAT
-            if not self.manifest:
-                raise KeyError
-        except FileNotFoundError:
-            raise InputError(_absent(output, again)) from None
-        except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError, KeyError) as error:
-            raise InputError(f"{path} is damaged; remove {self.folder} and {again}") from error
-        if not known:
+            values = load_yaml(content, str(path))
+        except InputError as error:
+            raise InputError(f"{error}; {damaged}") from None
+        head = values if isinstance(values, dict) else {}
+        known, begun = head.pop("format", None), head.pop("command", "sample")
+        if known != FORMAT:
             raise InputError(
                 f"{path} was written by another version of molgen-energy; remove {self.folder}, or "
                 "use that version"
+                if type(known) is int
+                else f"{path}: key 'format': expected {FORMAT}, found {shown(known)}; {damaged}"
             )
-        begun = self.manifest.pop("command", "sample")
         if begun != command:
             raise InputError(
-                f"{self.folder} holds finished shards of `molgen-energy {begun}` for {output}; "
-                "continue with that command, or remove the folder"
+                f"{self.folder} holds finished shards of `molgen-energy {shown(begun)[1:-1]}` for "
+                f"{output}; continue with that command, or remove the folder"
+                if isinstance(begun, str)
+                else f"{path}: key 'command': expected text, found {shown(begun)}; {damaged}"
             )
-        self._salt = hashlib.sha256(text).digest()
+        self.manifest = validate_as(declaration, values, str(path), damaged)
+        self._salt = hashlib.sha256(content).digest()
         self._lock: IO[bytes] | None = None
         if lead:
             self._lock = lock_file(path, str(self.folder))
 
     @staticmethod
-    def begin(output: Path, command: str, manifest: Mapping[str, Any]) -> None:
-        """Make the folder with a manifest that describes the job in YAML types."""
+    def begin(output: Path, command: str, manifest: Manifest) -> None:
+        """Make the folder with the manifest of a job."""
         folder = shards_folder(output)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         try:
             temporary.mkdir()
-            text = yaml.safe_dump(
-                {"format": FORMAT, "command": command} | dict(manifest), sort_keys=False
+            text = dump_yaml(
+                {"format": FORMAT, "command": command} | manifest.model_dump(mode="json")
             )
             (temporary / MANIFEST).write_text(text, encoding="utf-8")
             temporary.rename(folder)
@@ -135,14 +163,15 @@ class ShardFolder:
 
 
 def check_unchanged(
-    there: Mapping[str, Any], here: Mapping[str, Any], folder: Path, command: str
+    there: Manifest, here: Manifest, folder: Path, command: str, free: Collection[str] = ()
 ) -> None:
-    """Raise `InputError` if the options of a job differ from those it began with."""
-    for name in here:
-        if there.get(name) != here[name]:
+    """Raise `InputError` if a job differs from the one that was begun in keys that are not free."""
+    begun = there.model_dump(mode="json")
+    for name, value in here.model_dump(mode="json").items():
+        if name not in free and begun.get(name) != value:
             raise InputError(
-                f"{folder} was begun with {name.replace('_', ' ')} {there.get(name)}, which cannot "
-                f"change to {here[name]}; use the same options, or remove that folder and "
+                f"{folder} was begun with {name.replace('_', ' ')} {begun.get(name)}, which cannot "
+                f"change to {value}; use the same options, or remove that folder and "
                 f"{command} again"
             )
 

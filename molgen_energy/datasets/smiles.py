@@ -37,6 +37,7 @@ from molgen_energy.progress import ProgressCallback, no_progress
 if TYPE_CHECKING:
     from molgen_energy.chemistry.conformers import Embedded, Embedding
     from molgen_energy.chemistry.fields import FieldSelection
+    from molgen_energy.datasets.smiles_shards import SmilesManifest
 
 _SUFFIXES = (".smi", ".smiles", ".csv", ".tsv")
 _CHUNK = 100  # molecules in a shard: some seconds of work
@@ -136,6 +137,7 @@ class SmilesFiles(ScreenedDataset):
     def chunks(self, log: DatasetLog) -> Iterator[MoleculeChunk]:
         """The conformers of all files, in order."""
         from molgen_energy.data.shards import ShardFolder, check_unchanged, shards_folder
+        from molgen_energy.datasets.smiles_shards import SmilesManifest
 
         records = list(self._records(log))
         self._report_repeated(records, log)
@@ -143,7 +145,7 @@ class SmilesFiles(ScreenedDataset):
         manifest = self._manifest()
         if not shards_folder(log.output).exists():
             ShardFolder.begin(log.output, _COMMAND, manifest)
-        with ShardFolder(log.output, _COMMAND, lead=True) as shards:
+        with ShardFolder(log.output, _COMMAND, SmilesManifest, lead=True) as shards:
             check_unchanged(shards.manifest, manifest, shards.folder, "preprocess")
             names = [_shard_name(part) for part in parts]
             missing = {k for k, name in enumerate(names) if shards.load(name) is None}
@@ -166,17 +168,19 @@ class SmilesFiles(ScreenedDataset):
                 if not stored:
                     shards.remove()
 
-    def _manifest(self) -> dict[str, Any]:
+    def _manifest(self) -> SmilesManifest:
         """What the conformers depend on, besides the SMILES."""
         from rdkit import rdBase
 
-        return {
-            "seed": self.seed,
-            "conformers": self.conformers,
-            "relax": self.relax,
-            "rdkit": rdBase.rdkitVersion,
-            "version": __version__,
-        }
+        from molgen_energy.datasets.smiles_shards import SmilesManifest
+
+        return SmilesManifest(
+            seed=self.seed,
+            conformers=self.conformers,
+            relax=self.relax,
+            rdkit=rdBase.rdkitVersion,
+            version=__version__,
+        )
 
     def _embed(self, records: Iterable[_Record]) -> Generator[Embedded, None, None]:
         """Results in order; the same whatever the number of processes."""

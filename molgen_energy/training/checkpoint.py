@@ -18,14 +18,16 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-import yaml
 from torch import Tensor, nn
 
 from molgen_energy import __version__
 from molgen_energy.config import Config, RawConfig, Self, read_config
 from molgen_energy.errors import InputError
+from molgen_energy.formats.parts import read_part
+from molgen_energy.formats.yaml import MOST_BYTES, dump_yaml, load_yaml, shown, validate_as
 from molgen_energy.output import flush_to_disk, remove, with_filename
 from molgen_energy.training.pretrained import verify_checksums
+from molgen_energy.training.state import RunState, State
 
 FORMAT = 3
 _OLDEST = 2
@@ -99,6 +101,16 @@ class Checkpoint:
             raw = raw._replace(values=schema.upgrade(dict(raw.values)))
         return schema.of(raw)
 
+    def state_as(self, declaration: type[State]) -> State:
+        """The state of the run, as one of a physical system.
+
+        Raises
+        ------
+        InputError
+            A key is missing or unknown, or a value is not the declared one.
+        """
+        return validate_as(declaration, self.state, str(self.path / "state.yaml"), _REMEDY)
+
     @property
     def origin(self) -> str:
         """Run and step of the weights; `runs/x/checkpoints/last` is of run x."""
@@ -156,9 +168,7 @@ def save_checkpoint(
             content = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
             (temporary / f"{name}.safetensors").write_bytes(content)
         versions = {"molgen-energy": __version__, "torch": str(torch.__version__)}
-        text = yaml.safe_dump(
-            {"format": FORMAT, "versions": versions} | dict(state), sort_keys=False
-        )
+        text = dump_yaml({"format": FORMAT, "versions": versions} | dict(state))
         (temporary / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         (temporary / "state.yaml").write_text(text, encoding="utf-8")
         for file in temporary.iterdir():
@@ -252,15 +262,22 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 def _read(folder: Path) -> Checkpoint:
     """Configuration and state of a checkpoint's folder."""
     verify_checksums(folder)
+    path = folder / "state.yaml"
     try:
-        state = yaml.safe_load((folder / "state.yaml").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder / 'state.yaml'} is damaged; {_REMEDY}") from error
+        state = load_yaml(read_part(path, MOST_BYTES), str(path))
+    except InputError as error:
+        raise InputError(f"{error}; {_REMEDY}") from None
     if not isinstance(state, dict) or "format" not in state:
         raise InputError(f"{folder} is not a checkpoint of molgen-energy")
-    if not _OLDEST <= state["format"] <= FORMAT:
+    known = state["format"]
+    if type(known) is not int:
         raise InputError(
-            f"{folder} has checkpoint format {state['format']}, this version reads {_OLDEST} to "
-            f"{FORMAT}; {'upgrade molgen-energy' if state['format'] > FORMAT else _REMEDY}"
+            f"{path}: key 'format': expected a number, found {shown(known)}; {_REMEDY}"
         )
+    if not _OLDEST <= known <= FORMAT:
+        raise InputError(
+            f"{folder} has checkpoint format {known}, this version reads {_OLDEST} to {FORMAT}; "
+            f"{'upgrade molgen-energy' if known > FORMAT else _REMEDY}"
+        )
+    validate_as(RunState, state, str(path), _REMEDY)
     return Checkpoint(folder, read_config(folder / "config.yaml"), state)

@@ -151,11 +151,15 @@ def test_killed_at_any_moment_it_resumes(tmp_path, delay):
     assert not list((run / "checkpoints").glob("*.tmp"))
 
 
+def at_step(step: int) -> dict[str, dict[str, int]]:
+    return {"progress": {"step": step}}
+
+
 @pytest.mark.parametrize("moment", range(8))
 def test_a_checkpoint_is_old_or_new_at_every_moment(tmp_path, monkeypatch, moment):
     """Stop the writer at each of its operations on files: what is found is whole."""
     path, config = tmp_path / "last", tiny()
-    save_checkpoint(path, config, {"step": 1}, {"model": {"w": torch.ones(3)}})
+    save_checkpoint(path, config, at_step(1), {"model": {"w": torch.ones(3)}})
     count = 0
 
     class Killed(BaseException):
@@ -177,25 +181,27 @@ def test_a_checkpoint_is_old_or_new_at_every_moment(tmp_path, monkeypatch, momen
     monkeypatch.setattr(checkpoints, "flush_to_disk", dying(checkpoints.flush_to_disk))
     monkeypatch.setattr(checkpoints, "remove", dying(checkpoints.remove))
     with contextlib.suppress(Killed):
-        save_checkpoint(path, config, {"step": 2}, {"model": {"w": 2 * torch.ones(3)}})
+        save_checkpoint(path, config, at_step(2), {"model": {"w": 2 * torch.ones(3)}})
     monkeypatch.undo()
     found = load_checkpoint(path)
-    assert torch.equal(found.read_tensors("model")["w"], found.state["step"] * torch.ones(3))
-    save_checkpoint(path, config, {"step": 3}, {"model": {"w": 3 * torch.ones(3)}})
-    assert load_checkpoint(path).state["step"] == 3
+    assert torch.equal(
+        found.read_tensors("model")["w"], found.state["progress"]["step"] * torch.ones(3)
+    )
+    save_checkpoint(path, config, at_step(3), {"model": {"w": 3 * torch.ones(3)}})
+    assert load_checkpoint(path).state["progress"]["step"] == 3
 
 
 def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last"
-    save_checkpoint(path, tiny(), {"step": 1}, {"model": {"w": torch.ones(3)}})
+    save_checkpoint(path, tiny(), at_step(1), {"model": {"w": torch.ones(3)}})
 
     def full(self, *_):
         raise OSError(28, "No space left on device", str(self))
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(path, tiny(), {"step": 2}, {"model": {"w": torch.ones(3)}})
-    assert load_checkpoint(path).state["step"] == 1
+        save_checkpoint(path, tiny(), at_step(2), {"model": {"w": torch.ones(3)}})
+    assert load_checkpoint(path).state["progress"]["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last"]
 
 

@@ -12,8 +12,9 @@ import errno
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from molgen_energy.data.molecules import Molecules, batch_by_size
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.distributed import barrier, is_main, rank, world_size
 from molgen_energy.errors import InputError
+from molgen_energy.formats.yaml import validate_as
 from molgen_energy.output import check_writable
 from molgen_energy.systems.base import SamplingCallback, SamplingResult
 from molgen_energy.systems.molecules.generate import MoleculeGenerator
@@ -96,7 +98,7 @@ def sample_to_file(
         raise InputError(f"--batch-size {batch_size}: a batch holds at least one molecule")
     check_name(output)
     job = _job(generator, count, batch_size)
-    with _open_shards(output, job, generator.units, resume) as shards:
+    with _open_shards(output, job, resume) as shards:
         work = _SamplingRun(generator, shards, output, callback)
         try:
             return work.draw_and_write()
@@ -120,37 +122,35 @@ def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> Sa
     path = generator.checkpoint.path.resolve()
     # While a trainer replaces a checkpoint, the old one has this name for a moment.
     path = path.with_name(path.name.removesuffix(".old"))
-    return SamplingJob(
-        count=count,
-        seed=generator.seed,
-        sampler=generator.sampler_name,
-        steps=generator.sampler.steps,
-        spacing=generator.sampler.spacing,
-        eta=generator.sampler.eta,
+    options: dict[str, Any] = {
+        "count": count,
+        "seed": generator.seed,
+        "sampler": generator.sampler_name,
+        "steps": generator.sampler.steps,
+        "spacing": generator.sampler.spacing,
+        "eta": generator.sampler.eta,
         **generator.sampler.temperature.options,
-        n_atoms=generator.n_atoms,
-        condition=None if generator.condition is None else dict(generator.condition),
-        low_precision=generator.low_precision,
-        batch_size=batch_size,
-        pairs=_PAIRS_CPU if on_cpu else _PAIRS_GPU,
-        window=max(_WINDOW_CPU if on_cpu else _WINDOW_GPU, batch_size or 0),
-        weights=generator.fingerprint(),
-        checkpoint=checkpoint_name(path),
-        origin=generator.checkpoint.origin,
-        version=__version__,
-    )
+        "n_atoms": generator.n_atoms,
+        "condition": None if generator.condition is None else dict(generator.condition),
+        "low_precision": generator.low_precision,
+        "batch_size": batch_size,
+        "pairs": _PAIRS_CPU if on_cpu else _PAIRS_GPU,
+        "window": max(_WINDOW_CPU if on_cpu else _WINDOW_GPU, batch_size or 0),
+        "weights": generator.fingerprint(),
+        "checkpoint": checkpoint_name(path),
+        "origin": generator.checkpoint.origin,
+        "version": __version__,
+        "units": generator.units,
+    }
+    return validate_as(SamplingJob, options, "the options", "choose other values")
 
 
-def _open_shards(
-    output: Path, job: SamplingJob, units: dict[str, str], resume: bool
-) -> MoleculeShards:
+def _open_shards(output: Path, job: SamplingJob, resume: bool) -> MoleculeShards:
     """The folder of finished shards, made by the first process."""
     shards = None
     if is_main():
         shards = (
-            MoleculeShards.open(output, lead=True)
-            if resume
-            else MoleculeShards.create(output, job, units)
+            MoleculeShards.open(output, lead=True) if resume else MoleculeShards.create(output, job)
         )
     barrier()
     if shards is None:
@@ -163,7 +163,8 @@ def _open_shards(
     # Batches are cut as when the job began, on any device.
     begun = shards.job
     size = begun.batch_size if job.batch_size is None else job.batch_size
-    job = replace(job, batch_size=size, window=begun.window, pairs=begun.pairs)
+    as_begun = {"batch_size": size, "window": begun.window, "pairs": begun.pairs}
+    job = job.model_copy(update=as_begun | {"units": begun.units})
     try:
         check_same(begun, job, output)
     except InputError:
@@ -331,7 +332,7 @@ def _writer(
         origin["spacing"] = job.spacing
     if job.eta is not None:
         origin["eta"] = f"{job.eta:g}"
-    origin |= Temperature.from_options(asdict(job)).provenance()
+    origin |= Temperature.from_options(job.model_dump()).provenance()
     if path.suffix.lower() == ".h5":
         source = f"sampled from {job.origin}, seed {job.seed}"
         return MoleculeWriter(path, source=source, provenance=origin | {"config": config})

@@ -15,12 +15,14 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from molgen_energy.config import Config, OneOf
 from molgen_energy.data.arrays import write_arrays
 from molgen_energy.data.splits import SPLITS
 from molgen_energy.errors import InputError
+from molgen_energy.formats.yaml import YAMLFormat
 from molgen_energy.losses import LOSSES, SPIN_LOSSES, EnergyConfig, Loss, LossConfig
 from molgen_energy.models import SHAPE_MODELS
 from molgen_energy.models.mlp import MLPConfig
@@ -36,6 +38,9 @@ from molgen_energy.systems.supervised import (
     without_unknown_loss_keys,
 )
 from molgen_energy.training.checkpoint import Checkpoint
+from molgen_energy.training.state import RunState
+
+Radius = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 _CALIBRATION_SIZE = 4096  # polygons for the mean stiffness of springs
 _CHUNK = 256
@@ -52,6 +57,30 @@ class ShapeConfig(Config):
     def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Today's keys: a loss has only its own."""
         return without_unknown_loss_keys(values, LOSSES)
+
+
+class ShapeState(RunState):
+    """The state of a run on regular polygons."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    vertices: Annotated[int, Field(ge=3, le=1_000_000)]
+    """Of each polygon."""
+    radii: Annotated[list[Radius], Field(min_length=2, max_length=2)]
+    """Smallest and largest radius of the training polygons."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> ShapeState:
+        if self.radii[0] > self.radii[1]:
+            raise ValueError("radii: expected the smallest before the largest radius")
+        return self
+
+
+SHAPE_STATE = YAMLFormat(
+    "state.yaml of a run on polygons",
+    "What a checkpoint holds besides configuration and weights.",
+    ShapeState,
+)
 
 
 class ShapeSystem(System):
@@ -130,21 +159,19 @@ class ShapeGenerator:
         seed: int,
         batch_size: int | None,
     ) -> None:
-        config, state = checkpoint.config_as(ShapeConfig), checkpoint.state
-        if not {"vertices", "radii"} <= state.keys():
-            raise InputError(f"{checkpoint.path} is not a checkpoint of a run on shapes")
+        config, state = checkpoint.config_as(ShapeConfig), checkpoint.state_as(ShapeState)
         if count < 1:
             raise InputError(f"-n {count}: expected at least 1 polygon")
         self.count, self.origin = count, checkpoint.origin
         self._config, self._state, self._seed = config, state, seed
-        model = build_model(config, state["vertices"])
+        model = build_model(config, state.vertices)
         self._predict = Predictor(checkpoint, model, device, batch_size)
 
     def write(
         self, output: Path, callback: SamplingCallback, resume: bool = False
     ) -> SamplingResult:
         """Predict the polygons and write them."""
-        smallest, largest = self._state["radii"]
+        smallest, largest = self._state.radii
         rng = np.random.default_rng(self._seed)
         radius = rng.uniform(smallest, largest, self.count).astype(np.float32)
         positions = self._predict(torch.from_numpy(radius)[:, None], callback.advance).numpy()
@@ -162,7 +189,7 @@ class ShapeGenerator:
                 "positions": positions,
                 "split": np.full(self.count, SPLITS.index("test"), np.uint8),
             },
-            {"vertices": self._state["vertices"]},
+            {"vertices": self._state.vertices},
             provenance,
         )
         return SamplingResult(output, self.count, self.count)

@@ -254,6 +254,7 @@ class SpinGlasses(Dataset):
         from molgen_energy.data.hdf5 import check_hdf5_name
         from molgen_energy.data.shards import ShardFolder, check_unchanged, shards_folder
         from molgen_energy.systems.spins.ground_states import check_installed
+        from molgen_energy.systems.spins.shards import SpinManifest
 
         check_hdf5_name(output)
         source = self.lattices()
@@ -268,11 +269,11 @@ class SpinGlasses(Dataset):
             "seed": self.seed,
         }
         check_installed(self.boundary == "periodic")
-        manifest = options | {"version": __version__}
+        manifest = SpinManifest(**options, version=__version__)
         if not shards_folder(output).exists():
             ShardFolder.begin(output, "preprocess spins", manifest)
         ranges = chunk_ranges(count)
-        with ShardFolder(output, "preprocess spins", lead=True) as shards:
+        with ShardFolder(output, "preprocess spins", SpinManifest, lead=True) as shards:
             check_unchanged(shards.manifest, manifest, shards.folder, "preprocess")
             solved = {k: arrays for k in ranges if (arrays := shards.load(_shard(k))) is not None}
             done = sum(len(arrays["spins"]) for arrays in solved.values())

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from molgen_energy.config import Config, OneOf
 from molgen_energy.data.arrays import write_arrays
 from molgen_energy.data.splits import SPLITS
 from molgen_energy.errors import InputError
+from molgen_energy.formats.yaml import YAMLFormat
 from molgen_energy.losses import LOSSES, SPIN_LOSSES, Loss, LossConfig, lattice_couplings
 from molgen_energy.losses.spin import LocalFieldConfig
 from molgen_energy.models import SPIN_MODELS
@@ -23,7 +25,7 @@ from molgen_energy.models.resnet import ResNetConfig
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.base import SamplingCallback, SamplingResult, System, build_with_seed
 from molgen_energy.systems.spins.files import read_couplings, read_spins
-from molgen_energy.systems.spins.lattices import BOUNDARIES, Lattices, fix_gauge
+from molgen_energy.systems.spins.lattices import Lattices, fix_gauge
 from molgen_energy.systems.supervised import (
     Examples,
     Predictor,
@@ -33,6 +35,7 @@ from molgen_energy.systems.supervised import (
     without_unknown_loss_keys,
 )
 from molgen_energy.training.checkpoint import Checkpoint
+from molgen_energy.training.state import RunState
 
 _CHANNELS = 3
 
@@ -50,6 +53,22 @@ class SpinConfig(Config):
     def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Today's keys: a loss has only its own."""
         return without_unknown_loss_keys(values, SPIN_LOSSES)
+
+
+class SpinState(RunState):
+    """The state of a run on spin glasses."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    boundary: Literal["open", "periodic"]
+    """Of the training lattices."""
+
+
+SPIN_STATE = YAMLFormat(
+    "state.yaml of a run on spin glasses",
+    "What a checkpoint holds besides configuration and weights.",
+    SpinState,
+)
 
 
 class SpinSystem(System):
@@ -135,11 +154,9 @@ class SpinGenerator:
         data: Path | None,
         batch_size: int | None,
     ) -> None:
-        config, state = checkpoint.config_as(SpinConfig), checkpoint.state
-        if state.get("boundary") not in BOUNDARIES:
-            raise InputError(f"{checkpoint.path} is not a checkpoint of a run on spins")
+        config, state = checkpoint.config_as(SpinConfig), checkpoint.state_as(SpinState)
         self._config, self.origin = config, checkpoint.origin
-        self._boundary = str(state["boundary"])
+        self._boundary = state.boundary
         self._trained_on = Path(str(config.data.path))
         self._data = self._trained_on if data is None else data
         self.inputs: tuple[Path, ...] = (self._trained_on, self._data)
