@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 from fuzz_mutants import ANY, REFUSED, Mutation, Mutator, Rng, pick
-from molgen_energy.formats.hdf5 import AttributeSpec, DatasetSpec, HDF5Format
+
+from molgen_energy.formats.declaration import AttributeSpec, DatasetSpec, HDF5Format
 
 Change = tuple[Callable[[], Any], str]
 """What changes the file, and what a command must do with it."""
@@ -36,12 +36,12 @@ def damaged_dataset(declared: HDF5Format, checks_values: bool = True) -> Mutator
         with h5py.File(path, "r+") as file:
             name, spec = pick(rng, present(file, declared))
             dataset = _Declared(file, path, name, spec, declared)
-            kinds = [dataset.shapes, dataset.types, dataset.links, dataset.values]
-            changes = pick(rng, kinds)(rng)
+            kind = pick(rng, ("shapes", "types", "links", "values"))
+            changes = getattr(dataset, kind)(rng)
             text, (change, expected) = pick(rng, changes.items())
-            if kinds[3] == dataset.values and text in dataset.values(rng) and not checks_values:
-                expected = ANY
             change()
+        if kind == "values" and not checks_values:
+            expected = ANY
         return Mutation(f"data set {name}: {text}", expected)
 
     return mutate
@@ -50,10 +50,15 @@ def damaged_dataset(declared: HDF5Format, checks_values: bool = True) -> Mutator
 def present(file: h5py.File, declared: HDF5Format) -> list[tuple[str, DatasetSpec]]:
     """The data sets of a file that are declared, with their declarations."""
     names: list[str] = []
-    file.visititems(lambda name, item: names.append(name) if hasattr(item, "shape") else None)
-    return [
-        (name, spec) for name in names for spec in declared.datasets if fnmatchcase(name, spec.name)
-    ]
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            names.append(name)
+
+    file.visititems(visit)
+    specs = {spec.name: spec for spec in declared.datasets}
+    patterns = {name: name if name in specs else f"{name.rpartition('/')[0]}/*" for name in names}
+    return [(name, specs[pattern]) for name, pattern in patterns.items() if pattern in specs]
 
 
 class _Declared:
@@ -80,9 +85,10 @@ class _Declared:
     def shapes(self, rng: Rng) -> dict[str, Change]:
         old = self.old
         length = REFUSED if self._has_given_length() else ANY
+        among = self.spec.required_with
+        needed = self.spec.required or (among and len(self.file[among]) > 1)
         changes = {
-            "missing": (lambda: self.file.__delitem__(self.name),
-                        REFUSED if self.spec.required else ANY),
+            "missing": (lambda: self.file.__delitem__(self.name), REFUSED if needed else ANY),
             "a scalar": self.replaced(old.ravel()[0] if old.size else 0),
             "a further axis": self.replaced(old[..., None]),
             "shorter": self.replaced(old[:-1], length),
@@ -99,8 +105,8 @@ class _Declared:
     def _has_given_length(self) -> bool:
         """Whether other data sets or the declaration say how many rows there are."""
         first = self.spec.shape[0]
-        if not isinstance(first, str):
-            return True
+        if not isinstance(first, str) or first == "*":
+            return first != "*"
         symbols = Counter(
             symbol.removesuffix("+1")
             for _, spec in present(self.file, self.declared)
@@ -123,9 +129,9 @@ class _Declared:
             "compound": self.replaced(np.zeros(old.shape, [("a", "f4"), ("b", "i4")])),
             "opaque": self.replaced(np.zeros(old.shape, "V8")),
             "enumerated": self.replaced(
-                np.zeros(old.shape, "i4"), dtype=h5py.enum_dtype({"a": 0}, "i4")
+                np.zeros(old.shape, "i1"), dtype=h5py.enum_dtype({"a": 0}, "i1")
             ),
-            "arrays": self.replaced(np.zeros(old.shape, "f4"), dtype=np.dtype(("f4", (2,)))),
+            "arrays": self.replaced(None, shape=old.shape, dtype=np.dtype(("f4", (2,)))),
             "references": self.replaced(
                 np.full(old.shape, self.file.ref, object), dtype=h5py.ref_dtype
             ),
@@ -229,18 +235,24 @@ class _Declared:
             return self.replaced(new, expected)
 
         changes = {"zeros": self.replaced(np.zeros_like(old), ANY)}
-        finite = REFUSED if spec.finite else ANY
         if spec.kind == "float":
+            finite = REFUSED if spec.finite else ANY
             changes |= {
                 "NaN": one(np.nan, finite), "infinite": one(-np.inf, finite),
                 "1e300": one(1e300, ANY), "-1e30": one(-1e30, ANY), "a denormal": one(5e-324, ANY),
             }  # fmt: skip
         else:
-            changes |= {"2**62": one(2**62, ANY), "-1": one(-1, ANY), "0": one(0, ANY)}
+            numbers = np.iinfo(spec.read_dtype)
+            changes |= {
+                str(value): one(value, ANY if numbers.min <= value <= numbers.max else REFUSED)
+                for value in (-(2**62), -200, -1, 0, 1, 300, 2**31, 2**62)
+            }
         if spec.low is not None:
             changes["below the lowest"] = one(spec.low - 1)
         if spec.high is not None:
             changes["above the highest"] = one(spec.high + 1)
+        if spec.choices is not None:
+            changes["no choice"] = one(max(spec.choices) + 1)
         if self.name.endswith("offsets") and len(old) > 2:
             swapped = old.copy()
             k = 1 + int(rng.integers(len(old) - 2))
@@ -256,41 +268,39 @@ def damaged_attribute(declared: HDF5Format) -> Mutator:
 
     def mutate(path: Path, rng: Rng) -> Mutation:
         with h5py.File(path, "r+") as file:
-            spec = pick(rng, [spec for spec in declared.attributes if spec.name in file.attrs])
-            old = file.attrs[spec.name]
-            value, expected = pick(rng, _other_attributes(old, spec).values())
-            del file.attrs[spec.name]
+            places = [(spec.of or "/", spec) for spec in declared.attributes]
+            places += [(name, one) for name, spec in present(file, declared)
+                       for one in spec.attributes]  # fmt: skip
+            there = [(of, s) for of, s in places if of in file and s.name in file[of].attrs]
+            of, spec = pick(rng, there)
+            attributes = file[of].attrs
+            value, expected = pick(rng, _other_attributes(spec))
+            del attributes[spec.name]
             if value is not None:
-                file.attrs[spec.name] = value
-        return Mutation(f"attribute {spec.name}: {str(value)[:60]!r}", expected)
+                attributes[spec.name] = value
+        return Mutation(f"attribute {spec.name} of {of}: {str(value)[:60]!r}", expected)
 
     return mutate
 
 
-def _other_attributes(old: Any, spec: AttributeSpec) -> dict[str, tuple[Any, str]]:
+def _other_attributes(spec: AttributeSpec) -> list[tuple[Any, str]]:
     """Other values of an attribute; None removes it."""
-    changes = {
-        "missing": (None, REFUSED if spec.required else ANY),
-        "empty": (h5py.Empty("f4"), REFUSED),
-        "compound": (np.zeros((), [("a", "f4")]), REFUSED),
-    }
-    if spec.kind == "text":
-        free = REFUSED if spec.choices else ANY
-        changes |= {
-            "number": (1.5, REFUSED), "array": (np.arange(3), REFUSED),
-            "texts": (np.array([b"a", b"b"]), REFUSED), "none": ("", free),
-            "other": ("unknown", free), "escapes": ("\x1b[31m[bold]", free),
-            "not UTF-8": (np.bytes_(b"\xff\xfe"), free), "long": ("x" * 60_000, free),
-            "tree": (json.dumps({"a": [1, {"b": None}]}), free), "list": ("[1, 2]", free),
-            "deep": ("[" * 30_000, free), "no object": ("null", free),
-        }  # fmt: skip
-    else:
-        changes |= {
-            "text": ("text", REFUSED), "array": (np.arange(3), REFUSED), "nan": (np.nan, REFUSED),
-            "large": (2**62, REFUSED if spec.high is not None or spec.choices else ANY),
-        }  # fmt: skip
-        if spec.low is not None:
-            changes["low"] = (spec.low - 1, REFUSED)
-        if spec.high is not None:
-            changes["high"] = (spec.high + 1, REFUSED)
+    changes = [
+        (None, REFUSED if spec.required else ANY),
+        (h5py.Empty("f4"), REFUSED),
+        (np.zeros((), [("a", "f4")]), REFUSED),
+        (np.zeros((2, 2, 2)), REFUSED),
+        (np.array([b"a", b"b"]), REFUSED),
+    ]
+    if spec.kind in ("text", "json"):
+        free = ANY if spec.kind == "text" and spec.choices is None else REFUSED
+        texts = ("", "unknown", "\x1b[31m[bold]", np.bytes_(b"\xff\xfe"), "x" * 60_000, "[1, 2]",
+                 "[" * 30_000, "null", json.dumps({"a": [1, {"b": None}]}), "NaN")  # fmt: skip
+        return [*changes, (1.5, REFUSED), *((text, free) for text in texts)]
+    changes += [("text", REFUSED), (np.nan, REFUSED)]
+    changes += [(2**62, ANY if spec.high is None and not spec.shape else REFUSED)]
+    if spec.low is not None and not spec.shape:
+        changes.append((spec.low - 1, REFUSED))
+    if spec.high is not None and not spec.shape:
+        changes.append((spec.high + 1, REFUSED))
     return changes

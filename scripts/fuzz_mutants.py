@@ -87,11 +87,16 @@ def _damaged(content: bytes, rng: Rng) -> tuple[bytes, str]:
     return bytes(data[: len(content)]), f"wrote {value} into {width} bytes at {place}"
 
 
-def emptied(path: Path, rng: Rng) -> Mutation:
+def emptied(path: Path, rng: Rng, expected: str = REFUSED) -> Mutation:
     """An empty file, or one of white space."""
     content = pick(rng, (b"", b"\n", b" " * 4096, b"\0" * 4096))
     path.write_bytes(content)
-    return Mutation(f"only {content[:1]!r}, {len(content)} times", REFUSED)
+    return Mutation(f"nothing but {len(content)} bytes {content[:1]!r}", expected)
+
+
+def emptied_or_same(path: Path, rng: Rng) -> Mutation:
+    """As `emptied`, of a file that can be made again."""
+    return emptied(path, rng, SAME)
 
 
 # Lines of text
