@@ -77,6 +77,8 @@ class HDF5File:
 
     def __init__(self, path: Path, format: HDF5Format, file: Any) -> None:
         self.path, self.format, self._file = path, format, file
+        self.system = ""
+        """The physical system that the file is of."""
         self.attributes: dict[str, Any] = {}
         """Declared attributes that the file has; of groups as `group/name`."""
         self.sizes: dict[str, int] = {}
@@ -446,7 +448,7 @@ def open_hdf5(path: Path, format: HDF5Format, remedy: str = "") -> HDF5File:
     file = HDF5File(path, format, opened)
     try:
         with file.reading("its attributes"):
-            _check_kind(path, format, opened)
+            file.system = _check_kind(path, format, opened)
         file.check()
     except BaseException:
         file.close()
@@ -454,10 +456,10 @@ def open_hdf5(path: Path, format: HDF5Format, remedy: str = "") -> HDF5File:
     return file
 
 
-def _check_kind(path: Path, format: HDF5Format, file: Any) -> None:
-    """Check the attributes `schema` and `system`, with the remedies that differ from others."""
+def _check_kind(path: Path, format: HDF5Format, file: Any) -> str:
+    """The attribute `system`, checked as `schema` is, with remedies that differ from others'."""
     if format.schema is None:
-        return
+        return ""
     schema = read_attribute(file.id, "schema")
     if schema is None:
         raise InputError(f"{path} was not written by molgen-energy (no schema attribute)")
@@ -468,18 +470,13 @@ def _check_kind(path: Path, format: HDF5Format, file: Any) -> None:
             f"{path} has schema {shown(schema)}, this version reads schema {format.schema}; "
             f"{remedy}"
         )
-    found = system_name(file.id)
+    found = str(read_attribute(file.id, "system") or "molecules")  # files of molecules may lack it
     if format.system not in (None, found):
         raise InputError(
             f"{path} holds {shown(found)}, not {format.system}; name a file of {format.system}, or "
             f"a --config or a --checkpoint of {shown(found)}"
         )
-
-
-def system_name(place: Any) -> str:
-    """The attribute `system` of an open file; files of molecules may lack it."""
-    name = read_attribute(place, "system")
-    return "molecules" if name is None else str(name)
+    return found
 
 
 def read_attribute(place: Any, name: str) -> Any:

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from molgen_energy.config import Config
-from molgen_energy.data.arrays import read_arrays
+from molgen_energy.data.arrays import ArrayFile
 from molgen_energy.data.hdf5 import check_hdf5_name
+from molgen_energy.formats.declaration import HDF5Format
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.training.checkpoint import Checkpoint
 from molgen_energy.training.task import Task
@@ -105,6 +106,8 @@ class System(ABC):
     """The options of `sample` for this system, by parameter name, with their defaults."""
     output: ClassVar[str]
     """Default file of `sample`."""
+    file_format: ClassVar[HDF5Format]
+    """The declaration of its HDF5 files."""
     default_config: ClassVar[str | None] = None
     """The configuration of `train` without `--config`; None if one must be named."""
 
@@ -136,7 +139,7 @@ class System(ABC):
 
     def read_samples(self, path: Path) -> Any:
         """The samples of an HDF5 file in memory; by default its arrays by name."""
-        return read_arrays(path)
+        return ArrayFile(path, self.file_format).columns
 
     def sampling_options(self, output: Path) -> Mapping[str, Any] | None:
         """Options of the interrupted job of a file, with `checkpoint`; None if it cannot resume.

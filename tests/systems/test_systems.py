@@ -28,11 +28,12 @@ from typer.testing import CliRunner
 from molgen_energy import cli as cli_package
 from molgen_energy.cli import sample
 from molgen_energy.config import Config, RawConfig, Section, TrainingConfig, config_names
-from molgen_energy.data.arrays import ArrayFile, Column, write_arrays
+from molgen_energy.data.arrays import ArrayFile, write_arrays
 from molgen_energy.data.shards import ShardFolder
 from molgen_energy.datasets.base import Dataset, option
 from molgen_energy.diffusion.process import Diffusion, FlowMatching
 from molgen_energy.errors import InputError
+from molgen_energy.formats.declaration import SPLIT, DatasetSpec, HDF5Format
 from molgen_energy.losses import SPIN_LOSSES, SPRINGS, SpringFamily
 from molgen_energy.metrics.report.model import (
     EvaluatedFile,
@@ -733,7 +734,16 @@ def test_damaged_files(tmp_path):
 # -- a system of one's own: the README's recipe -------------------------------------------------
 
 
-CHAIN_COLUMNS = {"length": Column(()), "positions": Column(("beads", 3))}
+CHAINS = HDF5Format(
+    "chains",
+    "Chains",
+    "Straight chains of beads.",
+    datasets=(
+        DatasetSpec("length", ("M",), "float", "distance between beads", dtype="f4"),
+        DatasetSpec("positions", ("M", "beads", 3), "float", "beads", dtype="f4"),
+        SPLIT,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -797,12 +807,13 @@ class ChainSystem(System):
     config = ChainConfig
     sampling: Mapping[str, Any] = MappingProxyType({})
     output = "chains_predicted.h5"
+    file_format = CHAINS
 
     def task(self, config, device, progress):
         from molgen_energy.losses import PairwiseEnergy
 
         energy = PairwiseEnergy("constant")
-        file = ArrayFile(data_path(config, self.name), self.name, CHAIN_COLUMNS)
+        file = ArrayFile(data_path(config, self.name), CHAINS)
         beads = file.columns["positions"].shape[1]
         return SupervisedTask(
             config, device, file,
@@ -823,7 +834,7 @@ class ChainSystem(System):
 def evaluate_chains(files: list[Path]) -> Report:
     evaluated = []
     for path in files:
-        file = ArrayFile(path, "chains", CHAIN_COLUMNS)
+        file = ArrayFile(path, CHAINS)
         steps = np.linalg.norm(np.diff(file.columns["positions"], axis=1), axis=-1)
         error = np.abs(steps.mean(axis=1) / file.columns["length"] - 1)
         column = ReportColumn({"error": Mean.of(error)})

@@ -28,7 +28,7 @@ from molgen_energy.models import SHAPE_MODELS
 from molgen_energy.models.mlp import MLPConfig
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.base import SamplingCallback, SamplingResult, System, build_with_seed
-from molgen_energy.systems.shapes.files import read_polygons
+from molgen_energy.systems.shapes.files import SHAPES, read_polygons
 from molgen_energy.systems.supervised import (
     Examples,
     Predictor,
@@ -91,6 +91,7 @@ class ShapeSystem(System):
     config = ShapeConfig
     sampling = MappingProxyType({"count": 100, "seed": 0, "batch_size": None})
     output = "shapes_predicted.h5"
+    file_format = SHAPES
 
     def task(self, config: Any, device: torch.device, progress: ProgressCallback) -> SupervisedTask:
         """Training on a file of polygons."""

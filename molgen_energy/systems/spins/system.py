@@ -24,7 +24,7 @@ from molgen_energy.models import SPIN_MODELS
 from molgen_energy.models.resnet import ResNetConfig
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.base import SamplingCallback, SamplingResult, System, build_with_seed
-from molgen_energy.systems.spins.files import read_couplings, read_spins
+from molgen_energy.systems.spins.files import SPINS, read_couplings, read_spins
 from molgen_energy.systems.spins.lattices import Lattices, fix_gauge
 from molgen_energy.systems.supervised import (
     Examples,
@@ -79,6 +79,7 @@ class SpinSystem(System):
     config = SpinConfig
     sampling = MappingProxyType({"count": None, "data": None, "batch_size": None})
     output = "spins_predicted.h5"
+    file_format = SPINS
 
     def task(self, config: Any, device: torch.device, progress: ProgressCallback) -> SupervisedTask:
         """Training on a file of spin glasses."""
