@@ -36,7 +36,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import Pipe, get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,7 @@ from molgen_energy.metrics import reference, results
 
 SECONDS = 20
 MEMORY = 2 << 30
+_COMMANDS = 100  # that one process runs; each leaves some memory
 _TRIES = 20  # at finding a mutator that can change a file
 
 
@@ -209,41 +210,31 @@ def execute(
 
     The process writes the names of all modules that it has imported into a file `modules`.
     """
-    texts = [folder.parent / f"{folder.name}.{name}" for name in ("stdout", "stderr")]
     pid = os.fork()
     if not pid:
-        _become(folder, texts, with_traceback)
+        os.setpgid(0, 0)
+        if with_traceback:
+            os.environ["MOLGEN_ENERGY_TRACEBACK"] = "1"
         code = 1
         try:
-            _call(command)
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        except BaseException as error:
-            print(f"Traceback: {error!r} left the command", file=sys.stderr)
-        finally:
+            _limit()
+            code = _run_here(folder, command)
             if modules is not None:
                 modules.write_text("\n".join(sys.modules))
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
+        finally:
             os._exit(code)
-    status, usage, hung = _wait(pid)
-    out, err = (text.read_bytes().decode("utf-8", "replace") for text in texts)
-    for text in texts:
-        text.unlink()
-    return Outcome(os.waitstatus_to_exitcode(status), out, err, hung, usage.ru_maxrss << 10)
+    watched = os.pidfd_open(pid)
+    hung = not select.select([watched], [], [], SECONDS)[0]
+    os.close(watched)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # also processes that it started
+    _, status, usage = os.wait4(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return Outcome(code, *_printed(folder), hung, usage.ru_maxrss << 10)
 
 
-def _become(folder: Path, texts: list[Path], with_traceback: bool) -> None:
-    """Make this forked process one that runs a command: its folder, streams and limits."""
-    os.setpgid(0, 0)
-    os.chdir(folder)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for descriptor, text in zip((1, 2), texts, strict=True):
-        os.dup2(os.open(text, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
-    os.environ |= {"COLUMNS": "200"} | ({"MOLGEN_ENERGY_TRACEBACK": "1"} if with_traceback else {})
+def _limit() -> None:
+    """Limit this process to the memory that it has and `MEMORY` more."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -251,19 +242,95 @@ def _become(folder: Path, texts: list[Path], with_traceback: bool) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _wait(pid: int) -> tuple[int, resource.struct_rusage, bool]:
-    """Wait for a process, and end it after the limit of time."""
-    hung = False
-    watched = os.pidfd_open(pid)
+_STREAMS = (".stdout", ".stderr")
+
+
+def _run_here(folder: Path, command: Command) -> int:
+    """Run a command in this process and return its exit code.
+
+    What it prints goes into files beside the folder; `_printed` reads them.
+    """
+    os.chdir(folder)
+    for descriptor, end in enumerate(_STREAMS, start=1):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        file = os.open(folder.with_name(folder.name + end), flags)
+        os.dup2(file, descriptor)
+        os.close(file)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
+    os.environ["COLUMNS"] = "200"
+    code: Any = 0
     try:
-        if not select.select([watched], [], [], SECONDS)[0]:
-            hung = True
-    finally:
-        os.close(watched)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)  # also processes that it started
-    _, status, usage = os.wait4(pid, 0)
-    return status, usage, hung
+        _call(command)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    return code if isinstance(code, int) else 0 if code is None else 1
+
+
+def _printed(folder: Path) -> tuple[str, str]:
+    """What a command printed on standard output and standard error."""
+    texts = []
+    for end in _STREAMS:
+        path = folder.with_name(folder.name + end)
+        texts.append(path.read_bytes().decode("utf-8", "replace") if path.exists() else "")
+        path.unlink(missing_ok=True)
+    return texts[0], texts[1]
+
+
+class Executor:
+    """A forked process that runs one command after another, which takes less time than forking.
+
+    A process that hangs or dies is replaced. What looks like a failure here is tried again in a
+    process of its own, so that no command depends on an earlier one.
+    """
+
+    def __init__(self) -> None:
+        self._pid, self._left = 0, 0
+
+    def run(self, folder: Path, command: Command) -> Outcome:
+        """Run a command in a folder; any exit code but 0 and 2 may be that of the process."""
+        if not self._left:
+            self.close()
+            self._start()
+        self._left -= 1
+        self._commands.send((folder, command))
+        code = 1
+        if self._commands.poll(SECONDS):
+            with contextlib.suppress(EOFError):
+                code = self._commands.recv()
+        if code not in (0, 2):
+            self.close()
+        return Outcome(code, *_printed(folder), hung=False, memory=0)
+
+    def _start(self) -> None:
+        self._commands, inside = Pipe()
+        self._pid, self._left = os.fork(), _COMMANDS
+        if self._pid:
+            inside.close()
+            return
+        os.setpgid(0, 0)
+        self._commands.close()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        try:
+            _limit()
+            while True:
+                inside.send(_run_here(*inside.recv()))
+        finally:
+            os._exit(1)
+
+    def close(self) -> None:
+        """End the process."""
+        if self._pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._commands.close()
+        self._pid, self._left = 0, 0
 
 
 def digest(folder: Path, command: Command, outcome: Outcome) -> str:
@@ -298,6 +365,7 @@ class _Run(NamedTuple):
 
 
 _shared: _Run
+_executor = Executor()
 
 
 def _try(work: tuple[str, int]) -> tuple[str, int, Failure | None]:
@@ -306,13 +374,15 @@ def _try(work: tuple[str, int]) -> tuple[str, int, Failure | None]:
     folder, mutant = (_shared.folder / f"{name}-{number}{end}" for end in ("", ".mutant"))
     try:
         target, command, mutation = make_mutant(_shared.corpus, mutant, name, number, _shared.seed)
-        shutil.copytree(mutant, folder, symlinks=True)
-        outcome = execute(folder, command)
-        same = (
-            outcome.code == 0
-            and digest(folder, command, outcome) == _shared.baselines[name, command]
-        )
-        got = judge(outcome, mutation, same)
+        expected = _shared.baselines[name, command]
+        for run in (_executor.run, execute):
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(mutant, folder, symlinks=True)
+            outcome = run(folder, command)
+            same = outcome.code == 0 and digest(folder, command, outcome) == expected
+            got = judge(outcome, mutation, same)
+            if got is None:
+                break
         if got is None:
             return name, outcome.code, None
         text = outcome.stdout + outcome.stderr

@@ -34,6 +34,8 @@ from molgen_energy.errors import InputError
 from molgen_energy.formats.declaration import HDF5Format
 from molgen_energy.formats.yaml import validate_as
 from molgen_energy.systems.registry import SYSTEMS
+from molgen_energy.systems.shapes.files import SHAPES
+from molgen_energy.systems.spins.files import SPINS
 
 
 @dataclass(frozen=True)
@@ -100,18 +102,21 @@ _TINY = tuple(f"--set={key}={value}" for key, value in TINY.items() if key != "t
 
 def _hdf5_targets() -> list[Target]:
     quick = (*_TRAIN, *_TINY, "--set=process.steps=4")
-    of_molecules = (
-        Command((*quick, "--data", "molecules.h5")),
-        Command(("evaluate", "packed.h5", "--workers", "0", "--metrics", "rates",
-                 "--reference", "molecules.h5")),
-    )  # fmt: skip
-    shapes = Command((*_TRAIN, *_TINY, "--config", "shapes_energy", "--data", "shapes.h5"))
-    spins = Command((*_TRAIN, *_TINY, "--config", "spins_cross_entropy", "--data", "spins.h5"))
+    shapes = (*_TRAIN, *_TINY, "--config", "shapes_energy", "--data", "shapes.h5")
+    spins = (*_TRAIN, *_TINY, "--config", "spins_cross_entropy", "--data", "spins.h5")
     predict = Command(("sample", "--checkpoint", "run", "--data", "spins.h5", "-o", "out.h5"))
+    statistics = _evaluate("molecules.sdf", statistics="statistics.h5")
     return [
-        *_hdf5("molecules", "molecules.h5", MOLECULES, _evaluate("molecules.h5"), *of_molecules),
-        *_hdf5("molecules", "packed.h5", MOLECULES, _evaluate("packed.h5")),
-    ]
+        *_hdf5("molecules", "molecules.h5", MOLECULES, _evaluate("molecules.h5"),
+               Command((*quick, "--data", "molecules.h5"))),
+        *_hdf5("molecules", "packed.h5", MOLECULES,
+               _evaluate("molecules.h5", "--reference", "packed.h5")),
+        *_hdf5("shapes", "shapes.h5", SHAPES, Command(("evaluate", "shapes.h5")), Command(shapes)),
+        *_hdf5("shapes", "predicted.h5", SHAPES, Command(("evaluate", "predicted.h5"))),
+        *_hdf5("spins", "spins.h5", SPINS, Command(spins), predict),
+        *_hdf5("spins", "predicted.h5", SPINS, Command(("evaluate", "predicted.h5"))),
+        Target("statistics", "statistics.h5", (damaged_bytes(), emptied), [statistics]),
+    ]  # fmt: skip
 
 
 def _config(system: str) -> Callable[[Any], bool]:
