@@ -13,6 +13,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+# Tests run in parallel processes, and so do the commands that they start: each takes one thread.
+# Set before NumPy and PyTorch are imported, which read it then.
+# ruff: noqa: E402
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_name] = "1"
+
 import numpy as np
 import pytest
 import torch
