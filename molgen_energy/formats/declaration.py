@@ -222,7 +222,7 @@ def wrong_rows(spec: DatasetSpec, values: NDArray[Any]) -> NDArray[np.bool_]:
             wrong |= values > high
     if spec.choices is not None:
         wrong |= ~np.isin(values, spec.choices)
-    return wrong if wrong.ndim == 1 else np.asarray(wrong.reshape(len(wrong), -1).any(axis=1))
+    return np.asarray(wrong.any(axis=tuple(range(1, wrong.ndim))))
 
 
 def check_values(

@@ -52,6 +52,7 @@ __all__ = [
 ]
 
 _CHUNK = 64 << 20  # bytes of a compressed chunk; this package writes 1 MB at most
+_CACHE = 1 << 20  # bytes of chunks that stay in memory for each data set: one of this package
 _ATTRIBUTE = 1 << 20  # bytes
 _NUMBER = 8  # bytes; `long double` differs between machines
 _LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link to another file"}
@@ -261,16 +262,14 @@ class HDF5File:
             raise self.differs(name, spec, _LAYOUTS.get(layout, "an unknown layout"))
         if properties.get_external_count():
             raise self.differs(name, spec, "data in other files (external storage)")
-        kind = data.get_type()
-        if not isinstance(kind, _CLASSES[spec.kind]) or kind.committed():
-            raise self.differs(name, spec, _type_text(kind))
         space = data.get_space()
         if space.get_simple_extent_type() == h5s.NULL:
             raise self.differs(name, spec, "nothing")
-        shape = space.shape
-        if spec.kind != "text" and kind.get_size() > _NUMBER:
-            raise self.differs(name, spec, f"numbers of {kind.get_size()} bytes")
-        if not self._fits(shape, spec.shape):
+        kind, shape = data.get_type(), space.shape
+        fits = isinstance(kind, _CLASSES[spec.kind]) and not kind.committed()
+        if spec.kind != "text":
+            fits = fits and kind.get_size() <= _NUMBER
+        if not (fits and self._fits(shape, spec.shape)):
             raise self.differs(name, spec, f"{_type_text(kind)} {shape_text(shape)}")
         text = spec.kind == "text" and kind.is_variable_str()
         # A text of any length is a length, an address and a number.
@@ -308,6 +307,8 @@ class HDF5File:
                 raise self.error(f"lacks the {where}", colon=False)
             return None
         try:
+            if spec.shape and not self._fits(np.shape(value), spec.shape):
+                raise ValueError
             return _checked(spec, value)
         except (ValueError, TypeError):
             raise self.error(f"{where}: expected {spec.expected}, found {found}") from None
@@ -376,6 +377,8 @@ class _Storage:
         filters = [self._properties.get_filter(k) for k in range(self._properties.get_nfilters())]
         if {code for code, *_ in filters} - {h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE}:
             raise self._error("a filter other than gzip and shuffle")
+        if self._spec.fill and not filters and not texts:
+            return
         count = math.prod(-(-n // c) for n, c in zip(self._shape, chunk, strict=True))
         there = self._data.get_num_chunks()
         stored = self._data.get_storage_size()
@@ -441,7 +444,7 @@ def open_hdf5(path: Path, format: HDF5Format, remedy: str = "") -> HDF5File:
         pass  # what follows says why
     check_file(path)
     try:
-        opened = h5py.File(path, "r")
+        opened = h5py.File(path, "r", rdcc_nbytes=_CACHE)
     except Exception as error:  # the library's, of any type
         why = "is cut off" if "truncated" in str(error) else "is not a readable HDF5 file"
         raise InputError(f"{path} {why}; {format.remedy}") from error
@@ -516,11 +519,9 @@ def _checked(spec: AttributeSpec, value: Any) -> Any:
     """The value of an attribute; `ValueError` or `TypeError` unless it is as declared."""
     if spec.shape:
         kinds = {"integer": "iu", "float": "iuf"}[spec.kind]
-        if not isinstance(value, np.ndarray) or value.ndim != len(spec.shape):
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds:
             raise TypeError
-        if value.dtype.kind not in kinds:
-            raise TypeError
-        low, high = value.min(initial=np.inf), value.max(initial=-np.inf)
+        low, high = (value.min(), value.max()) if value.size else (0, 0)
     elif spec.kind in ("integer", "float"):
         if type(value) not in ((int,) if spec.kind == "integer" else (int, float)):
             raise TypeError
