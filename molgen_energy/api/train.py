@@ -31,6 +31,7 @@ from molgen_energy.training.loop import (
 )
 from molgen_energy.training.loop import train as run_loop
 from molgen_energy.training.pretrained import checkpoint_name, resolve_checkpoint
+from molgen_energy.training.state import Progress
 from molgen_energy.training.task import Task
 
 
@@ -126,14 +127,14 @@ def train(
         given["data.path"] = str(data)
     target = local_device(choose_device(device))
     with process_group(target):
-        progress_of_run = None
+        progress_of_run: Progress | None = None
         if resume is not None:
             run = Path(resume)
             _check_resumable(given, run, config, changes, output)
             checkpoint = load_checkpoint(run)
             system = system_of_checkpoint(checkpoint)
             settings: Config = checkpoint.config_as(system.config).replaced(given)
-            progress_of_run = checkpoint.state["progress"]
+            progress_of_run = checkpoint.progress
         else:
             settings = _configuration(config, dict(changes or {}), given)
             system = SYSTEMS[settings.system]
@@ -142,11 +143,11 @@ def train(
                 _check_new(run)
         task = system.task(settings, target, progress)
         total = total_steps(task.config.training, task.batches_per_epoch)
-        if progress_of_run is not None and progress_of_run["step"] >= total:
+        if progress_of_run is not None and progress_of_run.step >= total:
             task.close()
             return TrainingSummary(
-                run, progress_of_run["step"], 0.0, progress_of_run["last_valid"],
-                progress_of_run["skipped"], task.config, already_complete=True,
+                run, progress_of_run.step, 0.0, progress_of_run.last_valid,
+                progress_of_run.skipped, task.config, already_complete=True,
             )  # fmt: skip
         on_start(TrainingRun(run, system, task, total))
         return run_loop(task, run, callback, resume=resume is not None)

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
 
 from numpy.typing import NDArray
-from safetensors.numpy import load, save
 
 from molgen_energy.errors import InputError
-from molgen_energy.formats.parts import read_part
+from molgen_energy.formats.limits import check_memory
+from molgen_energy.formats.parts import check_part, read_part
+from molgen_energy.formats.tensors import Shapes, check_shapes, pack_arrays, parse_arrays
 from molgen_energy.formats.yaml import (
     MOST_BYTES,
     Schema,
@@ -140,18 +141,33 @@ class ShardFolder(Generic[Job]):
         """Whether a shard is finished; it may have been damaged since."""
         return (self.folder / name).exists()
 
-    def load(self, name: str) -> dict[str, NDArray[Any]] | None:
-        """The arrays of a shard; None if it is missing or damaged."""
-        try:
-            content = (self.folder / name).read_bytes()
-        except FileNotFoundError:
+    def load(self, name: str, declared: Shapes) -> dict[str, NDArray[Any]] | None:
+        """The arrays of a shard; None if it is missing, damaged, or not as `check_shapes` wants.
+
+        Raises
+        ------
+        InputError
+            It is a link, a pipe or a device, or too large for the memory.
+        """
+        path = self.folder / name
+        if not path.exists() and not path.is_symlink():
             return None
+        size = check_part(path)
+        check_memory(2 * size, f"reading {path}", "remove it, and it is made again")
+        content = read_part(path, size)
         digest, payload = content[:_DIGEST], content[_DIGEST:]
-        return dict(load(payload)) if digest == self._digest(payload) else None
+        if digest != self._digest(payload):
+            return None
+        try:
+            arrays = parse_arrays(payload, str(path), "remove it")
+            check_shapes(arrays, declared)
+        except InputError:
+            return None
+        return arrays
 
     def store(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Write a finished shard."""
-        payload = save(dict(arrays))
+        payload = pack_arrays(arrays)
         atomic_write(self.folder / name, self._digest(payload) + payload)
 
     def _digest(self, payload: bytes) -> bytes:

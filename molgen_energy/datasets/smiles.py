@@ -37,6 +37,7 @@ from molgen_energy.progress import ProgressCallback, no_progress
 if TYPE_CHECKING:
     from molgen_energy.chemistry.conformers import Embedded, Embedding
     from molgen_energy.chemistry.fields import FieldSelection
+    from molgen_energy.data.shards import ShardFolder
     from molgen_energy.datasets.smiles_shards import SmilesManifest
 
 _SUFFIXES = (".smi", ".smiles", ".csv", ".tsv")
@@ -148,7 +149,7 @@ class SmilesFiles(ScreenedDataset):
         with ShardFolder(log.output, _COMMAND, SmilesManifest, lead=True) as shards:
             check_unchanged(shards.manifest, manifest, shards.folder, "preprocess")
             names = [_shard_name(part) for part in parts]
-            missing = {k for k, name in enumerate(names) if shards.load(name) is None}
+            missing = {k for k in range(len(parts)) if _stored(shards, names[k], parts[k]) is None}
             stored = len(parts) - len(missing)
             done = 0
             try:
@@ -160,7 +161,13 @@ class SmilesFiles(ScreenedDataset):
                                 shards.store(names[k], arrays)
                                 stored += 1
                         else:
-                            arrays = shards.load(names[k]) or {}
+                            found = _stored(shards, names[k], part)
+                            if found is None:  # by another program, since the folder is locked
+                                raise InputError(
+                                    f"{shards.folder / names[k]} was changed while it was read; "
+                                    "run the same command again"
+                                )
+                            arrays = found
                         done += len(part)
                         log.progress(done, len(records))
                         yield from self._chunk(part, arrays, log)
@@ -342,6 +349,28 @@ def _shard_name(part: list[_Record]) -> str:
     """Of the conformers of some records: changes with their SMILES and numbers."""
     text = json.dumps([(record.number, record.smiles) for record in part])
     return f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.shard"
+
+
+def _stored(
+    shards: ShardFolder[SmilesManifest], name: str, part: list[_Record]
+) -> dict[str, NDArray[Any]] | None:
+    """The conformers of some records from their shard; None if it is missing or damaged."""
+    from molgen_energy.datasets.smiles_shards import SHAPES
+
+    arrays = shards.load(name, SHAPES)
+    if arrays is None:
+        return None
+    which, records = arrays["which"], range(len(part))
+    try:
+        failures = json.loads(arrays["failures"].tobytes())
+        sound = all(type(k) is int and k in records and type(text) is str for k, text in failures)
+        if len(which):
+            molecules = Molecules.from_arrays(arrays)
+            molecules.check()
+            sound &= len(molecules) == len(which) and bool(np.isin(which, records).all())
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return arrays if sound else None
 
 
 def _arrays(results: list[Embedded]) -> dict[str, NDArray[Any]]:

@@ -6,8 +6,19 @@ from typing import Annotated
 
 from pydantic import Field
 
+from molgen_energy.data.molecules import SHAPES as MOLECULES
 from molgen_energy.data.shards import Manifest
+from molgen_energy.formats.tensors import Shapes
 from molgen_energy.formats.yaml import YAMLFormat
+
+_OPTIONAL = {f"{name.removesuffix('?')}?": shape for name, shape in MOLECULES.items()}
+SHAPES: Shapes = {
+    **_OPTIONAL,  # none without a conformer
+    "which": ("int64", ("conformers",)),
+    "failures": ("uint8", ("bytes",)),
+    "lost": ("bool", ("records",)),
+}
+"""Of the arrays of a shard: conformers, the record of each, and failures as JSON."""
 
 
 class SmilesManifest(Manifest):

@@ -23,7 +23,9 @@ from molgen_energy.output import check_file
 
 MOST_BYTES = 2_000_000
 MOST_LEVELS = 32
-_SHOWN = 60  # characters of a value in a message
+MOST_SHOWN = 60
+"""Characters of a value in a message."""
+_MOST_TEXT = 200  # characters of the message of a check
 _DIGITS = 20  # of an integer of 64 bit
 
 _WORDS = {
@@ -129,11 +131,11 @@ def validate_as(model: type[Model], values: Any, where: str, remedy: str) -> Mod
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "missing":
-            text = f"expected the key '{key}', which is missing"
+            text = f"expected the key {shown(key)}, which is missing"
         elif first["type"] == "extra_forbidden":
             text = f"unknown key {shown(key)}"
         elif first["type"] == "value_error":
-            text = f"key '{key}': {first['ctx']['error']}"
+            text = f"key {shown(key)}: {str(first['ctx']['error'])[:_MOST_TEXT]}"
         else:
             expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
             text = f"key {shown(key)}: expected {expected}, found {shown(first['input'])}"
@@ -150,7 +152,7 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, str):
-        return repr(value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…")
+        return repr(value if len(value) <= MOST_SHOWN else f"{value[:MOST_SHOWN]}…")
     if isinstance(value, int):
         return str(value) if value.bit_length() <= 64 else f"an integer of {value.bit_length()} bit"
     if isinstance(value, float):

@@ -7,13 +7,12 @@ their registries are in `molgen_energy.systems.datasets` and `molgen_energy.syst
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import nn
 
 from molgen_energy.config import Config
 from molgen_energy.data.arrays import ArrayFile
@@ -165,10 +164,3 @@ class System(ABC):
     def after_training(self, config: Any) -> str:
         """A suggestion to print after a run, besides sampling; may be empty."""
         return ""
-
-
-def build_with_seed(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a network with random weights of a seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()

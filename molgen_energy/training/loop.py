@@ -34,9 +34,11 @@ from molgen_energy.config import Config, TrainingConfig
 from molgen_energy.data.batches import BatchIndex
 from molgen_energy.distributed import all_reduce_sum, is_main, rank, world_size
 from molgen_energy.errors import InputError, TrainingFailedError
+from molgen_energy.formats.parts import check_parts
 from molgen_energy.output import lock_file, remove
 from molgen_energy.training.checkpoint import (
     Checkpoint,
+    check_alike,
     load_checkpoint,
     save_checkpoint,
 )
@@ -48,6 +50,8 @@ from molgen_energy.training.pretrained import resolve_checkpoint
 from molgen_energy.training.task import Task
 
 _MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
+_NORMS = "clipper/norms"  # the tensor of the gradient clipper, beside those of optimizers
+_NOT_NEGATIVE = ("step", "exp_avg_sq", "max_exp_avg_sq")  # tensors of AdamW
 _PEER_LOST = re.compile("(closed|reset) by peer|broken pipe|remote process", re.IGNORECASE)
 
 
@@ -203,6 +207,7 @@ class _Trainer:
 
     def start(self, resume: bool) -> None:
         if resume:
+            check_parts(self.folder, "a run is continued only in its own files")
             self._restore(load_checkpoint(self.folder))
         elif self.training.initial_weights is not None:
             self._initialise(Path(self.training.initial_weights))
@@ -258,7 +263,7 @@ class _Trainer:
         return all(bool(torch.isfinite(p).all()) for model in models for p in model.parameters())
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
-        tensors = {"clipper/norms": self.clipper.state()}
+        tensors = {_NORMS: self.clipper.state()}
         for name, parameter in self.task.model.named_parameters():
             for optimizer in self.optimizers:
                 for key, value in optimizer.state.get(parameter, {}).items():
@@ -291,7 +296,7 @@ class _Trainer:
             checkpoint.load_weights(model, "ema")
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        theirs, ours = checkpoint.state.get("data", {}), self.task.state["data"]
+        theirs, ours = checkpoint.state.get("data") or {}, self.task.state["data"]
         if theirs.get("fingerprint") != ours["fingerprint"]:
             raise InputError(
                 f"{checkpoint.path} was trained on other data ({theirs.get('source')}, "
@@ -300,26 +305,49 @@ class _Trainer:
             )
         checkpoint.load_weights(self.task.model, "model")
         checkpoint.load_weights(self.ema.model, "ema")
+        self._restore_optimizers(checkpoint)
+        if self.task.adaptive is not None:
+            springs = checkpoint.read_tensors("springs")
+            check_alike(springs, self.task.adaptive.state(), checkpoint.path)
+            _check_not_negative(springs, checkpoint.path)
+            self.task.adaptive.load_state(springs)
+        progress = checkpoint.progress
+        self.at = _Progress(**progress.model_dump() | {"sums": tuple(progress.sums)})
+        if len(self.at.sums) != len(self._zero_sums()):  # format 2 has sums of other terms
+            self.at.sums, self.at.count = self._zero_sums(), 0
+
+    def _restore_optimizers(self, checkpoint: Checkpoint) -> None:
         tensors = checkpoint.tensors("optimizer", self.task.model)
-        self.clipper.load(tensors.pop("clipper/norms"))
+        norms = {name: tensors.pop(name) for name in (_NORMS,) if name in tensors}
+        known = self.clipper.state()
+        length = len(norms[_NORMS]) if norms and norms[_NORMS].ndim else 0
+        check_alike(norms, {_NORMS: known.new_zeros(max(1, length))}, checkpoint.path)
         optimizer_of = {
             parameter: optimizer
             for optimizer in self.optimizers
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
-        for name, parameter in self.task.model.named_parameters():
+        own = {
+            f"{name}/{key}": (parameter, key)
+            for name, parameter in self.task.model.named_parameters()
+            if any(tensor.startswith(f"{name}/") for tensor in tensors)
+            for key in _state_keys(optimizer_of[parameter])
+        }
+        alike = {
+            name: torch.zeros(()) if key == "step" else parameter
+            for name, (parameter, key) in own.items()
+        }
+        check_alike(tensors, alike, checkpoint.path)
+        _check_not_negative(
+            norms | {name: tensors[name] for name, (_, key) in own.items() if key in _NOT_NEGATIVE},
+            checkpoint.path,
+        )
+        self.clipper.load(norms[_NORMS])
+        for name, (parameter, key) in own.items():
             optimizer = optimizer_of[parameter]
-            own = {k.rsplit("/", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{name}/")}
-            for key, value in own.items():
-                device = "cpu" if key == "step" and not _fused(optimizer) else parameter.device
-                optimizer.state[parameter][key] = value.to(device)
-        if self.task.adaptive is not None:
-            self.task.adaptive.load_state(checkpoint.read_tensors("springs"))
-        progress = checkpoint.state["progress"]
-        self.at = _Progress(**progress | {"sums": tuple(progress["sums"])})
-        if len(self.at.sums) != len(self._zero_sums()):  # format 2 has sums of other terms
-            self.at.sums, self.at.count = self._zero_sums(), 0
+            device = "cpu" if key == "step" and not _fused(optimizer) else parameter.device
+            optimizer.state[parameter][key] = tensors[name].to(device)
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -544,6 +572,20 @@ def _optimizers(
         fused=device.type in ("cpu", "cuda"),
     )
     return [adamw, Muon(matrices, lr=0.0)] if matrices else [adamw]
+
+
+def _state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The tensors of an optimizer for each parameter that had a gradient."""
+    if isinstance(optimizer, Muon):
+        return ("momentum",)
+    largest = ("max_exp_avg_sq",) if optimizer.defaults["amsgrad"] else ()
+    return ("step", "exp_avg", "exp_avg_sq", *largest)
+
+
+def _check_not_negative(tensors: Mapping[str, Tensor], where: Path) -> None:
+    for name, tensor in tensors.items():
+        if bool((tensor < 0).any()):
+            raise InputError(f"{where}: tensor '{name}' is negative; train again")
 
 
 def _fused(optimizer: torch.optim.Optimizer) -> bool:

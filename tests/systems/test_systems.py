@@ -19,9 +19,9 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from conftest import torchrun_to_end
+from runs import rewrite_weights
 from torch import nn
 from typer.testing import CliRunner
 
@@ -29,7 +29,7 @@ from molgen_energy import cli as cli_package
 from molgen_energy.cli import sample
 from molgen_energy.config import Config, RawConfig, Section, TrainingConfig, config_names
 from molgen_energy.data.arrays import ArrayFile, write_arrays
-from molgen_energy.data.shards import ShardFolder
+from molgen_energy.data.shards import Manifest, ShardFolder
 from molgen_energy.datasets.base import Dataset, option
 from molgen_energy.diffusion.process import Diffusion, FlowMatching
 from molgen_energy.errors import InputError
@@ -630,10 +630,11 @@ def test_a_diverged_network_is_named(inside, tmp_path, glasses):
     """A prediction that is not finite is not written, as +1 or otherwise."""
     inside("train", "--config", "spins_margin", "--data", glasses / "spins.h5", "--steps", "1",
            "-o", "run", *SMALL)  # fmt: skip
-    path = tmp_path / "run" / "checkpoints" / "last" / "ema.safetensors"
-    weights = safetensors.torch.load_file(path)
-    weights["read.bias"][:] = torch.nan
-    safetensors.torch.save_file(weights, path)
+
+    def diverge(weights):
+        weights["read.weight"].fill_(3e38)
+
+    rewrite_weights(tmp_path / "run" / "checkpoints" / "last", "ema", diverge)
     stderr = inside("sample", "--checkpoint", "run", code=2).stderr
     assert "the network's output for 40 of 40 samples is not finite" in stderr
     assert not (tmp_path / "spins_predicted.h5").exists()
@@ -664,10 +665,10 @@ def test_windows_around_a_torus(inside, tmp_path):
 
 def test_shards_of_another_command(inside, tmp_path):
     """`sample --resume` does not suggest to remove solved lattices, nor the other way round."""
-    ShardFolder.begin(tmp_path / "a.h5", "preprocess spins", {"count": 3})
+    ShardFolder.begin(tmp_path / "a.h5", "preprocess spins", Manifest(version="1"))
     stderr = inside("sample", "--resume", "a.h5", code=2).stderr
     assert "holds finished shards of `molgen-energy preprocess spins` for a.h5" in stderr
-    ShardFolder.begin(tmp_path / "b.h5", "sample", {"count": 3})
+    ShardFolder.begin(tmp_path / "b.h5", "sample", Manifest(version="1"))
     stderr = inside(
         "preprocess", "spins", "--size", "4", "--count", "3", "-o", "b.h5", code=2
     ).stderr

@@ -17,6 +17,7 @@ from molgen_energy.diffusion.samplers import DEFAULT_SAMPLERS, build_sampler
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError
+from molgen_energy.formats.limits import check_memory
 from molgen_energy.systems.molecules.condition import PropertyCondition
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.fields import MoleculeStatistics, build_layout
@@ -24,6 +25,8 @@ from molgen_energy.systems.molecules.state import MoleculeState, SamplingState
 from molgen_energy.systems.molecules.task import build_model
 from molgen_energy.training.checkpoint import Checkpoint
 from molgen_energy.training.devices import lower_precision
+
+_BYTES_OF_PAIR = 32  # of a pair of atoms, at least: positions, distance, features
 
 
 class MoleculeGenerator:
@@ -88,6 +91,10 @@ class MoleculeGenerator:
         state = checkpoint.state_as(MoleculeState)
         if sizes is not None and not 1 <= sizes[0] <= sizes[1]:
             raise InputError(f"sizes {sizes[0]}-{sizes[1]}: expected 1 or more atoms, ascending")
+        drawn = [size for size, count in state.size_histogram.items() if count]
+        most = max(drawn) if sizes is None else sizes[1]
+        what = f"a molecule of {most:,} atoms"
+        check_memory(_BYTES_OF_PAIR * most**2, what, "choose smaller ones with --n-atoms")
         self.layout = build_layout(
             self.config.model.fields, self.config.scales, _statistics_of(state)
         )

@@ -188,14 +188,20 @@ class _SamplingRun:
 
     def windows(self) -> Iterator[list[Shard]]:
         """The shards of each window, by ascending size; the same in every process."""
-        job = self._job
-        for window, start in enumerate(range(0, job.count, job.window)):
-            numbers = torch.arange(start, min(start + job.window, job.count))
-            sizes = self._generator.sizes(numbers).numpy()
-            yield [
-                Shard(window, place, numbers.numpy()[which])
-                for place, which in enumerate(_by_size(sizes, job))
-            ]
+        for window in range(-(-self._job.count // self._job.window)):
+            yield self.window(window)
+
+    def window(self, window: int) -> list[Shard]:
+        """The shards of a window; none behind the last one."""
+        job, start = self._job, window * self._job.window
+        if start >= job.count:
+            return []
+        numbers = torch.arange(start, min(start + job.window, job.count))
+        sizes = self._generator.sizes(numbers).numpy()
+        return [
+            Shard(window, place, numbers.numpy()[which])
+            for place, which in enumerate(_by_size(sizes, job))
+        ]
 
     def in_turn(self) -> Iterator[Shard]:
         """All shards, those of a window mixed.
@@ -211,7 +217,13 @@ class _SamplingRun:
 
     def finished(self) -> int:
         """Molecules in finished shards."""
-        return sum(len(shard.numbers) for shard in self.in_turn() if self._shards.has(shard))
+        begun = self._shards.windows()  # the only ones whose batches need to be known
+        return sum(
+            len(shard.numbers)
+            for window in sorted(begun)
+            for shard in self.window(window)
+            if self._shards.has(shard)
+        )
 
     def draw_and_write(self) -> SamplingResult:
         """Draw missing shards; in the first process, wait for the others and write the file."""

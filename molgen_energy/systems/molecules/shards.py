@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, Strict, model_validator
 
-from molgen_energy.data.molecules import Molecules
+from molgen_energy.data.molecules import PROPERTIES, SHAPES, Molecules
 from molgen_energy.data.shards import Manifest, ShardFolder, check_unchanged, shards_folder
 from molgen_energy.errors import InputError
 from molgen_energy.formats.yaml import YAMLFormat
@@ -89,6 +90,9 @@ class Shard(NamedTuple):
         return f"{self.window:06d}-{self.place:05d}.shard"
 
 
+_NAME = re.compile(r"([0-9]{6,9})-[0-9]{5,9}\.shard")  # of the file of a shard
+
+
 class MoleculeShards(ShardFolder[SamplingJob]):
     """The folder of finished shards of a file of molecules; made by `create` or `open`.
 
@@ -137,12 +141,24 @@ class MoleculeShards(ShardFolder[SamplingJob]):
         """Whether a shard is finished; it may have been damaged since."""
         return self.holds(shard.name)
 
+    def windows(self) -> set[int]:
+        """The windows of which a shard is finished."""
+        names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return {int(match[1]) for match in names if match is not None}
+
     def read(self, shard: Shard) -> Molecules | None:
         """The molecules of a shard; None if it is missing or damaged."""
-        arrays = self.load(shard.name)
+        properties = {f"{PROPERTIES}{name}": ("float64", ("molecules",)) for name in self.job.units}
+        declared = {**SHAPES, **properties, "numbers": ("int64", ("molecules",))}
+        arrays = self.load(shard.name, declared)
         if arrays is None or not np.array_equal(arrays.pop("numbers"), shard.numbers):
             return None
-        return Molecules.from_arrays(arrays, self.job.units)
+        molecules = Molecules.from_arrays(arrays, self.job.units)
+        try:
+            molecules.check()
+        except InputError:
+            return None
+        return molecules if len(molecules) == len(shard.numbers) else None
 
     def write(self, shard: Shard, molecules: Molecules) -> None:
         """Store a shard that was drawn."""

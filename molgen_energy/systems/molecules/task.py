@@ -40,7 +40,6 @@ from molgen_energy.models import Denoiser
 from molgen_energy.models.base import Published
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.resources import bundled_sample
-from molgen_energy.systems.base import build_with_seed
 from molgen_energy.systems.molecules.condition import PropertyCondition
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.fields import (
@@ -53,6 +52,7 @@ from molgen_energy.systems.molecules.loss_inputs import (
     table_bytes,
     with_required_bonds,
 )
+from molgen_energy.systems.networks import build_network
 from molgen_energy.training.devices import available_memory, lower_precision
 
 _SAMPLE = 100_000  # streamed molecules that means are taken over
@@ -73,9 +73,8 @@ def build_model(config: MoleculeConfig, layout: Layout, condition_channels: int 
             "condition.name=none"
         )
     low_precision = config.training.low_precision is True
-    model = build_with_seed(
-        config.training.seed,
-        lambda: config.model.build(layout, condition_channels, low_precision),
+    model = build_network(
+        config.model, config.training.seed, layout, condition_channels, low_precision
     )
     assert isinstance(model, Denoiser)
     return model

@@ -27,7 +27,8 @@ from molgen_energy.losses import LOSSES, SPIN_LOSSES, EnergyConfig, Loss, LossCo
 from molgen_energy.models import SHAPE_MODELS
 from molgen_energy.models.mlp import MLPConfig
 from molgen_energy.progress import ProgressCallback
-from molgen_energy.systems.base import SamplingCallback, SamplingResult, System, build_with_seed
+from molgen_energy.systems.base import SamplingCallback, SamplingResult, System
+from molgen_energy.systems.networks import build_network
 from molgen_energy.systems.shapes.files import SHAPES, read_polygons
 from molgen_energy.systems.supervised import (
     Examples,
@@ -129,7 +130,7 @@ class ShapeSystem(System):
 
 def build_model(config: ShapeConfig, vertices: int) -> nn.Module:
     """The configured network, with random weights of the run's seed."""
-    return build_with_seed(config.training.seed, lambda: config.model.build(1, vertices, 2))
+    return build_network(config.model, config.training.seed, 1, vertices, 2)
 
 
 def _resolved(config: ShapeConfig, positions: Tensor) -> ShapeConfig:

@@ -7,7 +7,16 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from molgen_energy.data.shards import Manifest
+from molgen_energy.formats.tensors import Shapes
 from molgen_energy.formats.yaml import YAMLFormat
+
+SHAPES: Shapes = {
+    "right": ("float32", ("M", "L", "L")),
+    "down": ("float32", ("M", "L", "L")),
+    "spins": ("int8", ("M", "L", "L")),
+    "energy": ("float64", ("M",)),
+}
+"""Of the arrays of a solved chunk."""
 
 
 class SpinManifest(Manifest):

@@ -23,7 +23,8 @@ from molgen_energy.losses.spin import LocalFieldConfig
 from molgen_energy.models import SPIN_MODELS
 from molgen_energy.models.resnet import ResNetConfig
 from molgen_energy.progress import ProgressCallback
-from molgen_energy.systems.base import SamplingCallback, SamplingResult, System, build_with_seed
+from molgen_energy.systems.base import SamplingCallback, SamplingResult, System
+from molgen_energy.systems.networks import build_network
 from molgen_energy.systems.spins.files import SPINS, read_couplings, read_spins
 from molgen_energy.systems.spins.lattices import Lattices, fix_gauge
 from molgen_energy.systems.supervised import (
@@ -127,7 +128,7 @@ class SpinSystem(System):
 
 def build_model(config: SpinConfig, periodic: bool) -> nn.Module:
     """The configured network, with random weights of the run's seed."""
-    return build_with_seed(config.training.seed, lambda: config.model.build(_CHANNELS, periodic))
+    return build_network(config.model, config.training.seed, _CHANNELS, periodic)
 
 
 def as_channels(lattices: Lattices) -> Tensor:
@@ -159,7 +160,8 @@ class SpinGenerator:
         self._config, self.origin = config, checkpoint.origin
         self._boundary = state.boundary
         self._trained_on = Path(str(config.data.path))
-        self._data = self._trained_on if data is None else data
+        self._data, self._named = self._trained_on if data is None else data, data is not None
+        self._fingerprint = None if state.data is None else state.data.fingerprint
         self.inputs: tuple[Path, ...] = (self._trained_on, self._data)
         self._lattices, self._records, self._source = self._read()
         config.model.check_lattice(self._lattices.size, self._lattices.periodic)
@@ -196,6 +198,11 @@ class SpinGenerator:
             raise InputError(
                 f"{path} holds lattices with {found.file.attributes['boundary']} boundaries, the "
                 f"run was trained on {self._boundary} ones; name others with --data"
+            )
+        if trained_on and not self._named and found.file.fingerprint() != self._fingerprint:
+            raise InputError(
+                f"{path}, which the run names, is not the data that it was trained on; name "
+                "couplings with --data FILE"
             )
         which = found.file.split_indices("test") if trained_on else np.arange(len(found.file))
         if not len(which):
