@@ -30,7 +30,7 @@ WATER = "3\nwater\nO 0 0 0\nH 0.96 0 0\nH -0.24 0.93 0\n"
 
 
 @pytest.mark.slow
-def test_the_main_job(cli, tmp_path):
+def test_the_main_job(cli, cli_here, tmp_path):
     """Train on the bundled sample, sample from the newest run, evaluate."""
     trained = cli("train", "--loss", "energy", "--steps", "20", *TINY)
     assert "1,000 training molecules" in trained.stderr
@@ -50,7 +50,7 @@ def test_the_main_job(cli, tmp_path):
         "95.2 [94.8, 95.6]",
     ):
         assert words in shown
-    found = json.loads(cli("evaluate", "samples.sdf", "--json").stdout)
+    found = json.loads(cli_here("evaluate", "samples.sdf", "--json", "--workers", "0").stdout)
     assert found["files"][0]["molecules"] == 12
     assert found["reference"]["metrics"]["molecule_stability"]["value"] > 0.9
 
@@ -79,7 +79,7 @@ def test_options_of_train(cli_here, tmp_path, sample_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_stopped_and_resumed_from_the_shell(cli, tmp_path, number):
+def test_stopped_and_resumed_from_the_shell(cli_here, tmp_path, number):
     command = ["train", "--steps", "100000", "-o", "run", *TINY, "--set", "training.log_every=5"]
     process = subprocess.Popen(
         [sys.executable, "-m", "molgen_energy", *command],
@@ -96,13 +96,13 @@ def test_stopped_and_resumed_from_the_shell(cli, tmp_path, number):
         assert process.returncode == 130
         assert "continue with: molgen-energy train --resume run" in stderr
     step = int(metrics.read_text().splitlines()[-1].split(",")[0])
-    cli("train", "--resume", "run", "--steps", str(step + 20))
+    cli_here("train", "--resume", "run", "--steps", str(step + 20))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_sampling_that_is_stopped_at_once_leaves_nothing(cli, tmp_path, number):
-    cli("train", "--steps", "1", *TINY, "--set", "process.steps=500")
+def test_sampling_that_is_stopped_at_once_leaves_nothing(cli_here, tmp_path, number):
+    cli_here("train", "--steps", "1", *TINY, "--set", "process.steps=500")
     process = subprocess.Popen(
         [sys.executable, "-m", "molgen_energy", "sample", "-n", "500", "--batch-size", "500"],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True,
@@ -412,13 +412,13 @@ def test_evaluation_goes_on_behind_bad_records(cli_here, tmp_path, sample_path):
 
 @pytest.mark.slow
 def test_odd_files_are_evaluated(cli_here, tmp_path):
-    """One molecule; nothing valid; five hundred atoms in one place and on a line."""
+    """One molecule; nothing valid; three hundred atoms in one place and on a line."""
     (tmp_path / "one.xyz").write_text(WATER)
     (tmp_path / "crowd.xyz").write_text(
-        "500\n\n" + "".join(f"C {0.1 * k} 0 0\n" for k in range(500))
+        "300\n\n" + "".join(f"C {0.1 * k} 0 0\n" for k in range(300))
     )
-    line = "".join(f"C {1.5 * k} 0 0\n" for k in range(500))
-    (tmp_path / "line.xyz").write_text("500\n\n" + line)
+    line = "".join(f"C {1.5 * k} 0 0\n" for k in range(300))
+    (tmp_path / "line.xyz").write_text("300\n\n" + line)
     files = ("one.xyz", "crowd.xyz", "line.xyz")
     done = cli_here("evaluate", *files, "--report", "out", "--json", "--workers", "0")
     one, crowd, chain = json.loads(done.stdout)["files"]
@@ -449,23 +449,12 @@ def test_a_folder_that_cannot_be_written(cli_here, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["preprocess", "sample.sdf", "sample.h5", "train"])
-def test_a_disk_that_takes_no_more(tmp_path, sample_path, command):
+def test_a_disk_that_takes_no_more(cli_here, tiny_run, tmp_path, command):
     """Files beyond 60 kB fail as on a full disk: one line, exit code 2, nothing half-written."""
     resource = pytest.importorskip("resource")
-
-    def run(*arguments, limit=None):
-        def limited():
-            if limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-        return subprocess.run(
-            [sys.executable, "-m", "molgen_energy", *map(str, arguments)], cwd=tmp_path,
-            capture_output=True, text=True, preexec_fn=limited,
-        )  # fmt: skip
-
     (tmp_path / "good.xyz").write_text(WATER * 2000)
     if command.startswith("sample"):
-        assert run("train", "--steps", "1", *TINY).returncode == 0
+        shutil.copytree(tiny_run / "runs", tmp_path / "runs")
     before = sorted(tmp_path.rglob("*"))
     arguments = {
         "preprocess": ("preprocess", "good.xyz"),
@@ -473,14 +462,17 @@ def test_a_disk_that_takes_no_more(tmp_path, sample_path, command):
         "sample.h5": ("sample", "-n", "40", "-o", "a.h5"),
         "train": ("train", "--steps", "5", *TINY, "--set", "model.width=64", "-o", "run"),
     }[command]
-    done = run(*arguments, limit=60_000)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    try:
+        stderr = cli_here(*arguments, code=2).stderr
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     name = {"preprocess": "good.h5", "train": "last"}.get(command, command.replace("sample", "a"))
-    assert re.search(rf"^error: File too large: .*{name}$", done.stderr.splitlines()[-1])
+    assert re.search(rf"^error: File too large: .*{name}$", stderr.splitlines()[-1])
     if command.startswith("sample"):  # finished samples stay, and are enough
-        assert f"continue with: molgen-energy sample --resume {name}" in done.stderr
-        assert run("sample", "--resume", name).returncode == 0
+        assert f"continue with: molgen-energy sample --resume {name}" in stderr
+        cli_here("sample", "--resume", name)
         (tmp_path / name).unlink()
     assert sorted(tmp_path.rglob("*")) == before
 
