@@ -13,6 +13,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+# Tests run in parallel processes, and so do the commands that they start: each takes one thread.
+# Set before NumPy and PyTorch are imported, which read it then.
+# ruff: noqa: E402
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_name] = "1"
+
 import numpy as np
 import pytest
 import torch
@@ -93,22 +99,27 @@ def cli(tmp_path: Path):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, capsys):
-    """Run a command in this process, in a folder of its own: exit code and errors."""
-    place = tmp_path / "here"
-    place.mkdir()
-    monkeypatch.chdir(place)
+def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """As `cli`, in this process: what a command does, without the seconds that one takes to start.
 
-    def run(*arguments: object) -> tuple[int, str]:
-        capsys.readouterr()
+    Not for what depends on the start of a process, its signals or its environment.
+    """
+
+    def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("COLUMNS", "200")
         monkeypatch.setattr(sys, "argv", ["molgen-energy", *map(str, arguments)])
         handler = signal.getsignal(signal.SIGTERM)
+        capfd.readouterr()
         try:
             with pytest.raises(SystemExit) as ended:
                 main()
         finally:
             signal.signal(signal.SIGTERM, handler)
-        return int(ended.value.code or 0), capsys.readouterr().err
+        stdout, stderr = capfd.readouterr()
+        assert (ended.value.code or 0) == code, f"exit {ended.value.code}\n{stdout}\n{stderr}"
+        assert "Traceback" not in stderr
+        return subprocess.CompletedProcess(sys.argv, code, stdout, stderr)
 
     return run
 

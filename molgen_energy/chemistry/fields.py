@@ -36,6 +36,8 @@ FIRST_RECORDS = 100
 
 _SMILES = ("smiles", "SMILES")
 _EXPONENT = re.compile(r"(?<=[\d.])(?:[dD]|\*\^)(?=[+-]?\d)")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_GROUP = re.compile(r"[+-]?[0-9]{1,19}")
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def parse_number(text: str) -> float:
     Raises
     ------
     ValueError
-        The text is something else, such as `nan`, `inf` or `1_000`.
+        The text is something else, such as `nan`, `inf` or `1_000`, or has digits of other scripts.
     """
     try:
         value = float(text)
@@ -170,18 +172,22 @@ def parse_number(text: str) -> float:
             value = float(_EXPONENT.sub("e", text, count=1))
         except ValueError:
             value = math.nan
-    if not math.isfinite(value) or "_" in text:
+    if not math.isfinite(value) or "_" in text or not text.isascii():
         raise ValueError(f"'{text.strip()[:40]}' is no finite number")
     return value
+
+
+def parse_integer(text: str) -> int:
+    """An integer of at most 18 digits; `ValueError` says that the text is something else."""
+    if not _INTEGER.fullmatch(text.strip()):
+        raise ValueError(f"'{text.strip()[:40]}' is no integer")
+    return int(text)
 
 
 def read_group(text: str) -> int:
     """An integer of 64 bits as it is; of other text a hash, the same in every file."""
     text = text.strip()
-    try:
-        value = int(text)
-    except ValueError:
-        value = 1 << 63
+    value = int(text) if _GROUP.fullmatch(text) else 1 << 63
     if -(1 << 63) <= value < 1 << 63:
         return value
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 from runs import tiny
 
 from molgen_energy.api.train import train
+from molgen_energy.cli import main
 from molgen_energy.systems.molecules import sampling
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs links and pipes")
@@ -25,6 +28,27 @@ def trained(tmp_path_factory) -> Path:
     changes = {"training.steps": 1, "process.steps": 4}
     train(tiny().replaced(changes), output=folder / "run", device="cpu")
     return folder / "run"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Run a command in this process, in a folder of its own: exit code and errors."""
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+
+    def run(*arguments: object) -> tuple[int, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["molgen-energy", *map(str, arguments)])
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return int(ended.value.code or 0), capsys.readouterr().err
+
+    return run
 
 
 def put(path: Path, what: str, victim: Path) -> None:

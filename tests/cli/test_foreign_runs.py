@@ -372,12 +372,12 @@ def test_a_part_that_is_no_file(run, tmp_path, name, kind):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs pipes")
-def test_a_command_says_it_in_one_line(here, run):
+def test_a_command_says_it_in_one_line(cli_here, run):
     (last(run) / "state.yaml").unlink()
     os.mkfifo(last(run) / "state.yaml")
     for arguments in (("sample", "-n", "1", "--checkpoint", run), ("train", "--resume", run)):
-        code, stderr = here(*arguments)
-        assert code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1
+        stderr = cli_here(*arguments, code=2).stderr
+        assert stderr.startswith("error: ") and stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
