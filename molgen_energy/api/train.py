@@ -12,7 +12,8 @@ from molgen_energy.config import Config
 from molgen_energy.distributed import broadcast, is_main, local_device, process_group
 from molgen_energy.errors import InputError
 from molgen_energy.losses import LOSSES
-from molgen_energy.output import check_folder
+from molgen_energy.output import check_folder, real_path
+from molgen_energy.paths import find_again, portable_path
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.systems.base import System
 from molgen_energy.systems.registry import (
@@ -133,7 +134,10 @@ def train(
             _check_resumable(given, run, config, changes, output)
             checkpoint = load_checkpoint(run)
             system = system_of_checkpoint(checkpoint)
-            settings: Config = checkpoint.config_as(system.config).replaced(given)
+            begun = checkpoint.config_as(system.config)
+            if data is None and begun.data.path is not None:
+                given["data.path"] = str(find_again(begun.data.path, run))
+            settings: Config = begun.replaced(given)
             progress_of_run = checkpoint.progress
         else:
             settings = _configuration(config, dict(changes or {}), given)
@@ -189,8 +193,9 @@ def _check_resumable(
 
 
 def _initial_weights(name: Path) -> str:
-    """The value of `training.initial_weights` for a name, valid in any working directory."""
-    return checkpoint_name(resolve_checkpoint(name, "--init"))
+    """The value of `training.initial_weights` for a name."""
+    found = checkpoint_name(resolve_checkpoint(name, "--init"))
+    return portable_path(Path(found)) if Path(found).is_absolute() else found
 
 
 def _new_folder(config: Config) -> Path:
@@ -209,12 +214,14 @@ def _new_folder(config: Config) -> Path:
 
 
 def _check_new(run: Path) -> None:
+    if run.is_symlink() and not run.exists():
+        raise InputError(f"{run} is a link to {run.readlink()}, which does not exist; remove it")
     if run.is_dir() and any(run.iterdir()):
         raise InputError(
             f"{run} is not empty; name another --output, or continue with --resume {run}"
         )
     # The folder is made when training starts, so that a start that fails leaves nothing.
-    existing = next(path for path in (run, *run.resolve().parents) if path.exists())
+    existing = next(path for path in (run, *real_path(run).parents) if path.exists())
     check_folder(existing)
 
 

@@ -146,7 +146,7 @@ MOLECULES = HDF5Format(
         ),
         DatasetSpec(
             f"{PROPERTIES}*", ("M",), "float", "a property, NaN where it is missing",
-            unit="attribute `unit`", required=False, finite=False, fill=True,
+            required=False, finite=False, fill=True,
             attributes=(AttributeSpec("unit", "text", "unit of the values", required=False),),
         ),
     ),
@@ -237,9 +237,9 @@ class DeferredErrorFile(io.FileIO):
 
 def check_hdf5_name(output: Path) -> None:
     """Raise `InputError` unless an HDF5 file can be written to a path."""
+    check_writable(output)
     if output.suffix.lower() not in (".h5", ".hdf5"):
         raise InputError(f"{output}: the name of an HDF5 file must end in .h5 or .hdf5")
-    check_writable(output)
 
 
 def system_of(path: Path) -> str:

@@ -9,12 +9,12 @@ names when they are complete.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
+from typing import IO, Annotated, Any, Generic, TypeVar
 
 from numpy.typing import NDArray
+from pydantic import Field
 
 from molgen_energy.errors import InputError
 from molgen_energy.formats.limits import check_memory
@@ -28,7 +28,15 @@ from molgen_energy.formats.yaml import (
     shown,
     validate_as,
 )
-from molgen_energy.output import atomic_write, lock_file, remove, with_filename
+from molgen_energy.output import (
+    atomic_write,
+    check_own_file,
+    lock_file,
+    remove,
+    remove_leftovers,
+    temporary_folder,
+    with_filename,
+)
 
 FORMAT = 2
 MANIFEST = "manifest.yaml"
@@ -41,7 +49,7 @@ class Manifest(Schema):
     Each command declares its own in a subclass. The file holds `format` and `command` as well.
     """
 
-    version: str
+    version: Annotated[str, Field(max_length=100)]
     """Version of this package."""
 
 
@@ -77,9 +85,10 @@ class ShardFolder(Generic[Job]):
     def __init__(self, output: Path, command: str, declaration: type[Job], lead: bool) -> None:
         self.folder = shards_folder(output)
         path, again = self.folder / MANIFEST, f"{command} again"
-        if self.folder.is_symlink():
-            raise InputError(f"{self.folder} is a link; remove it and {again}")
-        if not path.exists() and not path.is_symlink():
+        check_own_file(self.folder)
+        for file in self.folder.iterdir() if self.folder.is_dir() else ():
+            check_own_file(file)
+        if not path.exists():
             raise InputError(_absent(output, again))
         content = read_part(path, MOST_BYTES)
         damaged = f"the manifest is damaged; remove {self.folder} and {again}"
@@ -108,23 +117,20 @@ class ShardFolder(Generic[Job]):
         self._lock: IO[bytes] | None = None
         if lead:
             self._lock = lock_file(path, str(self.folder))
+            remove_leftovers(self.folder)
 
     @staticmethod
     def begin(output: Path, command: str, manifest: Manifest) -> None:
         """Make the folder with the manifest of a job."""
         folder = shards_folder(output)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        check_own_file(folder)
+        text = dump_yaml({"format": FORMAT, "command": command} | manifest.model_dump(mode="json"))
         try:
-            temporary.mkdir()
-            text = dump_yaml(
-                {"format": FORMAT, "command": command} | manifest.model_dump(mode="json")
-            )
-            (temporary / MANIFEST).write_text(text, encoding="utf-8")
-            temporary.rename(folder)
+            with temporary_folder(folder) as temporary:
+                (temporary / MANIFEST).write_text(text, encoding="utf-8")
+                temporary.rename(folder)
         except OSError as error:
             raise with_filename(error, folder) from None
-        finally:
-            remove(temporary)
 
     def __enter__(self: Own) -> Own:
         return self
@@ -168,7 +174,7 @@ class ShardFolder(Generic[Job]):
     def store(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Write a finished shard."""
         payload = pack_arrays(arrays)
-        atomic_write(self.folder / name, self._digest(payload) + payload)
+        atomic_write(self.folder / name, self._digest(payload) + payload, own=True)
 
     def _digest(self, payload: bytes) -> bytes:
         return hashlib.sha256(self._salt + payload).digest()

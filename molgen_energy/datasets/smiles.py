@@ -31,7 +31,7 @@ from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.datasets.screening import foreign_elements, foreign_reason
 from molgen_energy.distributed import default_workers
 from molgen_energy.errors import MEND_OR_SKIP, InputError, unknown_name
-from molgen_energy.output import check_file, named_path, remove
+from molgen_energy.output import check_file, display_path, named_path, remove
 from molgen_energy.progress import ProgressCallback, no_progress
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ class SmilesFiles(ScreenedDataset):
 
     def source_name(self) -> str:
         """The names of the files, and how the conformers were made."""
-        return f"{', '.join(path.name for path in self.files)}, ETKDGv3, {self.relax}"
+        names = (display_path(Path(path.name)) for path in self.files)
+        return f"{', '.join(names)}, ETKDGv3, {self.relax}"
 
     def check(self) -> None:
         """Raise `InputError` where an option has a bad value or a file is missing."""

@@ -60,22 +60,3 @@ def read_part(path: Path, most: int) -> bytes:
             return file.read(most)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-
-
-def check_parts(folder: Path, remedy: str) -> None:
-    """Check a folder before files in it are written: all its parts are files and folders.
-
-    Raises
-    ------
-    InputError
-        A part is a link, a pipe or a device.
-    """
-    folders = [folder]
-    while folders:
-        for path in folders.pop().iterdir():
-            mode = path.lstat().st_mode
-            if stat.S_ISDIR(mode):
-                folders.append(path)
-            elif not stat.S_ISREG(mode):
-                kind = _KINDS.get(stat.S_IFMT(mode), "no file")
-                raise InputError(f"{path} is {kind}; {remedy}")

@@ -180,7 +180,11 @@ class Reference:
             Description of the molecules, stored with them.
         """
         evaluation, distances = self.evaluation, self.distances
-        with atomic_replace(path) as output, h5py.File(output.temporary, "w") as file:
+        with (
+            atomic_replace(path) as output,
+            output.temporary.open("w+b") as raw,
+            h5py.File(raw, "w") as file,
+        ):
             file.attrs.update(
                 name=self.name,
                 source=source,

@@ -26,7 +26,7 @@ from molgen_energy.errors import InputError
 from molgen_energy.formats.parts import check_part, read_part
 from molgen_energy.formats.tensors import pack_tensors, read_tensors
 from molgen_energy.formats.yaml import MOST_BYTES, dump_yaml, load_yaml, shown, validate_as
-from molgen_energy.output import flush_to_disk, remove, with_filename
+from molgen_energy.output import display_path, flush_to_disk, real_path, remove, with_filename
 from molgen_energy.training.pretrained import verify_checksums
 from molgen_energy.training.state import Progress, RunState, State
 
@@ -119,9 +119,9 @@ class Checkpoint:
     @property
     def origin(self) -> str:
         """Run and step of the weights; `runs/x/checkpoints/last` is of run x."""
-        path = self.path.resolve()
-        run = path.parents[1].name if path.parent.name == "checkpoints" else path.name
-        return f"{run}, step {self.progress.step}"
+        path = real_path(self.path)
+        run = path.parents[1] if path.parent.name == "checkpoints" else path
+        return f"{display_path(Path(run.name))}, step {self.progress.step}"
 
     def load_weights(self, model: nn.Module, name: str) -> None:
         """Load the weights `model` or `ema` into a model of the same architecture.
@@ -235,7 +235,8 @@ def find_checkpoint(path: Path, which: str = "last") -> Path:
     """
     for candidate in (path, path / "checkpoints" / which):
         # A kill between two renames leaves the old one under its second name.
-        for folder in (candidate, candidate.with_name(f"{candidate.name}.old")):
+        whole = real_path(candidate)
+        for folder in (candidate, whole.with_name(f"{whole.name}.old")):
             if (folder / "state.yaml").is_file():
                 return folder
     if not path.exists():

@@ -34,8 +34,15 @@ from molgen_energy.config import Config, TrainingConfig
 from molgen_energy.data.batches import BatchIndex
 from molgen_energy.distributed import all_reduce_sum, is_main, rank, world_size
 from molgen_energy.errors import InputError, TrainingFailedError
-from molgen_energy.formats.parts import check_parts
-from molgen_energy.output import lock_file, remove
+from molgen_energy.output import (
+    atomic_write,
+    check_own_file,
+    lock_file,
+    open_to_append,
+    remove,
+    remove_leftovers,
+)
+from molgen_energy.paths import expand_home
 from molgen_energy.training.checkpoint import (
     Checkpoint,
     check_alike,
@@ -49,6 +56,7 @@ from molgen_energy.training.muon import Muon, hidden_matrices
 from molgen_energy.training.pretrained import resolve_checkpoint
 from molgen_energy.training.task import Task
 
+_WRITTEN = ("config.yaml", "metrics.csv", "log.txt", "tensorboard", "checkpoints")
 _MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
 _NORMS = "clipper/norms"  # the tensor of the gradient clipper, beside those of optimizers
 _NOT_NEGATIVE = ("step", "exp_avg_sq", "max_exp_avg_sq")  # tensors of AdamW
@@ -184,6 +192,15 @@ def _make_folder(run: Path) -> bool:
     return True
 
 
+def check_run_folder(run: Path) -> None:
+    """Raise `InputError` where a link, a device or a pipe has the name of a file to write."""
+    for name in _WRITTEN:
+        check_own_file(run / name)
+    checkpoints = run / "checkpoints"
+    for path in sorted(checkpoints.iterdir()) if checkpoints.is_dir() else ():
+        check_own_file(path)
+
+
 class _Trainer:
     def __init__(self, task: Task, run: Path, callback: TrainingCallback) -> None:
         self.task, self.folder, self.callback = task, run, callback
@@ -207,16 +224,18 @@ class _Trainer:
 
     def start(self, resume: bool) -> None:
         if resume:
-            check_parts(self.folder, "a run is continued only in its own files")
             self._restore(load_checkpoint(self.folder))
         elif self.training.initial_weights is not None:
-            self._initialise(Path(self.training.initial_weights))
+            self._initialise(expand_home(self.training.initial_weights))
         if not is_main():
             return
+        check_run_folder(self.folder)
         log = self.folder / "log.txt"
-        log.touch()
+        open_to_append(log).close()
         self.lock = lock_file(log, str(self.folder))
-        (self.folder / "config.yaml").write_text(self.task.config.to_yaml(), encoding="utf-8")
+        remove_leftovers(self.folder)
+        text = self.task.config.to_yaml()
+        atomic_write(self.folder / "config.yaml", text.encode(), own=True)
         self.metrics = MetricsLog(self.folder, self.at.step, self.task.loss_terms)
         if not resume:
             self._save("last")
@@ -230,7 +249,7 @@ class _Trainer:
     def _log(self, text: str) -> None:
         if not is_main():
             return
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+        with open_to_append(self.folder / "log.txt") as file:
             file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
 
     def _save(self, which: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from molgen_energy.errors import InputError
 from molgen_energy.formats.limits import check_memory
 from molgen_energy.formats.parts import check_part
-from molgen_energy.output import atomic_replace
+from molgen_energy.output import atomic_replace, open_to_append
 
 _MEMORY_FACTOR = 20  # of the rows in memory, by the size of the file
 _BEFORE = ("step", "epoch", "loss")
@@ -32,7 +32,7 @@ class MetricsLog:
         self._columns = (*_BEFORE, *loss_terms, *_AFTER)
         rows = _rows_before(self._path, step) if self._path.exists() else []
         with (
-            atomic_replace(self._path) as output,
+            atomic_replace(self._path, own=True) as output,
             output.temporary.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.writer(file)
@@ -44,7 +44,7 @@ class MetricsLog:
     def write(self, **values: float | int | None) -> None:
         """Append a row; missing columns stay empty."""
         row = ["" if values.get(name) is None else _text(values[name]) for name in self._columns]
-        with self._path.open("a", newline="", encoding="utf-8") as file:
+        with open_to_append(self._path) as file:
             csv.writer(file).writerow(row)
         if self._board is not None:
             for name, value in values.items():

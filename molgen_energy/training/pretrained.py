@@ -16,6 +16,7 @@ from pathlib import Path
 from molgen_energy.errors import InputError
 from molgen_energy.formats.parts import has_part, read_part
 from molgen_energy.formats.yaml import MOST_BYTES, load_yaml
+from molgen_energy.output import real_path
 from molgen_energy.resources import resource_directory
 
 DEFAULT = "qm9_energy"
@@ -83,8 +84,8 @@ def resolve_checkpoint(name: Path, option: str = "--checkpoint") -> Path:
 
 def checkpoint_name(path: Path) -> str:
     """Name of a checkpoint's folder for `resolve_checkpoint`, valid in every installation."""
-    path = path.resolve()
-    return path.name if path.parent == weights_directory().resolve() else str(path)
+    path = real_path(path)
+    return path.name if path.parent == real_path(weights_directory()) else str(path)
 
 
 def write_checksums(folder: Path) -> None:

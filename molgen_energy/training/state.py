@@ -46,11 +46,11 @@ class Progress(Schema):
 class TrainingDataSummary(Schema):
     """The data of the run."""
 
-    source: str
+    source: Annotated[str, Field(max_length=10_000)]
     """In words."""
     training_samples: Count
     """Samples of the training split."""
-    fingerprint: str
+    fingerprint: Annotated[str, Field(max_length=200)]
     """Of the training data; a resumed run needs the same."""
 
 

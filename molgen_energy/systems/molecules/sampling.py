@@ -29,7 +29,7 @@ from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.distributed import barrier, is_main, rank, world_size
 from molgen_energy.errors import InputError
 from molgen_energy.formats.yaml import validate_as
-from molgen_energy.output import check_writable
+from molgen_energy.output import check_writable, move_over, real_path, remove
 from molgen_energy.systems.base import SamplingCallback, SamplingResult
 from molgen_energy.systems.molecules.generate import MoleculeGenerator
 from molgen_energy.systems.molecules.shards import (
@@ -119,7 +119,7 @@ def check_name(output: Path) -> None:
 
 def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> SamplingJob:
     on_cpu = generator.device.type == "cpu"
-    path = generator.checkpoint.path.resolve()
+    path = real_path(generator.checkpoint.path)
     # While a trainer replaces a checkpoint, the old one has this name for a moment.
     path = path.with_name(path.name.removesuffix(".old"))
     options: dict[str, Any] = {
@@ -293,6 +293,7 @@ class _SamplingRun:
         # Written in the folder of the shards, so that a kill leaves no other file.
         check_writable(target)
         merged, not_finite, in_order = self._shards.folder / target.name, 0, True
+        remove(merged)
         with _writer(merged, self._job, self._generator.config.without_paths().to_yaml()) as writer:
             for shards in self.windows():
                 drawn, numbers = [], []
@@ -317,7 +318,7 @@ class _SamplingRun:
                 "be read back; finished shards stay, sample again with --resume",
                 str(target),
             )
-        merged.replace(target)
+        move_over(merged, target)
         return written, not_finite
 
 

@@ -14,7 +14,7 @@ from molgen_energy.data.molecules import PROPERTIES, SHAPES, Molecules
 from molgen_energy.data.shards import Manifest, ShardFolder, check_unchanged, shards_folder
 from molgen_energy.errors import InputError
 from molgen_energy.formats.yaml import YAMLFormat
-from molgen_energy.output import check_writable
+from molgen_energy.output import check_writable, open_to_append
 from molgen_energy.systems.molecules.state import Atoms
 
 _DONE = ".done"
@@ -23,7 +23,7 @@ _MOST_IN_WINDOW = 10**6
 
 Positive = Annotated[int, Field(ge=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Text = Annotated[str, Field(max_length=4096)]
+Text = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class SamplingJob(Manifest):
@@ -38,7 +38,7 @@ class SamplingJob(Manifest):
     eta: Finite | None
     n_atoms: Annotated[tuple[Atoms, Atoms], Strict(False)] | None
     """Fewest and most atoms; None draws sizes from the histogram of the training molecules."""
-    condition: dict[str, Finite] | None
+    condition: dict[Text, Finite] | None
     """Values of properties; None draws them from the training molecules."""
     low_precision: bool
     batch_size: Annotated[int, Field(ge=1, le=_MOST_IN_WINDOW)] | None
@@ -48,7 +48,7 @@ class SamplingJob(Manifest):
     """Molecules that are sorted by size and cut into batches together."""
     weights: Text
     """Fingerprint of the checkpoint."""
-    checkpoint: Text
+    checkpoint: Annotated[str, Field(min_length=1, max_length=4096)]
     """Absolute path of the checkpoint, or the name of pretrained weights."""
     origin: Text
     """Run and step of the weights, for the file of molecules."""
@@ -58,7 +58,7 @@ class SamplingJob(Manifest):
     temperature_range: Annotated[tuple[Finite | None, Finite | None], Strict(False)] = (0.3, None)
     """Å; None is an open end."""
     final_noise: Finite = 1.0
-    units: dict[str, str] = Field(default_factory=dict)
+    units: dict[Text, Annotated[str, Field(max_length=200)]] = Field(default_factory=dict)
     """Of the properties that molecules will have."""
 
     @model_validator(mode="after")
@@ -167,7 +167,7 @@ class MoleculeShards(ShardFolder[SamplingJob]):
 
     def mark_done(self, process: int) -> None:
         """Mark that a process has drawn its shards and does not need the folder any more."""
-        (self.folder / f"{process}{_DONE}").touch()
+        open_to_append(self.folder / f"{process}{_DONE}").close()
 
     def is_done(self, process: int) -> bool:
         """Whether a process has finished since the folder was locked."""

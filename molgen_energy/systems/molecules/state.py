@@ -14,6 +14,7 @@ MOST_ATOMS = 1_000_000
 """Atoms of a molecule in the histogram of sizes, or to sample."""
 Atoms = Annotated[int, Field(ge=1, le=MOST_ATOMS)]
 Charge = Annotated[int, Field(ge=-100, le=100)]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _MOST_PROPERTIES = 1000
 
@@ -49,7 +50,7 @@ class StatisticsState(Schema):
 class ConditionState(Schema):
     """Properties that the network is conditioned on, over the training molecules."""
 
-    names: Annotated[list[str], Field(min_length=1, max_length=_MOST_PROPERTIES)]
+    names: Annotated[list[Name], Field(min_length=1, max_length=_MOST_PROPERTIES)]
     """Of the P properties."""
     units: list[str]
     """Their units, P."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +37,7 @@ from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.losses import AdaptiveSprings, PositionLoss
 from molgen_energy.models import Denoiser
 from molgen_energy.models.base import Published
+from molgen_energy.paths import expand_home, portable_path
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.resources import bundled_sample
 from molgen_energy.systems.molecules.condition import PropertyCondition
@@ -125,7 +125,7 @@ class MoleculeTask:
         progress: ProgressCallback = no_progress,
     ) -> None:
         self.device = device
-        path = Path(config.data.path) if config.data.path else bundled_sample()
+        path = expand_home(config.data.path) if config.data.path else bundled_sample()
         with ExitStack() as stack:
             file = stack.enter_context(MoleculeFile(path))
             source, summary = file.source, file.summarize()
@@ -231,8 +231,8 @@ class MoleculeTask:
         changes: dict[str, Any] = {
             "data.elements": [symbol(z) for z in self.layout.fields["elements"].elements]  # type: ignore[attr-defined]
         }
-        if config.data.path is not None:  # a run can be resumed from any folder
-            changes["data.path"] = str(Path(config.data.path).resolve())
+        if config.data.path is not None:
+            changes["data.path"] = portable_path(expand_home(config.data.path))
         resolved = config.loss.resolve(self._samples, training.seed)
         config = config.model_copy(update={"loss": resolved.config})
         if objective.position_weight == "auto":

@@ -22,6 +22,8 @@ from molgen_energy.losses import LOSSES, SPIN_LOSSES, Loss, LossConfig, lattice_
 from molgen_energy.losses.spin import LocalFieldConfig
 from molgen_energy.models import SPIN_MODELS
 from molgen_energy.models.resnet import ResNetConfig
+from molgen_energy.output import display_path, real_path
+from molgen_energy.paths import find_again
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.base import SamplingCallback, SamplingResult, System
 from molgen_energy.systems.networks import build_network
@@ -159,8 +161,8 @@ class SpinGenerator:
         config, state = checkpoint.config_as(SpinConfig), checkpoint.state_as(SpinState)
         self._config, self.origin = config, checkpoint.origin
         self._boundary = state.boundary
-        self._trained_on = Path(str(config.data.path))
-        self._data, self._named = self._trained_on if data is None else data, data is not None
+        self._trained_on = find_again(str(config.data.path), checkpoint.path)
+        self._data = self._trained_on if data is None else data
         self._fingerprint = None if state.data is None else state.data.fingerprint
         self.inputs: tuple[Path, ...] = (self._trained_on, self._data)
         self._lattices, self._records, self._source = self._read()
@@ -186,8 +188,8 @@ class SpinGenerator:
         path, periodic = self._data, self._boundary == "periodic"
         if path.suffix.lower() not in (".h5", ".hdf5"):
             lattices = read_couplings(path, periodic)
-            return lattices, 1 + np.arange(len(lattices)), path.name
-        trained_on = path.resolve() == self._trained_on
+            return lattices, 1 + np.arange(len(lattices)), display_path(Path(path.name))
+        trained_on = real_path(path) == real_path(self._trained_on)
         if trained_on and not path.exists():
             raise InputError(
                 f"{path}, the training data, does not exist any more; name couplings with --data "
@@ -199,15 +201,16 @@ class SpinGenerator:
                 f"{path} holds lattices with {found.file.attributes['boundary']} boundaries, the "
                 f"run was trained on {self._boundary} ones; name others with --data"
             )
-        if trained_on and not self._named and found.file.fingerprint() != self._fingerprint:
+        if trained_on and found.file.fingerprint() != self._fingerprint:
             raise InputError(
-                f"{path}, which the run names, is not the data that it was trained on; name "
-                "couplings with --data FILE"
+                f"{path} is not the file that the run was trained on; name couplings with --data "
+                "FILE"
             )
         which = found.file.split_indices("test") if trained_on else np.arange(len(found.file))
         if not len(which):
             raise InputError(f"{path} holds no test lattice; name couplings with --data FILE")
-        source = f"{path.name}, test split" if trained_on else path.name
+        name = display_path(Path(path.name))
+        source = f"{name}, test split" if trained_on else name
         return found.lattices.select(which), 1 + which, source
 
     def write(
