@@ -25,6 +25,7 @@ class SmilesManifest(Manifest):
     """The options of `preprocess smiles` that conformers depend on, besides the SMILES."""
 
     seed: int
+    """Of the conformers."""
     conformers: Annotated[int, Field(ge=1)]
     """Of each molecule."""
     relax: str

@@ -29,7 +29,9 @@ class SpinManifest(Manifest):
     count: Annotated[int, Field(ge=1)]
     """Lattices."""
     boundary: Literal["open", "periodic"]
+    """Of the lattices."""
     seed: Annotated[int, Field(ge=0)]
+    """Of couplings and split."""
 
 
 SPIN_MANIFEST = YAMLFormat(
