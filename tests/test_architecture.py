@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -133,6 +134,30 @@ def test_imports_point_downwards():
         if position[layer(module)] > position[layer(imported)]
     ]
     assert not upwards, upwards
+
+
+def test_formats_know_nothing_of_what_is_in_files():
+    """So that what declares and checks files can be trusted by itself."""
+    own = {imported for module, imported in imports() if layer(module) == "formats"}
+    assert {layer(imported) for imported in own} <= {"formats", "output", "errors"}
+
+
+def test_files_are_read_in_one_place():
+    """HDF5, archives of NumPy, YAML and safetensors, whoever reads them."""
+    loads = re.compile(r"(np|numpy|pickle|torch|yaml|safetensors\.\w+)\.(safe_)?load\w*")
+    opens, readers = set(), set()
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            if name == "h5py.File" and ast.unparse(node.args[1]) != "'w'":
+                opens.add(module)
+            elif loads.fullmatch(name):
+                readers.add(module)
+    assert opens == {"formats.hdf5"}
+    # The pool reads what its own processes wrote.
+    assert {layer(module) for module in readers} <= {"formats", "workers"}, readers
 
 
 def test_no_cycle_between_packages():

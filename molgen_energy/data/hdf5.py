@@ -146,7 +146,7 @@ MOLECULES = HDF5Format(
         ),
         DatasetSpec(
             f"{PROPERTIES}*", ("M",), "float", "a property, NaN where it is missing",
-            unit="attribute `unit`", required=False, finite=False, fill=True,
+            required=False, finite=False, fill=True,
             attributes=(AttributeSpec("unit", "text", "unit of the values", required=False),),
         ),
     ),
