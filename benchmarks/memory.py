@@ -47,19 +47,16 @@ class Job(NamedTuple):
     sizes: tuple[int, ...]
 
 
+_EVALUATE = "evaluate {n}.%s --workers 1 --metrics rates,geometry,composition"
 JOBS = (
-    Job("sample -o x.sdf", "sample -n {n} --checkpoint run -o {n}.sdf", (1, 500, 5000, 20_000)),
-    Job("sample -o x.xyz", "sample -n {n} --checkpoint run -o {n}.xyz", (1, 500, 5000, 20_000)),
-    Job("sample -o x.h5", "sample -n {n} --checkpoint run -o {n}.h5", (1, 500, 5000, 20_000)),
+    Job("sample x.sdf", "sample -n {n} --checkpoint run -o {n}.sdf", (1, 500, 5000, 20_000)),
+    Job("sample x.h5", "sample -n {n} --checkpoint run -o {n}.h5", (1, 500, 5000, 100_000)),
     Job("preprocess x.xyz", "preprocess {n}.xyz -o out.h5", (1000, 20_000, 200_000)),
     Job("preprocess x.sdf", "preprocess {n}.sdf -o out.h5", (1000, 20_000, 200_000)),
-    Job("evaluate x.xyz", "evaluate {n}.xyz --workers 1 --metrics rates,geometry,composition",
-        (1000, 20_000, 200_000)),
-    Job("evaluate x.sdf", "evaluate {n}.sdf --workers 1 --metrics rates,geometry,composition",
-        (1000, 20_000)),
-    Job("evaluate x.h5", "evaluate {n}.h5 --workers 1 --metrics rates,geometry,composition",
-        (1000, 20_000)),
-)  # fmt: skip
+    Job("evaluate x.xyz", _EVALUATE % "xyz", (1000, 5000, 20_000)),
+    Job("evaluate x.sdf", _EVALUATE % "sdf", (1000, 5000, 20_000)),
+    Job("evaluate x.h5", _EVALUATE % "h5", (1000, 5000, 20_000)),
+)
 
 
 def main() -> None:
@@ -96,7 +93,7 @@ def measured(job: Job, sizes: tuple[int, ...], folder: Path) -> Iterator[tuple[i
             if not (folder / "run").exists():
                 peak_of(("train", "-o", "run", *_TINY), folder)
         else:
-            make_input(folder, f"{size}{job.name[-4:].strip('x')}", size)
+            make_input(folder, f"{size}.{job.name.rpartition('.')[2]}", size)
         yield size, peak_of(tuple(job.arguments.format(n=size).split()), folder)
 
 

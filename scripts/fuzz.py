@@ -21,6 +21,7 @@ import hashlib
 import importlib
 import json
 import os
+import pkgutil
 import re
 import resource
 import select
@@ -50,6 +51,7 @@ from fuzz_targets import TARGETS, Target
 from rich.console import Console
 from rich.table import Table
 
+import molgen_energy
 from molgen_energy.cli import app
 from molgen_energy.metrics import reference, results
 
@@ -144,38 +146,39 @@ def fuzz(
 
 
 def prepare(corpus: Path, targets: Sequence[Target]) -> dict[tuple[str, Command], str]:
-    """Write the corpus, run each command on it, and import what the commands import.
+    """Write the corpus, and run each command on it.
 
     Returns the digest of what each command makes of the files as they are. Training runs in forked
     processes only: PyTorch cannot compute gradients in one that is forked from one that has.
     """
+    _import_all()
     if _in_child(lambda: fuzz_corpus.build(corpus)):
         raise RuntimeError("the files to damage could not be written")
     # What does not depend on the mutants is read once.
     hashes, statistics = results.bundled_training_hashes(), results.bundled_reference()
     results.bundled_training_hashes = lambda: hashes
     results.bundled_reference = lambda: statistics
-    baselines = {}
-    for target in targets:
-        for command in target.commands:
-            baselines[target.format, command] = baseline(corpus, target, command)
     gc.freeze()  # so that collections in forked processes do not copy memory
-    return baselines
+    jobs = {(target.format, command) for target in targets for command in target.commands}
+    return {(name, command): baseline(corpus / name, command) for name, command in sorted(jobs)}
 
 
-def baseline(corpus: Path, target: Target, command: Command) -> str:
-    """Digest of what a command makes of a file as it is; imports what the command imports."""
+def _import_all() -> None:
+    """Import what commands import when they need it, before processes are forked."""
+    for module in pkgutil.walk_packages(molgen_energy.__path__, "molgen_energy."):
+        if module.name.rpartition(".")[2] not in ("__main__", "pair_kernels"):
+            importlib.import_module(module.name)
+    importlib.import_module("torch._dynamo")  # of optimisers
+
+
+def baseline(files: Path, command: Command) -> str:
+    """Digest of what a command makes of files as they are, which it must accept."""
     with tempfile.TemporaryDirectory() as parent:
-        folder, modules = Path(parent) / "work", Path(parent) / "modules"
-        shutil.copytree(corpus / target.format, folder)
-        outcome = execute(folder, command, with_traceback=True, modules=modules)
+        folder = Path(parent) / "work"
+        shutil.copytree(files, folder)
+        outcome = execute(folder, command, with_traceback=True)
         if outcome.code:
-            raise RuntimeError(f"{target.format}: {command}\n{outcome.stdout}\n{outcome.stderr}")
-        for name in modules.read_text().split():
-            if name.startswith("triton"):  # complains at the exit of the process
-                continue
-            with contextlib.suppress(Exception):  # some cannot be imported alone
-                importlib.import_module(name)
+            raise RuntimeError(f"{command}\n{outcome.stdout}\n{outcome.stderr}")
         return digest(folder, command, outcome)
 
 
@@ -203,13 +206,8 @@ def _call(command: Command) -> None:
     app([*command.arguments])
 
 
-def execute(
-    folder: Path, command: Command, with_traceback: bool = False, modules: Path | None = None
-) -> Outcome:
-    """Run a command in a folder, in a forked process with limits of time and memory.
-
-    The process writes the names of all modules that it has imported into a file `modules`.
-    """
+def execute(folder: Path, command: Command, with_traceback: bool = False) -> Outcome:
+    """Run a command in a folder, in a forked process with limits of time and memory."""
     pid = os.fork()
     if not pid:
         os.setpgid(0, 0)
@@ -219,8 +217,6 @@ def execute(
         try:
             _limit()
             code = _run_here(folder, command)
-            if modules is not None:
-                modules.write_text("\n".join(sys.modules))
         finally:
             os._exit(code)
     watched = os.pidfd_open(pid)

@@ -48,8 +48,8 @@ class Target:
     commands: Sequence[Command]
 
 
-def _evaluate(*files: str, **more: Any) -> Command:
-    return Command(("evaluate", *files, "--workers", "0", "--metrics", "rates,geometry"), **more)
+def _evaluate(*files: str, metrics: str = "rates", **more: Any) -> Command:
+    return Command(("evaluate", *files, "--workers", "0", "--metrics", metrics), **more)
 
 
 def _preprocess(*arguments: str) -> Command:
@@ -105,7 +105,7 @@ def _hdf5_targets() -> list[Target]:
     shapes = (*_TRAIN, *_TINY, "--config", "shapes_energy", "--data", "shapes.h5")
     spins = (*_TRAIN, *_TINY, "--config", "spins_cross_entropy", "--data", "spins.h5")
     predict = Command(("sample", "--checkpoint", "run", "--data", "spins.h5", "-o", "out.h5"))
-    statistics = _evaluate("molecules.sdf", statistics="statistics.h5")
+    statistics = _evaluate("molecules.sdf", metrics="rates,geometry", statistics="statistics.h5")
     return [
         *_hdf5("molecules", "molecules.h5", MOLECULES, _evaluate("molecules.h5"),
                Command((*quick, "--data", "molecules.h5"))),

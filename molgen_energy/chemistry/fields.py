@@ -33,6 +33,10 @@ OWN_FIELDS = frozenset({*_ORIGIN, "molecule", "status", "fragments", BONDS, UNIT
 _CREATOR = "molgen-energy "
 FIRST_RECORDS = 100
 """How many records of a file tell which fields hold numbers."""
+MOST_FIELDS = 10_000
+"""How many data fields one record may have."""
+
+_MOST_PROPERTIES = 2000  # more than usual sets of descriptors have
 
 _SMILES = ("smiles", "SMILES")
 _EXPONENT = re.compile(r"(?<=[\d.])(?:[dD]|\*\^)(?=[+-]?\d)")
@@ -84,6 +88,11 @@ class FieldSelection:
                     numeric[name] = numeric.get(name, True) and is_number
         excluded = OWN_FIELDS | {*_SMILES, group}
         names = [name for name, chosen in numeric.items() if chosen and name not in excluded]
+        if len(names) > _MOST_PROPERTIES:
+            raise InputError(
+                f"{len(names):,} data fields hold numbers, at most {_MOST_PROPERTIES:,} become "
+                "properties; name those to keep with --properties, or keep none: --properties ''"
+            )
         found = cls.of({name: units.get(_property_name(name), "") for name in names}, group)
         return replace(found, known_units=units)
 
@@ -111,6 +120,12 @@ class FieldSelection:
                 raise ValueError(f"it lacks the field '{self.group}' of the group")
             columns["group"] = read_group(fields[self.group])
         return columns
+
+
+def check_field_count(count: int) -> None:
+    """Raise `ValueError` where a record has more data fields than any program writes."""
+    if count > MOST_FIELDS:
+        raise ValueError(f"it has more than {MOST_FIELDS:,} data fields")
 
 
 def data_fields(molecule: Molecule) -> dict[str, str | float]:

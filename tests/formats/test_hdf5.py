@@ -219,6 +219,7 @@ def with_chunk(size: int, stored: bytes, mask: int = 0):
     return edit
 
 
+TEXT = h5py.string_dtype()
 WHOLE = zlib.compress(np.ones((8, 3), "f4").tobytes())
 
 
@@ -245,6 +246,8 @@ WHOLE = zlib.compress(np.ones((8, 3), "f4").tobytes())
         (put("split", None, shape=(10**12,), dtype="u1", chunks=(10**9,)), "chunks of 1,000,000,"),
         (with_chunk(8, zlib.compress(bytes(10**5))), "a damaged chunk, or one of more than 96"),
         (with_chunk(8, WHOLE[:-3]), "a damaged chunk"),
+        (put("smiles", None, shape=(3,), dtype=TEXT, fillvalue="C" * 10**5, chunks=(3,)),
+         "'smiles': expected texts .* found a text for each row"),
         (with_chunk(8, zlib.compress(bytes(95))), "a chunk of 95 bytes for 96"),
         (with_chunk(8, bytes(95), mask=1), "a chunk of 95 bytes for 96"),
         (with_chunk(4, zlib.compress(bytes(48))), "found 1 of 2 chunks"),
@@ -271,7 +274,7 @@ def test_texts_that_share_their_bytes(tmp_path, packed):
     with h5py.File(path, "w") as file:
         file.attrs["schema"] = 1
         texts = ["C" * 100_000] + ["C"] * 2999
-        data = file.create_dataset("t", data=texts, dtype=h5py.string_dtype(), **options).id
+        data = file.create_dataset("t", data=texts, dtype=TEXT, **options).id
         file.flush()
         if packed is None:
             start = data.get_offset()

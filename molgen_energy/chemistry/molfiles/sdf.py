@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 
 from rdkit import Chem, rdBase
 from rdkit.Chem import rdChemReactions
 
 from molgen_energy.chemistry.convert import molecule_from_rdkit
-from molgen_energy.chemistry.fields import parse_number
+from molgen_energy.chemistry.fields import MOST_FIELDS, check_field_count, parse_number
 from molgen_energy.chemistry.molfiles.columns import COUNTS, find_fault, has_numbers_in_columns
-from molgen_energy.chemistry.molfiles.lines import Lines, Record
+from molgen_energy.chemistry.molfiles.lines import NUL, Lines, Record
 from molgen_energy.chemistry.rdkit import build
 from molgen_energy.data.molecules import Molecule
 from molgen_energy.elements import atomic_number, symbol
@@ -28,17 +29,28 @@ _TOUCHING = re.compile(r"(?<=[0-9])-(?=[0-9.])")  # two numbers of which the sec
 # A reaction with one reactant, whose mol block begins at the next line.
 _REACTION = "$RXN\n\n\n\n  1  0\n$MOL\n"
 # A header `>  <name>`, and the lines up to an empty one or to the next header.
-_FIELD = re.compile(r"^>.*?<([^>\n]+)>.*\n((?:(?!>.*<).*\S.*\n?)*)", re.MULTILINE)
+_FIELD = re.compile(r"^>[^<\n]*<([^>\n]+)>.*\n((?:(?!>.*<).*\S.*\n?)*)", re.MULTILINE)
+_VERSION = re.compile(r"V[23]000\s*$")
 
 
 def read_records(lines: Lines) -> Iterator[Record]:
     """The molecule and the data fields of each record."""
     for start, record in split_records(lines):
-        if any(text.strip() for text in record):
-            text = "".join(record)
-            yield Record(start, parse_mol_block(text, start), _data_fields(text))
-        else:
+        text = "".join(record)
+        if "\0" in text:
+            yield Record(start, NUL, {})
+        elif not text.strip():
             yield Record(start, "an empty record", {})
+        elif (second := _second_block(text, record)) is not None:
+            reason = f"a second mol block begins at line {start + second} without $$$$ before it"
+            yield Record(start, reason, {})
+        else:
+            try:
+                fields = _data_fields(text)
+            except ValueError as error:
+                yield Record(start, str(error), {})
+            else:
+                yield Record(start, parse_mol_block(text, start), fields)
 
 
 def split_records(lines: Lines) -> Iterator[tuple[int, list[str]]]:
@@ -47,6 +59,7 @@ def split_records(lines: Lines) -> Iterator[tuple[int, list[str]]]:
     What follows the last `$$$$` is a record unless it is empty.
     """
     while True:
+        lines.begin_record()
         start = lines.number + 1
         record: list[str] = []
         while (line := lines.next()) is not None and not line.startswith("$$$$"):
@@ -57,10 +70,25 @@ def split_records(lines: Lines) -> Iterator[tuple[int, list[str]]]:
             return
 
 
+def _second_block(text: str, record: list[str]) -> int | None:
+    """The line, from 0, of a second mol block that is no value of a data field."""
+    if text.count("V2000") + text.count("V3000") < 2:
+        return None
+    blocks, ended, in_field = [], False, False
+    for k, line in enumerate(record):
+        ended = ended or line.startswith("M  END")
+        in_field = (in_field and bool(line.strip())) or (ended and line.startswith(">"))
+        if not in_field and _VERSION.search(line):
+            blocks.append(k - COUNTS)
+    return max(blocks[1], 1) if len(blocks) > 1 else None
+
+
 def _data_fields(record: str) -> dict[str, str]:
-    """The data fields of a record, after its mol block."""
-    fields = _FIELD.findall(record, max(0, record.find(_END)))
-    return {name: value.rstrip("\n") for name, value in fields}
+    """The data fields of a record, after its mol block; `ValueError` where there are too many."""
+    found = _FIELD.finditer(record, max(0, record.find(_END)))
+    fields = list(islice(found, MOST_FIELDS + 1))
+    check_field_count(len(fields))
+    return {match[1]: match[2].rstrip("\n") for match in fields}
 
 
 def parse_mol_block(block: str, start: int = 1) -> Molecule | str:
