@@ -91,14 +91,20 @@ def imported_names(statement: ast.Import | ast.ImportFrom) -> list[str]:
 
 
 @cache
+def tree(module: str) -> ast.Module:
+    """The syntax of a module."""
+    return ast.parse(modules()[module].read_text(encoding="utf-8"))
+
+
+@cache
 def imports() -> tuple[Import, ...]:
     """Every import of one module of the package by another.
 
     The version number is the one name that modules may import from the package itself.
     """
     found = set()
-    for module, path in modules().items():
-        for statement in statements(ast.parse(path.read_text(encoding="utf-8"))):
+    for module in modules():
+        for statement in statements(tree(module)):
             for name in imported_names(statement):
                 package, _, inner = name.partition(".")
                 if package != "molgen_energy" or inner == "__version__":
@@ -146,8 +152,8 @@ def test_files_are_read_in_one_place():
     """HDF5, archives of NumPy, YAML and safetensors, whoever reads them."""
     loads = re.compile(r"(np|numpy|pickle|torch|yaml|safetensors\.\w+)\.(safe_)?load\w*")
     opens, readers = set(), set()
-    for module, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for module in modules():
+        for node in ast.walk(tree(module)):
             if not isinstance(node, ast.Call):
                 continue
             name = ast.unparse(node.func)
@@ -158,6 +164,15 @@ def test_files_are_read_in_one_place():
     assert opens == {"formats.hdf5"}
     # The pool reads what its own processes wrote.
     assert {layer(module) for module in readers} <= {"formats", "workers"}, readers
+    for package, reader in (("yaml", "formats.yaml"), ("safetensors", "formats.tensors")):
+        users = {
+            module
+            for module in modules()
+            for statement in statements(tree(module))
+            for name in imported_names(statement)
+            if name.partition(".")[0] == package
+        }
+        assert users == {reader}, users
 
 
 def test_no_cycle_between_packages():

@@ -136,7 +136,12 @@ def train(
             system = system_of_checkpoint(checkpoint)
             begun = checkpoint.config_as(system.config)
             if data is None and begun.data.path is not None:
-                given["data.path"] = str(find_again(begun.data.path, run))
+                found = find_again(begun.data.path, run)
+                if not found.exists():
+                    raise InputError(
+                        f"{found}, the data of {run}, does not exist; name it with --data FILE"
+                    )
+                given["data.path"] = str(found)
             settings: Config = begun.replaced(given)
             progress_of_run = checkpoint.progress
         else:

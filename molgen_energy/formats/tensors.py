@@ -117,10 +117,11 @@ def check_shapes(arrays: Mapping[str, NDArray[Any]], declared: Shapes) -> None:
     names = {name.removesuffix("?") for name in declared}
     if unknown := arrays.keys() - names:
         raise InputError(f"unknown array {shown(min(unknown))}")
-    for name, (dtype, shape) in declared.items():
-        array = arrays.get(name.removesuffix("?"))
+    for declared_name, (dtype, shape) in declared.items():
+        name = declared_name.removesuffix("?")
+        array = arrays.get(name)
         if array is None:
-            if name.endswith("?"):
+            if name != declared_name:
                 continue
             raise InputError(f"expected the array '{name}', which is missing")
         fits = array.dtype == np.dtype(dtype) and array.ndim == len(shape)

@@ -251,6 +251,8 @@ class _Document:
 def _scalar(event: Any) -> Any:
     """The value of a scalar: text in quotes, and what YAML 1.2 takes plain text for."""
     text: str = event.value
+    if "\0" in text:
+        raise _NotValid("text holds a zero character", event.start_mark)
     if not event.implicit[0]:
         return text
     if text in _WORDS:

@@ -236,7 +236,7 @@ def find_checkpoint(path: Path, which: str = "last") -> Path:
     for candidate in (path, path / "checkpoints" / which):
         # A kill between two renames leaves the old one under its second name.
         whole = real_path(candidate)
-        for folder in (candidate, whole.with_name(f"{whole.name}.old")):
+        for folder in (candidate, whole.parent / f"{whole.name}.old"):
             if (folder / "state.yaml").is_file():
                 return folder
     if not path.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,21 +29,30 @@ Text = Annotated[str, Field(min_length=1, max_length=200)]
 class SamplingJob(Manifest):
     """What to draw. Two equal jobs give the same molecules, in the same batches."""
 
+    command: Literal["sample"] = "sample"
+    """The first versions wrote none."""
     count: Annotated[int, Field(ge=1, le=_MOST)]
+    """Molecules."""
     seed: Annotated[int, Field(ge=0, lt=2**64)]
+    """Of sizes and noise."""
     sampler: Text
+    """Name of the sampler."""
     steps: Positive
+    """Of the sampler."""
     spacing: Text | None
     """Of the sampler's levels; None if it visits all."""
     eta: Finite | None
+    """Noise in the steps of the sampler ddim; None for others."""
     n_atoms: Annotated[tuple[Atoms, Atoms], Strict(False)] | None
     """Fewest and most atoms; None draws sizes from the histogram of the training molecules."""
     condition: dict[Text, Finite] | None
     """Values of properties; None draws them from the training molecules."""
     low_precision: bool
+    """Whether pairs of atoms are in bfloat16."""
     batch_size: Annotated[int, Field(ge=1, le=_MOST_IN_WINDOW)] | None
     """Molecules in a batch; None makes batches of `pairs` pairs of atoms."""
     pairs: Annotated[int, Field(ge=1, le=10**9)]
+    """Pairs of atoms in a batch."""
     window: Annotated[int, Field(ge=1, le=_MOST_IN_WINDOW)]
     """Molecules that are sorted by size and cut into batches together."""
     weights: Text
@@ -54,10 +63,13 @@ class SamplingJob(Manifest):
     """Run and step of the weights, for the file of molecules."""
     # Options with a default may be missing in the manifest of an earlier version.
     temperature: Finite = 1.0
+    """Factor of noise or score."""
     temperature_of: Text = "noise"
+    """`noise` or `score`."""
     temperature_range: Annotated[tuple[Finite | None, Finite | None], Strict(False)] = (0.3, None)
     """Å; None is an open end."""
     final_noise: Finite = 1.0
+    """Factor of the noise of steps below that range, and of the last noise."""
     units: dict[Text, Annotated[str, Field(max_length=200)]] = Field(default_factory=dict)
     """Of the properties that molecules will have."""
 
@@ -122,7 +134,7 @@ class MoleculeShards(ShardFolder[SamplingJob]):
                 f"{folder} holds molecules of an interrupted run; continue with "
                 f"`molgen-energy sample --resume {output}`, or remove that folder"
             )
-        cls.begin(output, "sample", job)
+        cls.begin(output, job)
         return cls(output, lead=True)
 
     @classmethod
@@ -153,10 +165,10 @@ class MoleculeShards(ShardFolder[SamplingJob]):
         arrays = self.load(shard.name, declared)
         if arrays is None or not np.array_equal(arrays.pop("numbers"), shard.numbers):
             return None
-        molecules = Molecules.from_arrays(arrays, self.job.units)
         try:
+            molecules = Molecules.from_arrays(arrays, self.job.units)
             molecules.check()
-        except InputError:
+        except (InputError, KeyError):  # a part of the bonds is missing
             return None
         return molecules if len(molecules) == len(shard.numbers) else None
 

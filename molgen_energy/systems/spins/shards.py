@@ -22,6 +22,8 @@ SHAPES: Shapes = {
 class SpinManifest(Manifest):
     """The options of `preprocess spins`, of which its lattices are a function."""
 
+    command: Literal["preprocess spins"] = "preprocess spins"
+    """The command that writes the file."""
     couplings: str
     """`uniform`, `binary`, or a fingerprint of those of a file."""
     size: Annotated[int, Field(ge=2)]
@@ -29,7 +31,9 @@ class SpinManifest(Manifest):
     count: Annotated[int, Field(ge=1)]
     """Lattices."""
     boundary: Literal["open", "periodic"]
+    """Of the lattices."""
     seed: Annotated[int, Field(ge=0)]
+    """Of couplings and split."""
 
 
 SPIN_MANIFEST = YAMLFormat(
