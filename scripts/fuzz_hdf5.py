@@ -5,6 +5,7 @@ A new data set or attribute of a format is fuzzed without further code.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -56,9 +57,11 @@ def present(file: h5py.File, declared: HDF5Format) -> list[tuple[str, DatasetSpe
             names.append(name)
 
     file.visititems(visit)
-    specs = {spec.name: spec for spec in declared.datasets}
-    patterns = {name: name if name in specs else f"{name.rpartition('/')[0]}/*" for name in names}
-    return [(name, specs[pattern]) for name, pattern in patterns.items() if pattern in specs]
+    found = []
+    for name in names:
+        with contextlib.suppress(StopIteration):  # not declared
+            found.append((name, declared.spec(name)))
+    return found
 
 
 class _Declared:

@@ -29,13 +29,9 @@ from fuzz_mutants import (
 
 from molgen_energy.api.formats import FORMATS
 from molgen_energy.config import RawConfig
-from molgen_energy.data.hdf5 import MOLECULES
 from molgen_energy.errors import InputError
-from molgen_energy.formats.declaration import HDF5Format
 from molgen_energy.formats.yaml import validate_as
 from molgen_energy.systems.registry import SYSTEMS
-from molgen_energy.systems.shapes.files import SHAPES
-from molgen_energy.systems.spins.files import SPINS
 
 
 @dataclass(frozen=True)
@@ -83,11 +79,12 @@ def _text_targets() -> list[Target]:
     ]  # fmt: skip
 
 
-def _hdf5(format: str, file: str, declared: HDF5Format, *commands: Command) -> list[Target]:
-    """A file of a format, with mutants of its bytes and of its declaration.
+def _hdf5(format: str, file: str, *commands: Command) -> list[Target]:
+    """A file of a declared format, with mutants of its bytes and of its declaration.
 
     The first command reads every value, the others need not.
     """
+    declared = FORMATS[format]
     changes = damaged_dataset(declared), damaged_attribute(declared), damaged_bytes()
     targets = [Target(format, file, (*(changes[0],) * 6, *changes[1:], emptied), commands[:1])]
     if commands[1:]:
@@ -107,15 +104,14 @@ def _hdf5_targets() -> list[Target]:
     predict = Command(("sample", "--checkpoint", "run", "--data", "spins.h5", "-o", "out.h5"))
     statistics = _evaluate("molecules.sdf", metrics="rates,geometry", statistics="statistics.h5")
     return [
-        *_hdf5("molecules", "molecules.h5", MOLECULES, _evaluate("molecules.h5"),
+        *_hdf5("molecules", "molecules.h5", _evaluate("molecules.h5"),
                Command((*quick, "--data", "molecules.h5"))),
-        *_hdf5("molecules", "packed.h5", MOLECULES,
-               _evaluate("molecules.h5", "--reference", "packed.h5")),
-        *_hdf5("shapes", "shapes.h5", SHAPES, Command(("evaluate", "shapes.h5")), Command(shapes)),
-        *_hdf5("shapes", "predicted.h5", SHAPES, Command(("evaluate", "predicted.h5"))),
-        *_hdf5("spins", "spins.h5", SPINS, Command(spins), predict),
-        *_hdf5("spins", "predicted.h5", SPINS, Command(("evaluate", "predicted.h5"))),
-        Target("statistics", "statistics.h5", (damaged_bytes(), emptied), [statistics]),
+        *_hdf5("molecules", "packed.h5", _evaluate("molecules.h5", "--reference", "packed.h5")),
+        *_hdf5("shapes", "shapes.h5", Command(("evaluate", "shapes.h5")), Command(shapes)),
+        *_hdf5("shapes", "predicted.h5", Command(("evaluate", "predicted.h5"))),
+        *_hdf5("spins", "spins.h5", Command(spins), predict),
+        *_hdf5("spins", "predicted.h5", Command(("evaluate", "predicted.h5"))),
+        *_hdf5("statistics", "statistics.h5", statistics),
     ]  # fmt: skip
 
 
