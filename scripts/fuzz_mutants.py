@@ -310,7 +310,7 @@ def _other_value(tree: Any, place: tuple[Any, ...], rng: Rng) -> tuple[Any, str,
         (number and (isinstance(value, (bool, list, dict)) or value in ("text", "", "1")))
         or (isinstance(old, dict) and isinstance(value, (bool, int, float, list)))
         or (isinstance(old, str) and isinstance(value, (list, dict)))
-        or (isinstance(value, int) and not -(2**63) <= value < 2**63)
+        or (isinstance(value, int) and not -(2**63) <= value < 2**64)
     )
     return new, repr(value)[:60], foreign
 
