@@ -543,7 +543,8 @@ def _checked(spec: AttributeSpec, value: Any) -> Any:
         if spec.choices is not None and value not in spec.choices:
             raise ValueError
         return value
-    # Written so that NaN is refused too.
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError
     if not ((spec.low is None or low >= spec.low) and (spec.high is None or high <= spec.high)):
         raise ValueError
     return value
