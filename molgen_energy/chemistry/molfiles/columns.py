@@ -29,7 +29,9 @@ _SHOWN = 40  # characters of a line
 _THREE = r"(?:  [0-9]| [0-9]{2}|[0-9]{3})"  # columns
 _COUNT_FIELDS = re.compile(_THREE * 2)
 _PROPERTY = re.compile(r"M  [A-Z0-9$]{3}(?: |$)")
-_CHARGES = re.compile(rf"M  CHG{_THREE}(?: {_THREE} (?:  [0-9]| [-+0-9][0-9]|[-+0-9][0-9]{{2}}))*\s*")
+_CHARGES = re.compile(
+    rf"M  CHG{_THREE}(?: {_THREE} (?:  [0-9]| [-+0-9][0-9]|[-+0-9][0-9]{{2}}))*\s*"
+)
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _MOST_CHARGE = 127  # RDKit keeps 8 bits, and has no message for more
 
