@@ -12,8 +12,8 @@ import importlib.util
 import io
 import re
 import tarfile
+from collections.abc import Iterable, Iterator
 from contextlib import closing
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -292,7 +292,7 @@ def _members(source: Path) -> Iterator[tuple[str, bytes]]:
         try:
             with tarfile.open(fileobj=_Steps(unpacked), mode="r:") as archive:
                 for member in archive:
-                    archive.members.clear()  # else it keeps them all
+                    archive.members.clear()  # type: ignore[attr-defined] # it keeps them all
                     name = member.name.rsplit("/", 1)[-1]
                     if _is_wanted(name) and (file := archive.extractfile(member)) is not None:
                         yield name, file.read(_MOST_BYTES + 1)

@@ -103,7 +103,8 @@ class SmilesFiles(ScreenedDataset):
 
     def source_name(self) -> str:
         """The names of the files, and how the conformers were made."""
-        return f"{', '.join(display_path(Path(path.name)) for path in self.files)}, ETKDGv3, {self.relax}"
+        names = ", ".join(display_path(Path(path.name)) for path in self.files)
+        return f"{names}, ETKDGv3, {self.relax}"
 
     def check(self) -> None:
         """Raise `InputError` where an option has a bad value or a file is missing."""
