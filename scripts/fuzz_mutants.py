@@ -274,7 +274,7 @@ def _places(tree: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 
 
 _VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 0.5, -1e308, 2**31, 2**63 - 1, 2**63, -(2**63) - 1, 10**11,
+    None, True, False, 0, -1, 1, 0.5, -1e308, 2**31, 2**63 - 1, 2**64, -(2**63) - 1, 10**11,
     float("nan"), float("inf"), "", "text", "1", "auto", "x" * 100_000, "\x1b[31m", "[bold]x[/]",
     "../../x", "/etc/passwd", "a\nb", [], [None], [[[]]], {}, {"a": 1}, {"name": "text"},
 )  # fmt: skip
@@ -310,7 +310,7 @@ def _other_value(tree: Any, place: tuple[Any, ...], rng: Rng) -> tuple[Any, str,
         (number and (isinstance(value, (bool, list, dict)) or value in ("text", "", "1")))
         or (isinstance(old, dict) and isinstance(value, (bool, int, float, list)))
         or (isinstance(old, str) and isinstance(value, (list, dict)))
-        or (isinstance(value, int) and not -(2**63) <= value < 2**63)
+        or (isinstance(value, int) and not -(2**63) <= value < 2**64)
     )
     return new, repr(value)[:60], foreign
 

@@ -90,6 +90,21 @@ def _with_itself(index: NDArray[np.integer[Any]], bonds: NDArray[np.int64]) -> N
     return _any_of_records(index[:, 0] == index[:, 1], bonds)
 
 
+def _repeated(index: NDArray[np.integer[Any]], bonds: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which molecules have two bonds of the same two atoms, (M,)."""
+    molecule = np.repeat(np.arange(len(bonds) - 1), np.diff(bonds))
+    ends = np.sort(index.astype(np.uint64), axis=1)
+    pair = ends[:, 0] << np.uint64(32) | ends[:, 1]
+    if ((pair[1:] > pair[:-1]) | (molecule[1:] != molecule[:-1])).all():  # in order, as written
+        return np.zeros(len(bonds) - 1, bool)
+    order = np.lexsort((pair, molecule))
+    pair, molecule = pair[order], molecule[order]
+    again = (pair[1:] == pair[:-1]) & (molecule[1:] == molecule[:-1])
+    found = np.zeros(len(bonds) - 1, bool)
+    found[molecule[1:][again]] = True
+    return found
+
+
 MOLECULES = HDF5Format(
     "molecules",
     "Molecules",
@@ -169,6 +184,7 @@ MOLECULES = HDF5Format(
             _outside,
         ),
         Relation("bonds of two different atoms", ("bonds/index", "bonds/offsets"), _with_itself),
+        Relation("one bond of two atoms", ("bonds/index", "bonds/offsets"), _repeated),
     ),
 )  # fmt: skip
 """The declaration of files of molecules."""

@@ -135,6 +135,7 @@ def test_the_whole_file_is_read(edited):
         (put("bonds/offsets", np.array([0, 2, 4])), "'bonds/offsets': expected .* M = 3"),
         (at("bonds/index", 4, [0, 2]), "record 3: .* expected bonds of atoms of their molecule"),
         (at("bonds/index", 2, [1, 1]), "record 2: .* expected bonds of two different atoms"),
+        (at("bonds/index", 1, [1, 0]), "record 1: .* expected one bond of two atoms"),
         (put("bonds/index", np.full((5, 2), -1)), "record 1: .* integers of at least 0"),
         (put("bonds/index", np.zeros(5, "u4")), "'bonds/index': expected integers (B, 2)"),
         (at("bonds/order", 3, 4), "record 2: .*'bonds/order': expected 1, 2, 3 or 12, found 4"),
