@@ -294,7 +294,11 @@ def _members(source: Path) -> Iterator[tuple[str, bytes]]:
                 for member in archive:
                     archive.members.clear()  # type: ignore[attr-defined] # it keeps them all
                     name = member.name.rsplit("/", 1)[-1]
-                    if _is_wanted(name) and (file := archive.extractfile(member)) is not None:
+                    if (
+                        _is_wanted(name)
+                        and member.isreg()
+                        and (file := archive.extractfile(member))
+                    ):
                         yield name, file.read(_MOST_BYTES + 1)
         except TooLargeError as error:
             raise InputError(f"{source}: {error}") from error
