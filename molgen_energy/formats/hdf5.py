@@ -68,6 +68,7 @@ _TYPES = {
     h5t.TypeOpaqueID: "bytes of an opaque type",
     h5t.TypeBitfieldID: "bit fields",
 }
+_NUMBERS = {"integer": "iu", "float": "iuf"}  # kinds of NumPy that an attribute may have
 _CLASSES = {"integer": h5t.TypeIntegerID, "float": h5t.TypeFloatID, "text": h5t.TypeStringID}
 
 
@@ -532,27 +533,21 @@ class _Owner(NamedTuple):
 
 def _checked(spec: AttributeSpec, value: Any) -> Any:
     """The value of an attribute; `ValueError` or `TypeError` unless it is as declared."""
-    if spec.shape:
-        kinds = {"integer": "iu", "float": "iuf"}[spec.kind]
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds:
+    if spec.kind in ("integer", "float"):
+        numbers = np.asarray(value)
+        if numbers.ndim != len(spec.shape) or numbers.dtype.kind not in _NUMBERS[spec.kind]:
             raise TypeError
-        low, high = (value.min(), value.max()) if value.size else (0, 0)
-    elif spec.kind in ("integer", "float"):
-        if type(value) not in ((int,) if spec.kind == "integer" else (int, float)):
-            raise TypeError
-        low = high = value
-    else:
-        if not isinstance(value, str):
-            raise TypeError
-        value.encode()  # raises where bytes are not UTF-8
-        if spec.kind == "json":
-            return TypeAdapter(spec.json).validate_json(value, strict=True)
-        if spec.choices is not None and value not in spec.choices:
+        low = -np.inf if spec.low is None else spec.low
+        high = np.inf if spec.high is None else spec.high
+        if not (np.isfinite(numbers) & (low <= numbers) & (numbers <= high)).all():
             raise ValueError
         return value
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError
-    if not ((spec.low is None or low >= spec.low) and (spec.high is None or high <= spec.high)):
+    if not isinstance(value, str):
+        raise TypeError
+    value.encode()  # raises where bytes are not UTF-8
+    if spec.kind == "json":
+        return TypeAdapter(spec.json).validate_json(value, strict=True)
+    if spec.choices is not None and value not in spec.choices:
         raise ValueError
     return value
 

@@ -103,7 +103,7 @@ class System(ABC):
     config: ClassVar[type[Config]]
     """All sections with their defaults."""
     state: ClassVar[type[RunState]] = RunState
-    """The declaration of `state.yaml`."""
+    """The declaration of the `state.yaml` of its checkpoints."""
     sampling: ClassVar[Mapping[str, Any]]
     """The options of `sample` for this system, by parameter name, with their defaults."""
     output: ClassVar[str]

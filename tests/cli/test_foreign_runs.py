@@ -525,8 +525,10 @@ def test_manifests_of_other_commands(tmp_path):
     from molgen_energy.datasets.smiles_shards import SmilesManifest
     from molgen_energy.systems.spins.shards import SpinManifest
 
-    spins = SpinManifest(couplings="uniform", size=4, count=3, boundary="open", seed=0, version="1")
-    smiles = SmilesManifest(seed=0, conformers=1, relax="none", rdkit="1", version="1")
+    spins = SpinManifest(
+        couplings="uniform", size=4, count=3, boundary="open", seed=0, version="1", format=2
+    )
+    smiles = SmilesManifest(seed=0, conformers=1, relax="none", rdkit="1", version="1", format=2)
     bad = {
         "preprocess spins": (spins, {"size": 1, "boundary": "closed", "count": "3", "seed": None}),
         "preprocess smiles": (smiles, {"conformers": 0, "relax": 3, "rdkit": KeyError, "x": 1}),
@@ -534,7 +536,7 @@ def test_manifests_of_other_commands(tmp_path):
     for command, (manifest, changes) in bad.items():
         for key, value in changes.items():
             output = tmp_path / f"{key}.h5"
-            ShardFolder.begin(output, command, manifest)
+            ShardFolder.begin(output, manifest)
             with ShardFolder(output, command, type(manifest), lead=False) as shards:
                 assert shards.manifest == manifest
             change(shards_folder(output) / "manifest.yaml", key, value)
