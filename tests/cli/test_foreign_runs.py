@@ -19,7 +19,8 @@ from safetensors.numpy import load, save
 from molgen_energy.api.sample import sample_to
 from molgen_energy.api.train import train
 from molgen_energy.chemistry.bonds import perceive
-from molgen_energy.data.shards import Manifest, ShardFolder, shards_folder
+from molgen_energy.data.shards import ShardFolder, shards_folder
+from molgen_energy.datasets.smiles_shards import SmilesManifest
 from molgen_energy.errors import InputError
 from molgen_energy.formats import limits
 from molgen_energy.systems.base import NoCallback
@@ -27,6 +28,9 @@ from molgen_energy.systems.molecules import sampling
 from molgen_energy.systems.molecules.generate import MoleculeGenerator
 from molgen_energy.systems.molecules.shards import MoleculeShards
 from molgen_energy.systems.registry import load_config
+from molgen_energy.systems.spins import dataset as spins
+from molgen_energy.systems.spins.dataset import draw_couplings
+from molgen_energy.systems.spins.shards import SpinManifest
 from molgen_energy.training.checkpoint import load_checkpoint, save_checkpoint
 from molgen_energy.training.pretrained import SUMS, pretrained_weights
 
@@ -522,15 +526,12 @@ def test_a_job_of_many_molecules_is_resumed_at_once(trained, tmp_path, monkeypat
 
 
 def test_manifests_of_other_commands(tmp_path):
-    from molgen_energy.datasets.smiles_shards import SmilesManifest
-    from molgen_energy.systems.spins.shards import SpinManifest
-
-    spins = SpinManifest(
+    solved = SpinManifest(
         couplings="uniform", size=4, count=3, boundary="open", seed=0, version="1", format=2
     )
     smiles = SmilesManifest(seed=0, conformers=1, relax="none", rdkit="1", version="1", format=2)
     bad = {
-        "preprocess spins": (spins, {"size": 1, "boundary": "closed", "count": "3", "seed": None}),
+        "preprocess spins": (solved, {"size": 1, "boundary": "closed", "count": "3", "seed": None}),
         "preprocess smiles": (smiles, {"conformers": 0, "relax": 3, "rdkit": KeyError, "x": 1}),
     }
     for command, (manifest, changes) in bad.items():
@@ -542,4 +543,73 @@ def test_manifests_of_other_commands(tmp_path):
             change(shards_folder(output) / "manifest.yaml", key, value)
             with pytest.raises(InputError, match=rf"manifest\.yaml: .*'{key}'"):
                 ShardFolder(output, command, type(manifest), lead=False)
-    assert issubclass(SpinManifest, Manifest)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda a: a.pop("energy"),
+        lambda a: a["energy"].fill(0),
+        lambda a: a["spins"].fill(0),
+        lambda a: a["right"].fill(np.nan),
+        lambda a: a.update(spins=a["spins"].astype("i8")),
+        lambda a: a.update({name: array[:2] for name, array in a.items()}),
+        lambda a: a.update({name: array.T for name, array in a.items() if array.ndim == 3}),
+    ],
+)
+def test_a_foreign_chunk_of_lattices_is_solved_again(tmp_path, spoil):
+    lattices = draw_couplings(range(3), 4, False, "uniform", 0)
+    arrays = {
+        "right": lattices.right, "down": lattices.down,
+        "spins": np.ones((3, 4, 4), np.int8), "energy": lattices.energies(np.ones((3, 4, 4))),
+    }  # fmt: skip
+    output = tmp_path / "a.h5"
+    ShardFolder.begin(
+        output,
+        SpinManifest(
+            couplings="uniform", size=4, count=3, boundary="open", seed=0, version="1", format=2
+        ),
+    )
+    with ShardFolder(output, "preprocess spins", SpinManifest, lead=True) as shards:
+        shards.store(spins._shard(0), {k: np.ascontiguousarray(v) for k, v in arrays.items()})
+        found = spins._solved(shards, 0, range(3), 4)
+        assert found is not None and np.array_equal(found["right"], lattices.right)
+        resealed(shards.folder, shards.folder / spins._shard(0), spoil)
+        assert spins._solved(shards, 0, range(3), 4) is None
+
+
+SPOILT_CONFORMERS: tuple[Callable[[dict[str, Any]], Any], ...] = (
+    lambda a: a.update(failures=np.frombuffer(b"[[9, 1]]", "u1")),
+    lambda a: a.update(failures=np.frombuffer(b'[[7, "why"]]', "u1")),
+    lambda a: a.update(failures=np.frombuffer(b"[" * 9000, "u1")),
+    lambda a: a.update(failures=np.frombuffer(b"\xff", "u1")),
+    lambda a: a.update(which=a["which"] + 7),
+    lambda a: a.update(which=a["which"][:0]) or a.pop("lost"),
+    lambda a: a.pop("positions"),
+    lambda a: a["offsets"].fill(1),
+)
+
+
+def test_a_foreign_shard_of_conformers_is_made_again(cli_here, tmp_path):
+    """The file is that of a command without interruption."""
+    (tmp_path / "a.smi").write_text("CO\nCC\n")
+    command = ("preprocess", "smiles", "a.smi", "--workers", "0", "--relax", "none")
+    cli_here(*command, "-o", "whole.h5")
+    begun, folder = begun_conformers(tmp_path), tmp_path / "a.h5.shards"
+    for spoil in SPOILT_CONFORMERS:
+        shutil.copytree(begun, folder)
+        resealed(folder, next(folder.glob("*.shard")), spoil)
+        cli_here(*command, "-o", "a.h5")
+        assert not folder.exists()
+        assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+        (tmp_path / "a.h5").unlink()
+
+
+def begun_conformers(folder: Path) -> Path:
+    """The shards of the conformers of `a.smi`, as of an interrupted command."""
+    from molgen_energy.datasets.log import DatasetLog
+    from molgen_energy.datasets.smiles import SmilesFiles
+
+    dataset = SmilesFiles(files=(folder / "a.smi",), workers=0, relax="none")
+    list(dataset.chunks(DatasetLog(output=folder / "b.h5")))
+    return folder / "b.h5.shards"
