@@ -16,6 +16,7 @@ import time
 import h5py
 import numpy as np
 import pytest
+from runs import rewrite_weights
 
 from molgen_energy.cli import app
 from molgen_energy.data.hdf5 import MoleculeWriter
@@ -226,6 +227,7 @@ BAD_SAMPLE = {
     "another output": (("--resume", "samples.sdf", "-o", "b.sdf"), "leave out -o b.sdf"),
     "nothing begun": (("--resume", "b.sdf"), "b.sdf.shards does not exist; there is nothing to re"),
     "weights changed": (("--resume", "samples.sdf"), "holds other weights (run, step 1)"),
+    "weights damaged": (("--resume", "samples.sdf"), "is damaged: its SHA-256 is not the one that"),
     "checkpoint gone": (("--resume", "samples.sdf"), "does not exist; name its new place with --"),
 }  # fmt: skip
 
@@ -244,6 +246,8 @@ def test_bad_requests_of_sample_are_one_line_and_exit_code_2(here, tmp_path, mon
         assert len(list(shards.glob("*.shard"))) == 1
     last = tmp_path / "runs" / "run" / "checkpoints" / "last"
     if what == "weights changed":
+        rewrite_weights(last, "ema", lambda tensors: next(iter(tensors.values())).add_(1))
+    if what == "weights damaged":
         spoiled = bytearray((last / "ema.safetensors").read_bytes())
         spoiled[-1] ^= 1
         (last / "ema.safetensors").write_bytes(spoiled)
