@@ -106,7 +106,8 @@ def _hdf5_targets() -> list[Target]:
     return [
         *_hdf5("molecules", "molecules.h5", _evaluate("molecules.h5"),
                Command((*quick, "--data", "molecules.h5"))),
-        *_hdf5("molecules", "packed.h5", _evaluate("molecules.h5", "--reference", "packed.h5")),
+        *_hdf5("molecules", "packed.h5", _evaluate("packed.h5"),
+               _evaluate("molecules.h5", "--reference", "packed.h5")),
         *_hdf5("shapes", "shapes.h5", Command(("evaluate", "shapes.h5")), Command(shapes)),
         *_hdf5("shapes", "predicted.h5", Command(("evaluate", "predicted.h5"))),
         *_hdf5("spins", "spins.h5", Command(spins), predict),
@@ -131,11 +132,17 @@ def _config(system: str) -> Callable[[Any], bool]:
 
 
 def _schema(name: str) -> Callable[[Any], bool]:
-    """Whether a tree is what a declaration says."""
+    """Whether a tree is what a declaration says; manifests have two keys of all jobs as well."""
+    common = {"format": 2, "command": None} if name.startswith("manifest") else {}
 
     def accepts(tree: Any) -> bool:
+        if not isinstance(tree, dict) or not common.keys() <= tree.keys():
+            return False
+        if common and tree["format"] != common["format"]:
+            return False
+        own = {key: value for key, value in tree.items() if key not in common}
         try:
-            validate_as(FORMATS[name].schema, tree, "", "")
+            validate_as(FORMATS[name].schema, own, "", "")
         except InputError:
             return False
         return True

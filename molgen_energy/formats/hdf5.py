@@ -37,6 +37,7 @@ from molgen_energy.formats.declaration import (
     shape_text,
     shown,
 )
+from molgen_energy.formats.heaps import damaged_heap
 from molgen_energy.formats.limits import check_memory
 from molgen_energy.output import check_file
 
@@ -268,6 +269,7 @@ class HDF5File:
         if space.get_simple_extent_type() == h5s.NULL:
             raise self.differs(name, spec, "nothing")
         kind, shape = data.get_type(), space.shape
+        _ = kind.dtype  # raises where NumPy has no such numbers
         fits = isinstance(kind, _CLASSES[spec.kind]) and not kind.committed()
         if spec.kind != "text":
             fits = fits and kind.get_size() <= _NUMBER
@@ -460,6 +462,11 @@ def open_hdf5(path: Path, format: HDF5Format, remedy: str = "") -> HDF5File:
     file = HDF5File(path, format, opened)
     try:
         with file.reading("its attributes"):
+            if opened.id.get_create_plist().get_sizes() != (8, 8):
+                raise file.error("addresses or lengths are not of 8 bytes")
+            heap = damaged_heap(path)
+            if heap is not None:
+                raise file.error(f"the heap of texts at byte {heap:,} is damaged")
             file.system = _check_kind(path, format, opened)
         file.check()
     except BaseException:

@@ -91,6 +91,19 @@ def at(name: str, place, value):
     return lambda file: file[name].__setitem__(place, value)
 
 
+@pytest.mark.parametrize("size", [0, 8, 2**64 - 16, 2**40])
+def test_a_damaged_heap_of_texts_does_not_hang(edited, size):
+    """The library never ends at an object of no size, so that the heap is refused before."""
+    path = edited(lambda file: None)
+    content = bytearray(path.read_bytes())
+    place = content.find(b"GCOL") + 16
+    content[place : place + 2] = b"\0\0" if size < 16 else content[place : place + 2]
+    content[place + 8 : place + 16] = size.to_bytes(8, "little")
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"the heap of texts at byte .* is damaged"):
+        MoleculeFile(path)
+
+
 def test_the_whole_file_is_read(edited):
     with MoleculeFile(edited(lambda file: None)) as file:
         found = file.load()
