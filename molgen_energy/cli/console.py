@@ -40,10 +40,24 @@ _TRACEBACK = "MOLGEN_ENERGY_TRACEBACK"
 _OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 _GRACE = 3.0  # s, for process 0 to report an error first
+_detail = 0
+
+
+def set_detail(level: int) -> None:
+    """How much to print: -1 results, warnings and errors; 0 also progress; 1 all details."""
+    global _detail
+    _detail = level
+
+
+def is_verbose() -> bool:
+    """Whether to print all details."""
+    return _detail > 0
 
 
 def say(text: str) -> None:
-    """Print a line for the user, on standard error."""
+    """Print a line for the user, on standard error, unless the command is quiet."""
+    if _detail < 0:
+        return
     stderr.print(escape(text), soft_wrap=True)
 
 
@@ -94,25 +108,30 @@ def exit_on_error() -> Iterator[None]:
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
             _fail("out of memory; use smaller batches or fewer processes", FAILED)
         text = f"{type(error).__name__}: {error}"
-        _fail(f"{text} (please report it; {_TRACEBACK}=1 shows the traceback)", FAILED)
+        _fail(f"{text} (please report it; -v shows the traceback)", FAILED)
 
 
 def _show_traceback() -> None:
-    if os.environ.get(_TRACEBACK):
+    if is_verbose() or os.environ.get(_TRACEBACK):
         traceback.print_exc()
 
 
 class ThrottledLog:
-    """Progress messages where there is no terminal for a bar, at most one a minute."""
+    """Progress messages where there is no terminal for a bar, at most one a minute.
 
-    _SECONDS = 60
+    With all details they come on a terminal too, every five seconds.
+    """
+
+    _SECONDS, _SECONDS_VERBOSE = 60, 5
 
     def __init__(self) -> None:
         self._last = time.monotonic()
 
     def say(self, text: str) -> None:
-        """Print the text if there is no terminal and the last one is a minute old."""
-        if not stderr.is_terminal and time.monotonic() - self._last >= self._SECONDS:
+        """Print the text if it is due."""
+        seconds = self._SECONDS_VERBOSE if is_verbose() else self._SECONDS
+        shown = is_verbose() or not stderr.is_terminal
+        if shown and time.monotonic() - self._last >= seconds:
             self._last = time.monotonic()
             say(text)
 
@@ -130,5 +149,5 @@ def progress_bar(*columns: str, transient: bool = False) -> Progress:
         TimeRemainingColumn(),
         console=stderr,
         transient=transient,
-        disable=not stderr.is_terminal,
+        disable=not stderr.is_terminal or _detail < 0,
     )

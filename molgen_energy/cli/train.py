@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from molgen_energy.cli.common import checkpoints, one_of
 from molgen_energy.cli.console import INTERRUPTED, ThrottledLog, progress_bar, say, warn
 from molgen_energy.distributed import world_size
+from molgen_energy.errors import counted
+from molgen_energy.resources import resource_directory
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -18,51 +21,127 @@ if TYPE_CHECKING:
     from molgen_energy.api.train import TrainingRun
     from molgen_energy.training.loop import TrainingSummary
 
+_WHAT, _HOW, _RUN = "Loss, model and data", "Length and optimisation", "Run"  # panels of the help
+# Names for the help and for completion, without importing PyTorch; a test compares the registries.
+_LOSSES = ("energy", "score_energy", "mse", "mae", "kabsch")
+_SPIN_LOSSES = ("local_field", "cross_entropy", "margin", "true_energy")
+_SPRINGS = ("constant", "exponential", "inverse", "inverse_square", "lennard_jones")
+_EDGES = ("complete", "sparse", "symmetrized", "bonds")
+EXAMPLES = """
+molgen-energy train --loss energy
+molgen-energy train --loss mse --data mine.h5 --epochs 200 -o runs/mine
+molgen-energy train --config qm9_gdm_aug --dry-run
+molgen-energy train --resume runs/mine
+"""
+
+
+def _configurations(incomplete: str) -> list[str]:
+    """For completion: the names of the shipped configurations."""
+    names = sorted(path.stem for path in resource_directory("configs").glob("*.yaml"))
+    return [name for name in names if name.startswith(incomplete)]
+
 
 def command(
     loss: str | None = typer.Option(
         None,
         "--loss",
-        help="energy, score_energy, mse, mae or kabsch; for spins local_field, cross_entropy, "
-        "margin or true_energy.",
+        metavar="NAME",
+        rich_help_panel=_WHAT,
+        autocompletion=one_of(*_LOSSES, *_SPIN_LOSSES),
+        help=f"{', '.join(_LOSSES[:-1])} or {_LOSSES[-1]}; for spins "
+        f"{', '.join(_SPIN_LOSSES[:-1])} or {_SPIN_LOSSES[-1]}.",
     ),
     springs: str | None = typer.Option(
         None,
         "--springs",
-        help="Springs of the energy loss: constant, exponential, inverse, inverse_square, "
-        "lennard_jones, or auto, learnt from errors.",
+        metavar="NAME",
+        rich_help_panel=_WHAT,
+        autocompletion=one_of(*_SPRINGS, "auto"),
+        help=f"Springs of the energy loss: {', '.join(_SPRINGS)}, or auto, learnt from errors.",
     ),
     edges: str | None = typer.Option(
         None,
         "--edges",
-        help="Pairs with springs: complete, sparse, symmetrized, bonds.",
+        metavar="NAME",
+        rich_help_panel=_WHAT,
+        autocompletion=one_of(*_EDGES),
+        help=f"Pairs with springs: {', '.join(_EDGES)}.",
     ),
     config: str | None = typer.Option(
-        None, "--config", help="Name of a shipped configuration or a YAML file; default: quick."
+        None,
+        "--config",
+        metavar="NAME|FILE",
+        rich_help_panel=_WHAT,
+        autocompletion=_configurations,
+        help="A shipped configuration (`molgen-energy info` lists them) or a YAML file; default: "
+        "quick.",
     ),
     assignments: list[str] = typer.Option(
-        [], "--set", metavar="KEY=VALUE", help="Change a value, such as model.layers=6."
+        [],
+        "--set",
+        metavar="KEY=VALUE",
+        rich_help_panel=_WHAT,
+        help="Change a value, such as model.layers=6.",
     ),
     data: Path | None = typer.Option(
-        None, "--data", help="HDF5 file of `preprocess`; default: that of the configuration."
+        None,
+        "--data",
+        metavar="FILE.h5",
+        rich_help_panel=_WHAT,
+        help="HDF5 file of `preprocess`; default: that of the configuration.",
     ),
-    steps: int | None = typer.Option(None, "--steps", help="Length of the run in steps."),
-    epochs: int | None = typer.Option(None, "--epochs", help="Length of the run in epochs."),
-    batch_size: int | None = typer.Option(None, "--batch-size", help="Samples in a batch."),
-    lr: float | None = typer.Option(None, "--lr", help="Learning rate."),
-    seed: int | None = typer.Option(None, "--seed", help="Seed of the run."),
     init: Path | None = typer.Option(
         None,
         "--init",
         metavar="RUN|NAME",
+        rich_help_panel=_WHAT,
+        autocompletion=checkpoints,
         help="Start from the weights of a run, a checkpoint, or the name of pretrained weights.",
     ),
-    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1."),
+    steps: int | None = typer.Option(
+        None, "--steps", metavar="N", rich_help_panel=_HOW, help="Length of the run in steps."
+    ),
+    epochs: int | None = typer.Option(
+        None, "--epochs", metavar="N", rich_help_panel=_HOW, help="Length of the run in epochs."
+    ),
+    batch_size: int | None = typer.Option(
+        None, "--batch-size", metavar="N", rich_help_panel=_HOW, help="Samples in a batch."
+    ),
+    lr: float | None = typer.Option(
+        None, "--lr", metavar="X", rich_help_panel=_HOW, help="Learning rate."
+    ),
+    seed: int | None = typer.Option(
+        None, "--seed", metavar="N", rich_help_panel=_HOW, help="Seed of the run."
+    ),
+    device: str = typer.Option(
+        "auto",
+        "--device",
+        metavar="NAME",
+        rich_help_panel=_HOW,
+        autocompletion=one_of("auto", "cpu", "cuda"),
+        help="auto, cpu, cuda, cuda:1.",
+    ),
     output: Path | None = typer.Option(
-        None, "-o", "--output", help="Folder of the run; default: a new one under runs/."
+        None,
+        "-o",
+        "--output",
+        metavar="FOLDER",
+        rich_help_panel=_RUN,
+        help="Folder of the run; default: a new one under runs/.",
     ),
     resume: Path | None = typer.Option(
-        None, "--resume", metavar="RUN", help="Continue an interrupted run."
+        None,
+        "--resume",
+        metavar="RUN",
+        rich_help_panel=_RUN,
+        help="Continue an interrupted run.",
+    ),
+    dry_run: bool = typer.Option(
+        False,
+        "--dry-run",
+        rich_help_panel=_RUN,
+        help="Do not train: print the configuration, and the time and memory that training "
+        "needs, measured over a few steps.",
     ),
 ) -> None:
     """Train a diffusion model of molecules, or the model of another physical system.
