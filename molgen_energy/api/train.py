@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from molgen_energy.config import Config
-from molgen_energy.distributed import broadcast, is_main, local_device, process_group
+from molgen_energy.distributed import broadcast, is_main, local_device, process_group, world_size
 from molgen_energy.errors import InputError
 from molgen_energy.losses import LOSSES
 from molgen_energy.output import check_folder
@@ -25,7 +26,9 @@ from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.devices import choose_device
 from molgen_energy.training.loop import (
     TrainingCallback,
+    TrainingCost,
     TrainingSummary,
+    measure_cost,
     no_callback,
     total_steps,
 )
@@ -43,6 +46,13 @@ class TrainingRun:
     task: Task
     steps: int
     """Length of the whole run."""
+    progress: Mapping[str, Any] | None = None
+    """That of the checkpoint which is resumed, see `state.yaml`; None of a new run."""
+
+    @property
+    def finished(self) -> int:
+        """Steps that a resumed run has taken before."""
+        return 0 if self.progress is None else int(self.progress["step"])
 
 
 def train(
@@ -111,7 +121,69 @@ def train(
     TrainingFailedError
         Training diverged or ran out of memory.
     """
-    length = {"training.steps": steps, "training.epochs": epochs}
+    given = _given(data, loss, springs, edges, steps, epochs, batch_size, lr, seed, init)
+    with _prepared(config, given, changes, device, output, resume, progress) as run:
+        if run.finished >= run.steps:
+            assert run.progress is not None
+            run.task.close()
+            return TrainingSummary(
+                run.folder, run.finished, 0.0, run.progress["last_valid"],
+                run.progress["skipped"], run.task.config, already_complete=True,
+            )  # fmt: skip
+        on_start(run)
+        return run_loop(run.task, run.folder, callback, resume=resume is not None)
+
+
+def estimate_training(
+    config: str | Path | Config | None = None,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    output: str | Path | None = None,
+    resume: str | Path | None = None,
+    progress: ProgressCallback = no_progress,
+    on_start: Callable[[TrainingRun], None] = lambda run: None,
+    **options: Any,
+) -> TrainingCost:
+    """Estimate time and memory of `train` with the same arguments, by taking a few steps.
+
+    Parameters
+    ----------
+    options
+        `data`, `loss`, `springs`, `edges`, `steps`, `epochs`, `batch_size`, `lr`, `seed` and
+        `init` of `train`.
+
+    Returns
+    -------
+    What the run needs; nothing is written.
+
+    Raises
+    ------
+    InputError
+        As of `train`; and in a job of several processes, which would share the work.
+    """
+    if world_size() > 1:
+        raise InputError("--dry-run measures one process; run it without torchrun")
+    given = _given(**options)
+    with _prepared(config, given, changes, device, output, resume, progress) as run:
+        on_start(run)
+        left = max(1, run.steps - run.finished)
+        return measure_cost(run.task, run.folder, left)
+
+
+def _given(
+    data: str | Path | None = None,
+    loss: str | None = None,
+    springs: str | None = None,
+    edges: str | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    seed: int | None = None,
+    init: str | Path | None = None,
+) -> dict[str, Any]:
+    """The options that are not None, by the dotted keys of the configuration."""
     options = {
         "loss.name": loss,
         "loss.springs.family": springs,
@@ -120,10 +192,24 @@ def train(
         "training.lr": lr,
         "training.seed": seed,
         "training.initial_weights": None if init is None else _initial_weights(Path(init)),
+        "training.steps": steps,
+        "training.epochs": epochs,
+        "data.path": None if data is None else str(data),
     }
-    given = {key: value for key, value in (options | length).items() if value is not None}
-    if data is not None:
-        given["data.path"] = str(data)
+    return {key: value for key, value in options.items() if value is not None}
+
+
+@contextmanager
+def _prepared(
+    config: str | Path | Config | None,
+    given: dict[str, Any],
+    changes: Mapping[str, Any] | None,
+    device: str,
+    output: str | Path | None,
+    resume: str | Path | None,
+    progress: ProgressCallback,
+) -> Iterator[TrainingRun]:
+    """The run that the arguments describe, with its task, in the process group of its job."""
     target = local_device(choose_device(device))
     with process_group(target):
         progress_of_run = None
@@ -142,14 +228,7 @@ def train(
                 _check_new(run)
         task = system.task(settings, target, progress)
         total = total_steps(task.config.training, task.batches_per_epoch)
-        if progress_of_run is not None and progress_of_run["step"] >= total:
-            task.close()
-            return TrainingSummary(
-                run, progress_of_run["step"], 0.0, progress_of_run["last_valid"],
-                progress_of_run["skipped"], task.config, already_complete=True,
-            )  # fmt: skip
-        on_start(TrainingRun(run, system, task, total))
-        return run_loop(task, run, callback, resume=resume is not None)
+        yield TrainingRun(run, system, task, total, progress_of_run)
 
 
 def _configuration(

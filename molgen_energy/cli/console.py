@@ -116,6 +116,14 @@ def _show_traceback() -> None:
         traceback.print_exc()
 
 
+def duration(seconds: float) -> str:
+    """A time in words: `4.2 s`, `3.1 minutes`, `5.0 hours`, `2.5 days`."""
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.2g} s"
+
+
 class ThrottledLog:
     """Progress messages where there is no terminal for a bar, at most one a minute.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from molgen_energy.cli.common import checkpoints, one_of
-from molgen_energy.cli.console import INTERRUPTED, ThrottledLog, progress_bar, say, warn
+from molgen_energy.cli.console import INTERRUPTED, ThrottledLog, duration, progress_bar, say, warn
 from molgen_energy.distributed import world_size
 from molgen_energy.errors import counted
 from molgen_energy.resources import resource_directory
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from molgen_energy.api.train import TrainingRun
-    from molgen_energy.training.loop import TrainingSummary
+    from molgen_energy.training.loop import TrainingCost, TrainingSummary
 
 _WHAT, _HOW, _RUN = "Loss, model and data", "Length and optimisation", "Run"  # panels of the help
 # Names for the help and for completion, without importing PyTorch; a test compares the registries.
@@ -148,32 +148,33 @@ def command(
 
     Without a configuration, `--loss energy` trains a small model on the bundled sample of QM9.
     """
-    from molgen_energy.api.train import train
+    from molgen_energy.api.train import estimate_training, train
     from molgen_energy.config import parse_assignments
     from molgen_energy.training.loop import TrainingInterrupted
 
+    options: dict[str, Any] = {
+        "data": data,
+        "loss": loss,
+        "springs": springs,
+        "edges": edges,
+        "steps": steps,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+        "init": init,
+        "changes": parse_assignments(assignments),
+        "device": device,
+        "output": output,
+        "resume": resume,
+    }
     with _Bars() as bars:
+        options["progress"] = bars.prepare
+        if dry_run:
+            _show_cost(estimate_training(config, **options, on_start=bars.announce))
+            return
         try:
-            summary = train(
-                config,
-                data=data,
-                loss=loss,
-                springs=springs,
-                edges=edges,
-                steps=steps,
-                epochs=epochs,
-                batch_size=batch_size,
-                lr=lr,
-                seed=seed,
-                init=init,
-                changes=parse_assignments(assignments),
-                device=device,
-                output=output,
-                resume=resume,
-                callback=bars.step,
-                progress=bars.prepare,
-                on_start=bars.start,
-            )
+            summary = train(config, **options, callback=bars.step, on_start=bars.start)
         except TrainingInterrupted as interrupted:
             bars.stop()
             run = shlex.quote(str(interrupted.run))
@@ -209,6 +210,12 @@ class _Bars:
         assert self._handle is not None
         self._bar.update(self._handle, completed=done, total=total)
 
+    def announce(self, run: TrainingRun) -> None:
+        """For a dry run: its configuration, which is the result, and what it is, in words."""
+        self.stop()
+        typer.echo(run.task.config.to_yaml(), nl=False)
+        _announce(run)
+
     def start(self, run: TrainingRun) -> None:
         self.stop()
         _announce(run)
@@ -224,15 +231,27 @@ class _Bars:
         self._log.say(f"step {step:,} of {steps:,}, {shown}, {rate}")
 
 
+def _show_cost(cost: TrainingCost) -> None:
+    say(
+        f"time    about {duration(cost.seconds)}: {cost.step:.3g} s a step, measured over "
+        f"{counted(cost.measured, 'steps')}, and about {duration(cost.validation)} a validation"
+    )
+    if cost.memory is not None:
+        say(f"memory  about {cost.memory / 2**30:.2f} GiB")
+    say("dry run: nothing was written; leave out --dry-run to train")
+
+
 def _announce(run: TrainingRun) -> None:
     task, samples = run.task, run.system.samples
     data = task.state["data"]
     parameters = sum(p.numel() for p in task.model.parameters())
-    say(f"data    {data['source']}: {data['training_samples']:,} training {samples}")
+    count = counted(data["training_samples"], f"training {samples}")
+    say(f"data    {data['source']}: {count}")
     say(f"model   {run.system.describe(task.config, parameters)}, on {task.device}")
     shared = f", shared by {world_size()} processes" if world_size() > 1 else ""
     batch = task.config.training.batch_size
-    say(f"length  {run.steps:,} steps of {batch} {samples}{shared}")
+    length = counted(run.steps, "steps")
+    say(f"length  {length} of {counted(batch, samples)}{shared}")
     say(f"run     {run.folder}")
 
 
@@ -242,11 +261,13 @@ def _conclude(summary: TrainingSummary) -> None:
     if summary.already_complete:
         say(f"{summary.run} is complete at step {summary.steps:,}; a larger --steps N continues it")
         return
-    minutes = f"{summary.seconds / 60:.1f} minutes"
     valid = "" if summary.valid_loss is None else f", validation loss {summary.valid_loss:.4g}"
-    say(f"trained {summary.steps:,} steps in {minutes}{valid}: {summary.run}")
+    say(
+        f"trained {counted(summary.steps, 'steps')} in {duration(summary.seconds)}{valid}: "
+        f"{summary.run}"
+    )
     if summary.skipped:
-        warn(f"skipped {summary.skipped:,} steps whose loss or gradient was not finite")
+        warn(f"skipped {counted(summary.skipped, 'steps')} whose loss or gradient was not finite")
     system = SYSTEMS[summary.config.system]
     if suggestion := system.after_training(summary.config):
         say(suggestion)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,11 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     """Rows of a `metrics.csv` as strings by column; missing values are empty strings."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def loss_terms(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The columns of the terms of the loss."""
+    return [name for name in rows[0] if name not in (*_BEFORE, *_AFTER)]
 
 
 def _text(value: Any) -> str:

@@ -44,6 +44,11 @@ class Task(Protocol):
         """
         ...
 
+    @property
+    def validation_samples(self) -> int:
+        """Number of validation samples; 0 without any."""
+        ...
+
     def validation_loss(self, model: nn.Module) -> float | None: ...
 
     @property
