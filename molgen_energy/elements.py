@@ -13,6 +13,9 @@ _SYMBOLS = (
     "Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"
 ).split()
 
+ELEMENTS = len(_SYMBOLS)
+"""How many elements there are; the largest atomic number."""
+
 
 @cache
 def _numbers() -> dict[str, int]:

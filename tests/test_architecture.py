@@ -33,6 +33,7 @@ LAYERS = (
     "distributed",
     "config",
     "formats",
+    "paths",
     "output",
     "elements",
     "resources",

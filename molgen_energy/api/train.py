@@ -13,7 +13,8 @@ from molgen_energy.config import Config
 from molgen_energy.distributed import broadcast, is_main, local_device, process_group, world_size
 from molgen_energy.errors import InputError
 from molgen_energy.losses import LOSSES
-from molgen_energy.output import check_folder
+from molgen_energy.output import check_folder, real_path
+from molgen_energy.paths import find_again, portable_path
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.systems.base import System
 from molgen_energy.systems.registry import (
@@ -34,6 +35,7 @@ from molgen_energy.training.loop import (
 )
 from molgen_energy.training.loop import train as run_loop
 from molgen_energy.training.pretrained import checkpoint_name, resolve_checkpoint
+from molgen_energy.training.state import Progress
 from molgen_energy.training.task import Task
 
 
@@ -46,13 +48,13 @@ class TrainingRun:
     task: Task
     steps: int
     """Length of the whole run."""
-    progress: Mapping[str, Any] | None = None
-    """That of the checkpoint which is resumed, see `state.yaml`; None of a new run."""
+    progress: Progress | None = None
+    """That of the checkpoint which is resumed; None of a new run."""
 
     @property
     def finished(self) -> int:
         """Steps that a resumed run has taken before."""
-        return 0 if self.progress is None else int(self.progress["step"])
+        return 0 if self.progress is None else self.progress.step
 
 
 def train(
@@ -127,8 +129,8 @@ def train(
             assert run.progress is not None
             run.task.close()
             return TrainingSummary(
-                run.folder, run.finished, 0.0, run.progress["last_valid"],
-                run.progress["skipped"], run.task.config, already_complete=True,
+                run.folder, run.finished, 0.0, run.progress.last_valid,
+                run.progress.skipped, run.task.config, already_complete=True,
             )  # fmt: skip
         on_start(run)
         return run_loop(run.task, run.folder, callback, resume=resume is not None)
@@ -212,14 +214,17 @@ def _prepared(
     """The run that the arguments describe, with its task, in the process group of its job."""
     target = local_device(choose_device(device))
     with process_group(target):
-        progress_of_run = None
+        progress_of_run: Progress | None = None
         if resume is not None:
             run = Path(resume)
             _check_resumable(given, run, config, changes, output)
             checkpoint = load_checkpoint(run)
             system = system_of_checkpoint(checkpoint)
-            settings: Config = checkpoint.config_as(system.config).replaced(given)
-            progress_of_run = checkpoint.state["progress"]
+            begun = checkpoint.config_as(system.config)
+            if "data.path" not in given and begun.data.path is not None:
+                given["data.path"] = str(find_again(begun.data.path, run))
+            settings: Config = begun.replaced(given)
+            progress_of_run = checkpoint.progress
         else:
             settings = _configuration(config, dict(changes or {}), given)
             system = SYSTEMS[settings.system]
@@ -267,8 +272,9 @@ def _check_resumable(
 
 
 def _initial_weights(name: Path) -> str:
-    """The value of `training.initial_weights` for a name, valid in any working directory."""
-    return checkpoint_name(resolve_checkpoint(name, "--init"))
+    """The value of `training.initial_weights` for a name."""
+    found = checkpoint_name(resolve_checkpoint(name, "--init"))
+    return portable_path(Path(found)) if Path(found).is_absolute() else found
 
 
 def _new_folder(config: Config) -> Path:
@@ -287,12 +293,14 @@ def _new_folder(config: Config) -> Path:
 
 
 def _check_new(run: Path) -> None:
+    if run.is_symlink() and not run.exists():
+        raise InputError(f"{run} is a link to {run.readlink()}, which does not exist; remove it")
     if run.is_dir() and any(run.iterdir()):
         raise InputError(
             f"{run} is not empty; name another --output, or continue with --resume {run}"
         )
     # The folder is made when training starts, so that a start that fails leaves nothing.
-    existing = next(path for path in (run, *run.resolve().parents) if path.exists())
+    existing = next(path for path in (run, *real_path(run).parents) if path.exists())
     check_folder(existing)
 
 

@@ -10,7 +10,7 @@ import typer
 
 from molgen_energy.cli import evaluate, info, preprocess, sample, train
 from molgen_energy.cli.common import QUIET, VERBOSE, with_common_options
-from molgen_energy.cli.console import exit_on_error, set_detail
+from molgen_energy.cli.console import run_program, set_detail, show
 from molgen_energy.cli.help import HelpfulCommand, HelpfulGroup
 from molgen_energy.errors import InputError
 
@@ -66,7 +66,7 @@ def _usage_errors() -> Iterator[None]:
             raise
         text = error.format_message()
         if type(error).__name__ == "NoArgsIsHelpError":
-            typer.echo(text, nl=False)
+            show(text.rstrip("\n"))
             raise typer.Exit from None
         context = getattr(error, "ctx", None)
         where = "" if context is None else f" (see {context.command_path} --help)"
@@ -78,7 +78,7 @@ def _show_version(requested: bool) -> None:
     if requested:
         from molgen_energy import __version__
 
-        typer.echo(f"molgen-energy {__version__}")
+        show(f"molgen-energy {__version__}")
         raise typer.Exit
 
 
@@ -124,5 +124,4 @@ app = application()
 
 def main() -> None:
     """Entry point of `molgen-energy` and of `python -m molgen_energy`."""
-    with exit_on_error():
-        app()
+    run_program(app)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from molgen_energy.cli.console import stdout
+from molgen_energy.cli.console import show
 
 if TYPE_CHECKING:
     from molgen_energy.api.info import Device, Extra, Installation
@@ -28,7 +28,7 @@ def command(
 
     found = installation()
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
+        show(json.dumps(found.to_dict(), indent=2))
         return
     _print_table("", list(_general(found)))
     _print_table("devices (--device)", [(d.name, _device(d)) for d in found.devices])
@@ -77,6 +77,7 @@ def _short(path: Path) -> str:
 def _print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     if not rows:
         return
@@ -87,5 +88,5 @@ def _print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
         indented = f"  {name}" if title else name
         table.add_row(escape(indented), escape(text))
     if title:
-        stdout.print(f"\n[bold]{escape(title)}[/]")
-    stdout.print(table)
+        show(Text(f"\n{title}", "bold"))
+    show(table)

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from molgen_energy.cli.common import checkpoints, one_of
-from molgen_energy.cli.console import INTERRUPTED, ThrottledLog, duration, progress_bar, say, warn
+from molgen_energy.cli.console import (
+    INTERRUPTED,
+    ThrottledLog,
+    duration,
+    progress_bar,
+    say,
+    show,
+    warn,
+)
 from molgen_energy.distributed import world_size
 from molgen_energy.errors import counted
 from molgen_energy.resources import resource_directory
@@ -213,7 +221,7 @@ class _Bars:
     def announce(self, run: TrainingRun) -> None:
         """For a dry run: its configuration, which is the result, and what it is, in words."""
         self.stop()
-        typer.echo(run.task.config.to_yaml(), nl=False)
+        show(run.task.config.to_yaml().rstrip("\n"))
         _announce(run)
 
     def start(self, run: TrainingRun) -> None:
@@ -269,8 +277,8 @@ def _conclude(summary: TrainingSummary) -> None:
     if summary.skipped:
         warn(f"skipped {counted(summary.skipped, 'steps')} whose loss or gradient was not finite")
     system = SYSTEMS[summary.config.system]
-    if suggestion := system.after_training(summary.config):
-        say(suggestion)
+    for line in system.after_training(summary.config).splitlines():
+        say(line)
     count = system.sampling.get("count")
     option = "" if count is None else f" -n {count}"
     say(f"next    molgen-energy sample{option} --checkpoint {shlex.quote(str(summary.run))}")

@@ -28,6 +28,7 @@ from molgen_energy.datasets.base import MoleculeDataset, option
 from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError
+from molgen_energy.output import display_path
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.resources import asset
 
@@ -68,7 +69,7 @@ class QM9(MoleculeDataset):
 
     def source_name(self) -> str:
         """Where QM9 is read from."""
-        return f"QM9 ({'qm9pack' if self.source is None else self.source.name})"
+        return f"QM9 ({'qm9pack' if self.source is None else display_path(Path(self.source.name))})"
 
     def chunks(self, log: DatasetLog) -> Iterator[MoleculeChunk]:
         """All molecules at once, in index order."""

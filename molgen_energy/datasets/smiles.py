@@ -31,12 +31,14 @@ from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.datasets.screening import foreign_elements, foreign_reason
 from molgen_energy.distributed import default_workers
 from molgen_energy.errors import MEND_OR_SKIP, InputError, unknown_name
-from molgen_energy.output import check_file, named_path, remove
+from molgen_energy.output import check_file, display_path, named_path, remove
 from molgen_energy.progress import ProgressCallback, no_progress
 
 if TYPE_CHECKING:
     from molgen_energy.chemistry.conformers import Embedded, Embedding
     from molgen_energy.chemistry.fields import FieldSelection
+    from molgen_energy.data.shards import ShardFolder
+    from molgen_energy.datasets.smiles_shards import SmilesManifest
 
 _SUFFIXES = (".smi", ".smiles", ".csv", ".tsv")
 _CHUNK = 100  # molecules in a shard: some seconds of work
@@ -103,7 +105,8 @@ class SmilesFiles(ScreenedDataset):
 
     def source_name(self) -> str:
         """The names of the files, and how the conformers were made."""
-        return f"{', '.join(path.name for path in self.files)}, ETKDGv3, {self.relax}"
+        names = (display_path(Path(path.name)) for path in self.files)
+        return f"{', '.join(names)}, ETKDGv3, {self.relax}"
 
     def check(self) -> None:
         """Raise `InputError` where an option has a bad value or a file is missing."""
@@ -136,6 +139,7 @@ class SmilesFiles(ScreenedDataset):
     def chunks(self, log: DatasetLog) -> Iterator[MoleculeChunk]:
         """The conformers of all files, in order."""
         from molgen_energy.data.shards import ShardFolder, check_unchanged, shards_folder
+        from molgen_energy.datasets.smiles_shards import SmilesManifest
 
         records = list(self._records(log))
         self._report_repeated(records, log)
@@ -143,10 +147,10 @@ class SmilesFiles(ScreenedDataset):
         manifest = self._manifest()
         if not shards_folder(log.output).exists():
             ShardFolder.begin(log.output, _COMMAND, manifest)
-        with ShardFolder(log.output, _COMMAND, lead=True) as shards:
+        with ShardFolder(log.output, _COMMAND, SmilesManifest, lead=True) as shards:
             check_unchanged(shards.manifest, manifest, shards.folder, "preprocess")
             names = [_shard_name(part) for part in parts]
-            missing = {k for k, name in enumerate(names) if shards.load(name) is None}
+            missing = {k for k in range(len(parts)) if _stored(shards, names[k], parts[k]) is None}
             stored = len(parts) - len(missing)
             done = 0
             try:
@@ -158,7 +162,13 @@ class SmilesFiles(ScreenedDataset):
                                 shards.store(names[k], arrays)
                                 stored += 1
                         else:
-                            arrays = shards.load(names[k]) or {}
+                            found = _stored(shards, names[k], part)
+                            if found is None:  # by another program, since the folder is locked
+                                raise InputError(
+                                    f"{shards.folder / names[k]} was changed while it was read; "
+                                    "run the same command again"
+                                )
+                            arrays = found
                         done += len(part)
                         log.progress(done, len(records))
                         yield from self._chunk(part, arrays, log)
@@ -166,17 +176,19 @@ class SmilesFiles(ScreenedDataset):
                 if not stored:
                     shards.remove()
 
-    def _manifest(self) -> dict[str, Any]:
+    def _manifest(self) -> SmilesManifest:
         """What the conformers depend on, besides the SMILES."""
         from rdkit import rdBase
 
-        return {
-            "seed": self.seed,
-            "conformers": self.conformers,
-            "relax": self.relax,
-            "rdkit": rdBase.rdkitVersion,
-            "version": __version__,
-        }
+        from molgen_energy.datasets.smiles_shards import SmilesManifest
+
+        return SmilesManifest(
+            seed=self.seed,
+            conformers=self.conformers,
+            relax=self.relax,
+            rdkit=rdBase.rdkitVersion,
+            version=__version__,
+        )
 
     def _embed(self, records: Iterable[_Record]) -> Generator[Embedded, None, None]:
         """Results in order; the same whatever the number of processes."""
@@ -338,6 +350,28 @@ def _shard_name(part: list[_Record]) -> str:
     """Of the conformers of some records: changes with their SMILES and numbers."""
     text = json.dumps([(record.number, record.smiles) for record in part])
     return f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.shard"
+
+
+def _stored(
+    shards: ShardFolder[SmilesManifest], name: str, part: list[_Record]
+) -> dict[str, NDArray[Any]] | None:
+    """The conformers of some records from their shard; None if it is missing or damaged."""
+    from molgen_energy.datasets.smiles_shards import SHAPES
+
+    arrays = shards.load(name, SHAPES)
+    if arrays is None:
+        return None
+    which, records = arrays["which"], range(len(part))
+    try:
+        failures = json.loads(arrays["failures"].tobytes())
+        sound = all(type(k) is int and k in records and type(text) is str for k, text in failures)
+        if len(which):
+            molecules = Molecules.from_arrays(arrays)
+            molecules.check()
+            sound &= len(molecules) == len(which) and bool(np.isin(which, records).all())
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return arrays if sound else None
 
 
 def _arrays(results: list[Embedded]) -> dict[str, NDArray[Any]]:

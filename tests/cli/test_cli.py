@@ -347,7 +347,7 @@ BAD = {
     "report nowhere": (("evaluate", "good.xyz", "--report", "no/out"), "no does not exist"),
     "cut gzip": (("evaluate", "cut.xyz.gz"), "the file is cut off (Compressed file ended"),
     "wrong counts": (("evaluate", "count.xyz"), "count.xyz: record 2 (line 6): the file ends"),
-    "nan in hdf5": (("evaluate", "nan.h5"), "nan.h5: molecule 2 has coordinates that are not"),
+    "nan in hdf5": (("evaluate", "nan.h5"), "nan.h5: record 2: data set 'positions': expected"),
     "checkpoint for a run": (("train", "--resume", "checkpoint"), "is a checkpoint; name its run"),
     "no folder": (("preprocess", "good.xyz", "-o", "no/a.h5"), "no does not exist; make it first"),
 }  # fmt: skip

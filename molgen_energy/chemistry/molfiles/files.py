@@ -12,7 +12,7 @@ from rdkit import Chem, rdBase
 
 from molgen_energy.chemistry.molfiles.lines import DAMAGED, Lines
 from molgen_energy.errors import InputError
-from molgen_energy.output import check_file
+from molgen_energy.output import check_file, real_path
 
 SDF, XYZ = "sdf", "xyz"
 
@@ -103,7 +103,7 @@ def molecule_files(path: Path) -> FileSet:
 def base_name(path: Path) -> str:
     """The name of a file without the endings of its kind, of a folder or pattern the folder's."""
     if path.is_dir():
-        return path.resolve().name or "molecules"
+        return real_path(path).name or "molecules"
     if not path.exists() and glob.has_magic(path.name):
         return base_name(path.parent)
     stem, _, suffix = _unpacked(path.name).rpartition(".")

@@ -12,7 +12,7 @@ import torch
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.convert import to_rdkit
 from molgen_energy.chemistry.fields import BONDS
-from molgen_energy.data.hdf5 import MoleculeFile
+from molgen_energy.data.hdf5 import MOLECULES, MoleculeFile
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.output import check_writable
 from molgen_energy.progress import ProgressCallback
@@ -73,6 +73,7 @@ class MoleculeSystem(System):
         }
     )
     output = "samples.sdf"
+    file_format = MOLECULES
     default_config = "quick"
 
     def check_output(self, path: Path) -> None:
