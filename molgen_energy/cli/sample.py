@@ -14,7 +14,7 @@ import typer
 from molgen_energy.cli.common import OVERWRITE, check_new_file, checkpoints, one_of
 from molgen_energy.cli.console import INTERRUPTED, ThrottledLog, progress_bar, say, show, warn
 from molgen_energy.distributed import is_main, world_size
-from molgen_energy.errors import InputError
+from molgen_energy.errors import InputError, counted
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -239,13 +239,13 @@ def _conclude(result: SamplingResult, job: _Job) -> None:
     samples, seconds = job.samples, time.perf_counter() - job.began
     if not result.interrupted:
         say(
-            f"{result.written:,} {samples} written to {result.path} in {seconds:.0f} s "
+            f"{counted(result.written, samples)} written to {result.path} in {seconds:.0f} s "
             f"({result.drawn / seconds:.2f} {samples}/s)"
         )
     elif result.path is not None:
         say(f"finished samples are in {result.path}")
     if result.not_finite:
-        warn(f"{result.not_finite} {samples} diverged; their records have no coordinates")
+        warn(f"{counted(result.not_finite, samples)} diverged, without coordinates in the file")
     if result.interrupted:
         sys.exit(INTERRUPTED)
     say(f"next: molgen-energy evaluate {shlex.quote(str(result.path))}")
@@ -338,7 +338,7 @@ class _Job:
         shared = generator.distributed and world_size() > 1
         processes = f", by {world_size()} processes" if shared else ""
         say(
-            f"sampling {generator.count:,} {self.samples} from {generator.origin}: "
+            f"sampling {counted(generator.count, self.samples)} from {generator.origin}: "
             f"{generator.method}{processes}"
         )
         self.began = time.perf_counter()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from molgen_energy.chemistry.geometry import GeometryTypes
 from molgen_energy.elements import symbol
-from molgen_energy.errors import InputError
+from molgen_energy.errors import InputError, counted
 from molgen_energy.metrics.distances.comparison import compare
 from molgen_energy.metrics.distances.real_ranges import add_ranges
 from molgen_energy.metrics.molecule_evaluation import (
@@ -261,7 +261,7 @@ def _training_hashes(
         hashes = collect_smiles_hashes(source, own.checks, workers, counter)
         notes += [f"{name}: {note}" for note in source.notes]
         if source.skipped:
-            notes.append(f"{name}: {source.skipped:,} bad records skipped")
+            notes.append(f"{name}: {counted(source.skipped, 'bad records')} skipped")
         return hashes, f"the training split of {name}" if source.has_split("train") else name
     if reference is not None and not FileSource(reference).is_qm9():
         name = display_names([reference])[0]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.output import atomic_write
+from molgen_energy.output import atomic_write, printable
 from molgen_energy.training.metrics import loss_terms, read_metrics
 
 NAME = "curves.svg"
@@ -44,7 +44,7 @@ def write_curves(run: Path) -> None:
     """
     rows = read_metrics(run / "metrics.csv")
     if rows:
-        atomic_write(run / NAME, draw_curves(rows, run.resolve().name).encode())
+        atomic_write(run / NAME, draw_curves(rows, printable(run.resolve().name)).encode())
 
 
 def draw_curves(rows: Sequence[Mapping[str, str]], title: str) -> str:

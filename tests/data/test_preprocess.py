@@ -158,7 +158,7 @@ def test_fields_and_keys_become_properties(tmp_path):
     assert molecules.smiles.tolist() == ["O", "", "", ""]
     assert len(set(molecules.groups.tolist())) == 2
     assert "property gap is missing in 2 of 4 molecules (NaN)" in result.warnings
-    assert result.summary == "3 to 3 atoms of H, O; properties gap, mu; 2 groups"
+    assert result.summary == "3 atoms of H, O; properties gap, mu; 2 groups"
     preprocess(tmp_path / "a.xyz", tmp_path / "b.h5")
     with MoleculeFile(tmp_path / "b.h5") as file:  # gap is no number in one of the first records
         assert file.columns == {"smiles", "properties/mu"}
@@ -247,7 +247,7 @@ def test_a_dataset_of_ones_own(tmp_path, monkeypatch):
     done = runner.invoke(app, ["preprocess", "waters", "--count", "20", "--seed", "3"])
     assert done.exit_code == 0, done.output
     assert "20 molecules written to waters.h5" in done.output
-    assert "train 12, valid 4, test 4; 3 to 3 atoms of H, O" in done.output
+    assert "train 12, valid 4, test 4; 3 atoms of H, O" in done.output
     with MoleculeFile(tmp_path / "waters.h5") as file:
         molecules = file.load()
         assert file.source == "waters of a test"
