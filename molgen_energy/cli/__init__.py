@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
 from molgen_energy.cli import evaluate, info, preprocess, sample, train
 from molgen_energy.cli.common import QUIET, VERBOSE, with_common_options
-from molgen_energy.cli.console import run_program, set_detail, show
+from molgen_energy.cli.console import exit_on_error, run_program, set_detail, show
 from molgen_energy.cli.help import HelpfulCommand, HelpfulGroup
 from molgen_energy.errors import InputError
 
@@ -58,9 +58,11 @@ class _Commands(HelpfulGroup):
 
 @contextmanager
 def _usage_errors() -> Iterator[None]:
-    """Raise `InputError` for the usage errors of Typer, whose class it does not export."""
+    """Report usage errors of Typer, whose class it does not export, and those of callbacks."""
     try:
         yield
+    except InputError as error:
+        _report(error)
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
@@ -71,7 +73,14 @@ def _usage_errors() -> Iterator[None]:
         context = getattr(error, "ctx", None)
         where = "" if context is None else f" (see {context.command_path} --help)"
         message = " ".join(text.split()).rstrip(".")
-        raise InputError(message[:1].lower() + message[1:] + where) from None
+        _report(InputError(message[:1].lower() + message[1:] + where))
+
+
+def _report(error: InputError) -> NoReturn:
+    """Print an error, and exit."""
+    with exit_on_error():
+        raise error from None
+    raise AssertionError  # not reached
 
 
 def _show_version(requested: bool) -> None:

@@ -6,6 +6,7 @@ Typer's own text has a column of types, which takes half of such a line.
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,9 @@ from typer.core import TyperCommand, TyperGroup
 
 _WIDEST = 100  # characters in a line; longer ones are hard to read
 _NAMES = 28  # characters of the first column; a longer name has its own line
+_MARGINS = 6  # characters of a line for borders and spaces
+_NARROW, _INDENT = 70, 6  # below this width, each name has its own line
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 _OTHER = "Other options"
 
 
@@ -39,7 +43,7 @@ class HelpfulGroup(TyperGroup):
         names = self.list_commands(ctx)
         commands = [command for name in names if (command := self.get_command(ctx, name))]
         rows = [
-            (Text(command.name or "", "bold cyan"), _marked(_first_sentence(command)))
+            (Text(command.name or "", "bold cyan"), _first_sentence(command))
             for command in commands
         ]
         usage = f"{ctx.command_path} {self.subcommand_metavar}"
@@ -50,10 +54,14 @@ class HelpfulGroup(TyperGroup):
 def _rendered(page: Group) -> str:
     """The text for standard output, with the codes of colours where it is a terminal."""
     console = Console(highlight=False, emoji=False)
-    width = min(console.width, _WIDEST)
     with console.capture() as capture:
-        console.print(page, width=width)
+        console.print(page, width=_width())
     return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+
+
+def _width() -> int:
+    """Characters in a line."""
+    return min(Console().width, _WIDEST)
 
 
 def _page(command: Any, ctx: Any, usage: str, *panels: Panel) -> Group:
@@ -73,8 +81,8 @@ def _examples(command: Any) -> Iterator[Panel]:
 
 def _option_panels(command: Any, ctx: Any) -> Iterator[Panel]:
     """Arguments, then options in the panels that they name, then those without one."""
-    panels: dict[str, list[tuple[Text, Text]]] = {"Arguments": []}
-    others: list[tuple[Text, Text]] = []
+    panels: dict[str, list[tuple[Text, str]]] = {"Arguments": []}
+    others: list[tuple[Text, str]] = []
     for parameter in command.get_params(ctx):
         if getattr(parameter, "hidden", False):
             continue
@@ -99,12 +107,12 @@ def _names(option: Any) -> Text:
     return text
 
 
-def _description(parameter: Any) -> Text:
-    text = _marked(parameter.help or "")
+def _description(parameter: Any) -> str:
+    text = parameter.help or ""
     default = parameter.default
     # Where there is no value, the text says what happens.
     if getattr(parameter, "show_default", False) and default not in (None, False, [], ()):
-        text.append(f" [default:\N{NO-BREAK SPACE}{default}]", "dim")
+        text += f" [default:{_NO_BREAK}{default}]"
     return text
 
 
@@ -115,23 +123,28 @@ def _first_sentence(command: Any) -> str:
 
 def _marked(text: str) -> Text:
     """A text with its options in colour and its code in bold."""
-    marked = Text(text)
+    marked = Text(text.replace(_NO_BREAK, " "))
     marked.highlight_regex(r"(?<![\w-])--?[a-zA-Z][\w-]*", "cyan")
     marked.highlight_regex(r"`[^`]+`", "bold")
+    marked.highlight_regex(r"\[default: [^\]]*\]", "dim")
     return marked
 
 
-def _panel(title: str, rows: list[tuple[Text, Text]], width: int = _NAMES) -> Panel:
-    """Names at the left, descriptions at the right or, of a long name, in the next line."""
+def _panel(title: str, rows: list[tuple[Text, str]], names: int = 0) -> Panel:
+    """Names at the left, descriptions at the right or, of a long name, in the next line.
+
+    `names` is the width of the first column, 0 that of options.
+    """
+    names = names or (_NAMES if _width() >= _NARROW else _INDENT)
     items: list[Table | Text] = []
     for name, description in rows:
-        if name.cell_len > width:
+        if name.cell_len > names:
             items.append(name)
             name = Text()
-        row = Table.grid(padding=(0, 2, 0, 0), expand=True)
-        row.add_column(width=width)
-        row.add_column(ratio=1)
-        row.add_row(name, description)
+        row = Table.grid(padding=(0, 2, 0, 0))
+        row.add_column(width=names)
+        lines = textwrap.wrap(description, _width() - _MARGINS - names, break_on_hyphens=False)
+        row.add_row(name, _marked("\n".join(lines)))
         items.append(row)
     return _bordered(title, Group(*items))
 
