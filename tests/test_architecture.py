@@ -42,7 +42,7 @@ LAYERS = (
 )
 """Packages and top-level modules; each may import those that stand below it."""
 
-HEAVY = ("torch", "rdkit", "h5py", "scipy", "matplotlib")
+HEAVY = ("torch", "rdkit", "h5py", "scipy", "matplotlib", "numpy", "pydantic")
 """Packages that would take most of the time of `molgen-energy --help`."""
 
 

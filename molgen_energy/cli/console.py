@@ -72,10 +72,13 @@ def is_verbose() -> bool:
     return _detail > 0
 
 
-def say(text: str) -> None:
-    """Print a line for the user, on standard error, unless the command is quiet."""
+def say(text: str, wrap: bool = False) -> None:
+    """Print a line for the user, on standard error, unless the command is quiet.
+
+    With `wrap` a terminal shows it in lines of whole words; else a command in it can be copied.
+    """
     if _detail >= 0:
-        _print_line(Text(_line(text)))
+        _print_line(Text(_line(text)), wrap and stderr.is_terminal)
 
 
 def warn(text: str) -> None:
@@ -90,9 +93,9 @@ def _line(text: str) -> str:
     return printable(text)
 
 
-def _print_line(line: Text) -> None:
+def _print_line(line: Text, wrap: bool = False) -> None:
     try:
-        stderr.print(line, soft_wrap=True)
+        stderr.print(line, soft_wrap=not wrap)
     except BrokenPipeError:
         raise
     except OSError:  # a full disk takes no message; the work goes on

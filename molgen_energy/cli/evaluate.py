@@ -232,9 +232,9 @@ def _show(report: Report, as_json: bool) -> None:
         for table in tables(report, stdout):
             show(table)
         if report.summary:
-            say(report.summary)
+            say(report.summary, wrap=True)
         for file in report.files:
             for line in file.failures:
-                say(f"{file.name}: {line}")
+                say(f"{file.name}: {line}", wrap=True)
     for text in report.warnings():
         warn(text)

@@ -150,4 +150,4 @@ def _panel(title: str, rows: list[tuple[Text, str]], names: int = 0) -> Panel:
 
 
 def _bordered(title: str, content: Group) -> Panel:
-    return Panel(content, title=title, title_align="left", border_style="dim")
+    return Panel(content, title=f"[not dim bold]{title}[/]", title_align="left", border_style="dim")

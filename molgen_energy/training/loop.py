@@ -180,7 +180,7 @@ def measure_cost(task: Task, run: Path, steps: int, seconds: float = 5.0) -> Tra
         trainer = _Trainer(task, run, no_callback)
         step, forward, measured = trainer.measure(seconds, min(steps, _MEASURED_BATCHES))
     validation = forward * task.validation_samples
-    validations = 1 + steps // task.config.training.validate_every
+    validations = math.ceil(steps / task.config.training.validate_every)
     return TrainingCost(
         step,
         validation,

@@ -143,7 +143,9 @@ def test_names_and_fields_are_shown_and_not_obeyed(here, tmp_path, trained):
                         "--set", "model.layers=1", "--set", "model.width=8")  # fmt: skip
     assert code == 0, err
     for suffix in ("sdf", "h5"):
-        code, _, err = here("sample", "-n", "1", "--checkpoint", name, "-o", f"{name}.{suffix}")
+        code, _, err = here(
+            "sample", "-n", "1", "--checkpoint", name, "-o", f"{name}.{suffix}", "--overwrite"
+        )
         assert code == 0, err
     assert here("train", "--resume", name)[0] == 0
     assert here("train", "--resume", name, "--steps", "2")[0] == 0

@@ -254,7 +254,7 @@ def test_a_dataset_of_ones_own(tmp_path, monkeypatch):
         assert (file.split[::2] == file.split[1::2]).all()
     assert molecules.properties["energy"].values.tolist() == [k / 2 for k in range(20)]
     assert molecules.units == {"energy": "eV"}
-    refused = runner.invoke(app, ["preprocess", "waters", "--broken"])
+    refused = runner.invoke(app, ["preprocess", "waters", "--broken", "--overwrite"])
     assert refused.exit_code == 2
     assert "record 8: the coordinates are not finite" in " ".join(refused.output.split())
     steps = []
@@ -276,6 +276,6 @@ def test_a_dataset_of_ones_own(tmp_path, monkeypatch):
 
 def test_options_belong_to_their_dataset(cli, tmp_path):
     (tmp_path / "a.xyz").write_text(WATER.format(""))
-    assert "No such option" in cli("preprocess", "a.xyz", "--source", "x", code=2).stderr
-    assert "No such option" in cli("preprocess", "qm9", "--elements", "C", code=2).stderr
+    assert "no such option" in cli("preprocess", "a.xyz", "--source", "x", code=2).stderr
+    assert "no such option" in cli("preprocess", "qm9", "--elements", "C", code=2).stderr
     assert "1 molecules written" in cli("preprocess", "--seed", "3", "a.xyz").stderr

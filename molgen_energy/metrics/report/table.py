@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -55,27 +56,35 @@ def tables(report: Report, console: Console) -> list[Table]:
     files as fit, at least one, and the reference. A file with several columns has its own table. A
     narrow table leaves out the intervals of the reference rather than break lines.
     """
-    found: list[Table] = []
-    rest = report.files
-    while rest:
-        count = 1 if any(len(file.columns) > 1 for file in rest) else len(rest)
-        table, count = _widest(report, rest, count, console)
-        found.append(table)
-        rest = rest[count:]
-    return found
-
-
-def _widest(
-    report: Report, files: list[EvaluatedFile], most: int, console: Console
-) -> tuple[Table, int]:
-    """The table of as many files as fit, at most `most`, and their number."""
     unlimited = console.options.update(max_width=_UNLIMITED)
-    for count in range(most, 0, -1):
-        for layout in _LAYOUTS:
-            table = _table(report, files[:count], layout)
-            if Measurement.get(console, unlimited, table).maximum <= console.width:
-                return table, count
-    return _table(report, files[:1], _LAYOUTS[-1]), 1
+
+    def width(files: list[EvaluatedFile], layout: _Layout) -> int:
+        return Measurement.get(console, unlimited, _table(report, files, layout)).maximum
+
+    @cache
+    def widths(layout: _Layout) -> tuple[int, list[int]]:
+        """Of the columns without any file, and of each file."""
+        alone = [width([file], layout) for file in report.files]
+        without = 2 * alone[0] - width([report.files[0]] * 2, layout)
+        return without, [own - without for own in alone]
+
+    def fits(files: slice, layout: _Layout) -> bool:
+        without, own = widths(layout)
+        return without + sum(own[files]) <= console.width
+
+    found: list[Table] = []
+    start = 0
+    while start < len(report.files):
+        left = len(report.files) - start
+        most = 1 if any(len(file.columns) > 1 for file in report.files) else left
+        choices = ((k, layout) for k in range(most, 0, -1) for layout in _LAYOUTS)
+        count, layout = next(
+            (choice for choice in choices if fits(slice(start, start + choice[0]), choice[1])),
+            (1, _LAYOUTS[-1]),
+        )
+        found.append(_table(report, report.files[start : start + count], layout))
+        start += count
+    return found
 
 
 def plain_tables(report: Report, width: int) -> str:
