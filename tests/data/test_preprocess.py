@@ -278,4 +278,4 @@ def test_options_belong_to_their_dataset(cli, tmp_path):
     (tmp_path / "a.xyz").write_text(WATER.format(""))
     assert "no such option" in cli("preprocess", "a.xyz", "--source", "x", code=2).stderr
     assert "no such option" in cli("preprocess", "qm9", "--elements", "C", code=2).stderr
-    assert "1 molecules written" in cli("preprocess", "--seed", "3", "a.xyz").stderr
+    assert "1 molecule written" in cli("preprocess", "--seed", "3", "a.xyz").stderr
