@@ -15,6 +15,8 @@ _SYMBOLS = (
 
 ELEMENTS = len(_SYMBOLS)
 """How many elements there are; the largest atomic number."""
+_LONGEST = 3  # characters of an atomic number
+_SHOWN = 40  # characters
 
 
 @cache
@@ -35,9 +37,11 @@ def atomic_number(symbol: str) -> int:
     InputError
         There is no such element.
     """
-    number = int(symbol) if symbol.isdecimal() else _numbers().get(symbol.capitalize(), 0)
+    number = 0
+    if symbol.isascii() and len(symbol) <= _LONGEST:
+        number = int(symbol) if symbol.isdecimal() else _numbers().get(symbol.capitalize(), 0)
     if not 1 <= number <= len(_SYMBOLS):
-        raise InputError(f"'{symbol}' is no chemical element")
+        raise InputError(f"'{symbol[:_SHOWN]}' is no chemical element")
     return number
 
 

@@ -95,7 +95,12 @@ def _escaped(match: re.Match[str]) -> str:
 
 def display_path(path: Path) -> str:
     """A path as printable Unicode; bytes that are not UTF-8 become replacement characters."""
-    return printable(os.fsencode(path).decode("utf-8", "replace"))
+    return printable(valid_unicode(path))
+
+
+def valid_unicode(path: Path | str) -> str:
+    """A path as files of text can hold it, with such replacement characters."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def display_names(paths: Sequence[Path]) -> list[str]:

@@ -10,7 +10,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from molgen_energy.output import real_path
+from molgen_energy.output import real_path, valid_unicode
 
 _HOME = "~/"
 
@@ -23,9 +23,9 @@ def portable_path(path: Path) -> str:
         bases += [(_HOME, Path.home()), (_HOME, real_path(Path.home()))]
     around = [(start, base) for start, base in bases if absolute.is_relative_to(base)]
     if not around:
-        return str(absolute)
+        return valid_unicode(absolute)
     start, base = max(around, key=lambda place: len(place[1].parts))
-    return start + absolute.relative_to(base).as_posix()
+    return start + valid_unicode(absolute.relative_to(base).as_posix())
 
 
 def expand_home(text: str) -> Path:

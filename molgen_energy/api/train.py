@@ -222,7 +222,12 @@ def _prepared(
             system = system_of_checkpoint(checkpoint)
             begun = checkpoint.config_as(system.config)
             if "data.path" not in given and begun.data.path is not None:
-                given["data.path"] = str(find_again(begun.data.path, run))
+                found = find_again(begun.data.path, run)
+                if not found.exists():
+                    raise InputError(
+                        f"{found}, the data of {run}, does not exist; name it with --data FILE"
+                    )
+                given["data.path"] = str(found)
             settings: Config = begun.replaced(given)
             progress_of_run = checkpoint.progress
         else:

@@ -58,6 +58,7 @@ _MARGIN = 1 << 20  # bytes for the library's own tables
 _SLICE = 1 << 20  # most atoms of one slice: 12 MB of positions
 _GAP = 1 << 11  # atoms that are read over rather than skipped; a call costs about as much
 _OPTIONAL = {"formal_charges", "smiles", "group"}
+_TABLE = 100  # bytes of a table for each bond
 _LARGE = 1 << 28  # bytes to read at once that are compared with the available memory
 _ALL_OR_NONE = {"formal_charges": "formal charges", "bonds/index": "bonds", "group": "groups"}
 """Columns that all molecules of a file have, or none, since no value says that it is missing."""
@@ -73,21 +74,36 @@ def _not_ascending(offsets: NDArray[np.int64], total: int, least: int) -> NDArra
 
 def _any_of_records(rows: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which records have a row that is true, (M,)."""
+    if not rows.any():
+        return np.zeros(len(offsets) - 1, bool)
     before = np.concatenate([[0], np.cumsum(rows)])
     return np.diff(before[offsets]) > 0
 
 
-def _outside(
+def _unfit_bonds(
     index: NDArray[np.integer[Any]], offsets: NDArray[np.int64], bonds: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Which molecules have a bond of an atom that they do not have, (M,)."""
-    sizes = np.repeat(np.diff(offsets), np.diff(bonds))
-    return _any_of_records(np.asarray((index >= sizes[:, None]).any(axis=1)), bonds)
+    """Which molecules have a bond of one atom, of an atom that they lack, or the same twice, (M,).
 
-
-def _with_itself(index: NDArray[np.integer[Any]], bonds: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which molecules have a bond of an atom with itself, (M,)."""
-    return _any_of_records(index[:, 0] == index[:, 1], bonds)
+    Equal bonds are found in a table of all pairs of atoms, or by sorting where it would be large.
+    """
+    sizes, counts = np.diff(offsets), np.diff(bonds)
+    size = np.repeat(sizes, counts)
+    one, other = index[:, 0].astype(np.int64), index[:, 1].astype(np.int64)
+    low, high = np.minimum(one, other), np.maximum(one, other)
+    unfit: NDArray[np.bool_] = (low == high) | (low < 0) | (high >= size)
+    first = offsets_from_sizes(sizes**2)
+    pair = np.repeat(first[:-1], counts) + low * size + high
+    fit = pair[~unfit] if unfit.any() else pair
+    if first[-1] <= _TABLE * len(pair):
+        seen = np.zeros(first[-1], bool)
+        seen[fit] = True
+        if np.count_nonzero(seen) == len(fit):
+            return _any_of_records(unfit, bonds)
+    pair[unfit] = -1 - np.arange(np.count_nonzero(unfit))  # none is that of another
+    order = np.argsort(pair, kind="stable")
+    unfit[order[1:]] |= pair[order[1:]] == pair[order[:-1]]
+    return _any_of_records(unfit, bonds)
 
 
 MOLECULES = HDF5Format(
@@ -146,7 +162,7 @@ MOLECULES = HDF5Format(
         ),
         DatasetSpec(
             f"{PROPERTIES}*", ("M",), "float", "a property, NaN where it is missing",
-            unit="attribute `unit`", required=False, finite=False, fill=True,
+            required=False, finite=False, fill=True,
             attributes=(AttributeSpec("unit", "text", "unit of the values", required=False),),
         ),
     ),
@@ -164,11 +180,10 @@ MOLECULES = HDF5Format(
             at_opening=True,
         ),
         Relation(
-            "bonds of atoms of their molecule",
+            "bonds of two atoms of their molecule, none twice",
             ("bonds/index", "offsets", "bonds/offsets"),
-            _outside,
+            _unfit_bonds,
         ),
-        Relation("bonds of two different atoms", ("bonds/index", "bonds/offsets"), _with_itself),
     ),
 )  # fmt: skip
 """The declaration of files of molecules."""

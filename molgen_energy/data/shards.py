@@ -46,9 +46,13 @@ _DIGEST = 32  # bytes
 class Manifest(Schema):
     """The declaration of `manifest.yaml`: what the shards of a file depend on.
 
-    Each command declares its own in a subclass. The file holds `format` and `command` as well.
+    Each command declares its own in a subclass, with `command`.
     """
 
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
+    """Of the folder."""
+    command: str
+    """The command that writes the file."""
     version: Annotated[str, Field(max_length=100)]
     """Version of this package."""
 
@@ -97,7 +101,7 @@ class ShardFolder(Generic[Job]):
         except InputError as error:
             raise InputError(f"{error}; {damaged}") from None
         head = values if isinstance(values, dict) else {}
-        known, begun = head.pop("format", None), head.pop("command", "sample")
+        known, begun = head.get("format"), head.get("command", command)
         if known != FORMAT:
             raise InputError(
                 f"{path} was written by another version of molgen-energy; remove {self.folder}, or "
@@ -120,11 +124,11 @@ class ShardFolder(Generic[Job]):
             remove_leftovers(self.folder)
 
     @staticmethod
-    def begin(output: Path, command: str, manifest: Manifest) -> None:
+    def begin(output: Path, manifest: Manifest) -> None:
         """Make the folder with the manifest of a job."""
         folder = shards_folder(output)
         check_own_file(folder)
-        text = dump_yaml({"format": FORMAT, "command": command} | manifest.model_dump(mode="json"))
+        text = dump_yaml(manifest.model_dump(mode="json"))
         try:
             with temporary_folder(folder) as temporary:
                 (temporary / MANIFEST).write_text(text, encoding="utf-8")

@@ -146,7 +146,7 @@ class SmilesFiles(ScreenedDataset):
         parts = [records[k : k + _CHUNK] for k in range(0, len(records), _CHUNK)]
         manifest = self._manifest()
         if not shards_folder(log.output).exists():
-            ShardFolder.begin(log.output, _COMMAND, manifest)
+            ShardFolder.begin(log.output, manifest)
         with ShardFolder(log.output, _COMMAND, SmilesManifest, lead=True) as shards:
             check_unchanged(shards.manifest, manifest, shards.folder, "preprocess")
             names = [_shard_name(part) for part in parts]
@@ -180,9 +180,11 @@ class SmilesFiles(ScreenedDataset):
         """What the conformers depend on, besides the SMILES."""
         from rdkit import rdBase
 
+        from molgen_energy.data.shards import FORMAT
         from molgen_energy.datasets.smiles_shards import SmilesManifest
 
         return SmilesManifest(
+            format=FORMAT,
             seed=self.seed,
             conformers=self.conformers,
             relax=self.relax,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,8 @@ SHAPES: Shapes = {
 class SmilesManifest(Manifest):
     """The options of `preprocess smiles` that conformers depend on, besides the SMILES."""
 
+    command: Literal["preprocess smiles"] = "preprocess smiles"
+    """The command that writes the file."""
     seed: int
     """Of the conformers."""
     conformers: Annotated[int, Field(ge=1)]

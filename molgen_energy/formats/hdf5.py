@@ -14,6 +14,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +67,7 @@ _TYPES = {
     h5t.TypeOpaqueID: "bytes of an opaque type",
     h5t.TypeBitfieldID: "bit fields",
 }
+_NUMBERS = {"integer": "iu", "float": "iuf"}  # kinds of NumPy that an attribute may have
 _CLASSES = {"integer": h5t.TypeIntegerID, "float": h5t.TypeFloatID, "text": h5t.TypeStringID}
 
 
@@ -274,8 +276,7 @@ class HDF5File:
         text = spec.kind == "text" and kind.is_variable_str()
         # A text of any length is a length, an address and a number.
         item = sum(self._file.id.get_create_plist().get_sizes()[:1], 8) if text else kind.get_size()
-        stored = _Storage(self, name, spec, data, item)
-        stored.check(texts=text)
+        _Storage(self, name, spec, data, properties, shape, item, text).check()
 
     def _fits(self, shape: tuple[int, ...], declared: tuple[int | str, ...]) -> bool:
         """Whether a shape is the declared one; a symbol gets its number where it is met first."""
@@ -326,6 +327,7 @@ class HDF5File:
         )
 
 
+@dataclass(frozen=True)
 class _Storage:
     """How a data set lies in its file.
 
@@ -334,74 +336,81 @@ class _Storage:
     that it declares.
     """
 
-    def __init__(self, file: HDF5File, name: str, spec: DatasetSpec, data: Any, item: int) -> None:
-        self._file, self._name, self._spec, self._data = file, name, spec, data
-        self._item = item
-        self._shape: tuple[int, ...] = data.shape
-        self._properties = data.get_create_plist()
-        self._end = os.fstat(file.descriptor).st_size
+    file: HDF5File
+    name: str
+    spec: DatasetSpec
+    data: Any
+    properties: Any
+    """Those that the data set was made with."""
+    shape: tuple[int, ...]
+    item: int
+    """Bytes of an element."""
+    texts: bool
+    """Whether the elements are texts of any length, which stand elsewhere in the file."""
 
-    def check(self, texts: bool) -> None:
-        """Raise `InputError` unless all of the data set is stored; `texts` of any length too."""
-        size = math.prod(self._shape) * self._item
+    def check(self) -> None:
+        """Raise `InputError` unless all of the data set is stored, and no text twice."""
+        size = math.prod(self.shape) * self.item
         if not size:
             return
-        parts = self._contiguous(size, texts)
-        if self._properties.get_layout() == h5d.CHUNKED:
-            parts = self._chunks(texts)
+        end = os.fstat(self.file.descriptor).st_size
+        chunked = self.properties.get_layout() == h5d.CHUNKED
+        parts = self._chunks(end) if chunked else self._contiguous(size, end)
         # Texts that share their bytes could take any memory.
         total = 0
         for part in parts:
-            record = np.dtype([("length", "<u4"), ("place", f"V{self._item - 4}")])
+            record = np.dtype([("length", "<u4"), ("place", f"V{self.item - 4}")])
             total += int(np.frombuffer(part, record)["length"].sum(dtype=np.int64))
-        if total > self._end:
-            raise self._error(f"texts of {total:,} bytes in a file of {self._end:,}")
+        if total > end:
+            raise self._error(f"texts of {total:,} bytes in a file of {end:,}")
 
-    def _contiguous(self, size: int, texts: bool) -> Iterator[bytes]:
+    def _contiguous(self, size: int, end: int) -> Iterator[bytes]:
         """Check a data set in one piece; yields it where it holds texts."""
-        start = self._data.get_offset()
-        stored = self._data.get_storage_size()
-        if start is None or stored < size or start + size > self._end:
+        start = self.data.get_offset()
+        stored = self.data.get_storage_size()
+        if start is None or stored < size or start + size > end:
             raise self._error(f"{stored:,} of {size:,} bytes in the file")
-        if texts:
-            with self._file.path.open("rb") as raw:
+        if self.texts:
+            with self.file.path.open("rb") as raw:
                 raw.seek(start)
                 yield raw.read(size)
 
-    def _chunks(self, texts: bool) -> Iterator[bytes]:
+    def _chunks(self, end: int) -> Iterator[bytes]:
         """Check a data set in chunks; yields the used part of each where it holds texts."""
-        chunk = self._properties.get_chunk()
-        bytes_ = math.prod(chunk) * self._item
+        chunk = self.properties.get_chunk()
+        bytes_ = math.prod(chunk) * self.item
         if bytes_ > _CHUNK:
             raise self._error(f"chunks of {bytes_:,} bytes")
-        filters = [self._properties.get_filter(k) for k in range(self._properties.get_nfilters())]
+        filters = [self.properties.get_filter(k) for k in range(self.properties.get_nfilters())]
         if {code for code, *_ in filters} - {h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE}:
             raise self._error("a filter other than gzip and shuffle")
-        if self._spec.fill and not filters and not texts:
+        if self.spec.fill and not filters and not self.texts:
             return
-        count = math.prod(-(-n // c) for n, c in zip(self._shape, chunk, strict=True))
-        there = self._data.get_num_chunks()
-        stored = self._data.get_storage_size()
+        count = math.prod(-(-n // c) for n, c in zip(self.shape, chunk, strict=True))
+        there = self.data.get_num_chunks()
+        stored = self.data.get_storage_size()
         whole = there >= count and (bool(filters) or stored >= count * bytes_)
-        if stored > self._end or not (whole or self._spec.fill):
+        if stored > end or not (whole or self.spec.fill):
             raise self._error(f"{there:,} of {count:,} chunks, {stored:,} bytes, in the file")
-        if not filters and not texts:
+        if self.texts and self.properties.fill_value_defined() == h5d.FILL_VALUE_USER_DEFINED:
+            raise self._error("a text for each row that was not written")
+        if not filters and not self.texts:
             return
-        for place in product(*(range(0, n, c) for n, c in zip(self._shape, chunk, strict=True))):
-            info = self._data.get_chunk_info_by_coord(place)
+        for place in product(*(range(0, n, c) for n, c in zip(self.shape, chunk, strict=True))):
+            info = self.data.get_chunk_info_by_coord(place)
             if info.byte_offset is None:
-                if not self._spec.fill:
+                if not self.spec.fill:
                     raise self._error(f"no chunk at {place}")
                 continue
             if info.size > bytes_ + bytes_ // 64 + 64:  # gzip adds less to random bytes
                 raise self._error(f"a chunk of {info.size:,} bytes for {bytes_:,}")
-            skipped, content = self._data.read_direct_chunk(place)
+            skipped, content = self.data.read_direct_chunk(place)
             applied = [each for k, each in enumerate(filters) if not skipped >> k & 1]
-            content = self._decoded(content, applied, bytes_, texts)
-            if texts:
-                yield content[: min(chunk[0], self._shape[0] - place[0]) * self._item]
+            content = self._decoded(content, applied, bytes_)
+            if self.texts:
+                yield content[: min(chunk[0], self.shape[0] - place[0]) * self.item]
 
-    def _decoded(self, content: bytes, filters: list[Any], size: int, texts: bool) -> bytes:
+    def _decoded(self, content: bytes, filters: list[Any], size: int) -> bytes:
         """The content of a chunk, of `size` bytes; in the order of its bytes where it is texts."""
         for code, _, options, _ in reversed(filters):
             if code == h5z.FILTER_DEFLATE:
@@ -409,16 +418,16 @@ class _Storage:
                 content = inflate.decompress(content, size + 1)
                 if not inflate.eof:
                     raise self._error(f"a damaged chunk, or one of more than {size:,} bytes")
-            elif texts:
-                if options[:1] != (self._item,) or len(content) != size:
+            elif self.texts:
+                if options[:1] != (self.item,) or len(content) != size:
                     raise self._error("a chunk that is shuffled in another way")
-                content = np.frombuffer(content, np.uint8).reshape(self._item, -1).T.tobytes()
+                content = np.frombuffer(content, np.uint8).reshape(self.item, -1).T.tobytes()
         if len(content) != size:
             raise self._error(f"a chunk of {len(content):,} bytes for {size:,}")
         return content
 
     def _error(self, found: str) -> InputError:
-        return self._file.differs(self._name, self._spec, found)
+        return self.file.differs(self.name, self.spec, found)
 
 
 def open_hdf5(path: Path, format: HDF5Format, remedy: str = "") -> HDF5File:
@@ -517,26 +526,21 @@ class _Owner(NamedTuple):
 
 def _checked(spec: AttributeSpec, value: Any) -> Any:
     """The value of an attribute; `ValueError` or `TypeError` unless it is as declared."""
-    if spec.shape:
-        kinds = {"integer": "iu", "float": "iuf"}[spec.kind]
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds:
+    if spec.kind in ("integer", "float"):
+        numbers = np.asarray(value)
+        if numbers.ndim != len(spec.shape) or numbers.dtype.kind not in _NUMBERS[spec.kind]:
             raise TypeError
-        low, high = (value.min(), value.max()) if value.size else (0, 0)
-    elif spec.kind in ("integer", "float"):
-        if type(value) not in ((int,) if spec.kind == "integer" else (int, float)):
-            raise TypeError
-        low = high = value
-    else:
-        if not isinstance(value, str):
-            raise TypeError
-        value.encode()  # raises where bytes are not UTF-8
-        if spec.kind == "json":
-            return TypeAdapter(spec.json).validate_json(value, strict=True)
-        if spec.choices is not None and value not in spec.choices:
+        low = -np.inf if spec.low is None else spec.low
+        high = np.inf if spec.high is None else spec.high
+        if not (np.isfinite(numbers) & (low <= numbers) & (numbers <= high)).all():
             raise ValueError
         return value
-    # Written so that NaN is refused too.
-    if not ((spec.low is None or low >= spec.low) and (spec.high is None or high <= spec.high)):
+    if not isinstance(value, str):
+        raise TypeError
+    value.encode()  # raises where bytes are not UTF-8
+    if spec.kind == "json":
+        return TypeAdapter(spec.json).validate_json(value, strict=True)
+    if spec.choices is not None and value not in spec.choices:
         raise ValueError
     return value
 

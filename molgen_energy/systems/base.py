@@ -20,6 +20,7 @@ from molgen_energy.data.hdf5 import check_hdf5_name
 from molgen_energy.formats.declaration import HDF5Format
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.training.checkpoint import Checkpoint
+from molgen_energy.training.state import RunState
 from molgen_energy.training.task import Task
 
 
@@ -101,6 +102,8 @@ class System(ABC):
     """Plural noun for its samples: molecules, lattices, polygons."""
     config: ClassVar[type[Config]]
     """All sections with their defaults."""
+    state: ClassVar[type[RunState]] = RunState
+    """The declaration of the `state.yaml` of its checkpoints."""
     sampling: ClassVar[Mapping[str, Any]]
     """The options of `sample` for this system, by parameter name, with their defaults."""
     output: ClassVar[str]

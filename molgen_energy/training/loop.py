@@ -34,6 +34,7 @@ from molgen_energy.config import Config, TrainingConfig
 from molgen_energy.data.batches import BatchIndex
 from molgen_energy.distributed import all_reduce_sum, is_main, rank, world_size
 from molgen_energy.errors import InputError, TrainingFailedError
+from molgen_energy.formats.limits import check_memory
 from molgen_energy.output import (
     atomic_write,
     check_own_file,
@@ -61,6 +62,7 @@ from molgen_energy.training.task import Task
 _MEASURED_BATCHES = 64  # at most, to estimate what a run needs
 _WRITTEN = ("config.yaml", "metrics.csv", "curves.svg", "log.txt", "tensorboard", "checkpoints")
 _MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
+_COPIES = 5  # of the weights while training: average, gradient, and the optimiser's
 _NORMS = "clipper/norms"  # the tensor of the gradient clipper, beside those of optimizers
 _NOT_NEGATIVE = ("step", "exp_avg_sq", "max_exp_avg_sq")  # tensors of AdamW
 _PEER_LOST = re.compile("(closed|reset) by peer|broken pipe|remote process", re.IGNORECASE)
@@ -256,6 +258,9 @@ class _Trainer:
         self.training = task.config.training
         self.steps = total_steps(self.training, task.batches_per_epoch)
         self.model: nn.Module = task.model
+        if task.device.type == "cpu":
+            size = _COPIES * sum(p.numel() * p.element_size() for p in task.model.parameters())
+            check_memory(size, "training the network", "lower model.width or model.layers")
         self.ema = ExponentialMovingAverage(task.model, self.training.ema_decay)
         self.clipper = GradientClipper()
         assert not isinstance(self.training.lr, str)

@@ -16,7 +16,7 @@ from pathlib import Path
 from molgen_energy.errors import InputError
 from molgen_energy.formats.parts import has_part, read_part
 from molgen_energy.formats.yaml import MOST_BYTES, load_yaml
-from molgen_energy.output import real_path
+from molgen_energy.output import real_path, valid_unicode
 from molgen_energy.resources import resource_directory
 
 DEFAULT = "qm9_energy"
@@ -85,7 +85,7 @@ def resolve_checkpoint(name: Path, option: str = "--checkpoint") -> Path:
 def checkpoint_name(path: Path) -> str:
     """Name of a checkpoint's folder for `resolve_checkpoint`, valid in every installation."""
     path = real_path(path)
-    return path.name if path.parent == real_path(weights_directory()) else str(path)
+    return path.name if path.parent == real_path(weights_directory()) else valid_unicode(path)
 
 
 def write_checksums(folder: Path) -> None:

@@ -142,6 +142,10 @@ def test_names_and_fields_are_shown_and_not_obeyed(here, tmp_path, trained):
     code, _, err = here("train", "--data", f"{name}.h5", "--steps", "1", "-o", f"{name}2",
                         "--set", "model.layers=1", "--set", "model.width=8")  # fmt: skip
     assert code == 0, err
+    code, _, err = here("train", "--resume", f"{name}2", "--steps", "2")
+    assert code == 2  # a text cannot hold that name
+    assert err.endswith("does not exist; name it with --data FILE\n")
+    assert here("train", "--resume", f"{name}2", "--steps", "2", "--data", f"{name}.h5")[0] == 0
     for suffix in ("sdf", "h5"):
         code, _, err = here(
             "sample", "-n", "1", "--checkpoint", name, "-o", f"{name}.{suffix}", "--overwrite"

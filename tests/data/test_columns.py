@@ -20,10 +20,10 @@ from molgen_energy.errors import InputError
 def full(count: int, seed: int = 0) -> Molecules:
     """Random molecules with every column."""
     rng = np.random.default_rng(seed)
-    sizes, bonds = rng.integers(2, 9, count), rng.integers(0, 5, count)
-    first = rng.integers(0, np.repeat(sizes, bonds))
-    steps = rng.integers(1, np.repeat(sizes, bonds))  # to another atom
-    index = np.stack([first, (first + steps) % np.repeat(sizes, bonds)], axis=1)
+    sizes = rng.integers(2, 9, count)
+    bonds = rng.integers(0, sizes)  # of a chain of atoms, in either direction
+    pairs = [rng.permuted([[k, k + 1] for k in range(n)], axis=1) for n in bonds if n]
+    index = np.concatenate(pairs)
     gap = rng.standard_normal(count)
     gap[::5] = np.nan
     return Molecules(

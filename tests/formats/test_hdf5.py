@@ -11,8 +11,9 @@ import h5py
 import numpy as np
 import pytest
 
+from molgen_energy.data import hdf5 as molecule_files
 from molgen_energy.data.hdf5 import MOLECULES, MoleculeFile, MoleculeWriter, system_of
-from molgen_energy.data.molecules import Bonds, Molecules, Property
+from molgen_energy.data.molecules import Bonds, Molecules, Property, offsets_from_sizes
 from molgen_energy.errors import InputError
 from molgen_energy.formats import limits
 from molgen_energy.formats.declaration import DatasetSpec, HDF5Format, check_values
@@ -133,8 +134,15 @@ def test_the_whole_file_is_read(edited):
         (put("offsets", np.array([0, 3, -6, 8])), "record 3: .* integers of at least 0"),
         (put("bonds/offsets", np.array([0, 4, 2, 5])), "record 2: .* to the number of bonds"),
         (put("bonds/offsets", np.array([0, 2, 4])), "'bonds/offsets': expected .* M = 3"),
-        (at("bonds/index", 4, [0, 2]), "record 3: .* expected bonds of atoms of their molecule"),
-        (at("bonds/index", 2, [1, 1]), "record 2: .* expected bonds of two different atoms"),
+        (
+            at("bonds/index", 4, [0, 2]),
+            "record 3: .* expected bonds of two atoms of their mol",
+        ),
+        (
+            at("bonds/index", 2, [1, 1]),
+            "record 2: .* expected bonds of two atoms of their mol",
+        ),
+        (at("bonds/index", 3, [1, 0]), "record 2: .* expected bonds .* none twice"),
         (put("bonds/index", np.full((5, 2), -1)), "record 1: .* integers of at least 0"),
         (put("bonds/index", np.zeros(5, "u4")), "'bonds/index': expected integers (B, 2)"),
         (at("bonds/order", 3, 4), "record 2: .*'bonds/order': expected 1, 2, 3 or 12, found 4"),
@@ -219,6 +227,7 @@ def with_chunk(size: int, stored: bytes, mask: int = 0):
     return edit
 
 
+TEXT = h5py.string_dtype()
 WHOLE = zlib.compress(np.ones((8, 3), "f4").tobytes())
 
 
@@ -245,6 +254,8 @@ WHOLE = zlib.compress(np.ones((8, 3), "f4").tobytes())
         (put("split", None, shape=(10**12,), dtype="u1", chunks=(10**9,)), "chunks of 1,000,000,"),
         (with_chunk(8, zlib.compress(bytes(10**5))), "a damaged chunk, or one of more than 96"),
         (with_chunk(8, WHOLE[:-3]), "a damaged chunk"),
+        (put("smiles", None, shape=(3,), dtype=TEXT, fillvalue="C" * 10**5, chunks=(3,)),
+         "'smiles': expected texts .* found a text for each row"),
         (with_chunk(8, zlib.compress(bytes(95))), "a chunk of 95 bytes for 96"),
         (with_chunk(8, bytes(95), mask=1), "a chunk of 95 bytes for 96"),
         (with_chunk(4, zlib.compress(bytes(48))), "found 1 of 2 chunks"),
@@ -271,7 +282,7 @@ def test_texts_that_share_their_bytes(tmp_path, packed):
     with h5py.File(path, "w") as file:
         file.attrs["schema"] = 1
         texts = ["C" * 100_000] + ["C"] * 2999
-        data = file.create_dataset("t", data=texts, dtype=h5py.string_dtype(), **options).id
+        data = file.create_dataset("t", data=texts, dtype=TEXT, **options).id
         file.flush()
         if packed is None:
             start = data.get_offset()
@@ -316,6 +327,14 @@ def test_schemas(edited, value, message):
     assert re.search(message, refused(path))
     with pytest.raises(InputError, match=message):
         system_of(path)
+
+
+def test_attributes_are_finite(tmp_path):
+    Polygons(count=3, vertices=4).write(tmp_path / "a.h5", no_progress)
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file.attrs["smallest"] = np.nan
+    with pytest.raises(InputError, match="'smallest': expected a number, found nan"):
+        read_polygons(tmp_path / "a.h5", "")
 
 
 @pytest.mark.parametrize(
@@ -405,3 +424,23 @@ def test_values_by_hand():
             continue
         with pytest.raises(InputError, match=f"a: record {bad[0] + 7}: data set 'x': expected"):
             check_values(Path("a"), spec, values, first_record=7)
+
+
+def test_bonds_by_hand(monkeypatch):
+    """Random bonds, with the table of pairs and by sorting, against plain sets."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        sizes, counts = rng.integers(1, 7, 6), rng.integers(0, 3, 6)
+        index = rng.integers(0, np.repeat(sizes, counts) + 1, (2, counts.sum())).T
+        expected, start = [], 0
+        for size, count in zip(sizes, counts, strict=True):
+            pairs = [frozenset(pair) for pair in index[start : start + count].tolist()]
+            good = all(len(pair) == 2 and max(pair) < size for pair in pairs)
+            expected.append(not good or len(set(pairs)) < len(pairs))
+            start += count
+        for table in (0, 10**6):
+            monkeypatch.setattr(molecule_files, "_TABLE", table)
+            found = molecule_files._unfit_bonds(
+                index.astype("u4"), offsets_from_sizes(sizes), offsets_from_sizes(counts)
+            )
+            assert found.tolist() == expected

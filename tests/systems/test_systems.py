@@ -29,7 +29,7 @@ from molgen_energy import cli as cli_package
 from molgen_energy.cli import sample
 from molgen_energy.config import Config, RawConfig, Section, TrainingConfig, config_names
 from molgen_energy.data.arrays import ArrayFile, write_arrays
-from molgen_energy.data.shards import Manifest, ShardFolder
+from molgen_energy.data.shards import FORMAT, Manifest, ShardFolder
 from molgen_energy.datasets.base import Dataset, option
 from molgen_energy.diffusion.process import Diffusion, FlowMatching
 from molgen_energy.errors import InputError
@@ -665,10 +665,11 @@ def test_windows_around_a_torus(inside, tmp_path):
 
 def test_shards_of_another_command(inside, tmp_path):
     """`sample --resume` does not suggest to remove solved lattices, nor the other way round."""
-    ShardFolder.begin(tmp_path / "a.h5", "preprocess spins", Manifest(version="1"))
+    own = {"format": FORMAT, "version": "1"}
+    ShardFolder.begin(tmp_path / "a.h5", Manifest(command="preprocess spins", **own))
     stderr = inside("sample", "--resume", "a.h5", code=2).stderr
     assert "holds finished shards of `molgen-energy preprocess spins` for a.h5" in stderr
-    ShardFolder.begin(tmp_path / "b.h5", "sample", Manifest(version="1"))
+    ShardFolder.begin(tmp_path / "b.h5", Manifest(command="sample", **own))
     stderr = inside(
         "preprocess", "spins", "--size", "4", "--count", "3", "-o", "b.h5", code=2
     ).stderr

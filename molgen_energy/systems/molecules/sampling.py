@@ -25,6 +25,7 @@ from molgen_energy import __version__
 from molgen_energy.chemistry.molfiles import MoleculeTextWriter, count_records
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules, batch_by_size
+from molgen_energy.data.shards import FORMAT
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.distributed import barrier, is_main, rank, world_size
 from molgen_energy.errors import InputError
@@ -123,6 +124,7 @@ def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> Sa
     # While a trainer replaces a checkpoint, the old one has this name for a moment.
     path = path.with_name(path.name.removesuffix(".old"))
     options: dict[str, Any] = {
+        "format": FORMAT,
         "count": count,
         "seed": generator.seed,
         "sampler": generator.sampler_name,

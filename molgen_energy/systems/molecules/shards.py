@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ Text = Annotated[str, Field(min_length=1, max_length=200)]
 class SamplingJob(Manifest):
     """What to draw. Two equal jobs give the same molecules, in the same batches."""
 
+    command: Literal["sample"] = "sample"
+    """The first versions wrote none."""
     count: Annotated[int, Field(ge=1, le=_MOST)]
     """Molecules."""
     seed: Annotated[int, Field(ge=0, lt=2**64)]
@@ -132,7 +134,7 @@ class MoleculeShards(ShardFolder[SamplingJob]):
                 f"{folder} holds molecules of an interrupted run; continue with "
                 f"`molgen-energy sample --resume {output}`, or remove that folder"
             )
-        cls.begin(output, "sample", job)
+        cls.begin(output, job)
         return cls(output, lead=True)
 
     @classmethod
@@ -163,10 +165,10 @@ class MoleculeShards(ShardFolder[SamplingJob]):
         arrays = self.load(shard.name, declared)
         if arrays is None or not np.array_equal(arrays.pop("numbers"), shard.numbers):
             return None
-        molecules = Molecules.from_arrays(arrays, self.job.units)
         try:
+            molecules = Molecules.from_arrays(arrays, self.job.units)
             molecules.check()
-        except InputError:
+        except (InputError, KeyError):  # a part of the bonds is missing
             return None
         return molecules if len(molecules) == len(shard.numbers) else None
 

@@ -22,6 +22,7 @@ from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.generate import MoleculeGenerator
 from molgen_energy.systems.molecules.sampling import check_name, sample_to_file
 from molgen_energy.systems.molecules.shards import read_sampling_job
+from molgen_energy.systems.molecules.state import MoleculeState
 from molgen_energy.systems.molecules.task import MoleculeTask
 from molgen_energy.training.checkpoint import Checkpoint
 
@@ -59,6 +60,7 @@ class MoleculeSystem(System):
     name = "molecules"
     samples = "molecules"
     config = MoleculeConfig
+    state = MoleculeState
     sampling = MappingProxyType(
         {
             "count": 100,

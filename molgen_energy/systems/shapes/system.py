@@ -90,6 +90,7 @@ class ShapeSystem(System):
     name = "shapes"
     samples = "polygons"
     config = ShapeConfig
+    state = ShapeState
     sampling = MappingProxyType({"count": 100, "seed": 0, "batch_size": None})
     output = "shapes_predicted.h5"
     file_format = SHAPES

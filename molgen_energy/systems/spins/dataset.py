@@ -256,7 +256,7 @@ class SpinGlasses(Dataset):
         """
         from molgen_energy.data.arrays import write_arrays
         from molgen_energy.data.hdf5 import check_hdf5_name
-        from molgen_energy.data.shards import ShardFolder, check_unchanged, shards_folder
+        from molgen_energy.data.shards import FORMAT, ShardFolder, check_unchanged, shards_folder
         from molgen_energy.systems.spins.ground_states import check_installed
         from molgen_energy.systems.spins.shards import SpinManifest
 
@@ -273,9 +273,9 @@ class SpinGlasses(Dataset):
             "seed": self.seed,
         }
         check_installed(self.boundary == "periodic")
-        manifest = SpinManifest(**options, version=__version__)
+        manifest = SpinManifest(**options, format=FORMAT, version=__version__)
         if not shards_folder(output).exists():
-            ShardFolder.begin(output, "preprocess spins", manifest)
+            ShardFolder.begin(output, manifest)
         ranges = chunk_ranges(count)
         with ShardFolder(output, "preprocess spins", SpinManifest, lead=True) as shards:
             check_unchanged(shards.manifest, manifest, shards.folder, "preprocess")

@@ -55,8 +55,8 @@ SPINS = HDF5Format(
             dtype="i1",
         ),
         DatasetSpec(
-            "energy", ("M",), "float", "energies of the ground states", unit="of the couplings",
-            required=False,
+            "energy", ("M",), "float", "energies of the ground states",
+            unit="unit of the couplings", required=False,
         ),
         DatasetSpec(
             "prediction", _SITES, "integer", "predicted configurations", required=False,

@@ -22,6 +22,8 @@ SHAPES: Shapes = {
 class SpinManifest(Manifest):
     """The options of `preprocess spins`, of which its lattices are a function."""
 
+    command: Literal["preprocess spins"] = "preprocess spins"
+    """The command that writes the file."""
     couplings: str
     """`uniform`, `binary`, or a fingerprint of those of a file."""
     size: Annotated[int, Field(ge=2)]

@@ -80,6 +80,7 @@ class SpinSystem(System):
     name = "spins"
     samples = "lattices"
     config = SpinConfig
+    state = SpinState
     sampling = MappingProxyType({"count": None, "data": None, "batch_size": None})
     output = "spins_predicted.h5"
     file_format = SPINS
