@@ -47,7 +47,7 @@ EVALUATORS: dict[str, Evaluator] = {
         frozenset(
             {
                 "reference", "train", "metrics", "bonds", "valence", "angles", "types", "subset",
-                "workers", "timeout", "skip_bad",
+                "workers", "timeout", "skip_bad", "per_molecule",
             }
         ),
         parallel=True,
