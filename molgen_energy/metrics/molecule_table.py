@@ -112,7 +112,7 @@ class MoleculeTable:
     def add_relaxations(
         self, metric: str, records: list[int], relaxations: list[Relaxation]
     ) -> None:
-        """Add the energies of the file's subset, `strain` or `xtb`."""
+        """Add the relaxations of the file's subset of records, of the metric `strain` or `xtb`."""
         self._columns |= {f"{metric}_energy": float, f"{metric}_rmsd": float}
         self._columns |= {f"{metric}_reason": str}
         for record, found in zip(records, relaxations, strict=True):
@@ -121,7 +121,7 @@ class MoleculeTable:
             later |= {f"{metric}_{key}": value for key, value in values.items()}
 
     def add_posebusters(self, records: list[int], passed: Sequence[Mapping[str, bool]]) -> None:
-        """Add PoseBusters' checks of the file's subset, by their names."""
+        """Add which of PoseBusters' checks the subset of records passed, by their names."""
         self._columns |= {"posebusters": bool}
         for record, checks in zip(records, passed, strict=True):
             named = {f"posebusters_{check}": ok for check, ok in checks.items()}

@@ -55,3 +55,4 @@ EVALUATORS: dict[str, Evaluator] = {
     "shapes": Evaluator(_evaluate_shapes),
     "spins": Evaluator(_evaluate_spins),
 }  # fmt: skip
+"""Evaluators by physical system."""
