@@ -54,6 +54,17 @@ def test_rows_are_those_of_molecules_alone(shaken, sdf):
     built = to_rdkit(perceive(shaken))
     for k, (row, molecule) in enumerate(zip(rows, built, strict=True)):
         assert (row["file"], row["record"]) == ("a.sdf", k + 1)
+        assert row["atoms"] == molecule.GetNumAtoms()
+        expected, copy = None, Chem.Mol(molecule)
+        with rdBase.BlockLogs():
+            if Chem.SanitizeMol(copy, catchErrors=True) == Chem.SanitizeFlags.SANITIZE_NONE:
+                parts = Chem.GetMolFrags(copy, asMols=True)
+                largest = max(parts, key=Chem.Mol.GetNumAtoms)
+                expected = Chem.CanonSmiles(Chem.MolToSmiles(largest))
+        assert row["smiles"] == (expected or "") and row["valid"] == (expected is not None)
+        assert bool(row["reason"]) != row["passes_all"]
+        if k % 4:
+            continue
         rates = mg.evaluate([molecule], **options).files[0].metrics
         for column, rate in (
             ("stable", "molecule_stability"), ("valid", "validity"), ("connected", "connected"),
@@ -61,15 +72,6 @@ def test_rows_are_those_of_molecules_alone(shaken, sdf):
         ):  # fmt: skip
             value = rates[rate].value
             assert row[column] == (None if value is None else bool(value)), (k, column)
-        assert row["atoms"] == molecule.GetNumAtoms()
-        expected = None
-        with rdBase.BlockLogs():
-            if Chem.SanitizeMol(molecule, catchErrors=True) == Chem.SanitizeFlags.SANITIZE_NONE:
-                parts = Chem.GetMolFrags(molecule, asMols=True)
-                largest = max(parts, key=Chem.Mol.GetNumAtoms)
-                expected = Chem.CanonSmiles(Chem.MolToSmiles(largest))
-        assert row["smiles"] == (expected or "") and row["valid"] == (expected is not None)
-        assert bool(row["reason"]) != row["passes_all"]
     assert rows[0]["reason"] == "2 fragments" and rows[0]["smiles"] == "CO"
     assert {row["valid"] for row in rows} == {True, False}
 
