@@ -27,6 +27,7 @@ LAYERS = (
     "models",
     "diffusion",
     "losses",
+    "display",
     "datasets",
     "chemistry",
     "data",
@@ -38,6 +39,7 @@ LAYERS = (
     "output",
     "elements",
     "resources",
+    "tables",
     "progress",
     "errors",
 )

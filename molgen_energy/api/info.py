@@ -26,6 +26,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fcd": ("evaluate --metrics fcd", ("fcd",)),
     "posebusters": ("evaluate --metrics posebusters", ("posebusters",)),
     "xtb": ("evaluate --metrics xtb, GFN2-xTB conformers", ("tblite", "ase")),
+    "notebook": ("molecules of ASE, tables of pandas", ("ase", "pandas")),
     "spins": ("preprocess spins", ("pymatching", "highspy")),
 }
 """By name of the optional dependencies: what they are for, and their packages."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,13 @@ from molgen_energy.training.devices import choose_device
 from molgen_energy.training.loop import (
     TrainingCallback,
     TrainingCost,
-    TrainingSummary,
     measure_cost,
     no_callback,
     total_steps,
 )
 from molgen_energy.training.loop import train as run_loop
 from molgen_energy.training.pretrained import checkpoint_name, resolve_checkpoint
+from molgen_energy.training.run import Run
 from molgen_energy.training.state import Progress
 from molgen_energy.training.task import Task
 
@@ -60,7 +61,7 @@ class TrainingRun:
 def train(
     config: str | Path | Config | None = None,
     *,
-    data: str | Path | None = None,
+    data: str | PathLike[str] | None = None,
     loss: str | None = None,
     springs: str | None = None,
     edges: str | None = None,
@@ -69,15 +70,15 @@ def train(
     batch_size: int | None = None,
     lr: float | None = None,
     seed: int | None = None,
-    init: str | Path | None = None,
+    init: str | PathLike[str] | None = None,
     changes: Mapping[str, Any] | None = None,
     device: str = "auto",
-    output: str | Path | None = None,
-    resume: str | Path | None = None,
+    output: str | PathLike[str] | None = None,
+    resume: str | PathLike[str] | None = None,
     callback: TrainingCallback = no_callback,
     progress: ProgressCallback = no_progress,
     on_start: Callable[[TrainingRun], None] = lambda run: None,
-) -> TrainingSummary:
+) -> Run:
     """Train a model, or resume an interrupted run.
 
     Parameters
@@ -112,7 +113,8 @@ def train(
 
     Returns
     -------
-    The run's folder, its length, training time, and validation loss.
+    The run: its folder, length, training time, validation loss and curves. `print` and a notebook
+    show it; `sample(checkpoint=run)` takes it.
 
     Raises
     ------
@@ -128,7 +130,7 @@ def train(
         if run.finished >= run.steps:
             assert run.progress is not None
             run.task.close()
-            return TrainingSummary(
+            return Run(
                 run.folder, run.finished, 0.0, run.progress.last_valid,
                 run.progress.skipped, run.task.config, already_complete=True,
             )  # fmt: skip
@@ -141,8 +143,8 @@ def estimate_training(
     *,
     changes: Mapping[str, Any] | None = None,
     device: str = "auto",
-    output: str | Path | None = None,
-    resume: str | Path | None = None,
+    output: str | PathLike[str] | None = None,
+    resume: str | PathLike[str] | None = None,
     progress: ProgressCallback = no_progress,
     on_start: Callable[[TrainingRun], None] = lambda run: None,
     **options: Any,
@@ -174,7 +176,7 @@ def estimate_training(
 
 
 def _given(
-    data: str | Path | None = None,
+    data: str | PathLike[str] | None = None,
     loss: str | None = None,
     springs: str | None = None,
     edges: str | None = None,
@@ -183,7 +185,7 @@ def _given(
     batch_size: int | None = None,
     lr: float | None = None,
     seed: int | None = None,
-    init: str | Path | None = None,
+    init: str | PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """The options that are not None, by the dotted keys of the configuration."""
     options = {
@@ -196,7 +198,7 @@ def _given(
         "training.initial_weights": None if init is None else _initial_weights(Path(init)),
         "training.steps": steps,
         "training.epochs": epochs,
-        "data.path": None if data is None else str(data),
+        "data.path": None if data is None else str(Path(data)),
     }
     return {key: value for key, value in options.items() if value is not None}
 
@@ -207,8 +209,8 @@ def _prepared(
     given: dict[str, Any],
     changes: Mapping[str, Any] | None,
     device: str,
-    output: str | Path | None,
-    resume: str | Path | None,
+    output: str | PathLike[str] | None,
+    resume: str | PathLike[str] | None,
     progress: ProgressCallback,
 ) -> Iterator[TrainingRun]:
     """The run that the arguments describe, with its task, in the process group of its job."""
@@ -263,7 +265,7 @@ def _check_resumable(
     run: Path,
     config: str | Path | Config | None,
     changes: Mapping[str, Any] | None,
-    output: str | Path | None,
+    output: str | PathLike[str] | None,
 ) -> None:
     refused = sorted(given.keys() - {"training.steps", "training.epochs", "data.path"})
     if refused or config is not None or changes or output is not None:

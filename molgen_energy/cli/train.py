@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from molgen_energy.api.train import TrainingRun
-    from molgen_energy.training.loop import TrainingCost, TrainingSummary
+    from molgen_energy.training.loop import TrainingCost
+    from molgen_energy.training.run import Run
 
 _WHAT, _HOW, _RUN = "Loss, model and data", "Length and optimisation", "Run"  # panels of the help
 # Names for the help and for completion, without importing PyTorch; a test compares the registries.
@@ -263,16 +264,17 @@ def _announce(run: TrainingRun) -> None:
     say(f"run     {run.folder}")
 
 
-def _conclude(summary: TrainingSummary) -> None:
+def _conclude(summary: Run) -> None:
     from molgen_energy.systems.registry import SYSTEMS
 
     if summary.already_complete:
-        say(f"{summary.run} is complete at step {summary.steps:,}; a larger --steps N continues it")
+        complete = f"{summary.folder} is complete at step {summary.steps:,}"
+        say(f"{complete}; a larger --steps N continues it")
         return
     valid = "" if summary.valid_loss is None else f", validation loss {summary.valid_loss:.4g}"
     say(
         f"trained {counted(summary.steps, 'steps')} in {duration(summary.seconds)}{valid}: "
-        f"{summary.run}"
+        f"{summary.folder}"
     )
     if summary.skipped:
         warn(f"skipped {counted(summary.skipped, 'steps')} whose loss or gradient was not finite")
@@ -281,4 +283,4 @@ def _conclude(summary: TrainingSummary) -> None:
         say(line)
     count = system.sampling.get("count")
     option = "" if count is None else f" -n {count}"
-    say(f"next    molgen-energy sample{option} --checkpoint {shlex.quote(str(summary.run))}")
+    say(f"next    molgen-energy sample{option} --checkpoint {shlex.quote(str(summary.folder))}")
