@@ -31,7 +31,8 @@ def write_curves(run: Path) -> None:
     """
     columns = read_columns(run / "metrics.csv")
     if columns:
-        atomic_write(run / NAME, draw_curves(columns, printable(run.resolve().name)).encode())
+        picture = draw_curves(columns, printable(run.resolve().name))
+        atomic_write(run / NAME, picture.encode(), own=True)
 
 
 def draw_curves(columns: Mapping[str, NDArray[np.float64]], title: str) -> str:
