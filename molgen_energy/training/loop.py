@@ -460,8 +460,8 @@ class _Trainer:
                     self._validate()
                 if validate or self.at.step % self.training.log_every == 0:
                     self._write_row(row_samples / (now - row_began))
-                    if validate and is_main():
-                        write_curves(self.folder)
+                    if validate:
+                        self._draw()
                     row_began, row_samples = time.perf_counter(), 0
                 if last and not self._is_finite():
                     self._fail("the weights are not finite", "train again with a lower --lr")
@@ -606,6 +606,15 @@ class _Trainer:
         if self.at.best_valid is None or valid < self.at.best_valid:
             self.at.best_valid = valid
             self._save("best")
+
+    def _draw(self) -> None:
+        """Draw the curves; a run does not end because a picture cannot be written."""
+        if not is_main():
+            return
+        try:
+            write_curves(self.folder)
+        except (InputError, OSError) as error:
+            self._log(f"no picture of the curves: {error}")
 
     def _write_row(self, samples_per_second: float) -> None:
         at = self.at

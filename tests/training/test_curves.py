@@ -9,7 +9,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from molgen_energy.api.train import train
 from molgen_energy.errors import InputError
+from molgen_energy.training import loop
 from molgen_energy.training.curves import draw_curves, write_curves
 from molgen_energy.training.metrics import MetricsLog
 
@@ -94,3 +96,17 @@ def test_the_picture_is_in_the_run(tmp_path):
     metrics.write_text(metrics.read_text().replace("1.25", "low"))
     with pytest.raises(InputError, match="damaged"):
         write_curves(tmp_path)
+
+
+def test_a_run_goes_on_without_its_picture(tmp_path, monkeypatch):
+    def fail(run):
+        raise OSError(28, "No space left on device", str(run))
+
+    small = {"model.layers": 1, "model.width": 8, "process.steps": 10}
+    drawn = train(changes=small, steps=1, output=tmp_path / "drawn")
+    assert "training" in (drawn.folder / "curves.svg").read_text()
+    monkeypatch.setattr(loop, "write_curves", fail)
+    run = train(changes=small, steps=1, output=tmp_path / "run")
+    assert run.steps == 1
+    assert "no picture of the curves: [Errno 28]" in (run.folder / "log.txt").read_text()
+    assert not (run.folder / "curves.svg").exists()
