@@ -87,7 +87,7 @@ class _Declared:
 
     def shapes(self, rng: Rng) -> dict[str, Change]:
         old = self.old
-        length = REFUSED if self._has_given_length() else ANY
+        length = REFUSED if self._is_given(0) else ANY
         among = self.spec.required_with
         needed = self.spec.required or (among and len(self.file[among]) > 1)
         changes = {
@@ -102,21 +102,22 @@ class _Declared:
         }  # fmt: skip
         if old.ndim > 1:
             changes["flat"] = self.replaced(old.ravel())
-            changes["narrower"] = self.replaced(old[..., :-1])
+            width = REFUSED if self._is_given(-1) else ANY
+            changes["narrower"] = self.replaced(old[..., :-1], width)
         return changes
 
-    def _has_given_length(self) -> bool:
-        """Whether other data sets or the declaration say how many rows there are."""
-        first = self.spec.shape[0]
-        if not isinstance(first, str) or first == "*":
-            return first != "*"
+    def _is_given(self, axis: int) -> bool:
+        """Whether other axes or the declaration say how long an axis is."""
+        length = self.spec.shape[axis]
+        if not isinstance(length, str) or length == "*":
+            return length != "*"
         symbols = Counter(
             symbol.removesuffix("+1")
             for _, spec in present(self.file, self.declared)
-            for symbol in spec.shape[:1]
+            for symbol in spec.shape
             if isinstance(symbol, str)
         )
-        return symbols[first.removesuffix("+1")] > 1
+        return symbols[length.removesuffix("+1")] > 1
 
     def _declare_rows(self) -> None:
         """A data set in chunks that declares many rows, of which none is stored."""

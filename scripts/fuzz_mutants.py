@@ -274,7 +274,7 @@ def _places(tree: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 
 
 _VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 0.5, -1e308, 2**31, 2**63 - 1, 2**63, -(2**63) - 1, 10**11,
+    None, True, False, 0, -1, 1, 0.5, -1e308, 2**31, 2**63 - 1, 2**64, -(2**63) - 1, 10**11,
     float("nan"), float("inf"), "", "text", "1", "auto", "x" * 100_000, "\x1b[31m", "[bold]x[/]",
     "../../x", "/etc/passwd", "a\nb", [], [None], [[[]]], {}, {"a": 1}, {"name": "text"},
 )  # fmt: skip

@@ -225,6 +225,7 @@ def _prepared(
             checkpoint = load_checkpoint(run)
             system = system_of_checkpoint(checkpoint)
             begun = checkpoint.config_as(system.config)
+            checkpoint.state_as(system.state)
             if "data.path" not in given and begun.data.path is not None:
                 found = find_again(begun.data.path, run)
                 if not found.exists():

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,12 +35,14 @@ from molgen_energy.progress import ProgressCallback, no_progress
 if TYPE_CHECKING:
     from molgen_energy.chemistry.conformers import Embedded, Embedding
     from molgen_energy.chemistry.fields import FieldSelection
+    from molgen_energy.chemistry.molfiles.lines import Lines
     from molgen_energy.data.shards import ShardFolder
     from molgen_energy.datasets.smiles_shards import SmilesManifest
 
 _SUFFIXES = (".smi", ".smiles", ".csv", ".tsv")
 _CHUNK = 100  # molecules in a shard: some seconds of work
 _COMMAND = "preprocess smiles"
+_SHOWN = 200  # characters of a header
 
 
 def is_smiles_file(path: str | PathLike[str]) -> bool:
@@ -298,42 +298,57 @@ class SmilesFiles(ScreenedDataset):
 
     def _rows(self, path: Path) -> Iterator[tuple[int, str, dict[str, str]]]:
         """Line number, SMILES and the other columns of each row."""
-        from molgen_energy.chemistry.molfiles.lines import DAMAGED, open_unpacked
+        from molgen_energy.chemistry.molfiles.lines import DAMAGED, Lines, TooLargeError
 
         table = path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
-        text = partial(io.TextIOWrapper, encoding="utf-8-sig", errors="replace", newline="")
-        try:
-            with text(open_unpacked(path)) as file:
-                yield from _table(path, file, self.column) if table else _lines(file)
-        except (*DAMAGED, csv.Error) as error:
-            raise InputError(f"{path} cannot be read ({error}); make it again") from error
+        with closing(Lines(path)) as lines:
+            try:
+                yield from _table(path, lines, self.column) if table else _lines(lines)
+            except TooLargeError as error:
+                raise InputError(f"{path}: line {lines.number + 1}: {error}") from error
+            except (*DAMAGED, csv.Error) as error:
+                raise InputError(
+                    f"{path} cannot be read after line {lines.number} ({error}); make it again"
+                ) from error
 
 
-def _lines(file: IO[str]) -> Iterator[tuple[int, str, dict[str, str]]]:
+def _texts(lines: Lines) -> Iterator[str]:
+    """The lines, each a record of its own."""
+    while (line := lines.next()) is not None:
+        lines.begin_record()
+        yield line
+
+
+def _lines(lines: Lines) -> Iterator[tuple[int, str, dict[str, str]]]:
     """Each line begins with a SMILES; a name may follow. A header and empty lines do not count."""
-    for line, text in enumerate(file, start=1):
-        words = text.split()
+    for line, text in enumerate(_texts(lines), start=1):
+        words = text.split(None, 1)
         if words and not (line == 1 and "smiles" in words[0].lower()):
             yield line, words[0], {}
 
 
 def _table(
-    path: Path, file: IO[str], column: str | None
+    path: Path, lines: Lines, column: str | None
 ) -> Iterator[tuple[int, str, dict[str, str]]]:
     """The rows under a header; the delimiter is the one that the header has most of."""
-    header = file.readline()
+    from molgen_energy.chemistry.fields import MOST_FIELDS
+
+    texts = _texts(lines)
+    header = next(texts, "")
     delimiter = max(",;\t", key=header.count)
     names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+    if len(names) > MOST_FIELDS:
+        raise InputError(f"{path} has more than {MOST_FIELDS:,} columns; leave out some")
     found = [k for k, name in enumerate(names) if name.lower() == "smiles"]
     if column is not None:
         found = [k for k, name in enumerate(names) if name == column]
     if not found:
         wanted = "smiles" if column is None else column
         raise InputError(
-            f"{path} has no column '{wanted}' (columns: {', '.join(names)}); name that of the "
-            "SMILES with --column"
+            f"{path} has no column '{wanted}' (columns: {', '.join(names)[:_SHOWN]}); name that of "
+            "the SMILES with --column"
         )
-    rows = csv.reader(file, delimiter=delimiter)
+    rows = csv.reader(texts, delimiter=delimiter)
     for row in rows:
         if any(row):
             fields = dict(zip(names, row, strict=False))

@@ -40,7 +40,7 @@ _SHAPE = bytes.maketrans(b"123456789", b"000000000")
 _MOST_SHAPES = 50_000
 
 _V30 = "M  V30 "
-_COUNT = re.compile(r"[0-9]{1,9}")
+_COUNT = re.compile(r"[0-9]{1,18}")
 # What most programs write; other lines are looked at word by word.
 _PLAIN_ATOMS = re.compile(
     r"M  V30 BEGIN ATOM\n"
@@ -48,7 +48,9 @@ _PLAIN_ATOMS = re.compile(
     r"M  V30 END ATOM"
 )
 _PLAIN_BONDS = re.compile(
-    r"M  V30 BEGIN BOND\n(?:M  V30 [0-9]+ [0-9]+ [0-9]+ [0-9]+(?: [A-Z]+=[0-9]+)*\n)*M  V30 END BOND"
+    r"M  V30 BEGIN BOND\n"
+    r"(?:M  V30 [0-9]+ [0-9]+ [0-9]+ [0-9]+(?: [A-Z]+=[0-9]+)*\n)*"
+    r"M  V30 END BOND"
 )
 
 

@@ -71,7 +71,7 @@ def open_unpacked(path: Path) -> io.BufferedReader:
 class _Unpacked(io.RawIOBase):
     """The unpacked content of a file, which can be read once, forwards."""
 
-    def __init__(self, file: IO[bytes], content: IO[bytes] | _XZ, path: Path) -> None:
+    def __init__(self, file: IO[bytes], content: Any, path: Path) -> None:
         self._file, self._content = file, content
         self._path = path
         self._most = max(_FREE, _MOST_RATIO * path.stat().st_size)
@@ -106,7 +106,7 @@ class _Unpacked(io.RawIOBase):
         return len(data)
 
     def _read(self, size: int) -> bytes:
-        data = self._content.read1(size)
+        data: bytes = self._content.read1(size)
         self._position += len(data)
         if self._position > self._most:
             raise TooLargeError(
@@ -160,7 +160,7 @@ class _XZ:
                 return data
 
 
-_OPENERS: dict[bytes, Callable[[IO[bytes]], IO[bytes] | _XZ]] = {
+_OPENERS: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": _XZ,

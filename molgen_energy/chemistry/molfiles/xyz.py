@@ -24,7 +24,9 @@ from molgen_energy.elements import atomic_number, symbol
 
 CELL = "the cell (Lattice) is dropped, molecules have none here"
 
-_VALUE = re.compile(r"""\s*(?:"([^"\\]*(?:\\.[^"\\]*)*)"|'([^']*)'|\{([^}]*)\}|(\S*))""")
+_QUOTED = r"""\s*(?:"([^"\\]*(?:\\.[^"\\]*)*)"|'([^']*)'|"""
+_VALUE = re.compile(_QUOTED + r"\{([^}]*)\}|(\S*))")
+_VALUE_WITHOUT_BRACES = re.compile(_QUOTED + r"()(\S*))")
 _COLUMN_NAMES = {
     "species": "element", "element": "element", "elements": "element", "symbol": "element",
     "symbols": "element", "z": "number", "numbers": "number", "atomic_number": "number",
@@ -33,6 +35,7 @@ _COLUMN_NAMES = {
 }  # fmt: skip
 _BETWEEN_FRAMES = ("", ">")  # ORCA divides the frames of .allxyz by the second
 _MOST_AHEAD = 200_000  # lines; the end of a longer bad frame is not looked for by its size
+_FIRST_LOOK = 256  # lines of a long frame that are looked at before others
 _MOST_EMPTY = 100  # lines between two frames
 _MOST_ATOMS = 1_000_000
 _MOST_VALUES = 10_000_000  # of all columns of a frame
@@ -116,7 +119,9 @@ def _comment_fields(comment: str) -> dict[str, str]:
         start = equals + 1
         if not key:
             continue
-        match = _VALUE.match(comment, start)
+        # Where no brace is left that closes, every one that opens would be looked for to the end.
+        pattern = _VALUE if start < last_brace else _VALUE_WITHOUT_BRACES
+        match = pattern.match(comment, start)
         assert match is not None  # an empty value matches too
         double, single, braces, plain = match.groups("")
         fields[key[0]] = double.replace('\\"', '"') or single or braces or plain
@@ -193,14 +198,14 @@ def _words(line: str, columns: Columns) -> list[str]:
 
 def _body(lines: Lines, size: int) -> list[str]:
     """Comment and atoms; fewer where the file ends, or where a long frame ends before its size."""
-    count = min(size + 1, 1 << 16)
+    count = checked = min(size + 1, _FIRST_LOOK)
     while True:
         body = lines.peek(count)
         if len(body) < count or count == size + 1:
             return body
-        if any(len(line.split(None, 3)) < 4 for line in body[count // 2 :]):
+        if any(len(line.split(None, 3)) < 4 for line in body[checked if count > checked else 1 :]):
             return body
-        count = min(size + 1, 2 * count)
+        checked, count = count, min(size + 1, 2 * count)
 
 
 def _parse_quickly(rows: list[list[str]], columns: Columns) -> Molecule | None:
