@@ -37,3 +37,12 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
     closest = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean '{closest[0]}'?" if closest else ""
     return f"unknown {kind} '{name}'{hint} (valid: {', '.join(names)})"
+
+
+def counted(number: int, plural: str) -> str:
+    """A number of things in words: `1 molecule`, `1,000 molecules`, `1 spin glass`."""
+    if number != 1:
+        return f"{number:,} {plural}"
+    head, _, noun = plural.rpartition(" ")
+    singular = noun.removesuffix("es") if noun.endswith("sses") else noun.removesuffix("s")
+    return f"{number} {f'{head} {singular}' if head else singular}"

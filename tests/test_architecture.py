@@ -27,6 +27,7 @@ LAYERS = (
     "models",
     "diffusion",
     "losses",
+    "display",
     "datasets",
     "chemistry",
     "data",
@@ -38,12 +39,13 @@ LAYERS = (
     "output",
     "elements",
     "resources",
+    "tables",
     "progress",
     "errors",
 )
 """Packages and top-level modules; each may import those that stand below it."""
 
-HEAVY = ("torch", "rdkit", "h5py", "scipy", "matplotlib")
+HEAVY = ("torch", "rdkit", "h5py", "scipy", "matplotlib", "numpy", "pydantic")
 """Packages that would take most of the time of `molgen-energy --help`."""
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from molgen_energy.config import Config
-from molgen_energy.distributed import broadcast, is_main, local_device, process_group
+from molgen_energy.display.progress import NotebookProgress, in_notebook
+from molgen_energy.distributed import broadcast, is_main, local_device, process_group, world_size
 from molgen_energy.errors import InputError
 from molgen_energy.losses import LOSSES
 from molgen_energy.output import check_folder, real_path
@@ -26,12 +29,14 @@ from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.devices import choose_device
 from molgen_energy.training.loop import (
     TrainingCallback,
-    TrainingSummary,
+    TrainingCost,
+    measure_cost,
     no_callback,
     total_steps,
 )
 from molgen_energy.training.loop import train as run_loop
 from molgen_energy.training.pretrained import checkpoint_name, resolve_checkpoint
+from molgen_energy.training.run import Run
 from molgen_energy.training.state import Progress
 from molgen_energy.training.task import Task
 
@@ -45,12 +50,19 @@ class TrainingRun:
     task: Task
     steps: int
     """Length of the whole run."""
+    progress: Progress | None = None
+    """That of the checkpoint which is resumed; None of a new run."""
+
+    @property
+    def finished(self) -> int:
+        """Steps that a resumed run has taken before."""
+        return 0 if self.progress is None else self.progress.step
 
 
 def train(
     config: str | Path | Config | None = None,
     *,
-    data: str | Path | None = None,
+    data: str | PathLike[str] | None = None,
     loss: str | None = None,
     springs: str | None = None,
     edges: str | None = None,
@@ -59,15 +71,15 @@ def train(
     batch_size: int | None = None,
     lr: float | None = None,
     seed: int | None = None,
-    init: str | Path | None = None,
+    init: str | PathLike[str] | None = None,
     changes: Mapping[str, Any] | None = None,
     device: str = "auto",
-    output: str | Path | None = None,
-    resume: str | Path | None = None,
+    output: str | PathLike[str] | None = None,
+    resume: str | PathLike[str] | None = None,
     callback: TrainingCallback = no_callback,
     progress: ProgressCallback = no_progress,
     on_start: Callable[[TrainingRun], None] = lambda run: None,
-) -> TrainingSummary:
+) -> Run:
     """Train a model, or resume an interrupted run.
 
     Parameters
@@ -94,7 +106,7 @@ def train(
     resume
         Folder of a run to continue; only `steps`, `epochs`, `data` and `device` can be set then.
     callback
-        Called after each step.
+        Called after each step; by default a notebook shows a bar.
     progress
         Called with the number of prepared samples, if preparing data takes long.
     on_start
@@ -102,7 +114,8 @@ def train(
 
     Returns
     -------
-    The run's folder, its length, training time, and validation loss.
+    The run: its folder, length, training time, validation loss and curves. `print` and a notebook
+    show it; `sample(checkpoint=run)` takes it.
 
     Raises
     ------
@@ -113,7 +126,70 @@ def train(
     TrainingFailedError
         Training diverged or ran out of memory.
     """
-    length = {"training.steps": steps, "training.epochs": epochs}
+    given = _given(data, loss, springs, edges, steps, epochs, batch_size, lr, seed, init)
+    with _prepared(config, given, changes, device, output, resume, progress) as run:
+        if run.finished >= run.steps:
+            assert run.progress is not None
+            run.task.close()
+            return Run(
+                run.folder, run.finished, 0.0, run.progress.last_valid,
+                run.progress.skipped, run.task.config, already_complete=True,
+            )  # fmt: skip
+        on_start(run)
+        with _notebook_bar(callback) as shown:
+            return run_loop(run.task, run.folder, shown, resume=resume is not None)
+
+
+def estimate_training(
+    config: str | Path | Config | None = None,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    output: str | PathLike[str] | None = None,
+    resume: str | PathLike[str] | None = None,
+    progress: ProgressCallback = no_progress,
+    on_start: Callable[[TrainingRun], None] = lambda run: None,
+    **options: Any,
+) -> TrainingCost:
+    """Estimate time and memory of `train` with the same arguments, by taking a few steps.
+
+    Parameters
+    ----------
+    options
+        `data`, `loss`, `springs`, `edges`, `steps`, `epochs`, `batch_size`, `lr`, `seed` and
+        `init` of `train`.
+
+    Returns
+    -------
+    What the run needs; nothing is written.
+
+    Raises
+    ------
+    InputError
+        As of `train`; and in a job of several processes, which would share the work.
+    """
+    if world_size() > 1:
+        raise InputError("--dry-run measures one process; run it without torchrun")
+    given = _given(**options)
+    with _prepared(config, given, changes, device, output, resume, progress) as run:
+        on_start(run)
+        left = max(1, run.steps - run.finished)
+        return measure_cost(run.task, run.folder, left)
+
+
+def _given(
+    data: str | PathLike[str] | None = None,
+    loss: str | None = None,
+    springs: str | None = None,
+    edges: str | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    seed: int | None = None,
+    init: str | PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """The options that are not None, by the dotted keys of the configuration."""
     options = {
         "loss.name": loss,
         "loss.springs.family": springs,
@@ -122,10 +198,24 @@ def train(
         "training.lr": lr,
         "training.seed": seed,
         "training.initial_weights": None if init is None else _initial_weights(Path(init)),
+        "training.steps": steps,
+        "training.epochs": epochs,
+        "data.path": None if data is None else str(Path(data)),
     }
-    given = {key: value for key, value in (options | length).items() if value is not None}
-    if data is not None:
-        given["data.path"] = str(data)
+    return {key: value for key, value in options.items() if value is not None}
+
+
+@contextmanager
+def _prepared(
+    config: str | Path | Config | None,
+    given: dict[str, Any],
+    changes: Mapping[str, Any] | None,
+    device: str,
+    output: str | PathLike[str] | None,
+    resume: str | PathLike[str] | None,
+    progress: ProgressCallback,
+) -> Iterator[TrainingRun]:
+    """The run that the arguments describe, with its task, in the process group of its job."""
     target = local_device(choose_device(device))
     with process_group(target):
         progress_of_run: Progress | None = None
@@ -136,7 +226,7 @@ def train(
             system = system_of_checkpoint(checkpoint)
             begun = checkpoint.config_as(system.config)
             checkpoint.state_as(system.state)
-            if data is None and begun.data.path is not None:
+            if "data.path" not in given and begun.data.path is not None:
                 found = find_again(begun.data.path, run)
                 if not found.exists():
                     raise InputError(
@@ -153,14 +243,17 @@ def train(
                 _check_new(run)
         task = system.task(settings, target, progress)
         total = total_steps(task.config.training, task.batches_per_epoch)
-        if progress_of_run is not None and progress_of_run.step >= total:
-            task.close()
-            return TrainingSummary(
-                run, progress_of_run.step, 0.0, progress_of_run.last_valid,
-                progress_of_run.skipped, task.config, already_complete=True,
-            )  # fmt: skip
-        on_start(TrainingRun(run, system, task, total))
-        return run_loop(task, run, callback, resume=resume is not None)
+        yield TrainingRun(run, system, task, total, progress_of_run)
+
+
+@contextmanager
+def _notebook_bar(callback: TrainingCallback) -> Iterator[TrainingCallback]:
+    """The callback; where there is none and this is a notebook, one that shows a bar."""
+    if callback is not no_callback or not in_notebook():
+        yield callback
+        return
+    with closing(NotebookProgress("training", "steps")) as bar:
+        yield lambda step, steps, loss, _: bar(step, steps, f"loss {loss:.4f}")
 
 
 def _configuration(
@@ -185,7 +278,7 @@ def _check_resumable(
     run: Path,
     config: str | Path | Config | None,
     changes: Mapping[str, Any] | None,
-    output: str | Path | None,
+    output: str | PathLike[str] | None,
 ) -> None:
     refused = sorted(given.keys() - {"training.steps", "training.epochs", "data.path"})
     if refused or config is not None or changes or output is not None:

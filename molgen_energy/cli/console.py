@@ -58,11 +58,27 @@ _OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memo
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 _GRACE = 3.0  # s, for process 0 to report an error first
 _LONGEST = 4000  # characters of a line; a file may have a word of a gigabyte
+_detail = 0
 
 
-def say(text: str) -> None:
-    """Print a line for the user, on standard error."""
-    _print_line(Text(_line(text)))
+def set_detail(level: int) -> None:
+    """How much to print: -1 results, warnings and errors; 0 also progress; 1 all details."""
+    global _detail
+    _detail = level
+
+
+def is_verbose() -> bool:
+    """Whether to print all details."""
+    return _detail > 0
+
+
+def say(text: str, wrap: bool = False) -> None:
+    """Print a line for the user, on standard error, unless the command is quiet.
+
+    With `wrap` a terminal shows it in lines of whole words; else a command in it can be copied.
+    """
+    if _detail >= 0:
+        _print_line(Text(_line(text)), wrap and stderr.is_terminal)
 
 
 def warn(text: str) -> None:
@@ -77,9 +93,9 @@ def _line(text: str) -> str:
     return printable(text)
 
 
-def _print_line(line: Text) -> None:
+def _print_line(line: Text, wrap: bool = False) -> None:
     try:
-        stderr.print(line, soft_wrap=True)
+        stderr.print(line, soft_wrap=not wrap)
     except BrokenPipeError:
         raise
     except OSError:  # a full disk takes no message; the work goes on
@@ -157,7 +173,7 @@ def exit_on_error() -> Iterator[None]:
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
             _fail("out of memory; use smaller batches or fewer processes", FAILED)
         text = f"{type(error).__name__}: {error}"
-        _fail(f"{text} (please report it; {_TRACEBACK}=1 shows the traceback)", FAILED)
+        _fail(f"{text} (please report it; -v shows the traceback)", FAILED)
 
 
 def run_program(program: Callable[[], None]) -> None:
@@ -208,22 +224,35 @@ def _discard_rest(stream: TextIO) -> None:
 
 
 def _show_traceback() -> None:
-    if os.environ.get(_TRACEBACK):
+    if is_verbose() or os.environ.get(_TRACEBACK):
         for line in traceback.format_exc().splitlines():
             say(line)
 
 
-class ThrottledLog:
-    """Progress messages where there is no terminal for a bar, at most one a minute."""
+def duration(seconds: float) -> str:
+    """A time in words: `4.2 s`, `3.1 minutes`, `5.0 hours`, `2.5 days`."""
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.2g} s"
 
-    _SECONDS = 60
+
+class ThrottledLog:
+    """Progress messages where there is no terminal for a bar, at most one a minute.
+
+    With all details they come on a terminal too, every five seconds.
+    """
+
+    _SECONDS, _SECONDS_VERBOSE = 60, 5
 
     def __init__(self) -> None:
         self._last = time.monotonic()
 
     def say(self, text: str) -> None:
-        """Print the text if there is no terminal and the last one is a minute old."""
-        if not stderr.is_terminal and time.monotonic() - self._last >= self._SECONDS:
+        """Print the text if it is due."""
+        seconds = self._SECONDS_VERBOSE if is_verbose() else self._SECONDS
+        shown = is_verbose() or not stderr.is_terminal
+        if shown and time.monotonic() - self._last >= seconds:
             self._last = time.monotonic()
             say(text)
 
@@ -241,5 +270,5 @@ def progress_bar(*columns: str, transient: bool = False) -> Progress:
         TimeRemainingColumn(),
         console=stderr,
         transient=transient,
-        disable=not stderr.is_terminal,
+        disable=not stderr.is_terminal or _detail < 0,
     )

@@ -269,7 +269,7 @@ class SmilesFiles(ScreenedDataset):
                 except ValueError as error:
                     self._skip(place, str(error), log)
                     continue
-                log.counts["reduced to their largest fragment"] += reduced
+                log.counts["reduced to the largest fragment"] += reduced
                 smiles = Chem.MolToSmiles(Chem.RemoveHs(molecule))
                 group = first.setdefault(smiles, number)
                 if self.drop_duplicates and group != number:

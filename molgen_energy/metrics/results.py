@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from molgen_energy.chemistry.geometry import GeometryTypes
 from molgen_energy.elements import symbol
-from molgen_energy.errors import InputError
+from molgen_energy.errors import InputError, counted
 from molgen_energy.metrics.distances.comparison import compare
 from molgen_energy.metrics.distances.real_ranges import add_ranges
 from molgen_energy.metrics.molecule_evaluation import (
@@ -21,6 +21,7 @@ from molgen_energy.metrics.molecule_evaluation import (
     collect_smiles_hashes,
     evaluate_source,
 )
+from molgen_energy.metrics.molecule_table import MoleculeTable
 from molgen_energy.metrics.options import EvaluationOptions, with_bonds, with_types
 from molgen_energy.metrics.reference import (
     MAX_COMPARED,
@@ -61,6 +62,7 @@ class MoleculeResults:
     bonds_unused: bool = False
     """Whether a file has bonds of its own that were not checked."""
     notes: list[str] = field(default_factory=list)
+    table: MoleculeTable | None = None
 
 
 def evaluate_inputs(
@@ -71,6 +73,7 @@ def evaluate_inputs(
     options: EvaluationOptions,
     workers: WorkerPool,
     progress: ProgressCallback = no_progress,
+    table: MoleculeTable | None = None,
 ) -> MoleculeResults:
     """Evaluate molecules and compare them with a reference.
 
@@ -92,6 +95,8 @@ def evaluate_inputs(
         Processes for the calls of RDKit.
     progress
         Called with the number of finished molecules, of the reference and training files too.
+    table
+        Gets the results of each molecule of the inputs.
 
     Raises
     ------
@@ -126,7 +131,9 @@ def evaluate_inputs(
     options = with_types(options, data.types)
     samples = []
     for name, source in zip(names, sources, strict=True):
-        evaluation = evaluate_source(name, source, options, training_hashes, workers, counter)
+        evaluation = evaluate_source(
+            name, source, options, training_hashes, workers, counter, table
+        )
         _compare_with(data, evaluation, source, options)
         samples.append(evaluation)
     if data.evaluation.bonds != samples[0].bonds:
@@ -146,7 +153,7 @@ def evaluate_inputs(
             "unbiased and extrapolated rows, or each distance with its range of real molecules"
         )
     unused = options.checks.bonds != "given" and any(s.given_bonds.some for s in sources)
-    return MoleculeResults(samples, data, options, novelty_against, unused, notes)
+    return MoleculeResults(samples, data, options, novelty_against, unused, notes, table)
 
 
 def _resolve_bonds(
@@ -261,7 +268,7 @@ def _training_hashes(
         hashes = collect_smiles_hashes(source, own.checks, workers, counter)
         notes += [f"{name}: {note}" for note in source.notes]
         if source.skipped:
-            notes.append(f"{name}: {source.skipped:,} bad records skipped")
+            notes.append(f"{name}: {counted(source.skipped, 'bad records')} skipped")
         return hashes, f"the training split of {name}" if source.has_split("train") else name
     if reference is not None and not FileSource(reference).is_qm9():
         name = display_names([reference])[0]

@@ -134,6 +134,11 @@ class SupervisedTask:
     def _loss_of(self, model: nn.Module, examples: Examples, random: RandomNumbers) -> Tensor:
         return self._loss(model(examples.inputs), examples, random.integers(Stream.EDGES))
 
+    @property
+    def validation_samples(self) -> int:
+        """Number of validation samples; 0 without any."""
+        return 0 if self._valid is None else len(self._valid)
+
     @torch.no_grad()
     def validation_loss(self, model: nn.Module) -> float | None:
         """Mean loss over the validation samples, None without any; processes share the work."""

@@ -1,9 +1,9 @@
 """The training loop: one for every physical system.
 
-A run's folder holds `config.yaml` (without `auto`), `metrics.csv`, `log.txt` and
-`checkpoints/{last,best}`. Random numbers of step k depend on (seed, k) alone, and the batches of an
-epoch on (seed, epoch), so there is no random state to save, and a resumed run takes the steps that
-an uninterrupted one would have taken.
+A run's folder holds `config.yaml` (without `auto`), `metrics.csv`, `curves.svg`, `log.txt`
+and `checkpoints/{last,best}`. Random numbers of step k depend on (seed, k) alone, and the batches
+of an epoch on (seed, epoch), so there is no random state to save, and a resumed run takes the steps
+that an uninterrupted one would have taken.
 
 Several processes (`molgen_energy.distributed`) each take a shard of every batch and average their
 gradients, so that K of them take the steps that one would take. Only process 0 writes.
@@ -51,13 +51,17 @@ from molgen_energy.training.checkpoint import (
     save_checkpoint,
 )
 from molgen_energy.training.clipping import GradientClipper
+from molgen_energy.training.curves import write_curves
+from molgen_energy.training.devices import peak_memory
 from molgen_energy.training.ema import ExponentialMovingAverage
 from molgen_energy.training.metrics import MetricsLog
 from molgen_energy.training.muon import Muon, hidden_matrices
 from molgen_energy.training.pretrained import resolve_checkpoint
+from molgen_energy.training.run import Run
 from molgen_energy.training.task import Task
 
-_WRITTEN = ("config.yaml", "metrics.csv", "log.txt", "tensorboard", "checkpoints")
+_MEASURED_BATCHES = 64  # at most, to estimate what a run needs
+_WRITTEN = ("config.yaml", "metrics.csv", "curves.svg", "log.txt", "tensorboard", "checkpoints")
 _MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
 _COPIES = 5  # of the weights while training: average, gradient, and the optimiser's
 _NORMS = "clipper/norms"  # the tensor of the gradient clipper, beside those of optimizers
@@ -81,22 +85,6 @@ class TrainingInterrupted(Exception):
     def __init__(self, message: str, run: Path) -> None:
         super().__init__(message)
         self.run = run
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """The end of a run."""
-
-    run: Path
-    steps: int
-    seconds: float
-    valid_loss: float | None
-    skipped: int
-    """Steps whose loss or gradient was not finite."""
-    config: Config
-    """Without `auto`."""
-    already_complete: bool = False
-    """Whether a resumed run had no step left."""
 
 
 @dataclass
@@ -143,9 +131,55 @@ def learning_rate(training: TrainingConfig, step: int, steps: int) -> float:
     return rate
 
 
+@dataclass(frozen=True)
+class TrainingCost:
+    """What a run needs, estimated from a few of its steps."""
+
+    step: float
+    """Seconds of one step."""
+    validation: float
+    """Seconds of one validation."""
+    seconds: float
+    """Of all steps and validations that are left."""
+    memory: int | None
+    """Bytes, of the GPU or else of the process; None where the system does not tell."""
+    measured: int
+    """Number of timed steps."""
+
+
+def measure_cost(task: Task, run: Path, steps: int, seconds: float = 5.0) -> TrainingCost:
+    """Estimate what a run needs by taking some of its steps; writes nothing.
+
+    The weights of the task are changed by it.
+
+    Parameters
+    ----------
+    task
+        Physical system with its resolved configuration; closed at the end.
+    run
+        Folder of the run.
+    steps
+        Number of steps that are left.
+    seconds
+        About how long to measure.
+    """
+    with closing(task):
+        trainer = _Trainer(task, run, no_callback)
+        step, forward, measured = trainer.measure(seconds, min(steps, _MEASURED_BATCHES))
+    validation = forward * task.validation_samples
+    validations = math.ceil(steps / task.config.training.validate_every)
+    return TrainingCost(
+        step,
+        validation,
+        step * steps + validation * validations,
+        peak_memory(task.device),
+        measured,
+    )
+
+
 def train(
     task: Task, run: Path, callback: TrainingCallback = no_callback, resume: bool = False
-) -> TrainingSummary:
+) -> Run:
     """Train until the configured step, writing the run's folder.
 
     Parameters
@@ -252,7 +286,7 @@ class _Trainer:
         )
 
     def _log(self, text: str) -> None:
-        if not is_main():
+        if not is_main() or self.lock is None:  # measuring a run does not write its folder
             return
         with open_to_append(self.folder / "log.txt") as file:
             file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
@@ -373,9 +407,34 @@ class _Trainer:
             device = "cpu" if key == "step" and not _fused(optimizer) else parameter.device
             optimizer.state[parameter][key] = tensors[name].to(device)
 
+    # -- the cost of a run ---------------------------------------------------------------------
+
+    def measure(self, seconds: float, most: int) -> tuple[float, float, int]:
+        """Take some steps: seconds of a step, of one sample without gradients, and their number.
+
+        The first step, on the largest of some batches, also compiles kernels and reserves memory;
+        its time does not count.
+        """
+        batches = list(self.task.epoch(0)[:_MEASURED_BATCHES])
+        never = threading.Event()
+        self.task.model.train()
+        self._step(max(batches, key=lambda batch: float(batch.sizes.max()) * len(batch)), never)
+        began, count = time.perf_counter(), 0
+        for batch in batches[:most]:
+            self._step(batch, never)
+            count += 1
+            if count >= 3 and time.perf_counter() - began > seconds:
+                break
+        step = (time.perf_counter() - began) / count
+        began = time.perf_counter()
+        with torch.no_grad():
+            loss = self.task.loss(self.ema.model, batches[0], seed=0)["loss"].sum()
+        float(loss)  # waits for a GPU
+        return step, (time.perf_counter() - began) / len(batches[0]), count
+
     # -- the loop ------------------------------------------------------------------------------
 
-    def run(self, interrupted: threading.Event) -> TrainingSummary:
+    def run(self, interrupted: threading.Event) -> Run:
         began = time.perf_counter()
         before = self.at.seconds
         row_began, row_samples = began, 0
@@ -401,6 +460,8 @@ class _Trainer:
                     self._validate()
                 if validate or self.at.step % self.training.log_every == 0:
                     self._write_row(row_samples / (now - row_began))
+                    if validate:
+                        self._draw()
                     row_began, row_samples = time.perf_counter(), 0
                 if last and not self._is_finite():
                     self._fail("the weights are not finite", "train again with a lower --lr")
@@ -430,9 +491,7 @@ class _Trainer:
             self._fail(*self._out_of_memory(too_large))
         self._log(f"finished at step {self.at.step}, {self.at.seconds:.0f} s of training")
         at = self.at
-        return TrainingSummary(
-            self.folder, at.step, at.seconds, at.last_valid, at.skipped, self.task.config
-        )
+        return Run(self.folder, at.step, at.seconds, at.last_valid, at.skipped, self.task.config)
 
     def _batches(self) -> Iterator[BatchIndex]:
         """The batches from the current step to the last."""
@@ -547,6 +606,15 @@ class _Trainer:
         if self.at.best_valid is None or valid < self.at.best_valid:
             self.at.best_valid = valid
             self._save("best")
+
+    def _draw(self) -> None:
+        """Draw the curves; a run does not end because a picture cannot be written."""
+        if not is_main():
+            return
+        try:
+            write_curves(self.folder)
+        except (InputError, OSError) as error:
+            self._log(f"no picture of the curves: {error}")
 
     def _write_row(self, samples_per_second: float) -> None:
         at = self.at

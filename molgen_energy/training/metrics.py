@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from molgen_energy.errors import InputError
 from molgen_energy.formats.limits import check_memory
@@ -82,6 +85,32 @@ def _rows_before(path: Path, step: int) -> list[dict[str, str]]:
         if re.fullmatch("[0-9]{1,18}", row.get("step") or "") is None:
             raise InputError(f"{path}: row {number} has no step; mend {path.name}, or move it away")
     return [row for row in rows if int(row["step"]) <= step]
+
+
+def read_columns(path: Path) -> dict[str, NDArray[np.float64]]:
+    """The columns of a `metrics.csv`, (R,) for its R rows; NaN where a row has no value.
+
+    Without a row there are no columns.
+
+    Raises
+    ------
+    InputError
+        A value is no number, or as of `read_metrics`.
+    """
+    # A row that is being written now may be cut off.
+    rows = [row for row in read_metrics(path) if None not in row.values()]
+    try:
+        return {
+            name: np.array([float(row[name] or math.nan) for row in rows], np.float64)
+            for name in (rows[0] if rows else ())
+        }
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+
+
+def loss_terms(columns: Iterable[str]) -> list[str]:
+    """The columns of the terms of the loss among those of a `metrics.csv`."""
+    return [name for name in columns if name not in (*_BEFORE, *_AFTER)]
 
 
 def _text(value: Any) -> str:

@@ -134,7 +134,7 @@ def test_names_and_fields_are_shown_and_not_obeyed(here, tmp_path, trained):
     code, out, err = here("evaluate", data, "--report", "report", "--metrics", "rates")
     assert (code, err.count("error")) == (0, 0), err
     assert r"\x1b]0;title\x07\x1b[2J31m[red]\u202e[nothing]\n" in out
-    code, out, _ = here("evaluate", data, "--json", "--metrics", "rates")
+    code, out, _ = here("evaluate", data, "--json", "-", "--metrics", "rates")
     assert json.loads(out)["files"][0]["molecules"] == 4
     code, _, err = here("preprocess", data, "--skip-bad", "-o", f"{name}.h5")
     assert code == 0, err
@@ -147,7 +147,9 @@ def test_names_and_fields_are_shown_and_not_obeyed(here, tmp_path, trained):
     assert err.endswith("does not exist; name it with --data FILE\n")
     assert here("train", "--resume", f"{name}2", "--steps", "2", "--data", f"{name}.h5")[0] == 0
     for suffix in ("sdf", "h5"):
-        code, _, err = here("sample", "-n", "1", "--checkpoint", name, "-o", f"{name}.{suffix}")
+        code, _, err = here(
+            "sample", "-n", "1", "--checkpoint", name, "-o", f"{name}.{suffix}", "--overwrite"
+        )
         assert code == 0, err
     assert here("train", "--resume", name)[0] == 0
     assert here("train", "--resume", name, "--steps", "2")[0] == 0

@@ -14,6 +14,7 @@ from molgen_energy.chemistry.convert import to_rdkit
 from molgen_energy.chemistry.fields import BONDS
 from molgen_energy.data.hdf5 import MOLECULES, MoleculeFile
 from molgen_energy.diffusion.temperature import Temperature
+from molgen_energy.errors import counted
 from molgen_energy.output import check_writable
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.base import SamplingCallback, SamplingResult, System
@@ -39,8 +40,9 @@ class _MoleculeSampling:
         spacing = "" if sampler.spacing is None else f" of {sampler.spacing} spacing"
         temperature = sampler.temperature.describe()
         self.method = (
-            f"{generator.sampler_name}, {sampler.steps:,} steps{spacing}, "
-            f"{sampler.evaluations:,} network evaluations each{temperature and ', '}{temperature}"
+            f"{generator.sampler_name}, {counted(sampler.steps, 'steps')}{spacing}, "
+            f"{counted(sampler.evaluations, 'network evaluations')} each"
+            f"{temperature and ', '}{temperature}"
         )
 
     def write(

@@ -314,6 +314,11 @@ class MoleculeTask:
         """Stop reading streamed molecules; no batch is available after that."""
         self._train.close()
 
+    @property
+    def validation_samples(self) -> int:
+        """Number of validation molecules; 0 without any."""
+        return 0 if self._valid is None else len(self._valid.data)
+
     @torch.no_grad()
     def validation_loss(self, model: nn.Module) -> float | None:
         """Mean objective over validation molecules, with fixed noise; None without any.

@@ -17,7 +17,7 @@ from molgen_energy import __version__
 from molgen_energy.data.splits import check_fractions, check_seed, parse_fractions, random_split
 from molgen_energy.datasets.base import Dataset, option
 from molgen_energy.distributed import default_workers
-from molgen_energy.errors import InputError, PeerLostError, unknown_name
+from molgen_energy.errors import InputError, PeerLostError, counted, unknown_name
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.spins.lattices import BOUNDARIES, Lattices, Spins, check_size
 
@@ -301,7 +301,7 @@ class SpinGlasses(Dataset):
             write_arrays(
                 output,
                 "spins",
-                f"{count:,} {options['couplings']} spin glasses of {size}×{size}, "
+                f"{counted(count, options['couplings'] + ' spin glasses')} of {size}×{size}, "
                 f"{self.boundary} boundary, seed {self.seed}",
                 columns | {"split": labels},
                 options,
