@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from molgen_energy.cli.common import OVERWRITE, check_new_file, checkpoints, one_of
-from molgen_energy.cli.console import INTERRUPTED, ThrottledLog, progress_bar, say, show, warn
+from molgen_energy.cli.console import INTERRUPTED, ThrottledLog, progress_bar, say, show_pairs, warn
 from molgen_energy.distributed import is_main, world_size
 from molgen_energy.errors import InputError, counted
 
@@ -253,15 +253,10 @@ def _conclude(result: SamplingResult, job: _Job) -> None:
 
 def _list_pretrained() -> None:
     """Print the pretrained weights."""
-    from rich.markup import escape
-    from rich.table import Table
-
     from molgen_energy.training.pretrained import pretrained_weights
 
-    table = Table("name", "weights", box=None, pad_edge=False)
-    for name, weights in pretrained_weights().items():
-        table.add_row(escape(name), escape(weights.summary))
-    show(table)
+    rows = [(name, weights.summary) for name, weights in pretrained_weights().items()]
+    show_pairs([("name", "weights"), *rows])
 
 
 class SamplingBar:

@@ -152,6 +152,16 @@ def test_without_arguments_the_help_is_shown(run):
     assert run("preprocess") == run("preprocess", "-h")
 
 
+@pytest.mark.parametrize("columns", [50, 80, 100])
+def test_names_and_texts_fit_and_keep_intervals(run, columns):
+    for command in (("sample", "--checkpoint", "list"), ("info",)):
+        code, text, _ = run(*command, columns=columns)
+        assert code == 0
+        assert max(map(len, text.splitlines())) <= columns
+        for interval in ("[80.7, 82.3]", "[75.3, 76.9]"):
+            assert interval in text
+
+
 def test_quiet_and_verbose(run, tmp_path):
     (tmp_path / "a.xyz").write_text("3\nwater\nO 0 0 0\nH 0.96 0 0\nH -0.24 0.93 0\n" * 9)
     code, stdout, stderr = run("preprocess", "a.xyz", "-q")
