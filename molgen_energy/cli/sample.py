@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from molgen_energy.cli.common import OVERWRITE, check_new_file, checkpoints, one_of
+from molgen_energy.cli.common import OVERWRITE, check_output, checkpoints, one_of
 from molgen_energy.cli.console import INTERRUPTED, ThrottledLog, progress_bar, say, show_pairs, warn
 from molgen_energy.distributed import is_main, world_size
 from molgen_energy.errors import InputError, counted
@@ -200,7 +200,7 @@ def command(
     if checkpoint == Path("list") and not checkpoint.exists():
         _list_pretrained()
         return
-    job = _Job(overwrite or resume is not None)
+    job = _Job(output is None, overwrite or resume is not None)
     try:
         with job:
             result = sample_to(
@@ -309,8 +309,8 @@ class SamplingBar:
 class _Job:
     """What is sampled where, announced at the start, with its bar."""
 
-    def __init__(self, overwrite: bool) -> None:
-        self._overwrite = overwrite
+    def __init__(self, is_default: bool, overwrite: bool) -> None:
+        self._is_default, self._overwrite = is_default, overwrite
         self.output: Path | None = None
         self.samples, self.resume_hint = "samples", ""
         self.began = time.perf_counter()
@@ -323,8 +323,8 @@ class _Job:
         self._bars.close()
 
     def start(self, job: SamplingJobInfo) -> SamplingBar:
-        """Announce a job and show its bar; raises `InputError` where its file exists."""
-        check_new_file(job.output, self._overwrite)
+        """Announce a job and show its bar; raises `InputError` as of `check_output`."""
+        check_output(job.output, self._is_default, self._overwrite)
         generator, self.output = job.generator, job.output
         self.samples = job.system.samples
         self.resume_hint = (
