@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / ".venv"
 
-INSTALL = "pip install -c constraints.txt -e .[dev,qm9,spins,fcd,posebusters,xtb]"
+INSTALL = "pip install -c constraints.txt -e .[dev,docs,qm9,spins,fcd,posebusters,xtb]"
 
 # Every command is a module of the environment's Python.
 TASKS: dict[str, tuple[str, list[str]]] = {
@@ -31,9 +31,12 @@ TASKS: dict[str, tuple[str, list[str]]] = {
     "format": ("fix style and format", ["ruff check --fix .", "ruff format ."]),
     "types": ("check types", ["mypy"]),
     "docs": (
-        "check links, paths, options and Python code in all Markdown files",
-        ["pytest tests/test_docs.py tests/test_readme.py"],
+        "run all that README and site print, and the tutorials",
+        ["pytest tests/test_docs.py tests/test_printed_commands.py tests/test_printed_python.py "
+         "tests/test_site.py"],
     ),
+    "site": ("build the documentation: site/index.html", ["mkdocs build --strict"]),
+    "notebooks": ("execute the tutorials and store their outputs", ["scripts.run_notebooks"]),
 }
 TASKS["check"] = (
     "all that must pass before a commit: lint, types, test (which contains docs)",
