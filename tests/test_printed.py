@@ -246,6 +246,8 @@ def check_program(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_printed_block_of_python_runs(page, here, monkeypatch):
     """The blocks of a page in turn, with the variables that training loops have."""
     short(monkeypatch)
+    positions = torch.randn(7, 3)
+    shift = torch.zeros(3, requires_grad=True)  # the parameter of a model
     x, mask = torch.randn(2, 5, 3), torch.ones(2, 5, dtype=torch.bool)
     names = {
         "__name__": "__main__",
@@ -257,8 +259,9 @@ def test_every_printed_block_of_python_runs(page, here, monkeypatch):
         "alpha": torch.full((2, 1, 1), 0.8),
         "sigma": torch.full((2, 1, 1), 0.6),
         "t": torch.rand(2),
-        "model": lambda *inputs: 0.9 * inputs[0] if len(inputs) > 1 else inputs[0].pos + 1,
-        "data": SimpleNamespace(pos=torch.randn(7, 3), batch=torch.tensor([0, 0, 0, 1, 1, 1, 1])),
+        "model": lambda *inputs: 0.9 * inputs[0] if len(inputs) > 1 else inputs[0].pos + shift,
+        "loader": [SimpleNamespace(pos=positions, batch=torch.tensor([0, 0, 0, 1, 1, 1, 1]))],
+        "optimizer": torch.optim.SGD([shift], lr=0.1),
         "right": torch.rand(2, 4, 4),
         "down": torch.rand(2, 4, 4),
         "logits": torch.randn(2, 16, 1),
