@@ -1,44 +1,72 @@
 """Train, sample and evaluate generative models of 3D molecules with energy losses.
 
->>> import molgen_energy
->>> molecules = molgen_energy.sample(10)  # RDKit molecules, with pretrained weights
+>>> import molgen_energy as mg
+>>> molecules = mg.sample(100, checkpoint="qm9_energy", seed=0)  # RDKit molecules
+>>> print(mg.evaluate(molecules))
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from molgen_energy.api.checkpoint import load_checkpoint
     from molgen_energy.api.evaluate import evaluate
+    from molgen_energy.api.molecule_list import MoleculeList
     from molgen_energy.api.preprocess import preprocess
+    from molgen_energy.api.run import load_run
     from molgen_energy.api.sample import sample
+    from molgen_energy.api.show import MoleculeView, show
     from molgen_energy.api.train import train
+    from molgen_energy.errors import InputError
+    from molgen_energy.metrics.report.model import Report
+    from molgen_energy.training.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "load_checkpoint", "preprocess", "sample", "train"]
+
+_MODULES = {
+    "InputError": "errors",
+    "MoleculeList": "api.molecule_list",
+    "MoleculeView": "api.show",
+    "Report": "metrics.report.model",
+    "Run": "training.run",
+    "evaluate": "api.evaluate",
+    "load_checkpoint": "api.checkpoint",
+    "load_run": "api.run",
+    "preprocess": "api.preprocess",
+    "sample": "api.sample",
+    "show": "api.show",
+    "train": "api.train",
+}
+"""Modules of the public names, imported when first used: PyTorch and RDKit take a second."""
+
+__all__ = [
+    "InputError",
+    "MoleculeList",
+    "MoleculeView",
+    "Report",
+    "Run",
+    "__version__",
+    "evaluate",
+    "load_checkpoint",
+    "load_run",
+    "preprocess",
+    "sample",
+    "show",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a function when it is first used: PyTorch and RDKit take a second."""
-    if name == "evaluate":
-        from molgen_energy.api.evaluate import evaluate
+    """Import the module of a public name."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'molgen_energy' has no attribute '{name}'")
+    value = getattr(import_module(f"molgen_energy.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return evaluate
-    if name == "load_checkpoint":
-        from molgen_energy.api.checkpoint import load_checkpoint
 
-        return load_checkpoint
-    if name == "preprocess":
-        from molgen_energy.api.preprocess import preprocess
-
-        return preprocess
-    if name == "sample":
-        from molgen_energy.api.sample import sample
-
-        return sample
-    if name == "train":
-        from molgen_energy.api.train import train
-
-        return train
-    raise AttributeError(f"module 'molgen_energy' has no attribute '{name}'")
+def __dir__() -> list[str]:
+    """The public names, for completion in a notebook."""
+    return __all__

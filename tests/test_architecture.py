@@ -26,6 +26,7 @@ LAYERS = (
     "models",
     "diffusion",
     "losses",
+    "display",
     "datasets",
     "chemistry",
     "data",
@@ -36,6 +37,7 @@ LAYERS = (
     "output",
     "elements",
     "resources",
+    "tables",
     "progress",
     "errors",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 
 from molgen_energy.training.checkpoint import Checkpoint
@@ -9,13 +10,13 @@ from molgen_energy.training.checkpoint import load_checkpoint as load
 from molgen_energy.training.pretrained import resolve_checkpoint
 
 
-def load_checkpoint(checkpoint: str | Path, which: str = "last") -> Checkpoint:
+def load_checkpoint(checkpoint: str | PathLike[str], which: str = "last") -> Checkpoint:
     """Load the checkpoint of a run or of pretrained weights; weights are read on demand.
 
     Parameters
     ----------
     checkpoint
-        Folder of a run or checkpoint, or the name of pretrained weights.
+        A run or its folder, a checkpoint's folder, or the name of pretrained weights.
     which
         `last` or `best` of a run.
 

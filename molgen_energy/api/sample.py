@@ -5,13 +5,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from molgen_energy.api.molecule_list import MoleculeList
 from molgen_energy.data.shards import shards_folder
 from molgen_energy.diffusion.temperature import range_text
 from molgen_energy.distributed import broadcast, is_main, local_device, process_group
-from molgen_energy.errors import InputError
+from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.output import resolve_symlink
 from molgen_energy.systems.base import (
     Generator,
@@ -25,6 +27,8 @@ from molgen_energy.training.checkpoint import load_checkpoint, newest_run
 from molgen_energy.training.devices import choose_device
 from molgen_energy.training.pretrained import DEFAULT, resolve_checkpoint
 
+_REPRESENTATIONS = ("rdkit", "ase")
+
 
 @dataclass(frozen=True)
 class SamplingJobInfo:
@@ -36,10 +40,10 @@ class SamplingJobInfo:
 
 
 def sample_to(
-    output: str | Path | None = None,
+    output: str | PathLike[str] | None = None,
     count: int | None = None,
     *,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | PathLike[str] | None = None,
     seed: int | None = None,
     n_atoms: int | tuple[int, int] | None = None,
     condition: Mapping[str, float] | None = None,
@@ -53,9 +57,9 @@ def sample_to(
     final_noise: float | None = None,
     batch_size: int | None = None,
     low_precision: bool | None = None,
-    data: str | Path | None = None,
+    data: str | PathLike[str] | None = None,
     device: str = "auto",
-    resume: str | Path | None = None,
+    resume: str | PathLike[str] | None = None,
     callback: SamplingCallback | None = None,
     on_start: Callable[[SamplingJobInfo], SamplingCallback | None] = lambda job: None,
 ) -> SamplingResult | None:
@@ -225,33 +229,109 @@ def option_name(name: str) -> str:
 
 def sample(
     count: int | None = None,
-    output: str | Path | None = None,
-    **options: Any,
-) -> Any:
-    """Draw samples, into a file or in memory.
+    output: str | PathLike[str] | None = None,
+    *,
+    as_: str = "rdkit",
+    checkpoint: str | PathLike[str] | None = None,
+    seed: int | None = None,
+    n_atoms: int | tuple[int, int] | None = None,
+    condition: Mapping[str, float] | None = None,
+    sampler: str | None = None,
+    steps: int | None = None,
+    spacing: str | None = None,
+    eta: float | None = None,
+    temperature: float | None = None,
+    temperature_of: str | None = None,
+    temperature_range: tuple[float | None, float | None] | None = None,
+    final_noise: float | None = None,
+    batch_size: int | None = None,
+    low_precision: bool | None = None,
+    data: str | PathLike[str] | None = None,
+    device: str = "auto",
+    resume: str | PathLike[str] | None = None,
+    callback: SamplingCallback | None = None,
+) -> MoleculeList | Any:
+    """Draw samples, in memory or into a file.
+
+    >>> molecules = molgen_energy.sample(100, checkpoint="qm9_energy", seed=0)
+    >>> molecules[0].GetConformer().GetPositions()  # (N, 3), Å
+    >>> molgen_energy.sample(10_000, "samples.sdf", steps=50)
 
     Parameters
     ----------
     count
-        Number of samples, by default 100.
+        Number of samples; by default 100, for spins all lattices.
     output
-        File to write; None returns the samples.
-    **options
-        Further parameters of `sample_to`.
+        File to write, molecules `.sdf`, `.xyz` or `.h5`, others `.h5`; None returns the samples.
+    as_
+        What molecules in memory are: `rdkit` or `ase`.
+    checkpoint
+        A run or its folder, a checkpoint, or the name of pretrained weights, `qm9_energy` or
+        `qm9_mse`; by default the newest run in `runs/`, else `qm9_energy`.
+    seed
+        Seed of the samples, by default 0. Sample i of a seed is the same in every batch.
+    n_atoms
+        Number of atoms with hydrogens, or its range; by default as in the training data.
+    condition
+        Values of properties that the model was trained on, in the unit of the data; by default
+        drawn from the training molecules.
+    sampler, steps, spacing, eta
+        `ancestral`, `ddim`, `dpm++`, `heun` or `euler`, and its number of steps, their spacing and
+        its noise; see `molgen_energy.diffusion.samplers`. Fewer steps are faster.
+    temperature
+        Below 1 molecules are more probable, above 1 more diverse; by default 1.
+    temperature_of, temperature_range, final_noise
+        See `sample_to`.
+    batch_size
+        Samples in a batch; by default chosen by size and device.
+    low_precision
+        Run the work on pairs of atoms in bfloat16.
+    data
+        For spins: file of couplings to predict ground states for.
+    device
+        `auto`, `cpu`, `cuda` or `cuda:1`.
+    resume
+        File of an interrupted job to continue; needs no other option.
+    callback
+        Receives progress.
 
     Returns
     -------
-    With an output, its `SamplingResult`. Without, the samples as their physical system represents
-    them: molecules are a list of RDKit molecules with conformers, and the bonds and formal charges
-    that the model generates, or bonds perceived from distances; others are arrays by name.
+    Molecules: a `MoleculeList` of RDKit molecules, each with a conformer in Å, the bonds and formal
+    charges that the model generates, or bonds perceived from distances, and properties; they are
+    not sanitised. With `as_="ase"` a list of ASE `Atoms`. Samples of other physical systems: arrays
+    by name. With an output the `SamplingResult`: the file, and how many samples it holds.
 
     Raises
     ------
     InputError
-        The checkpoint or an option is not valid.
+        The checkpoint or an option is not valid, or ASE is asked for and not installed.
     """
-    if output is not None or "resume" in options:
-        return sample_to(output, count, **options)
+    if as_ not in _REPRESENTATIONS:
+        raise InputError(unknown_name("representation as_", as_, _REPRESENTATIONS))
+    options: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "seed": seed,
+        "n_atoms": n_atoms,
+        "condition": condition,
+        "sampler": sampler,
+        "steps": steps,
+        "spacing": spacing,
+        "eta": eta,
+        "temperature": temperature,
+        "temperature_of": temperature_of,
+        "temperature_range": temperature_range,
+        "final_noise": final_noise,
+        "batch_size": batch_size,
+        "low_precision": low_precision,
+        "data": data,
+        "device": device,
+        "callback": callback,
+    }
+    if output is not None or resume is not None:
+        if as_ != "rdkit":
+            raise InputError(f"as_='{as_}' is for samples in memory; leave out the output file")
+        return sample_to(output, count, resume=resume, **options)
     jobs: list[SamplingJobInfo] = []
 
     def on_start(job: SamplingJobInfo) -> SamplingCallback | None:
@@ -261,4 +341,11 @@ def sample(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "samples.h5"
         sample_to(path, count, on_start=on_start, **options)
-        return jobs[0].system.read_samples(path)
+        system = jobs[0].system
+        samples = system.read_samples(path)
+    if isinstance(samples, list):
+        molecules = MoleculeList(samples)
+        return molecules.to_ase() if as_ == "ase" else molecules
+    if as_ != "rdkit":
+        raise InputError(f"as_='{as_}' is for molecules, not for {system.samples}")
+    return samples

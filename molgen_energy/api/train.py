@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.devices import choose_device
 from molgen_energy.training.loop import (
     TrainingCallback,
-    TrainingSummary,
     no_callback,
     total_steps,
 )
 from molgen_energy.training.loop import train as run_loop
 from molgen_energy.training.pretrained import checkpoint_name, resolve_checkpoint
+from molgen_energy.training.run import Run
 from molgen_energy.training.task import Task
 
 
@@ -48,7 +49,7 @@ class TrainingRun:
 def train(
     config: str | Path | Config | None = None,
     *,
-    data: str | Path | None = None,
+    data: str | PathLike[str] | None = None,
     loss: str | None = None,
     springs: str | None = None,
     edges: str | None = None,
@@ -57,15 +58,15 @@ def train(
     batch_size: int | None = None,
     lr: float | None = None,
     seed: int | None = None,
-    init: str | Path | None = None,
+    init: str | PathLike[str] | None = None,
     changes: Mapping[str, Any] | None = None,
     device: str = "auto",
-    output: str | Path | None = None,
-    resume: str | Path | None = None,
+    output: str | PathLike[str] | None = None,
+    resume: str | PathLike[str] | None = None,
     callback: TrainingCallback = no_callback,
     progress: ProgressCallback = no_progress,
     on_start: Callable[[TrainingRun], None] = lambda run: None,
-) -> TrainingSummary:
+) -> Run:
     """Train a model, or resume an interrupted run.
 
     Parameters
@@ -100,7 +101,8 @@ def train(
 
     Returns
     -------
-    The run's folder, its length, training time, and validation loss.
+    The run: its folder, length, training time, validation loss and curves. `print` and a notebook
+    show it; `sample(checkpoint=run)` takes it.
 
     Raises
     ------
@@ -123,7 +125,7 @@ def train(
     }
     given = {key: value for key, value in (options | length).items() if value is not None}
     if data is not None:
-        given["data.path"] = str(data)
+        given["data.path"] = str(Path(data))
     target = local_device(choose_device(device))
     with process_group(target):
         progress_of_run = None
@@ -144,7 +146,7 @@ def train(
         total = total_steps(task.config.training, task.batches_per_epoch)
         if progress_of_run is not None and progress_of_run["step"] >= total:
             task.close()
-            return TrainingSummary(
+            return Run(
                 run, progress_of_run["step"], 0.0, progress_of_run["last_valid"],
                 progress_of_run["skipped"], task.config, already_complete=True,
             )  # fmt: skip
@@ -174,7 +176,7 @@ def _check_resumable(
     run: Path,
     config: str | Path | Config | None,
     changes: Mapping[str, Any] | None,
-    output: str | Path | None,
+    output: str | PathLike[str] | None,
 ) -> None:
     refused = sorted(given.keys() - {"training.steps", "training.epochs", "data.path"})
     if refused or config is not None or changes or output is not None:

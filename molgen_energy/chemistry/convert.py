@@ -1,10 +1,11 @@
-"""RDKit molecules with conformers to arrays, and back."""
+"""Molecules of RDKit and ASE to arrays, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -141,3 +142,44 @@ def _to_rdkit(molecule: Molecule) -> Chem.Mol:
         else:
             built.SetProp(name, str(value))
     return built.GetMol()
+
+
+def to_ase(molecules: Molecules) -> list[Any]:
+    """ASE `Atoms`, one for each molecule: positions in Å, atomic numbers.
+
+    Formal charges (e) become initial charges. Properties, SMILES and group are in `info`. ASE has
+    no bonds.
+
+    Raises
+    ------
+    InputError
+        ASE is not installed.
+    """
+    try:
+        from ase import Atoms
+    except ImportError as error:
+        raise InputError("ASE is not installed; pip install 'molgen-energy[notebook]'") from error
+    found = []
+    for molecule in molecules:
+        atoms = Atoms(numbers=molecule.atomic_numbers, positions=molecule.positions)
+        if molecule.formal_charges is not None and molecule.formal_charges.any():
+            atoms.set_initial_charges(molecule.formal_charges.astype(np.float64))
+        atoms.info.update(data_fields(molecule))
+        found.append(atoms)
+    return found
+
+
+def molecule_from_ase(atoms: Any) -> Molecule:
+    """Positions and elements of an ASE `Atoms`, without bonds; its cell is ignored.
+
+    Raises
+    ------
+    ValueError
+        It has no atoms, or an atom of no element (`X`).
+    """
+    numbers = np.array(atoms.get_atomic_numbers())
+    if not len(numbers):
+        raise ValueError("no atoms")
+    if (numbers == 0).any():
+        raise ValueError(f"atom {int(np.argmin(numbers)) + 1} is no chemical element ('X')")
+    return Molecule(as_positions(atoms.get_positions()), numbers.astype(np.uint8))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from molgen_energy.api.train import TrainingRun
-    from molgen_energy.training.loop import TrainingSummary
+    from molgen_energy.training.run import Run
 
 
 def command(
@@ -157,15 +157,16 @@ def _announce(run: TrainingRun) -> None:
     say(f"run     {run.folder}")
 
 
-def _conclude(summary: TrainingSummary) -> None:
+def _conclude(summary: Run) -> None:
     from molgen_energy.systems.registry import SYSTEMS
 
     if summary.already_complete:
-        say(f"{summary.run} is complete at step {summary.steps:,}; a larger --steps N continues it")
+        complete = f"{summary.folder} is complete at step {summary.steps:,}"
+        say(f"{complete}; a larger --steps N continues it")
         return
     minutes = f"{summary.seconds / 60:.1f} minutes"
     valid = "" if summary.valid_loss is None else f", validation loss {summary.valid_loss:.4g}"
-    say(f"trained {summary.steps:,} steps in {minutes}{valid}: {summary.run}")
+    say(f"trained {summary.steps:,} steps in {minutes}{valid}: {summary.folder}")
     if summary.skipped:
         warn(f"skipped {summary.skipped:,} steps whose loss or gradient was not finite")
     system = SYSTEMS[summary.config.system]
@@ -173,4 +174,4 @@ def _conclude(summary: TrainingSummary) -> None:
         say(suggestion)
     count = system.sampling.get("count")
     option = "" if count is None else f" -n {count}"
-    say(f"next    molgen-energy sample{option} --checkpoint {shlex.quote(str(summary.run))}")
+    say(f"next    molgen-energy sample{option} --checkpoint {shlex.quote(str(summary.folder))}")

@@ -45,6 +45,7 @@ from molgen_energy.training.ema import ExponentialMovingAverage
 from molgen_energy.training.metrics import MetricsLog
 from molgen_energy.training.muon import Muon, hidden_matrices
 from molgen_energy.training.pretrained import resolve_checkpoint
+from molgen_energy.training.run import Run
 from molgen_energy.training.task import Task
 
 _MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
@@ -67,22 +68,6 @@ class TrainingInterrupted(Exception):
     def __init__(self, message: str, run: Path) -> None:
         super().__init__(message)
         self.run = run
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """The end of a run."""
-
-    run: Path
-    steps: int
-    seconds: float
-    valid_loss: float | None
-    skipped: int
-    """Steps whose loss or gradient was not finite."""
-    config: Config
-    """Without `auto`."""
-    already_complete: bool = False
-    """Whether a resumed run had no step left."""
 
 
 @dataclass
@@ -131,7 +116,7 @@ def learning_rate(training: TrainingConfig, step: int, steps: int) -> float:
 
 def train(
     task: Task, run: Path, callback: TrainingCallback = no_callback, resume: bool = False
-) -> TrainingSummary:
+) -> Run:
     """Train until the configured step, writing the run's folder.
 
     Parameters
@@ -323,7 +308,7 @@ class _Trainer:
 
     # -- the loop ------------------------------------------------------------------------------
 
-    def run(self, interrupted: threading.Event) -> TrainingSummary:
+    def run(self, interrupted: threading.Event) -> Run:
         began = time.perf_counter()
         before = self.at.seconds
         row_began, row_samples = began, 0
@@ -378,9 +363,7 @@ class _Trainer:
             self._fail(*self._out_of_memory(too_large))
         self._log(f"finished at step {self.at.step}, {self.at.seconds:.0f} s of training")
         at = self.at
-        return TrainingSummary(
-            self.folder, at.step, at.seconds, at.last_valid, at.skipped, self.task.config
-        )
+        return Run(self.folder, at.step, at.seconds, at.last_valid, at.skipped, self.task.config)
 
     def _batches(self) -> Iterator[BatchIndex]:
         """The batches from the current step to the last."""

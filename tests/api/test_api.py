@@ -72,7 +72,7 @@ def test_from_molecules_in_memory_to_a_report(tmp_path, monkeypatch):
         on_start=lambda run: starts.append(run.system.name),
     )  # fmt: skip
     assert steps == [1, 2, 3] and starts == ["molecules"]
-    assert (summary.run, summary.steps, summary.skipped) == (Path("run"), 3, 0)
+    assert (summary.folder, summary.steps, summary.skipped) == (Path("run"), 3, 0)
     assert summary.config.loss.name == "mse"
     checkpoint = molgen_energy.load_checkpoint("run")
     assert checkpoint.origin == "run, step 3"

@@ -785,7 +785,7 @@ def test_the_page_stands_alone(samples, tmp_path):
     assert len(ids) == len(set(ids))
     referred = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     assert referred <= set(ids)
-    models = json.loads(re.search(r'id="models">(.*?)</script>', text, re.DOTALL)[1])
+    models = json.loads(re.search(r"const models = (.*?);\n", text)[1])
     assert len(models) == shown
     for model in models:
         assert len(model["positions"]) == len(model["elements"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,7 +15,8 @@ from rdkit.Chem.Draw import rdMolDraw2D
 
 from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS, build, max_neighbours
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
-from molgen_energy.elements import symbol
+from molgen_energy.display.html import script_value
+from molgen_energy.display.molecules import molecular_formula, viewer_model
 from molgen_energy.metrics.accumulator import SelectedMolecule
 from molgen_energy.metrics.report.html import render
 from molgen_energy.metrics.report.model import BlockContent, ReportBlock
@@ -46,10 +46,10 @@ def gallery_block(results: MoleculeResults, open_pool: Callable[[], WorkerPool])
                     ("failing a check", accumulator.gallery_failing()),
                 ):
                     cards = _cards(selected, workers, len(models))
-                    models += [_model(s) for s in selected]
+                    models += [viewer_model(s.molecule, s.unstable_atoms) for s in selected]
                     galleries.append({"title": f"{evaluation.name}: {title}", "cards": cards})
-        encoded = json.dumps(models, separators=(",", ":")).replace("<", "\\u003c")
-        return BlockContent(render("gallery.html.j2", galleries=galleries, models=Markup(encoded)))
+        data = script_value(models)
+        return BlockContent(render("gallery.html.j2", galleries=galleries, models=data))
 
     return ReportBlock("Molecules", content)
 
@@ -70,7 +70,7 @@ def _cards(
         {
             "number": first + k,
             "record": item.record,
-            "smiles": _short_smiles(item),
+            "smiles": short_smiles(item.smiles, bool(item.failure_reasons)),
             "formula": molecular_formula(item.molecule),
             "failure_reasons": item.failure_reasons,
             "drawing": Markup(svg),
@@ -79,37 +79,11 @@ def _cards(
     ]
 
 
-def _short_smiles(selected: SelectedMolecule) -> str:
-    """SMILES, with implicit hydrogens if the molecule passes all checks."""
-    if selected.smiles is None:
-        return ""
-    if selected.failure_reasons:
-        return selected.smiles
-    return str(Chem.MolToSmiles(Chem.MolFromSmiles(selected.smiles)))
-
-
-def molecular_formula(molecule: Molecule) -> str:
-    """Molecular formula in Hill order: carbon, hydrogen, then alphabetically."""
-    symbols = [symbol(z) for z in molecule.atomic_numbers.tolist()]
-    order = sorted(set(symbols), key=lambda s: ({"C": 0, "H": 1}.get(s, 2), s))
-    return "".join(s + (str(symbols.count(s)) if symbols.count(s) > 1 else "") for s in order)
-
-
-def _model(selected: SelectedMolecule) -> dict[str, Any]:
-    """Data of the page's 3D viewer: positions in Å, elements, bonds, unstable atoms."""
-    molecule = selected.molecule
-    positions = molecule.positions.astype(np.float64)
-    centred = positions - positions.mean(axis=0)
-    bonds: list[list[int]] = []
-    if molecule.bond_index is not None and molecule.bond_order is not None:
-        orders = molecule.bond_order.tolist()
-        bonds = [[i, j, k] for (i, j), k in zip(molecule.bond_index.tolist(), orders, strict=True)]
-    return {
-        "positions": np.round(centred, 3).tolist(),
-        "elements": [symbol(z) for z in molecule.atomic_numbers.tolist()],
-        "bonds": bonds,
-        "unstable": list(selected.unstable_atoms),
-    }
+def short_smiles(smiles: str | None, fails: bool) -> str:
+    """A SMILES with implicit hydrogens, or as it is if the molecule fails a check."""
+    if smiles is None or fails:
+        return smiles or ""
+    return str(Chem.MolToSmiles(Chem.MolFromSmiles(smiles)))
 
 
 def draw_chunk(chunk: MoleculeChunk, unstable: Mapping[int, tuple[int, ...]]) -> list[str]:

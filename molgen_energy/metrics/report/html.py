@@ -14,6 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from molgen_energy import __version__
+from molgen_energy.display.html import DISPLAY_TEMPLATES
 from molgen_energy.metrics.report.table import metric_text, real_text, uncertainty
 from molgen_energy.output import atomic_write, display_path
 
@@ -63,10 +64,29 @@ def write_report(report: Report, folder: Path) -> Path:
     return folder / PAGE
 
 
+def notebook_html(report: Report) -> str:
+    """The table, the most frequent failures and the notes, in the colours of a notebook.
+
+    It needs no network and has no script; text of files is escaped.
+    """
+    return render(
+        "notebook.html.j2",
+        report=report,
+        columns=_columns(report),
+        sections=_sections(report),
+        uncertainty=uncertainty(report),
+    )
+
+
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("molgen_energy.metrics.report", "templates"),
+        loader=jinja2.ChoiceLoader(
+            [
+                jinja2.PackageLoader("molgen_energy.metrics.report", "templates"),
+                DISPLAY_TEMPLATES,
+            ]
+        ),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

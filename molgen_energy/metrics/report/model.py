@@ -113,7 +113,7 @@ class ReportBlock:
 class Report:
     """Metrics of one or more files, beside those of reference data if there are any.
 
-    `print(report)` shows the table, the most frequent failures and the notes.
+    `print(report)` shows the table, the most frequent failures and the notes; so does a notebook.
     """
 
     system: str
@@ -197,6 +197,31 @@ class Report:
         from molgen_energy.metrics.report.json import to_dict
 
         return to_dict(self)
+
+    def to_pandas(self) -> Any:
+        """All metrics as a pandas `DataFrame`, one row for each metric of each file.
+
+        Columns: `file` (`data: …` for the reference), `variant` (of files with several),
+        `metric`, `label`, `unit`; `value` with its 95 % interval `low`, `high`, or
+        `standard_error`; `samples` that it rests on; for distances the median `real` of as many
+        real samples, their range `real_low`, `real_high`, and the value's `place` in it. Rates are
+        shares from 0 to 1. What is unknown is NaN.
+
+        >>> report.to_pandas().pivot(index="metric", columns="file", values="value")
+
+        Raises
+        ------
+        InputError
+            pandas is not installed.
+        """
+        from molgen_energy.metrics.report.frame import to_pandas
+
+        return to_pandas(self)
+
+    def _repr_html_(self) -> str:
+        from molgen_energy.metrics.report.html import notebook_html
+
+        return notebook_html(self)
 
     def save(self, folder: str | Path) -> Path:
         """Write `report.html`, `report.json` and the pictures.
