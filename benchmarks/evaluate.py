@@ -106,7 +106,7 @@ def evaluated(*arguments: object) -> tuple[float, float, float]:
     import json
 
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD, *map(str, arguments), "--json"],
+        [sys.executable, "-c", _CHILD, *map(str, arguments), "--json", "-"],
         capture_output=True,
         text=True,
         check=True,

@@ -279,7 +279,7 @@ def evaluated(samples: Path, metrics: str) -> dict[str, Any]:
     Of HDF5, which is smaller; the numbers are those of an SDF, whose coordinates are rounded at
     1e-4 Å.
     """
-    command = ["-m", "molgen_energy", "evaluate", str(samples), "--metrics", metrics, "--json"]
+    command = ["-m", "molgen_energy", "evaluate", str(samples), "--metrics", metrics, "--json", "-"]
     say(f"python {' '.join(command)}")
     done = subprocess.run([sys.executable, *command], check=True, text=True, stdout=subprocess.PIPE)
     found: dict[str, Any] = json.loads(done.stdout)

@@ -33,12 +33,17 @@ def evaluate(
     workers: int | None = None,
     timeout: float | None = None,
     skip_bad: bool | None = None,
+    per_molecule: bool | None = None,
     progress: ProgressCallback = no_progress,
     peers: Sequence[Connection] = (),
 ) -> Report:
     """Evaluate samples: stability, validity, novelty, geometry, energy, beside real molecules.
 
     Samples of other physical systems take no options.
+
+    >>> report = molgen_energy.evaluate(molgen_energy.sample(100), workers=0)
+    >>> print(report)
+    >>> report.molecules.to_pandas().query("not valid")
 
     Parameters
     ----------
@@ -78,6 +83,9 @@ def evaluate(
         Seconds after which one molecule is abandoned and counts as invalid, 20 by default.
     skip_bad
         Whether to skip broken records and count them. By default they raise.
+    per_molecule
+        Whether to keep the results of each molecule, in `report.molecules`; by default yes, for
+        molecules.
     progress
         Called with the number of finished molecules of all files, and their total if it is known.
     peers
@@ -85,7 +93,8 @@ def evaluate(
 
     Returns
     -------
-    The report. `print` shows it; `to_dict` gives all numbers; `save` writes an HTML page.
+    The report. `print` and a notebook show it; `to_dict` and `to_pandas` give all numbers;
+    `save` writes an HTML page; `molecules` is a table with a row for each molecule.
 
     Raises
     ------
@@ -112,14 +121,16 @@ def evaluate(
         "workers": workers,
         "timeout": timeout,
         "skip_bad": skip_bad,
+        "per_molecule": per_molecule,
     }
     given = {name: value for name, value in options.items() if value is not None}
     evaluator = EVALUATORS[system]
-    for name in given:
-        if name not in evaluator.options:
+    for name, value in given.items():
+        if name not in evaluator.options and value is not False:
             others = [other for other, e in EVALUATORS.items() if name in e.options]
             option = f"--{name.replace('_', '-')}"
             raise InputError(f"{option} is for {', '.join(others)}, not for {system}")
+    given = {name: value for name, value in given.items() if name in evaluator.options}
     if evaluator.parallel:
         given |= {"progress": progress, "peers": peers}
     return evaluator.evaluate(items, **given)

@@ -25,7 +25,7 @@ from molgen_energy.elements import symbol
 from molgen_energy.errors import InputError
 from molgen_energy.metrics.accumulator import failure_reasons
 from molgen_energy.metrics.checks.chunk import CheckSettings, check_chunk
-from molgen_energy.metrics.report.gallery import short_smiles
+from molgen_energy.metrics.report.gallery import shown_smiles
 from molgen_energy.metrics.sources import FileSource, RDKitSource
 from molgen_energy.output import atomic_write, display_path, named_path
 
@@ -251,7 +251,7 @@ def _shown(given: _Given, bonds: str, checks: bool) -> ShownMolecule:
     return ShownMolecule(
         given.title,
         molecule,
-        smiles=short_smiles(found.smiles[0], bool(reasons)),
+        smiles=shown_smiles(found.smiles[0], bool(reasons)),
         good=() if reasons else ("stable, valid, connected",),
         bad=reasons,
         properties=properties,

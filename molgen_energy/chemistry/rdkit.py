@@ -170,6 +170,15 @@ def sanitize(
         )
 
 
+def short_smiles(smiles: str) -> str:
+    """A canonical SMILES of RDKit with its hydrogens implicit.
+
+    Unchanged where RDKit cannot parse its own output.
+    """
+    parsed = Chem.MolFromSmiles(smiles)
+    return smiles if parsed is None else str(Chem.MolToSmiles(parsed))
+
+
 def _lacks_hydrogens(atom: Chem.Atom) -> bool:
     return bool(atom.GetTotalNumHs() > 0 or atom.GetNumRadicalElectrons() > 0)
 

@@ -11,7 +11,7 @@ import typer
 from molgen_energy.cli.console import ThrottledLog, progress_bar, say, stdout, warn
 from molgen_energy.distributed import is_main, worker_connections
 from molgen_energy.errors import InputError
-from molgen_energy.output import check_folder
+from molgen_energy.output import atomic_write, check_folder, check_writable
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -20,6 +20,20 @@ if TYPE_CHECKING:
 
     from molgen_energy.metrics.report.model import Report
     from molgen_energy.progress import ProgressCallback
+
+_STDOUT = Path("-")
+
+
+def _json_file(path: Path | None) -> Path | None:
+    if path is not None and path != _STDOUT and path.suffix.lower() != ".json":
+        raise typer.BadParameter(f"{path}: name a file .json, or - to print JSON")
+    return path
+
+
+def _csv_file(path: Path | None) -> Path | None:
+    if path is not None and path.suffix.lower() != ".csv":
+        raise typer.BadParameter(f"{path}: name a file .csv")
+    return path
 
 
 def command(
@@ -46,7 +60,23 @@ def command(
     report: Path | None = typer.Option(
         None, "--report", metavar="FOLDER", help="Write report.html, report.json and pictures."
     ),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
+    json_file: Path | None = typer.Option(
+        None,
+        "--json",
+        callback=_json_file,
+        is_eager=True,  # so that a file of molecules in this place is what the error names
+        metavar="FILE|-",
+        help="Write all numbers as JSON too; -: print them instead of the table.",
+    ),
+    per_molecule: Path | None = typer.Option(
+        None,
+        "--per-molecule",
+        callback=_csv_file,
+        is_eager=True,
+        metavar="FILE",
+        help="Write a CSV with a row for each molecule: stable, valid, why not, strain, "
+        "PoseBusters' checks, SMILES.",
+    ),
     metrics: str = typer.Option(
         "default",
         "--metrics",
@@ -114,19 +144,39 @@ def command(
     options = {
         name: value
         for name, value in context.params.items()
-        if name not in ("files", "report", "as_json") and _is_given(context, name)
+        if name not in ("files", "report", "json_file", "per_molecule") and _is_given(context, name)
     }
     with worker_connections() as peers:
         if not is_main():
             _serve(peers[0], workers, timeout)
             return
         _check_report(report)
+        for path in (json_file, per_molecule):
+            if path is not None and path != _STDOUT:
+                check_writable(path)
         with progress_bar(transient=True) as bar:
-            found = evaluate(files, **options, progress=_progress(bar), peers=peers)
+            found = evaluate(
+                files,
+                **options,
+                per_molecule=per_molecule is not None,
+                progress=_progress(bar),
+                peers=peers,
+            )
         page = None if report is None else found.save(report)
-    _show(found, as_json)
-    if page is not None:
-        say(f"report: {page}")
+        if per_molecule is not None and found.molecules is not None:
+            found.molecules.save(per_molecule)
+        numbers = json.dumps(found.to_dict(), indent=2) + "\n"
+        if json_file is not None and json_file != _STDOUT:
+            atomic_write(json_file, numbers.encode())
+    if json_file == _STDOUT:
+        typer.echo(numbers, nl=False)
+    else:
+        _show(found)
+    for text in found.warnings():
+        warn(text)
+    for what, path in (("report", page), ("JSON", json_file), ("molecules", per_molecule)):
+        if path is not None and path != _STDOUT:
+            say(f"{what}: {path}")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -167,18 +217,13 @@ def _progress(bar: Progress) -> ProgressCallback:
     return progress
 
 
-def _show(report: Report, as_json: bool) -> None:
+def _show(report: Report) -> None:
     from molgen_energy.metrics.report.table import tables
 
-    if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
-    else:
-        for table in tables(report, stdout):
-            stdout.print(table)
-        if report.summary:
-            say(report.summary)
-        for file in report.files:
-            for line in file.failures:
-                say(f"{file.name}: {line}")
-    for text in report.warnings():
-        warn(text)
+    for table in tables(report, stdout):
+        stdout.print(table)
+    if report.summary:
+        say(report.summary)
+    for file in report.files:
+        for line in file.failures:
+            say(f"{file.name}: {line}")

@@ -308,7 +308,13 @@ class MoleculeWriter:
         data[len(data) - len(values) :] = values
 
     def set_split(self, split: NDArray[np.uint8]) -> None:
-        """Set which molecules are for training (0), validation (1) and test (2), shape (M,)."""
+        """Set which molecules are for training (0), validation (1) and test (2), shape (M,).
+
+        Raises
+        ------
+        ValueError
+            The shape is another.
+        """
         if split.shape != (self.count,):
             raise ValueError(f"split has shape {split.shape}, expected ({self.count},)")
         self._file.create_dataset("split", data=split.astype(np.uint8), **self._compression)
@@ -426,7 +432,13 @@ class MoleculeFile:
         return len(self.split)
 
     def split_indices(self, split: str | None) -> NDArray[np.int64]:
-        """Numbers of the molecules of a split (`train`, `valid`, `test`), or of all."""
+        """Numbers of the molecules of a split (`train`, `valid`, `test`), or of all, (M,).
+
+        Raises
+        ------
+        InputError
+            There is no such split.
+        """
         if split is None:
             return np.arange(len(self), dtype=np.int64)
         if split not in SPLITS:

@@ -66,7 +66,16 @@ class AdaptiveSprings:
         squares: Tensor,
         weight: Tensor,
     ) -> None:
-        """Add squared errors of pairs, with weights; other parameters as in `stiffness`."""
+        """Add squared errors of pairs, with weights.
+
+        Parameters
+        ----------
+        distances, sample, noise_level
+            As in `stiffness`: of any shape, that of the pairs; the number of each pair's sample;
+            and the noise level of each sample, (B,).
+        squares, weight
+            The squared error of each pair, and its weight in the sums, which may be broadcast.
+        """
         count, nodes = len(noise_level), _DISTANCES[2]
         node, share = _locate(distances, _DISTANCES)
         at = (sample * nodes + node).flatten()
@@ -92,7 +101,7 @@ class AdaptiveSprings:
         Parameters
         ----------
         reduce
-            Adds a tensor over the processes of a job.
+            Adds a tensor, (2, levels, distances), over the processes of a job.
         """
         if self._new is None:
             self._new = self._pairs.new_zeros(2, *self._pairs.shape)
@@ -117,17 +126,17 @@ class AdaptiveSprings:
         return variance.clamp(min=1e-30).log()
 
     def variance(self, distances: Tensor, noise_level: float) -> Tensor:
-        """v of distances at a noise level, up to a factor that depends on the level alone."""
+        """v of distances (V,) at a noise level, up to a factor that depends on the level alone."""
         levels = torch.full((1,), noise_level, dtype=distances.dtype)
         return 1 / self.stiffness(distances, torch.zeros((), dtype=torch.long), levels)
 
     def state(self) -> dict[str, Tensor]:
-        """The sums over past steps."""
+        """The sums over past steps: `squares` and `pairs`, (levels, distances), and `steps`, ()."""
         steps = torch.tensor(self._steps)
         return {"squares": self._squares, "pairs": self._pairs, "steps": steps}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a `state`."""
+        """Continue from a `state`, with its shapes."""
         self._squares, self._pairs = state["squares"], state["pairs"]
         self._steps, self._new = int(state["steps"]), None
         self._log_variance = self._fit()

@@ -87,7 +87,14 @@ class Edges(ABC):
         mask: Tensor | None = None,
         numbers: NDArray[np.int64] | None = None,
     ) -> Neighbours:
-        """Edges of padded samples as a table, see `Loss.prepare_neighbours`.
+        """Edges of samples as a table, which is part of the data.
+
+        Parameters
+        ----------
+        positions, mask
+            As in a call of a loss, (B, N, D) and (B, N).
+        numbers
+            Which graph of the pool each sample takes, (B,); None is the first.
 
         Raises
         ------
@@ -444,7 +451,13 @@ class BondEdges(Edges):
     requires = frozenset({"bonds"})
 
     def pairs(self, samples: Samples) -> Pairs:
-        """The bonded pairs."""
+        """The bonded pairs.
+
+        Raises
+        ------
+        ValueError
+            The samples have no bonds.
+        """
         if samples.bonds is None:
             raise ValueError("edges along bonds: give bonds")
         return _TabulatedPairs(samples, samples.bonds.neighbours())
@@ -625,6 +638,7 @@ EDGES: dict[str, type[Edges]] = {
     "symmetrized": SymmetrizedEdges,
     "bonds": BondEdges,
 }
+"""Kinds of edges."""
 
 
 class EdgesConfig(Section):

@@ -274,7 +274,13 @@ class PairwiseEnergy(PositionLoss):
         return self.edges.prepare_neighbours(positions, mask, numbers)
 
     def of(self, samples: Samples) -> Tensor:
-        """Energy of each sample, (B,)."""
+        """Energy of each sample, (B,).
+
+        Raises
+        ------
+        ValueError
+            Neighbours are given, and the edges find their own.
+        """
         if samples.neighbours is not None and "neighbours" not in self.edges.requires:
             raise ValueError("neighbours are for symmetrized edges; these edges find their own")
         samples = once_differentiable(samples, "an energy", {"target", *self.requires} - {"bonds"})
@@ -370,7 +376,8 @@ class PairwiseEnergy(PositionLoss):
         """Σ f over the ordered pairs that springs connect, for each sample; f is 1 on average over
         the pairs of a sample with the scale `sample`.
 
-        Parameters are those of a call, without the prediction.
+        Parameters are those of a call, without the prediction: `target` (B, N, D) with `mask`
+        (B, N), or packed (ΣN, D) with `batch`.
         """
         samples = as_samples(target, target, mask, **inputs)
         sums = _StiffnessSums(samples.target.new_zeros(len(samples.target)))

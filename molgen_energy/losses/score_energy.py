@@ -72,9 +72,10 @@ class ScoreEnergy(PairwiseEnergy):
     the gradient, which is then K(ŷ)(ŷ − y) with K = 2 Σ k_ij û_ij û_ijᵀ-blocks + 2λ/n. K depends on
     ŷ alone and is positive definite for λ > 0. So the mean gradient over the data that belong to a
     noisy x_t vanishes at the posterior mean ŷ = E[y | x_t] and nowhere else: at every noise level
-    the loss has the minimiser of the squared error, which gives the score (Tweedie's formula), but
-    it weighs errors of distances by stiffness. Without λ, K is singular: any ŷ that differs from
-    the posterior mean by an infinitesimal rotation of itself would do.
+    the loss has the minimiser of the squared error, which gives the score (Tweedie's formula: B.
+    Efron, J. Am. Stat. Assoc. 106, 1602, 2011), but it weighs errors of distances by stiffness.
+    Without λ, K is singular: any ŷ that differs from the posterior mean by an infinitesimal
+    rotation of itself would do.
 
     The loss is not invariant under rotations of the data relative to the prediction, nor is the
     score. Its value is that of an energy with other springs at each prediction, so it need not

@@ -271,6 +271,11 @@ def lattice_couplings(right: Tensor, down: Tensor, periodic: bool = False) -> Ne
     Returns
     -------
     `index` and `weight` (B, L², 4); site (r, c) has index r·L + c.
+
+    Raises
+    ------
+    ValueError
+        A periodic lattice has less than three sites a side.
     """
     batch, size, _ = right.shape
     if periodic and size < 3:

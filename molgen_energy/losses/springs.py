@@ -103,6 +103,7 @@ SPRINGS: dict[str, SpringFamily] = {
     ),
     "auto": SpringFamily(constant, finite_at_zero=True, adaptive=True),
 }
+"""Families of springs, with their published scales by model."""
 
 PUBLISHED_SCALES = ("gdm", "edm", "jodo")
 """Models with published scales c."""

@@ -8,6 +8,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from molgen_energy.distributed import default_workers
+from molgen_energy.metrics.molecule_table import MoleculeTable
 from molgen_energy.metrics.options import DEFAULT_METRICS, make_options
 from molgen_energy.metrics.report.model import Report
 from molgen_energy.metrics.report.molecules import molecule_report
@@ -33,6 +34,7 @@ def evaluate_molecules(
     workers: int | None = None,
     timeout: float = 20.0,
     skip_bad: bool = False,
+    per_molecule: bool = True,
     progress: ProgressCallback = no_progress,
     peers: Sequence[Connection] = (),
 ) -> Report:
@@ -48,7 +50,8 @@ def evaluate_molecules(
         Connections to other processes of the job, which do part of the work.
     """
     options = make_options(metrics, bonds, valence, angles, subset, skip_bad)
+    table = MoleculeTable() if per_molecule else None
     count = default_workers() if workers is None else workers
     with WorkerPool(count, timeout, peers, PRELOAD) as pool:
-        results = evaluate_inputs(inputs, reference, train, types, options, pool, progress)
+        results = evaluate_inputs(inputs, reference, train, types, options, pool, progress, table)
     return molecule_report(results, partial(WorkerPool, count, timeout, preload=PRELOAD))

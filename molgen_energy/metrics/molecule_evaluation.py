@@ -52,6 +52,7 @@ from molgen_energy.metrics.checks.strain import (
 )
 from molgen_energy.metrics.distances.comparison import Comparison, Distributions
 from molgen_energy.metrics.distances.fcd import ChemNet
+from molgen_energy.metrics.molecule_table import MoleculeTable
 from molgen_energy.metrics.options import BOND_DESCRIPTIONS, EvaluationOptions, install_command
 from molgen_energy.metrics.sources import ChunkSource
 from molgen_energy.metrics.statistics import Clusters, Estimate, Rate, median_interval
@@ -118,6 +119,7 @@ def evaluate_source(
     training_hashes: NDArray[np.uint64] | None,
     workers: WorkerPool,
     counter: ProgressCounter | None = None,
+    table: MoleculeTable | None = None,
 ) -> MoleculeEvaluation:
     """Check the molecules of a source and accumulate the results.
 
@@ -136,6 +138,8 @@ def evaluate_source(
         Processes for the calls of RDKit.
     counter
         Gets the number of finished molecules.
+    table
+        Gets the results of each molecule.
 
     Raises
     ------
@@ -146,12 +150,16 @@ def evaluate_source(
     accumulator = EvaluationAccumulator(options.subset, options.kept)
     elements = _ElementFilter(name, options)
     net = ChemNet(options.kept) if "fcd" in options.available else None
-    settings = options.checks
+    settings = replace(options.checks, short_smiles=table is not None)
+    if table is not None:
+        table.begin(name)
     chunks = elements.filter(source.chunks())
     for chunk, checks in check_chunks(chunks, settings, workers):
         accumulator.add(checks)
         if net is not None:
             net.add(checks.whole_smiles)
+        if table is not None:
+            table.add(checks, _novel(checks.smiles, training_hashes))
         if counter is not None:
             counter.add(len(chunk))
     counts = accumulator.counts
@@ -180,13 +188,23 @@ def evaluate_source(
             f"{MAX_NEIGHBOURS} bonds"
         )
     evaluation.rates |= {"stereocentres_r": None, "posebusters": None}
-    _add_subset_metrics(evaluation, options, workers)
+    _add_subset_metrics(evaluation, options, workers, table)
     evaluation.worst = (
         accumulator.timed_out[:_MAX_WORST]
         + accumulator.most_unstable[:_MAX_WORST]
         + evaluation.worst
     )
     return evaluation
+
+
+def _novel(
+    smiles: list[str | None], training_hashes: NDArray[np.uint64] | None
+) -> NDArray[np.bool_] | None:
+    """Which SMILES are not among the training molecules', (M,); anything where there is none."""
+    if training_hashes is None:
+        return None
+    hashes = np.array([smiles_hash(text or "") for text in smiles], np.uint64)
+    return ~np.isin(hashes, training_hashes)
 
 
 def check_chunks(
@@ -281,7 +299,10 @@ class _ElementFilter:
 
 
 def _add_subset_metrics(
-    evaluation: MoleculeEvaluation, options: EvaluationOptions, workers: WorkerPool
+    evaluation: MoleculeEvaluation,
+    options: EvaluationOptions,
+    workers: WorkerPool,
+    table: MoleculeTable | None,
 ) -> None:
     """Compute the metrics that are too slow for all molecules, on random subsets."""
     accumulator, estimates = evaluation.accumulator, evaluation.estimates
@@ -302,6 +323,8 @@ def _add_subset_metrics(
         for chunk, part in workers.map(relax, chunks, relaxation_failed):
             relaxations += part
             records += chunk.records.tolist()
+        if table is not None:
+            table.add_relaxations(metric, records, relaxations)
         _add_strain(evaluation, metric, label, records, relaxations)
     if "geometry" in options.metrics:
         centres: list[Stereocentres] = []
@@ -312,13 +335,18 @@ def _add_subset_metrics(
             centres += counted
         evaluation.rates["stereocentres_r"] = _share_of_r(centres)
     if "posebusters" in options.available:
-        failures: list[list[str]] = []
+        checks: list[dict[str, bool]] = []
+        numbers: list[int] = []
         chunks = _subset_chunks(accumulator.random_molecules, options.subset)
-        for _, failed in workers.map(run_posebusters, chunks, posebusters_failed):
-            failures += failed
-        passed = sum(not failed for failed in failures)
-        evaluation.rates["posebusters"] = Rate(passed, len(failures))
-        evaluation.posebusters_failures = Counter(name for failed in failures for name in failed)
+        for chunk, found in workers.map(run_posebusters, chunks, posebusters_failed):
+            checks += found
+            numbers += chunk.records.tolist()
+        if table is not None:
+            table.add_posebusters(numbers, checks)
+        evaluation.rates["posebusters"] = Rate(sum(all(c.values()) for c in checks), len(checks))
+        evaluation.posebusters_failures = Counter(
+            name for one in checks for name, passed in one.items() if not passed
+        )
 
 
 def _subset_chunks(

@@ -21,6 +21,7 @@ from molgen_energy.metrics.molecule_evaluation import (
     collect_smiles_hashes,
     evaluate_source,
 )
+from molgen_energy.metrics.molecule_table import MoleculeTable
 from molgen_energy.metrics.options import EvaluationOptions, with_bonds, with_types
 from molgen_energy.metrics.reference import (
     MAX_COMPARED,
@@ -61,6 +62,7 @@ class MoleculeResults:
     bonds_unused: bool = False
     """Whether a file has bonds of its own that were not checked."""
     notes: list[str] = field(default_factory=list)
+    table: MoleculeTable | None = None
 
 
 def evaluate_inputs(
@@ -71,6 +73,7 @@ def evaluate_inputs(
     options: EvaluationOptions,
     workers: WorkerPool,
     progress: ProgressCallback = no_progress,
+    table: MoleculeTable | None = None,
 ) -> MoleculeResults:
     """Evaluate molecules and compare them with a reference.
 
@@ -92,6 +95,8 @@ def evaluate_inputs(
         Processes for the calls of RDKit.
     progress
         Called with the number of finished molecules, of the reference and training files too.
+    table
+        Gets the results of each molecule of the inputs.
 
     Raises
     ------
@@ -126,7 +131,9 @@ def evaluate_inputs(
     options = with_types(options, data.types)
     samples = []
     for name, source in zip(names, sources, strict=True):
-        evaluation = evaluate_source(name, source, options, training_hashes, workers, counter)
+        evaluation = evaluate_source(
+            name, source, options, training_hashes, workers, counter, table
+        )
         _compare_with(data, evaluation, source, options)
         samples.append(evaluation)
     if data.evaluation.bonds != samples[0].bonds:
@@ -146,7 +153,7 @@ def evaluate_inputs(
             "unbiased and extrapolated rows, or each distance with its range of real molecules"
         )
     unused = options.checks.bonds != "given" and any(s.given_bonds.some for s in sources)
-    return MoleculeResults(samples, data, options, novelty_against, unused, notes)
+    return MoleculeResults(samples, data, options, novelty_against, unused, notes, table)
 
 
 def _resolve_bonds(

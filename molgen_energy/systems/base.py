@@ -89,7 +89,10 @@ class Generator(Protocol):
     def write(
         self, output: Path, callback: SamplingCallback, resume: bool = False
     ) -> SamplingResult:
-        """Draw the samples and write them; with `resume`, continue an interrupted job."""
+        """Draw the samples and write them into the file `output`.
+
+        With `resume`, continue its interrupted job. `callback` receives the progress.
+        """
         ...
 
 
@@ -110,7 +113,9 @@ class System(ABC):
 
     @abstractmethod
     def task(self, config: Any, device: torch.device, progress: ProgressCallback) -> Task:
-        """The training task of a configuration of this system.
+        """The training task of a configuration of this system, `config`, on a `device`.
+
+        `progress` is called with the number of prepared samples, if that takes long.
 
         Raises
         ------
@@ -122,7 +127,9 @@ class System(ABC):
     def generator(
         self, checkpoint: Checkpoint, device: torch.device, options: Mapping[str, Any]
     ) -> Generator:
-        """The generator of samples for a checkpoint of this system; `options` has every option.
+        """The generator of samples for a checkpoint of this system, on a `device`.
+
+        `options` has every option.
 
         Raises
         ------

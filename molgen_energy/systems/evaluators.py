@@ -47,7 +47,7 @@ EVALUATORS: dict[str, Evaluator] = {
         frozenset(
             {
                 "reference", "train", "metrics", "bonds", "valence", "angles", "types", "subset",
-                "workers", "timeout", "skip_bad",
+                "workers", "timeout", "skip_bad", "per_molecule",
             }
         ),
         parallel=True,
@@ -55,3 +55,4 @@ EVALUATORS: dict[str, Evaluator] = {
     "shapes": Evaluator(_evaluate_shapes),
     "spins": Evaluator(_evaluate_spins),
 }  # fmt: skip
+"""Evaluators by physical system."""

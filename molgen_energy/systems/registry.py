@@ -17,8 +17,10 @@ SYSTEMS: dict[str, System] = {
     "shapes": ShapeSystem(),
     "spins": SpinSystem(),
 }
+"""Physical systems."""
 
 DEFAULT_SYSTEM = "molecules"
+"""The system of `train` without a configuration."""
 
 
 def system_named(name: str, where: str) -> System:

@@ -47,6 +47,8 @@ class Checkpoint:
     def tensors(self, name: str, model: nn.Module) -> dict[str, Tensor]:
         """Tensors of `model`, `ema` or `optimizer`, on the CPU, by the names of a model.
 
+        Shapes are those of the model's parameters.
+
         Raises
         ------
         InputError
@@ -63,6 +65,8 @@ class Checkpoint:
 
     def read_tensors(self, name: str) -> dict[str, Tensor]:
         """Tensors of `model`, `ema` or `optimizer`, on the CPU, by their names in the file.
+
+        Shapes are those that the file states.
 
         Raises
         ------

@@ -47,7 +47,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, NDArray[np.float64]]:
-        """The columns of `metrics.csv`, (rows,); NaN where a row has no value.
+        """The columns of `metrics.csv`, (R,) for its R rows; NaN where a row has no value.
 
         `step`, `epoch`, `loss`, the terms of the loss, `valid_loss`, `gradient_norm`, `lr`,
         `samples_per_second`, `seconds`, and `skipped`. Read anew each time, so a run in progress

@@ -30,25 +30,33 @@ class Task(Protocol):
     """Names of the parts of the loss: keys of `loss`, and columns of `metrics.csv`."""
 
     @property
-    def batches_per_epoch(self) -> int: ...
+    def batches_per_epoch(self) -> int:
+        """Number of batches in an epoch; every epoch has as many."""
+        ...
 
-    def epoch(self, epoch: int) -> Sequence[BatchIndex]: ...
+    def epoch(self, epoch: int) -> Sequence[BatchIndex]:
+        """The batches of an epoch, which depend on the seed of the run and on its number alone."""
+        ...
 
     def loss(
         self, model: nn.Module, batch: BatchIndex, seed: int, rank: int = 0, world: int = 1
     ) -> dict[str, Tensor]:
-        """The loss of the samples of process `rank`'s shard of a batch, (B,), as `loss`.
+        """The loss of the samples of a batch that process `rank` of `world` has, (B,), as `loss`.
 
         Then its terms by name, (B,) each, if there are `loss_terms`. Random numbers depend on the
         seed and on the place of a sample in the whole batch.
         """
         ...
 
-    def validation_loss(self, model: nn.Module) -> float | None: ...
+    def validation_loss(self, model: nn.Module) -> float | None:
+        """Mean loss of the validation data; None if there are none."""
+        ...
 
     @property
     def adaptive(self) -> AdaptiveSprings | None:
         """The springs of the loss that are learnt, if any."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the files of the data."""
+        ...

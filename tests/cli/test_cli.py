@@ -51,7 +51,7 @@ def test_the_main_job(cli, tmp_path):
         "95.2 [94.8, 95.6]",
     ):
         assert words in shown
-    found = json.loads(cli("evaluate", "samples.sdf", "--json").stdout)
+    found = json.loads(cli("evaluate", "samples.sdf", "--json", "-").stdout)
     assert found["files"][0]["molecules"] == 12
     assert found["reference"]["metrics"]["molecule_stability"]["value"] > 0.9
 
@@ -292,7 +292,7 @@ def test_skip_bad(cli, tmp_path):
     (tmp_path / "a.xyz").write_text(WATER + "1\n\nQq 0 0 0\n" + WATER)
     done = cli("preprocess", "a.xyz", "-o", "a.h5", "--skip-bad")
     assert "left out record 2 (line 6): atom 1 of 1: 'Qq' is no chemical element" in done.stderr
-    found = json.loads(cli("evaluate", "a.xyz", "--skip-bad", "--json").stdout)
+    found = json.loads(cli("evaluate", "a.xyz", "--skip-bad", "--json", "-").stdout)
     assert found["files"][0]["molecules"] == 2
     assert found["files"][0]["skipped"] == 1
 
@@ -408,7 +408,7 @@ def test_evaluation_goes_on_behind_bad_records(cli, tmp_path, sample_path):
     """With --skip-bad: a cut gzip file, NaN in HDF5, foreign elements; numbers stay those of
     the file."""
     (tmp_path / "cut.xyz.gz").write_bytes(gzip.compress(WATER.encode() * 500, mtime=0)[:-20])
-    done = cli("evaluate", "cut.xyz.gz", "--skip-bad", "--json", "--metrics", "rates")
+    done = cli("evaluate", "cut.xyz.gz", "--skip-bad", "--json", "-", "--metrics", "rates")
     (found,) = json.loads(done.stdout)["files"]
     assert 0 < found["molecules"] <= 500
     assert found["skipped"] == 1
@@ -419,7 +419,7 @@ def test_evaluation_goes_on_behind_bad_records(cli, tmp_path, sample_path):
     lines = "1\n\nNa 0 0 0\n" + "2\n\nH 0 0 0\nH 0 0 9\n" + WATER
     (tmp_path / "salt.xyz").write_text(lines)
     done = cli(
-        "evaluate", "nan.h5", "salt.xyz", "--skip-bad", "--json", "--metrics", "rates",
+        "evaluate", "nan.h5", "salt.xyz", "--skip-bad", "--json", "-", "--metrics", "rates",
         "--workers", "1",
     )  # fmt: skip
     nan, salt = json.loads(done.stdout)["files"]
@@ -437,7 +437,7 @@ def test_odd_files_are_evaluated(cli, tmp_path):
     )
     line = "".join(f"C {1.5 * k} 0 0\n" for k in range(500))
     (tmp_path / "line.xyz").write_text("500\n\n" + line)
-    done = cli("evaluate", "one.xyz", "crowd.xyz", "line.xyz", "--report", "out", "--json")
+    done = cli("evaluate", "one.xyz", "crowd.xyz", "line.xyz", "--report", "out", "--json", "-")
     one, crowd, chain = json.loads(done.stdout)["files"]
     assert one["metrics"]["molecule_stability"]["value"] == 1
     assert one["metrics"]["mmd_bond_length"]["interval"] is None

@@ -214,7 +214,7 @@ def test_polygons_by_command(inside, tmp_path):
     assert found["polygons"] == 100
     assert found["metrics"]["irregularity"]["5-gons"]["standard_error"] > 0
     assert "data:image/png" in (tmp_path / "out" / "report.html").read_text()
-    both = inside("evaluate", "shapes_predicted.h5", "b.h5", "--json").stdout
+    both = inside("evaluate", "shapes_predicted.h5", "b.h5", "--json", "-").stdout
     assert len(json.loads(both)["files"]) == 2
 
 
@@ -362,7 +362,7 @@ def test_spins_by_command(inside, tmp_path, glasses):
         assert words in shown.stdout
     assert re.search(r"lattices +│ +40 │", shown.stdout)
     assert (tmp_path / "out" / "domains.png").stat().st_size > 1000
-    found = json.loads(inside("evaluate", "spins_predicted.h5", "--json").stdout)["files"][0]
+    found = json.loads(inside("evaluate", "spins_predicted.h5", "--json", "-").stdout)["files"][0]
     excess = test.energies(predicted.prediction) - test.energies()
     cell = found["metrics"]["excess"]["prediction"]
     assert cell["value"] == pytest.approx(excess.mean())
@@ -854,7 +854,9 @@ def test_a_system_of_ones_own(tmp_path, monkeypatch):
     call("train", "--config", "chains.yaml", "--data", "chains.h5", "-o", "run")
     call("train", "--resume", "run", "--steps", "310")
     call("sample", "--checkpoint", "run")
-    found = json.loads(runner.invoke(app, ["evaluate", "chains_predicted.h5", "--json"]).stdout)
+    found = json.loads(
+        runner.invoke(app, ["evaluate", "chains_predicted.h5", "--json", "-"]).stdout
+    )
     assert found["files"][0]["metrics"]["error"]["value"] < 0.1
     refused = runner.invoke(app, ["train", "--data", "chains.h5"])
     assert refused.exit_code == 2

@@ -25,6 +25,7 @@ from molgen_energy.chemistry.rdkit import (
     MAX_NEIGHBOURS,
     SanitizationResult,
     sanitize,
+    short_smiles,
 )
 from molgen_energy.chemistry.valence import stable_atoms, valences
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
@@ -50,6 +51,8 @@ class CheckSettings:
     bonds are never aromatic."""
     whole_smiles: bool = False
     """Whether to compute SMILES of whole molecules, which FCD needs."""
+    short_smiles: bool = False
+    """Whether to write SMILES with implicit hydrogens too."""
     names_only: bool = False
     """Whether only validity and SMILES are needed; stability is then undefined."""
 
@@ -78,6 +81,8 @@ class ChunkChecks:
     """Valid only with implicit hydrogens or radical electrons."""
     smiles: list[str | None]
     """SMILES of the largest fragment; None if invalid."""
+    short_smiles: list[str | None]
+    """The same SMILES with implicit hydrogens; None where it was not requested."""
     whole_smiles: list[str | None]
     invalid_reasons: list[str]
     """RDKit's error message; empty if valid."""
@@ -146,6 +151,9 @@ def _check(chunk: MoleculeChunk, settings: CheckSettings, failure: str | None) -
         fragments=np.array([r.fragments for r in results], np.int64),
         hydrogens_missing=np.array([r.hydrogens_missing for r in results], bool),
         smiles=[r.smiles for r in results],
+        short_smiles=[
+            short_smiles(r.smiles) if settings.short_smiles and r.smiles else None for r in results
+        ],
         whole_smiles=[r.whole_smiles for r in results],
         invalid_reasons=[r.reason for r in results],
         timed_out=np.full(len(chunk), failure is not None),

@@ -27,20 +27,20 @@ def _posebusters() -> Any:
     return checker
 
 
-def run_posebusters(chunk: MoleculeChunk) -> list[list[str]]:
-    """Names of the checks that each molecule fails, with its bonds; empty if it passes all."""
-    return [_failed_checks(chunk, k) for k in range(len(chunk))]
+def run_posebusters(chunk: MoleculeChunk) -> list[dict[str, bool]]:
+    """Whether each molecule passes each check, by the check's name, with the molecule's bonds."""
+    return [_checks(chunk, k) for k in range(len(chunk))]
 
 
-def posebusters_failed(chunk: MoleculeChunk, reason: str) -> list[list[str]]:
+def posebusters_failed(chunk: MoleculeChunk, reason: str) -> list[dict[str, bool]]:
     """Result for molecules that PoseBusters did not finish: the reason as the failed check."""
-    return [[reason]] * len(chunk)
+    return [{reason: False}] * len(chunk)
 
 
-def _failed_checks(chunk: MoleculeChunk, k: int) -> list[str]:
+def _checks(chunk: MoleculeChunk, k: int) -> dict[str, bool]:
     molecule = chunk.molecules[k]
     if max_neighbours(molecule) > MAX_NEIGHBOURS:
-        return ["sanitization"]
+        return {"sanitization": False}
     # PoseBusters sends RDKit's messages to Python's logging; the checks contain the same.
     logging.getLogger("rdkit").setLevel(logging.CRITICAL)
     with rdBase.BlockLogs(), warnings.catch_warnings():
@@ -48,4 +48,4 @@ def _failed_checks(chunk: MoleculeChunk, k: int) -> list[str]:
         table = _posebusters().bust([build(molecule, positions=True)], None, None)
     row = table.iloc[0]
     # A check that did not run because an earlier one failed is NaN: it counts as failed.
-    return [str(name) for name, passed in row.items() if not (passed is True or passed is np.True_)]
+    return {str(name): passed is True or passed is np.True_ for name, passed in row.items()}

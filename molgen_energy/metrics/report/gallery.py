@@ -13,7 +13,7 @@ from rdkit import Chem, rdBase
 from rdkit.Chem import rdDepictor
 from rdkit.Chem.Draw import rdMolDraw2D
 
-from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS, build, max_neighbours
+from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS, build, max_neighbours, short_smiles
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.display.html import script_value
 from molgen_energy.display.molecules import molecular_formula, viewer_model
@@ -70,7 +70,7 @@ def _cards(
         {
             "number": first + k,
             "record": item.record,
-            "smiles": short_smiles(item.smiles, bool(item.failure_reasons)),
+            "smiles": shown_smiles(item.smiles, bool(item.failure_reasons)),
             "formula": molecular_formula(item.molecule),
             "failure_reasons": item.failure_reasons,
             "drawing": Markup(svg),
@@ -79,11 +79,11 @@ def _cards(
     ]
 
 
-def short_smiles(smiles: str | None, fails: bool) -> str:
+def shown_smiles(smiles: str | None, fails: bool) -> str:
     """A SMILES with implicit hydrogens, or as it is if the molecule fails a check."""
     if smiles is None or fails:
         return smiles or ""
-    return str(Chem.MolToSmiles(Chem.MolFromSmiles(smiles)))
+    return short_smiles(smiles)
 
 
 def draw_chunk(chunk: MoleculeChunk, unstable: Mapping[int, tuple[int, ...]]) -> list[str]:

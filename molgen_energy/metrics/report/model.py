@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from molgen_energy.metrics.statistics import Estimate, Mean, Rate
+
+if TYPE_CHECKING:
+    from molgen_energy.metrics.molecule_table import MoleculeTable
 
 MetricValue = Rate | Mean | Estimate
 """A number with its 95 % interval or standard error."""
@@ -129,6 +132,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     """Restrictions of all metrics."""
     blocks: list[ReportBlock] = field(default_factory=list)
+    molecules: MoleculeTable | None = None
+    """Results of each molecule of the files; None where they were not kept, or of other samples."""
 
     @classmethod
     def of_files(

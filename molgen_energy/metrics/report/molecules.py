@@ -146,6 +146,7 @@ def molecule_report(results: MoleculeResults, open_pool: Callable[[], WorkerPool
         _summary(results),
         results.notes,
         blocks,
+        results.table,
     )
 
 
