@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from molgen_energy.display.progress import notebook_progress
 from molgen_energy.errors import InputError
 from molgen_energy.output import named_path
 from molgen_energy.progress import ProgressCallback, no_progress
@@ -88,6 +89,7 @@ def evaluate(
         molecules.
     progress
         Called with the number of finished molecules of all files, and their total if it is known.
+        By default a notebook shows a bar.
     peers
         Connections to other processes of a distributed job, which do part of the work.
 
@@ -131,9 +133,10 @@ def evaluate(
             option = f"--{name.replace('_', '-')}"
             raise InputError(f"{option} is for {', '.join(others)}, not for {system}")
     given = {name: value for name, value in given.items() if name in evaluator.options}
-    if evaluator.parallel:
-        given |= {"progress": progress, "peers": peers}
-    return evaluator.evaluate(items, **given)
+    if not evaluator.parallel:
+        return evaluator.evaluate(items, **given)
+    with notebook_progress("evaluating", "molecules", progress) as callback:
+        return evaluator.evaluate(items, **given, progress=callback, peers=peers)
 
 
 def _as_list(inputs: Any) -> list[Any]:

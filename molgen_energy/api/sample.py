@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from molgen_energy.api.molecule_list import MoleculeList
 from molgen_energy.data.shards import shards_folder
 from molgen_energy.diffusion.temperature import range_text
+from molgen_energy.display.progress import NotebookProgress, in_notebook
 from molgen_energy.distributed import broadcast, is_main, local_device, process_group
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.output import resolve_symlink
@@ -227,6 +229,28 @@ def option_name(name: str) -> str:
     return {"count": "-n"}.get(name, f"--{name.replace('_', '-')}")
 
 
+class _NotebookSampling:
+    """A `SamplingCallback` that shows a bar in a notebook."""
+
+    def __init__(self, job: SamplingJobInfo) -> None:
+        self._total, self._done = job.generator.count, 0.0
+        self._bar = NotebookProgress("sampling", job.system.samples)
+
+    def found(self, samples: int) -> None:
+        self._done += samples
+
+    def advance(self, samples: int, share: float) -> None:
+        self._done += samples * share
+        self._bar(self._done, self._total)
+
+    def interrupted(self, samples: int) -> None:
+        pass
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.close()
+
+
 def sample(
     count: int | None = None,
     output: str | PathLike[str] | None = None,
@@ -293,7 +317,7 @@ def sample(
     resume
         File of an interrupted job to continue; needs no other option.
     callback
-        Receives progress.
+        Receives progress; by default a notebook shows a bar.
 
     Returns
     -------
@@ -328,18 +352,20 @@ def sample(
         "device": device,
         "callback": callback,
     }
-    if output is not None or resume is not None:
-        if as_ != "rdkit":
-            raise InputError(f"as_='{as_}' is for samples in memory; leave out the output file")
-        return sample_to(output, count, resume=resume, **options)
     jobs: list[SamplingJobInfo] = []
+    with ExitStack() as stack:
 
-    def on_start(job: SamplingJobInfo) -> SamplingCallback | None:
-        jobs.append(job)
-        return None
+        def on_start(job: SamplingJobInfo) -> SamplingCallback | None:
+            jobs.append(job)
+            if callback is not None or not in_notebook():
+                return None
+            return stack.enter_context(closing(_NotebookSampling(job)))
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "samples.h5"
+        if output is not None or resume is not None:
+            if as_ != "rdkit":
+                raise InputError(f"as_='{as_}' is for samples in memory; leave out the output file")
+            return sample_to(output, count, resume=resume, on_start=on_start, **options)
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "samples.h5"
         sample_to(path, count, on_start=on_start, **options)
         system = jobs[0].system
         samples = system.read_samples(path)

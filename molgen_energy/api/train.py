@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from os import PathLike
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from molgen_energy.config import Config
+from molgen_energy.display.progress import NotebookProgress, in_notebook
 from molgen_energy.distributed import broadcast, is_main, local_device, process_group
 from molgen_energy.errors import InputError
 from molgen_energy.losses import LOSSES
@@ -93,7 +95,7 @@ def train(
     resume
         Folder of a run to continue; only `steps`, `epochs`, `data` and `device` can be set then.
     callback
-        Called after each step.
+        Called after each step; by default a notebook shows a bar.
     progress
         Called with the number of prepared samples, if preparing data takes long.
     on_start
@@ -151,7 +153,18 @@ def train(
                 progress_of_run["skipped"], task.config, already_complete=True,
             )  # fmt: skip
         on_start(TrainingRun(run, system, task, total))
-        return run_loop(task, run, callback, resume=resume is not None)
+        with _notebook_bar(callback) as shown:
+            return run_loop(task, run, shown, resume=resume is not None)
+
+
+@contextmanager
+def _notebook_bar(callback: TrainingCallback) -> Iterator[TrainingCallback]:
+    """The callback; where there is none and this is a notebook, one that shows a bar."""
+    if callback is not no_callback or not in_notebook():
+        yield callback
+        return
+    with closing(NotebookProgress("training", "steps")) as bar:
+        yield lambda step, steps, loss, _: bar(step, steps, f"loss {loss:.4f}")
 
 
 def _configuration(
