@@ -30,10 +30,10 @@ TASKS: dict[str, tuple[str, list[str]]] = {
     "lint": ("check style and format", ["ruff check .", "ruff format --check ."]),
     "format": ("fix style and format", ["ruff check --fix .", "ruff format ."]),
     "types": ("check types", ["mypy"]),
+    "links": ("check links, paths and tasks in all Markdown files", ["pytest tests/test_docs.py"]),
     "docs": (
         "run all that README and site print, and the tutorials",
-        ["pytest tests/test_docs.py tests/test_printed_commands.py tests/test_printed_python.py "
-         "tests/test_site.py"],
+        ["pytest tests/test_docs.py tests/test_printed.py tests/test_site.py"],
     ),
     "site": ("build the documentation: site/index.html", ["mkdocs build --strict"]),
     "notebooks": ("execute the tutorials and store their outputs", ["scripts.run_notebooks"]),

@@ -7,6 +7,7 @@ What takes hours runs with few samples or steps and a small network; programs of
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import runpy
 import shlex
@@ -169,7 +170,7 @@ def shortened(arguments: list[str]) -> list[str]:
 
 def forget(words: list[str]) -> None:
     """Remove the output that a command will write."""
-    for before, word in zip(words, words[1:], strict=False):
+    for before, word in itertools.pairwise(words):
         if before in ("-o", "--output", "--report"):
             path = Path(word)
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -210,7 +211,7 @@ def test_every_printed_command_runs(page, here, monkeypatch, capsys):
         else:
             forget(words)
         run(shortened(words), monkeypatch)
-        for before, word in zip(words, words[1:], strict=False):
+        for before, word in itertools.pairwise(words):
             assert before not in ("-o", "--report") or Path(word).exists(), line
         capsys.readouterr()
 
