@@ -71,7 +71,11 @@ def main(tasks: list[str]) -> int:
     for task in tasks:
         for command in TASKS[task][1]:
             print(f"$ python -m {command}", flush=True)
-            done = subprocess.run([environment_python(), "-m", *shlex.split(command)], cwd=ROOT)
+            # MkDocs' theme would print a notice about its successor.
+            environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+            done = subprocess.run(
+                [environment_python(), "-m", *shlex.split(command)], cwd=ROOT, env=environment
+            )
             if done.returncode:
                 return done.returncode
     return 0
