@@ -8,15 +8,15 @@ messages. In a single process every function here works too, as if the job had o
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from multiprocessing.connection import Client, Connection, Listener
 from typing import TYPE_CHECKING, Any
 
 from molgen_energy.errors import InputError
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     import torch
 
 
@@ -88,6 +88,9 @@ def worker_connections() -> Iterator[list[Connection]]:
 
 
 def _connect() -> list[Connection]:
+    import secrets
+    from multiprocessing.connection import Client, Listener
+
     one_machine = local_world_size() == world_size()
     if is_main():
         key = secrets.token_bytes(32)

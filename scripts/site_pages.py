@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "assets/README.md": "results/bundled_data.md",
     "assets/shapes.png": "images/shapes.png",
     "assets/weights/qm9_energy/card.md": "results/qm9_energy.md",

@@ -12,10 +12,11 @@ from typing import Any
 
 from molgen_energy.config import Config
 from molgen_energy.display.progress import NotebookProgress, in_notebook
-from molgen_energy.distributed import broadcast, is_main, local_device, process_group
+from molgen_energy.distributed import broadcast, is_main, local_device, process_group, world_size
 from molgen_energy.errors import InputError
 from molgen_energy.losses import LOSSES
-from molgen_energy.output import check_folder
+from molgen_energy.output import check_folder, real_path
+from molgen_energy.paths import find_again, portable_path
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.systems.base import System
 from molgen_energy.systems.registry import (
@@ -28,12 +29,15 @@ from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.devices import choose_device
 from molgen_energy.training.loop import (
     TrainingCallback,
+    TrainingCost,
+    measure_cost,
     no_callback,
     total_steps,
 )
 from molgen_energy.training.loop import train as run_loop
 from molgen_energy.training.pretrained import checkpoint_name, resolve_checkpoint
 from molgen_energy.training.run import Run
+from molgen_energy.training.state import Progress
 from molgen_energy.training.task import Task
 
 
@@ -46,6 +50,13 @@ class TrainingRun:
     task: Task
     steps: int
     """Length of the whole run."""
+    progress: Progress | None = None
+    """That of the checkpoint which is resumed; None of a new run."""
+
+    @property
+    def finished(self) -> int:
+        """Steps that a resumed run has taken before."""
+        return 0 if self.progress is None else self.progress.step
 
 
 def train(
@@ -115,7 +126,70 @@ def train(
     TrainingFailedError
         Training diverged or ran out of memory.
     """
-    length = {"training.steps": steps, "training.epochs": epochs}
+    given = _given(data, loss, springs, edges, steps, epochs, batch_size, lr, seed, init)
+    with _prepared(config, given, changes, device, output, resume, progress) as run:
+        if run.finished >= run.steps:
+            assert run.progress is not None
+            run.task.close()
+            return Run(
+                run.folder, run.finished, 0.0, run.progress.last_valid,
+                run.progress.skipped, run.task.config, already_complete=True,
+            )  # fmt: skip
+        on_start(run)
+        with _notebook_bar(callback) as shown:
+            return run_loop(run.task, run.folder, shown, resume=resume is not None)
+
+
+def estimate_training(
+    config: str | Path | Config | None = None,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    output: str | PathLike[str] | None = None,
+    resume: str | PathLike[str] | None = None,
+    progress: ProgressCallback = no_progress,
+    on_start: Callable[[TrainingRun], None] = lambda run: None,
+    **options: Any,
+) -> TrainingCost:
+    """Estimate time and memory of `train` with the same arguments, by taking a few steps.
+
+    Parameters
+    ----------
+    options
+        `data`, `loss`, `springs`, `edges`, `steps`, `epochs`, `batch_size`, `lr`, `seed` and
+        `init` of `train`.
+
+    Returns
+    -------
+    What the run needs; nothing is written.
+
+    Raises
+    ------
+    InputError
+        As of `train`; and in a job of several processes, which would share the work.
+    """
+    if world_size() > 1:
+        raise InputError("--dry-run measures one process; run it without torchrun")
+    given = _given(**options)
+    with _prepared(config, given, changes, device, output, resume, progress) as run:
+        on_start(run)
+        left = max(1, run.steps - run.finished)
+        return measure_cost(run.task, run.folder, left)
+
+
+def _given(
+    data: str | PathLike[str] | None = None,
+    loss: str | None = None,
+    springs: str | None = None,
+    edges: str | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    seed: int | None = None,
+    init: str | PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """The options that are not None, by the dotted keys of the configuration."""
     options = {
         "loss.name": loss,
         "loss.springs.family": springs,
@@ -124,20 +198,43 @@ def train(
         "training.lr": lr,
         "training.seed": seed,
         "training.initial_weights": None if init is None else _initial_weights(Path(init)),
+        "training.steps": steps,
+        "training.epochs": epochs,
+        "data.path": None if data is None else str(Path(data)),
     }
-    given = {key: value for key, value in (options | length).items() if value is not None}
-    if data is not None:
-        given["data.path"] = str(Path(data))
+    return {key: value for key, value in options.items() if value is not None}
+
+
+@contextmanager
+def _prepared(
+    config: str | Path | Config | None,
+    given: dict[str, Any],
+    changes: Mapping[str, Any] | None,
+    device: str,
+    output: str | PathLike[str] | None,
+    resume: str | PathLike[str] | None,
+    progress: ProgressCallback,
+) -> Iterator[TrainingRun]:
+    """The run that the arguments describe, with its task, in the process group of its job."""
     target = local_device(choose_device(device))
     with process_group(target):
-        progress_of_run = None
+        progress_of_run: Progress | None = None
         if resume is not None:
             run = Path(resume)
             _check_resumable(given, run, config, changes, output)
             checkpoint = load_checkpoint(run)
             system = system_of_checkpoint(checkpoint)
-            settings: Config = checkpoint.config_as(system.config).replaced(given)
-            progress_of_run = checkpoint.state["progress"]
+            begun = checkpoint.config_as(system.config)
+            checkpoint.state_as(system.state)
+            if "data.path" not in given and begun.data.path is not None:
+                found = find_again(begun.data.path, run)
+                if not found.exists():
+                    raise InputError(
+                        f"{found}, the data of {run}, does not exist; name it with --data FILE"
+                    )
+                given["data.path"] = str(found)
+            settings: Config = begun.replaced(given)
+            progress_of_run = checkpoint.progress
         else:
             settings = _configuration(config, dict(changes or {}), given)
             system = SYSTEMS[settings.system]
@@ -146,15 +243,7 @@ def train(
                 _check_new(run)
         task = system.task(settings, target, progress)
         total = total_steps(task.config.training, task.batches_per_epoch)
-        if progress_of_run is not None and progress_of_run["step"] >= total:
-            task.close()
-            return Run(
-                run, progress_of_run["step"], 0.0, progress_of_run["last_valid"],
-                progress_of_run["skipped"], task.config, already_complete=True,
-            )  # fmt: skip
-        on_start(TrainingRun(run, system, task, total))
-        with _notebook_bar(callback) as shown:
-            return run_loop(task, run, shown, resume=resume is not None)
+        yield TrainingRun(run, system, task, total, progress_of_run)
 
 
 @contextmanager
@@ -203,8 +292,9 @@ def _check_resumable(
 
 
 def _initial_weights(name: Path) -> str:
-    """The value of `training.initial_weights` for a name, valid in any working directory."""
-    return checkpoint_name(resolve_checkpoint(name, "--init"))
+    """The value of `training.initial_weights` for a name."""
+    found = checkpoint_name(resolve_checkpoint(name, "--init"))
+    return portable_path(Path(found)) if Path(found).is_absolute() else found
 
 
 def _new_folder(config: Config) -> Path:
@@ -223,12 +313,14 @@ def _new_folder(config: Config) -> Path:
 
 
 def _check_new(run: Path) -> None:
+    if run.is_symlink() and not run.exists():
+        raise InputError(f"{run} is a link to {run.readlink()}, which does not exist; remove it")
     if run.is_dir() and any(run.iterdir()):
         raise InputError(
             f"{run} is not empty; name another --output, or continue with --resume {run}"
         )
     # The folder is made when training starts, so that a start that fails leaves nothing.
-    existing = next(path for path in (run, *run.resolve().parents) if path.exists())
+    existing = next(path for path in (run, *real_path(run).parents) if path.exists())
     check_folder(existing)
 
 

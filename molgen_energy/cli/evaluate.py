@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from molgen_energy.cli.console import ThrottledLog, progress_bar, say, stdout, warn
+from molgen_energy.cli.common import OVERWRITE, check_new_file, one_of
+from molgen_energy.cli.console import ThrottledLog, progress_bar, say, show, stdout, warn
 from molgen_energy.distributed import is_main, worker_connections
 from molgen_energy.errors import InputError
-from molgen_energy.output import atomic_write, check_folder, check_writable
+from molgen_energy.output import atomic_write, check_folder, check_own_file, check_writable
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -21,6 +22,25 @@ if TYPE_CHECKING:
     from molgen_energy.metrics.report.model import Report
     from molgen_energy.progress import ProgressCallback
 
+# Panels of the help.
+_DATA, _WHAT, _COMPUTATION = "Data to compare with", "What to measure", "Computation"
+_METRICS = (
+    "default",
+    "all",
+    "rates",
+    "geometry",
+    "composition",
+    "strain",
+    "fcd",
+    "posebusters",
+    "xtb",
+)
+EXAMPLES = """
+molgen-energy evaluate samples.sdf
+molgen-energy evaluate mine.sdf theirs.xyz --report report
+molgen-energy evaluate samples.sdf --metrics default,posebusters
+"""
+_OUTPUTS = ("files", "report", "json_file", "per_molecule", "overwrite")  # no options of the API
 _STDOUT = Path("-")
 
 
@@ -47,22 +67,29 @@ def command(
     reference: str | None = typer.Option(
         None,
         "--reference",
+        rich_help_panel=_DATA,
         metavar="FILE",
         help="Real molecules to compare with; default: QM9's test split.",
     ),
     train: str | None = typer.Option(
         None,
         "--train",
+        rich_help_panel=_DATA,
         metavar="FILE",
         help="Training molecules, for novelty; default: the training split of "
         "--reference, or QM9's 100,000.",
     ),
     report: Path | None = typer.Option(
-        None, "--report", metavar="FOLDER", help="Write report.html, report.json and pictures."
+        None,
+        "--report",
+        rich_help_panel="Output",
+        metavar="FOLDER",
+        help="Write report.html, report.json and pictures.",
     ),
     json_file: Path | None = typer.Option(
         None,
         "--json",
+        rich_help_panel="Output",
         callback=_json_file,
         is_eager=True,  # so that a file of molecules in this place is what the error names
         metavar="FILE|-",
@@ -71,15 +98,19 @@ def command(
     per_molecule: Path | None = typer.Option(
         None,
         "--per-molecule",
+        rich_help_panel="Output",
         callback=_csv_file,
         is_eager=True,
         metavar="FILE",
         help="Write a CSV with a row for each molecule: stable, valid, why not, strain, "
         "PoseBusters' checks, SMILES.",
     ),
+    overwrite: bool = OVERWRITE,
     metrics: str = typer.Option(
         "default",
         "--metrics",
+        rich_help_panel=_WHAT,
+        autocompletion=one_of(*_METRICS),
         metavar="NAMES",
         help="Some of rates, geometry, composition, strain (these are the default) and fcd, "
         "posebusters, xtb (each an extra to install): default,fcd adds one; or all.",
@@ -87,49 +118,70 @@ def command(
     bonds: str = typer.Option(
         "auto",
         "--bonds",
-        metavar="auto|perceived|single|given",
-        help="Bonds of all checks: given in the file, or perceived from distances; single: "
-        "perceived, all single for validity (EDM on GEOM-Drugs); auto: given where every record "
-        "has them.",
+        rich_help_panel=_WHAT,
+        autocompletion=one_of("auto", "perceived", "single", "given"),
+        metavar="NAME",
+        help="Bonds of all checks. given: those of the file; perceived: from distances; single: "
+        "perceived, and all single for validity (EDM on GEOM-Drugs); auto: given where every "
+        "record has them.",
     ),
     valence: str | None = typer.Option(
         None,
         "--valence",
-        metavar="strict|geom|jodo|edm",
-        help="Which bonds make an atom stable: as RDKit allows for its charge (default for given "
-        "bonds), or the table of GEOM-Drugs Revisited, JODO, or EDM (default for perceived).",
+        rich_help_panel=_WHAT,
+        autocompletion=one_of("strict", "geom", "jodo", "edm"),
+        metavar="NAME",
+        help="Which bonds make an atom stable. strict: as RDKit allows for its charge (default "
+        "for given bonds); geom, jodo: tables of GEOM-Drugs Revisited and JODO; edm: that of EDM "
+        "(default for perceived bonds).",
     ),
     angles: str = typer.Option(
         "once",
         "--angles",
-        metavar="once|jodo",
-        help="Count every angle and dihedral once, or as JODO's code does.",
+        rich_help_panel=_WHAT,
+        autocompletion=one_of("once", "jodo"),
+        metavar="NAME",
+        help="once: count every angle and dihedral once; jodo: as JODO's code does.",
     ),
     types: str | None = typer.Option(
         None,
         "--types",
-        metavar="qm9|geom|frequent",
-        help="Types of bonds, angles and dihedrals to compare; default: JODO's list for QM9, else "
-        "the eight most frequent of the reference.",
+        rich_help_panel=_WHAT,
+        autocompletion=one_of("qm9", "geom", "frequent"),
+        metavar="NAME",
+        help="Types of bonds, angles and dihedrals to compare. qm9, geom: JODO's lists; frequent: "
+        "the eight most frequent of the reference. Default: qm9 for QM9, else frequent.",
     ),
     subset: int = typer.Option(
         1000,
         "--subset",
+        rich_help_panel=_WHAT,
+        metavar="N",
         min=1,
         help="Number of random molecules for strain and PoseBusters; xTB takes a tenth.",
     ),
     workers: int | None = typer.Option(
         None,
         "--workers",
+        rich_help_panel=_COMPUTATION,
+        metavar="N",
         min=0,
         help="Number of processes; default: one for each processor. With torchrun, for each of its "
         "processes.",
     ),
     timeout: float = typer.Option(
-        20.0, "--timeout", min=1.0, help="Seconds after which one molecule times out."
+        20.0,
+        "--timeout",
+        rich_help_panel=_COMPUTATION,
+        metavar="SECONDS",
+        min=1.0,
+        help="Seconds after which one molecule times out.",
     ),
     skip_bad: bool = typer.Option(
-        False, "--skip-bad", help="Skip broken records instead of stopping."
+        False,
+        "--skip-bad",
+        rich_help_panel=_COMPUTATION,
+        help="Skip broken records instead of stopping.",
     ),
 ) -> None:
     """Evaluate molecules: stability, validity, novelty, geometry, energy, beside real data.
@@ -144,16 +196,17 @@ def command(
     options = {
         name: value
         for name, value in context.params.items()
-        if name not in ("files", "report", "json_file", "per_molecule") and _is_given(context, name)
+        if name not in _OUTPUTS and _is_given(context, name)
     }
     with worker_connections() as peers:
         if not is_main():
             _serve(peers[0], workers, timeout)
             return
-        _check_report(report)
-        for path in (json_file, per_molecule):
+        _check_report(report, overwrite)
+        for path, option in ((json_file, "--json"), (per_molecule, "--per-molecule")):
             if path is not None and path != _STDOUT:
                 check_writable(path)
+                check_new_file(path, overwrite, option)
         with progress_bar(transient=True) as bar:
             found = evaluate(
                 files,
@@ -165,11 +218,11 @@ def command(
         page = None if report is None else found.save(report)
         if per_molecule is not None and found.molecules is not None:
             found.molecules.save(per_molecule)
-        numbers = json.dumps(found.to_dict(), indent=2) + "\n"
+        numbers = json.dumps(found.to_dict(), indent=2)
         if json_file is not None and json_file != _STDOUT:
-            atomic_write(json_file, numbers.encode())
+            atomic_write(json_file, f"{numbers}\n".encode())
     if json_file == _STDOUT:
-        typer.echo(numbers, nl=False)
+        show(numbers)
     else:
         _show(found)
     for text in found.warnings():
@@ -196,13 +249,17 @@ def _serve(connection: Connection, workers: int | None, timeout: float) -> None:
         pool.serve(connection)
 
 
-def _check_report(report: Path | None) -> None:
+def _check_report(report: Path | None, overwrite: bool) -> None:
     """Raise before the evaluation if the report could not be written."""
     if report is None:
         return
     if report.exists() and not report.is_dir():
         raise InputError(f"{report} is a file; name a folder for the report")
     check_folder(report if report.exists() else report.absolute().parent)
+    check_new_file(report / "report.html", overwrite, "--report")
+    for path in sorted(report.iterdir()) if report.exists() else ():
+        if path.suffix in (".html", ".json", ".png"):
+            check_own_file(path)
 
 
 def _progress(bar: Progress) -> ProgressCallback:
@@ -221,9 +278,9 @@ def _show(report: Report) -> None:
     from molgen_energy.metrics.report.table import tables
 
     for table in tables(report, stdout):
-        stdout.print(table)
+        show(table)
     if report.summary:
-        say(report.summary)
+        say(report.summary, wrap=True)
     for file in report.files:
         for line in file.failures:
-            say(f"{file.name}: {line}")
+            say(f"{file.name}: {line}", wrap=True)

@@ -6,28 +6,61 @@ import dataclasses
 import inspect
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from typer.core import TyperGroup
 
-from molgen_energy.cli.console import ThrottledLog, exit_on_error, progress_bar, say, warn
-from molgen_energy.datasets.base import Dataset
-from molgen_energy.datasets.files import MoleculeFiles
-from molgen_energy.datasets.smiles import SmilesFiles, is_smiles_file
-from molgen_energy.errors import InputError
-from molgen_energy.systems.datasets import DATASETS
+from molgen_energy.cli.common import OVERWRITE, check_new_file, with_common_options
+from molgen_energy.cli.console import ThrottledLog, progress_bar, say, warn
+from molgen_energy.cli.help import HelpfulCommand, HelpfulGroup
+from molgen_energy.errors import InputError, counted
+
+if TYPE_CHECKING:
+    from molgen_energy.datasets.base import Dataset
+
+_EXAMPLES = """
+molgen-energy preprocess mine.sdf -o mine.h5
+molgen-energy preprocess 'frames/*.xyz' --skip-bad -o frames.h5
+molgen-energy preprocess mine.smi --conformers 5
+molgen-energy preprocess qm9
+"""
+_METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+_PANELS = {
+    "Which records": ("elements", "skip_bad", "largest_fragment", "require_hydrogens",
+        "drop_duplicates", "types"),
+    "Split": ("group", "split", "seed"),
+    "Computation": ("workers", "timeout"),
+}  # fmt: skip
+"""Panels of the help for fields that several datasets have; all others are in `_OWN_PANEL`."""
+_OWN_PANEL = "Data"
 
 
-class _DatasetCommands(TyperGroup):
+class _DatasetCommands(HelpfulGroup):
     """A command for each dataset; `preprocess FILE` is short for `preprocess files FILE`.
 
-    With a file of SMILES it is short for `preprocess smiles FILE`.
+    With a file of SMILES it is short for `preprocess smiles FILE`. The commands are made when they
+    are needed, because importing all datasets takes half of the time of `molgen-energy --help`.
     """
 
+    _commands: dict[str, Any] | None = None
+
+    @property
+    def commands(self) -> MutableMapping[str, Any]:
+        """The commands by name."""
+        if self._commands is None:
+            self._commands = _dataset_commands()
+        return self._commands
+
+    @commands.setter
+    def commands(self, empty: Any) -> None:
+        """Typer passes those that are registered at the start: none."""
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        from molgen_energy.datasets.files import MoleculeFiles
+        from molgen_energy.datasets.smiles import SmilesFiles, is_smiles_file
+
         if args and args[0].lower() in self.commands:
             args = [args[0].lower(), *args[1:]]
         elif args and args[0] not in ("-h", "--help"):
@@ -38,17 +71,28 @@ class _DatasetCommands(TyperGroup):
 
 def application() -> typer.Typer:
     """`preprocess` with a command for each dataset."""
-    app = typer.Typer(
+    return typer.Typer(
         cls=_DatasetCommands,
         no_args_is_help=True,
-        help="Make the HDF5 file that `train` reads: of your own SDF, XYZ or SMILES files, "
-        "`preprocess mine.sdf`, or of a dataset, `preprocess qm9`.",
+        help="Make the HDF5 file that `train` reads, of your own molecules or of a dataset.\n\n"
+        "`preprocess FILE…` takes SDF, XYZ and SMILES files, folders and patterns in quotes; "
+        "`preprocess files --help` and `preprocess smiles --help` list its options.",
+        epilog=_EXAMPLES,
         context_settings={"help_option_names": ["-h", "--help"]},
-        subcommand_metavar="FILE…|" + "|".join(DATASETS) + " [OPTIONS]",
+        subcommand_metavar="FILE…|DATASET [OPTIONS]",
     )
+
+
+def _dataset_commands() -> dict[str, Any]:
+    """The commands of all datasets by name."""
+    from molgen_energy.systems.datasets import DATASETS
+
+    app = typer.Typer()
     for dataset in DATASETS.values():
-        app.command(name=dataset.name, help=dataset.__doc__)(exit_on_error()(_command(dataset)))
-    return app
+        command = app.command(name=dataset.name, cls=HelpfulCommand, help=dataset.__doc__)
+        command(with_common_options(_command(dataset)))
+    group: Any = typer.main.get_group(app)
+    return dict(group.commands)
 
 
 def _command(dataset: type[Dataset]) -> Callable[..., None]:
@@ -59,13 +103,18 @@ def _command(dataset: type[Dataset]) -> Callable[..., None]:
         for field in dataclasses.fields(dataset)  # type: ignore[arg-type]
     ]
     output = typer.Option(
-        None, "-o", "--output", help=f"HDF5 file to write; default: {dataset.output}."
+        None,
+        "-o",
+        "--output",
+        metavar="FILE.h5",
+        rich_help_panel="Output",
+        help=f"HDF5 file to write; default: {dataset.output}.",
     )
-    parameters.append(("output", Path | None, output))
+    parameters += [("output", Path | None, output), ("overwrite", bool, OVERWRITE)]
 
-    def run(output: Path | None, **options: Any) -> None:
+    def run(output: Path | None, overwrite: bool, **options: Any) -> None:
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-        _run(dataset(**values), output)
+        _run(dataset(**values), output, overwrite)
 
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
@@ -90,19 +139,30 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> tuple[str, Any, Any]
             typer.Argument(..., metavar=field.metadata["metavar"], help=text),
         )
     flag = f"--{field.name.replace('_', '-')}"
-    return field.name, kind, typer.Option(field.default, flag, help=text)
+    metavar = next((word for plain, word in _METAVARS.items() if kind in (plain, plain | None)), "")
+    panel = next((title for title, names in _PANELS.items() if field.name in names), _OWN_PANEL)
+    option = typer.Option(
+        field.default, flag, metavar=metavar or None, help=text, rich_help_panel=panel
+    )
+    return field.name, kind, option
 
 
-def _run(dataset: Dataset, output: Path | None) -> None:
+def _run(dataset: Dataset, output: Path | None, overwrite: bool) -> None:
     """Make the file, show progress, and print the summary."""
     from molgen_energy.api.preprocess import preprocess
+    from molgen_energy.data.hdf5 import check_hdf5_name
     from molgen_energy.data.shards import shards_folder
+    from molgen_energy.datasets.files import MoleculeFiles
+    from molgen_energy.datasets.smiles import SmilesFiles
+    from molgen_energy.systems.datasets import DATASETS
 
     if isinstance(dataset, (MoleculeFiles, SmilesFiles)):
         for file in dataset.files:
             if str(file) in DATASETS and not file.is_file():
                 raise InputError(f"write `preprocess {file}` first, then its options")
     path = dataset.default_output() if output is None else output
+    check_hdf5_name(path)
+    check_new_file(path, overwrite)
     began, log = time.monotonic(), ThrottledLog()
     with progress_bar(transient=True) as bar:
         task = bar.add_task(f"preprocessing {dataset.name}", total=None)
@@ -123,7 +183,8 @@ def _run(dataset: Dataset, output: Path | None) -> None:
     if result.skipped_count > len(result.skipped):
         warn(f"… and {result.skipped_count - len(result.skipped):,} more")
     seconds = time.monotonic() - began
-    say(f"{result.count:,} {result.samples} written to {result.path} in {seconds:.0f} s")
+    done = counted(result.count, result.samples)
+    say(f"{done} written to {result.path} in {seconds:.0f} s")
     counts = ", ".join(f"{name} {count:,}" for name, count in result.counts.items())
     say(f"{counts}; {result.summary}")
     for text in result.warnings:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from molgen_energy.cli.console import INTERRUPTED, ThrottledLog, progress_bar, say, stdout, warn
+from molgen_energy.cli.common import OVERWRITE, check_new_file, checkpoints, one_of
+from molgen_energy.cli.console import INTERRUPTED, ThrottledLog, progress_bar, say, show, warn
 from molgen_energy.distributed import is_main, world_size
-from molgen_energy.errors import InputError
+from molgen_energy.errors import InputError, counted
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -21,118 +22,177 @@ if TYPE_CHECKING:
     from molgen_energy.api.sample import SamplingJobInfo
     from molgen_energy.systems.base import SamplingResult
 
+# Panels of the help.
+_WHAT, _TEMPERATURE, _COMPUTATION = "What to sample", "Temperature", "Computation"
+# Names for completion, without importing PyTorch; a test compares the registries.
+_SAMPLERS = ("ancestral", "ddim", "dpm++", "heun", "euler")
+_SPACINGS = ("log", "even", "quadratic")
+EXAMPLES = """
+molgen-energy sample -n 1000
+molgen-energy sample --checkpoint runs/mine --n-atoms 9-18 -o small.xyz
+molgen-energy sample -n 100 --temperature 0.8 -o cold.sdf
+molgen-energy sample --resume samples.sdf
+"""
+
 
 def command(
     count: int | None = typer.Option(
         None,
         "-n",
         "--count",
+        metavar="N",
+        rich_help_panel=_WHAT,
         help="Number of samples; default: 100, for spins all lattices.",
     ),
     checkpoint: Path | None = typer.Option(
         None,
         "--checkpoint",
-        metavar="RUN|NAME|list",
+        metavar="RUN|NAME",
+        rich_help_panel=_WHAT,
+        autocompletion=checkpoints,
         help="A run's folder, a checkpoint, or the name of pretrained weights (`list` shows "
         "them); default: the newest run in runs/, else pretrained weights of QM9.",
-    ),
-    data: Path | None = typer.Option(
-        None,
-        "--data",
-        help="For spins: couplings, HDF5 of `preprocess` or .npz with `right` and `down`; default: "
-        "the test split of the run's data.",
     ),
     n_atoms: str | None = typer.Option(
         None,
         "--n-atoms",
         metavar="N|A-B",
+        rich_help_panel=_WHAT,
         help="Number of atoms of a molecule, or its range; default: as in the training data.",
+    ),
+    condition: list[str] = typer.Option(
+        [],
+        "--condition",
+        metavar="NAME=VALUE",
+        rich_help_panel=_WHAT,
+        help="Value of a property that the model was trained on, in the unit of the data; default: "
+        "drawn from the training molecules.",
+    ),
+    data: Path | None = typer.Option(
+        None,
+        "--data",
+        metavar="FILE",
+        rich_help_panel=_WHAT,
+        help="For spins: couplings, HDF5 of `preprocess` or .npz with `right` and `down`; default: "
+        "the test split of the run's data.",
     ),
     seed: int | None = typer.Option(
         None,
         "--seed",
         min=0,
         max=2**64 - 1,
+        metavar="N",
+        rich_help_panel=_WHAT,
         help="Seed of the samples; default: 0.",
+    ),
+    output: Path | None = typer.Option(
+        None,
+        "-o",
+        "--output",
+        metavar="FILE",
+        rich_help_panel="Output",
+        help="File to write: molecules .sdf (default: samples.sdf), .xyz or .h5, others .h5.",
+    ),
+    overwrite: bool = OVERWRITE,
+    resume: Path | None = typer.Option(
+        None,
+        "--resume",
+        metavar="FILE",
+        rich_help_panel="Output",
+        help="Continue the interrupted job of a file; needs no other option.",
     ),
     sampler: str | None = typer.Option(
         None,
         "--sampler",
+        metavar="NAME",
+        rich_help_panel="Sampler",
+        autocompletion=one_of(*_SAMPLERS),
         help="ancestral, ddim, dpm++ or heun; for flow matching euler or heun. Default: the first.",
     ),
     steps: int | None = typer.Option(
         None,
         "--steps",
+        metavar="N",
+        rich_help_panel="Sampler",
         help="Steps of the sampler; default: as many as in training, or as pretrained weights were "
         "evaluated with.",
     ),
     spacing: str | None = typer.Option(
         None,
         "--spacing",
+        metavar="NAME",
+        rich_help_panel="Sampler",
+        autocompletion=one_of(*_SPACINGS),
         help="Spacing of the noise levels: log, even or quadratic, for flow matching even or "
         "quadratic. Default: the first, or what pretrained weights were evaluated with.",
     ),
     eta: float | None = typer.Option(
-        None, "--eta", help="Noise in the steps of ddim, from 0 (default) to 1 (as ancestral)."
+        None,
+        "--eta",
+        metavar="X",
+        rich_help_panel="Sampler",
+        help="Noise in the steps of ddim, from 0 (default) to 1 (as ancestral).",
     ),
     temperature: float | None = typer.Option(
         None,
         "--temperature",
+        metavar="X",
+        rich_help_panel=_TEMPERATURE,
         help="Below 1: molecules are more probable and less diverse, above 1 the opposite; "
         "default: 1.",
     ),
     temperature_of: str | None = typer.Option(
         None,
         "--temperature-of",
-        metavar="noise|score",
-        help="Multiply the random noise of steps by the temperature (default), or divide the "
-        "predicted noise by it, also for samplers without noise.",
+        metavar="NAME",
+        rich_help_panel=_TEMPERATURE,
+        autocompletion=one_of("noise", "score"),
+        help="noise (default): multiply the random noise of steps by the temperature; score: "
+        "divide the predicted noise by it, also for samplers without noise.",
     ),
     temperature_range: str | None = typer.Option(
         None,
         "--temperature-range",
         metavar="LOW:HIGH",
+        rich_help_panel=_TEMPERATURE,
         help="Noise levels in Å at which the temperature acts, such as 0.3:5 or :5; default: 0.3:.",
     ),
     final_noise: float | None = typer.Option(
         None,
         "--final-noise",
+        metavar="X",
+        rich_help_panel=_TEMPERATURE,
         help="Factor of the random noise of steps below that range, and of the last noise; "
         "0 removes it, default: 1.",
     ),
-    condition: list[str] = typer.Option(
-        [],
-        "--condition",
-        metavar="NAME=VALUE",
-        help="Value of a property that the model was trained on, in the unit of the data; default: "
-        "drawn from the training molecules.",
-    ),
-    output: Path | None = typer.Option(
-        None,
-        "-o",
-        "--output",
-        help="File to write: molecules .sdf (default: samples.sdf), .xyz or .h5, others .h5.",
-    ),
     batch_size: int | None = typer.Option(
-        None, "--batch-size", min=1, help="Samples in a batch; default: chosen by size and device."
-    ),
-    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1."),
-    low_precision: bool = typer.Option(
-        False, "--low-precision", help="bfloat16 for pairs of atoms: faster, slightly less precise."
-    ),
-    resume: Path | None = typer.Option(
         None,
-        "--resume",
-        metavar="FILE",
-        help="Continue the interrupted job of a file; needs no other option.",
+        "--batch-size",
+        min=1,
+        metavar="N",
+        rich_help_panel=_COMPUTATION,
+        help="Samples in a batch; default: chosen by size and device.",
+    ),
+    device: str = typer.Option(
+        "auto",
+        "--device",
+        metavar="NAME",
+        rich_help_panel=_COMPUTATION,
+        autocompletion=one_of("auto", "cpu", "cuda"),
+        help="auto, cpu, cuda, cuda:1.",
+    ),
+    low_precision: bool = typer.Option(
+        False,
+        "--low-precision",
+        rich_help_panel=_COMPUTATION,
+        help="bfloat16 for pairs of atoms: faster, slightly less precise.",
     ),
 ) -> None:
     """Sample molecules from a trained model into a file of exactly N records.
 
     Uses pretrained weights if there is no run. For a run on another physical system, predicts its
-    samples. Finished batches of molecules are stored in FILE.shards until all are drawn, so that an
-    interruption loses little, and `torchrun --nproc-per-node K -m molgen_energy sample` shares the
-    work.
+    samples. Finished batches stay in FILE.shards until all are drawn, so that an interruption loses
+    little. `torchrun --nproc-per-node K -m molgen_energy sample` shares the work.
     """
     from molgen_energy.api.sample import sample_to
     from molgen_energy.data.shards import shards_folder
@@ -140,7 +200,7 @@ def command(
     if checkpoint == Path("list") and not checkpoint.exists():
         _list_pretrained()
         return
-    job = _Job()
+    job = _Job(overwrite or resume is not None)
     try:
         with job:
             result = sample_to(
@@ -179,13 +239,13 @@ def _conclude(result: SamplingResult, job: _Job) -> None:
     samples, seconds = job.samples, time.perf_counter() - job.began
     if not result.interrupted:
         say(
-            f"{result.written:,} {samples} written to {result.path} in {seconds:.0f} s "
+            f"{counted(result.written, samples)} written to {result.path} in {seconds:.0f} s "
             f"({result.drawn / seconds:.2f} {samples}/s)"
         )
     elif result.path is not None:
         say(f"finished samples are in {result.path}")
     if result.not_finite:
-        warn(f"{result.not_finite} {samples} diverged; their records have no coordinates")
+        warn(f"{counted(result.not_finite, samples)} diverged, without coordinates in the file")
     if result.interrupted:
         sys.exit(INTERRUPTED)
     say(f"next: molgen-energy evaluate {shlex.quote(str(result.path))}")
@@ -193,14 +253,15 @@ def _conclude(result: SamplingResult, job: _Job) -> None:
 
 def _list_pretrained() -> None:
     """Print the pretrained weights."""
+    from rich.markup import escape
     from rich.table import Table
 
     from molgen_energy.training.pretrained import pretrained_weights
 
     table = Table("name", "weights", box=None, pad_edge=False)
     for name, weights in pretrained_weights().items():
-        table.add_row(name, weights.summary)
-    stdout.print(table)
+        table.add_row(escape(name), escape(weights.summary))
+    show(table)
 
 
 class SamplingBar:
@@ -253,7 +314,8 @@ class SamplingBar:
 class _Job:
     """What is sampled where, announced at the start, with its bar."""
 
-    def __init__(self) -> None:
+    def __init__(self, overwrite: bool) -> None:
+        self._overwrite = overwrite
         self.output: Path | None = None
         self.samples, self.resume_hint = "samples", ""
         self.began = time.perf_counter()
@@ -266,7 +328,8 @@ class _Job:
         self._bars.close()
 
     def start(self, job: SamplingJobInfo) -> SamplingBar:
-        """Announce a job and show its bar."""
+        """Announce a job and show its bar; raises `InputError` where its file exists."""
+        check_new_file(job.output, self._overwrite)
         generator, self.output = job.generator, job.output
         self.samples = job.system.samples
         self.resume_hint = (
@@ -275,7 +338,7 @@ class _Job:
         shared = generator.distributed and world_size() > 1
         processes = f", by {world_size()} processes" if shared else ""
         say(
-            f"sampling {generator.count:,} {self.samples} from {generator.origin}: "
+            f"sampling {counted(generator.count, self.samples)} from {generator.origin}: "
             f"{generator.method}{processes}"
         )
         self.began = time.perf_counter()

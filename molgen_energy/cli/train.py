@@ -5,96 +5,185 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from molgen_energy.cli.console import INTERRUPTED, ThrottledLog, progress_bar, say, warn
+from molgen_energy.cli.common import checkpoints, one_of
+from molgen_energy.cli.console import (
+    INTERRUPTED,
+    ThrottledLog,
+    duration,
+    progress_bar,
+    say,
+    show,
+    warn,
+)
 from molgen_energy.distributed import world_size
+from molgen_energy.errors import counted
+from molgen_energy.resources import resource_directory
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from molgen_energy.api.train import TrainingRun
+    from molgen_energy.training.loop import TrainingCost
     from molgen_energy.training.run import Run
+
+_WHAT, _HOW, _RUN = "Loss, model and data", "Length and optimisation", "Run"  # panels of the help
+# Names for the help and for completion, without importing PyTorch; a test compares the registries.
+_LOSSES = ("energy", "score_energy", "mse", "mae", "kabsch")
+_SPIN_LOSSES = ("local_field", "cross_entropy", "margin", "true_energy")
+_SPRINGS = ("constant", "exponential", "inverse", "inverse_square", "lennard_jones")
+_EDGES = ("complete", "sparse", "symmetrized", "bonds")
+EXAMPLES = """
+molgen-energy train --loss energy
+molgen-energy train --loss mse --data mine.h5 --epochs 200 -o runs/mine
+molgen-energy train --config qm9_gdm_aug --dry-run
+molgen-energy train --resume runs/mine
+"""
+
+
+def _configurations(incomplete: str) -> list[str]:
+    """For completion: the names of the shipped configurations."""
+    names = sorted(path.stem for path in resource_directory("configs").glob("*.yaml"))
+    return [name for name in names if name.startswith(incomplete)]
 
 
 def command(
     loss: str | None = typer.Option(
         None,
         "--loss",
-        help="energy, score_energy, mse, mae or kabsch; for spins local_field, cross_entropy, "
-        "margin or true_energy.",
+        metavar="NAME",
+        rich_help_panel=_WHAT,
+        autocompletion=one_of(*_LOSSES, *_SPIN_LOSSES),
+        help=f"{', '.join(_LOSSES[:-1])} or {_LOSSES[-1]}; for spins "
+        f"{', '.join(_SPIN_LOSSES[:-1])} or {_SPIN_LOSSES[-1]}.",
     ),
     springs: str | None = typer.Option(
         None,
         "--springs",
-        help="Springs of the energy loss: constant, exponential, inverse, inverse_square, "
-        "lennard_jones, or auto, learnt from errors.",
+        metavar="NAME",
+        rich_help_panel=_WHAT,
+        autocompletion=one_of(*_SPRINGS, "auto"),
+        help=f"Springs of the energy loss: {', '.join(_SPRINGS)}, or auto, learnt from errors.",
     ),
     edges: str | None = typer.Option(
         None,
         "--edges",
-        help="Pairs with springs: complete, sparse, symmetrized, bonds.",
+        metavar="NAME",
+        rich_help_panel=_WHAT,
+        autocompletion=one_of(*_EDGES),
+        help=f"Pairs with springs: {', '.join(_EDGES)}.",
     ),
     config: str | None = typer.Option(
-        None, "--config", help="Name of a shipped configuration or a YAML file; default: quick."
+        None,
+        "--config",
+        metavar="NAME|FILE",
+        rich_help_panel=_WHAT,
+        autocompletion=_configurations,
+        help="A shipped configuration (`molgen-energy info` lists them) or a YAML file; default: "
+        "quick.",
     ),
     assignments: list[str] = typer.Option(
-        [], "--set", metavar="KEY=VALUE", help="Change a value, such as model.layers=6."
+        [],
+        "--set",
+        metavar="KEY=VALUE",
+        rich_help_panel=_WHAT,
+        help="Change a value, such as model.layers=6.",
     ),
     data: Path | None = typer.Option(
-        None, "--data", help="HDF5 file of `preprocess`; default: that of the configuration."
+        None,
+        "--data",
+        metavar="FILE.h5",
+        rich_help_panel=_WHAT,
+        help="HDF5 file of `preprocess`; default: that of the configuration.",
     ),
-    steps: int | None = typer.Option(None, "--steps", help="Length of the run in steps."),
-    epochs: int | None = typer.Option(None, "--epochs", help="Length of the run in epochs."),
-    batch_size: int | None = typer.Option(None, "--batch-size", help="Samples in a batch."),
-    lr: float | None = typer.Option(None, "--lr", help="Learning rate."),
-    seed: int | None = typer.Option(None, "--seed", help="Seed of the run."),
     init: Path | None = typer.Option(
         None,
         "--init",
         metavar="RUN|NAME",
+        rich_help_panel=_WHAT,
+        autocompletion=checkpoints,
         help="Start from the weights of a run, a checkpoint, or the name of pretrained weights.",
     ),
-    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1."),
+    steps: int | None = typer.Option(
+        None, "--steps", metavar="N", rich_help_panel=_HOW, help="Length of the run in steps."
+    ),
+    epochs: int | None = typer.Option(
+        None, "--epochs", metavar="N", rich_help_panel=_HOW, help="Length of the run in epochs."
+    ),
+    batch_size: int | None = typer.Option(
+        None, "--batch-size", metavar="N", rich_help_panel=_HOW, help="Samples in a batch."
+    ),
+    lr: float | None = typer.Option(
+        None, "--lr", metavar="X", rich_help_panel=_HOW, help="Learning rate."
+    ),
+    seed: int | None = typer.Option(
+        None, "--seed", metavar="N", rich_help_panel=_HOW, help="Seed of the run."
+    ),
+    device: str = typer.Option(
+        "auto",
+        "--device",
+        metavar="NAME",
+        rich_help_panel=_HOW,
+        autocompletion=one_of("auto", "cpu", "cuda"),
+        help="auto, cpu, cuda, cuda:1.",
+    ),
     output: Path | None = typer.Option(
-        None, "-o", "--output", help="Folder of the run; default: a new one under runs/."
+        None,
+        "-o",
+        "--output",
+        metavar="FOLDER",
+        rich_help_panel=_RUN,
+        help="Folder of the run; default: a new one under runs/.",
     ),
     resume: Path | None = typer.Option(
-        None, "--resume", metavar="RUN", help="Continue an interrupted run."
+        None,
+        "--resume",
+        metavar="RUN",
+        rich_help_panel=_RUN,
+        help="Continue an interrupted run.",
+    ),
+    dry_run: bool = typer.Option(
+        False,
+        "--dry-run",
+        rich_help_panel=_RUN,
+        help="Do not train: print the configuration, and the time and memory that training "
+        "needs, measured over a few steps.",
     ),
 ) -> None:
     """Train a diffusion model of molecules, or the model of another physical system.
 
     Without a configuration, `--loss energy` trains a small model on the bundled sample of QM9.
     """
-    from molgen_energy.api.train import train
+    from molgen_energy.api.train import estimate_training, train
     from molgen_energy.config import parse_assignments
     from molgen_energy.training.loop import TrainingInterrupted
 
+    options: dict[str, Any] = {
+        "data": data,
+        "loss": loss,
+        "springs": springs,
+        "edges": edges,
+        "steps": steps,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+        "init": init,
+        "changes": parse_assignments(assignments),
+        "device": device,
+        "output": output,
+        "resume": resume,
+    }
     with _Bars() as bars:
+        options["progress"] = bars.prepare
+        if dry_run:
+            _show_cost(estimate_training(config, **options, on_start=bars.announce))
+            return
         try:
-            summary = train(
-                config,
-                data=data,
-                loss=loss,
-                springs=springs,
-                edges=edges,
-                steps=steps,
-                epochs=epochs,
-                batch_size=batch_size,
-                lr=lr,
-                seed=seed,
-                init=init,
-                changes=parse_assignments(assignments),
-                device=device,
-                output=output,
-                resume=resume,
-                callback=bars.step,
-                progress=bars.prepare,
-                on_start=bars.start,
-            )
+            summary = train(config, **options, callback=bars.step, on_start=bars.start)
         except TrainingInterrupted as interrupted:
             bars.stop()
             run = shlex.quote(str(interrupted.run))
@@ -130,6 +219,12 @@ class _Bars:
         assert self._handle is not None
         self._bar.update(self._handle, completed=done, total=total)
 
+    def announce(self, run: TrainingRun) -> None:
+        """For a dry run: its configuration, which is the result, and what it is, in words."""
+        self.stop()
+        show(run.task.config.to_yaml().rstrip("\n"))
+        _announce(run)
+
     def start(self, run: TrainingRun) -> None:
         self.stop()
         _announce(run)
@@ -145,15 +240,27 @@ class _Bars:
         self._log.say(f"step {step:,} of {steps:,}, {shown}, {rate}")
 
 
+def _show_cost(cost: TrainingCost) -> None:
+    say(
+        f"time    about {duration(cost.seconds)}: {cost.step:.3g} s a step, measured over "
+        f"{counted(cost.measured, 'steps')}, and about {duration(cost.validation)} a validation"
+    )
+    if cost.memory is not None:
+        say(f"memory  about {cost.memory / 2**30:.2f} GiB")
+    say("dry run: nothing was written; leave out --dry-run to train")
+
+
 def _announce(run: TrainingRun) -> None:
     task, samples = run.task, run.system.samples
     data = task.state["data"]
     parameters = sum(p.numel() for p in task.model.parameters())
-    say(f"data    {data['source']}: {data['training_samples']:,} training {samples}")
+    count = counted(data["training_samples"], f"training {samples}")
+    say(f"data    {data['source']}: {count}")
     say(f"model   {run.system.describe(task.config, parameters)}, on {task.device}")
     shared = f", shared by {world_size()} processes" if world_size() > 1 else ""
     batch = task.config.training.batch_size
-    say(f"length  {run.steps:,} steps of {batch} {samples}{shared}")
+    length = counted(run.steps, "steps")
+    say(f"length  {length} of {counted(batch, samples)}{shared}")
     say(f"run     {run.folder}")
 
 
@@ -164,14 +271,16 @@ def _conclude(summary: Run) -> None:
         complete = f"{summary.folder} is complete at step {summary.steps:,}"
         say(f"{complete}; a larger --steps N continues it")
         return
-    minutes = f"{summary.seconds / 60:.1f} minutes"
     valid = "" if summary.valid_loss is None else f", validation loss {summary.valid_loss:.4g}"
-    say(f"trained {summary.steps:,} steps in {minutes}{valid}: {summary.folder}")
+    say(
+        f"trained {counted(summary.steps, 'steps')} in {duration(summary.seconds)}{valid}: "
+        f"{summary.folder}"
+    )
     if summary.skipped:
-        warn(f"skipped {summary.skipped:,} steps whose loss or gradient was not finite")
+        warn(f"skipped {counted(summary.skipped, 'steps')} whose loss or gradient was not finite")
     system = SYSTEMS[summary.config.system]
-    if suggestion := system.after_training(summary.config):
-        say(suggestion)
+    for line in system.after_training(summary.config).splitlines():
+        say(line)
     count = system.sampling.get("count")
     option = "" if count is None else f" -n {count}"
     say(f"next    molgen-energy sample{option} --checkpoint {shlex.quote(str(summary.folder))}")

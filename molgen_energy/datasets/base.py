@@ -16,7 +16,7 @@ from molgen_energy.data.splits import check_fractions, check_seed, parse_fractio
 from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.datasets.screening import Screen
 from molgen_energy.elements import atomic_number, symbol
-from molgen_energy.errors import InputError
+from molgen_energy.errors import InputError, counted
 from molgen_energy.progress import ProgressCallback, no_progress
 
 if TYPE_CHECKING:
@@ -302,11 +302,12 @@ class _Survey:
     def summary(self) -> str:
         """What there is, in a line."""
         elements = ", ".join(symbol(z) for z in np.flatnonzero(self._elements).tolist())
-        text = f"{self._fewest} to {self._most} atoms of {elements}"
+        fewest = "" if self._fewest == self._most else f"{self._fewest} to "
+        text = f"{fewest}{counted(int(self._most), 'atoms')} of {elements}"
         if self._values:
             text += f"; properties {', '.join(self._values)}"
         if self._groups:
-            text += f"; {len(np.unique(np.concatenate(self._groups))):,} groups"
+            text += f"; {counted(len(np.unique(np.concatenate(self._groups))), 'groups')}"
         return text
 
     def warnings(self) -> Iterator[str]:

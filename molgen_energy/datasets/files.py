@@ -15,8 +15,8 @@ from molgen_energy.datasets.base import ScreenedDataset, argument, choose_proper
 from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.datasets.smiles import is_smiles_file
 from molgen_energy.elements import atomic_number
-from molgen_energy.errors import InputError
-from molgen_energy.output import named_path
+from molgen_energy.errors import InputError, counted
+from molgen_energy.output import display_path, named_path, real_path
 
 if TYPE_CHECKING:
     from molgen_energy.chemistry.molfiles import MoleculeReader
@@ -67,9 +67,10 @@ class MoleculeFiles(ScreenedDataset):
 
     def source_name(self) -> str:
         """The names of the first files, and how many there are."""
-        names = [path.name or str(path.resolve()) for path in self.files[:_MOST_NAMED]]
+        paths = [path if path.name else real_path(path) for path in self.files[:_MOST_NAMED]]
+        names = [display_path(Path(path.name)) for path in paths]
         more = len(self.files) - len(names)
-        return ", ".join(names) + (f" and {more:,} more files" if more else "")
+        return ", ".join(names) + (f" and {counted(more, 'more files')}" if more else "")
 
     def check(self) -> None:
         """Raise `InputError` where an option has a bad value or a file is missing."""

@@ -80,7 +80,7 @@ class Screen:
         if self._largest_fragment:
             molecules, changed = largest_fragments(chunk.molecules)
             chunk = replace(chunk, molecules=molecules)
-            log.counts["reduced to their largest fragment"] += int(changed.sum())
+            log.counts["reduced to the largest fragment"] += int(changed.sum())
         found = find_anomalies(chunk.molecules)
         kept = self._usable(chunk, self._refused(chunk.molecules, found, log), source, log)
         if self._require_hydrogens:

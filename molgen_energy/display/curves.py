@@ -62,6 +62,7 @@ class _Axis:
     @property
     def ticks(self) -> list[tuple[float, str]]:
         """Places and labels."""
+        values: list[float] = []
         if self.logarithmic:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for digits in ((1,), (1, 3), (1, 2, 5)):
@@ -69,8 +70,8 @@ class _Axis:
                 values = [v for v in values if self.low <= v <= self.high]
                 if len(values) >= 3:
                     break
-            values = values[:: math.ceil(len(values) / _TICKS)] or [self.low, self.high]
-        else:
+            values = values[:: math.ceil(len(values) / _TICKS) or 1]
+        if len(values) < 3:  # of a logarithmic axis of less than a decade too
             rough = (self.high - self.low) / _TICKS
             size = 10.0 ** math.floor(math.log10(rough))
             step = next(size * m for m in (1, 2, 5, 10) if size * m >= rough)

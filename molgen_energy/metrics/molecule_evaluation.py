@@ -24,7 +24,7 @@ from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS
 from molgen_energy.chemistry.valence import has_valence
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
 from molgen_energy.elements import symbol
-from molgen_energy.errors import InputError
+from molgen_energy.errors import InputError, counted
 from molgen_energy.metrics.accumulator import (
     DistinctHashes,
     EvaluationAccumulator,
@@ -184,8 +184,8 @@ def evaluate_source(
     evaluation.notes += accumulator.anomalies.notes(kinds=_FAULTS_OF_FILES)
     if counts.without_geometry and "geometry" in options.metrics:
         evaluation.notes.append(
-            f"geometry excludes {counts.without_geometry:,} molecules with an atom of more than "
-            f"{MAX_NEIGHBOURS} bonds"
+            f"geometry excludes {counted(counts.without_geometry, 'molecules')} with more than "
+            f"{MAX_NEIGHBOURS} bonds at an atom"
         )
     evaluation.rates |= {"stereocentres_r": None, "posebusters": None}
     _add_subset_metrics(evaluation, options, workers, table)
@@ -294,7 +294,7 @@ class _ElementFilter:
             elements = ", ".join(f"{e} ({n:,})" for e, n in self._unknown.most_common())
             notes.append(f"molecules with elements without known valences are left out: {elements}")
         if self._without_bonds:
-            notes.append(f"{self._without_bonds:,} molecules without bonds are left out")
+            notes.append(f"{counted(self._without_bonds, 'molecules')} without bonds left out")
         return notes
 
 

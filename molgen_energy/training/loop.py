@@ -1,9 +1,9 @@
 """The training loop: one for every physical system.
 
-A run's folder holds `config.yaml` (without `auto`), `metrics.csv`, `log.txt` and
-`checkpoints/{last,best}`. Random numbers of step k depend on (seed, k) alone, and the batches of an
-epoch on (seed, epoch), so there is no random state to save, and a resumed run takes the steps that
-an uninterrupted one would have taken.
+A run's folder holds `config.yaml` (without `auto`), `metrics.csv`, `curves.svg`, `log.txt`
+and `checkpoints/{last,best}`. Random numbers of step k depend on (seed, k) alone, and the batches
+of an epoch on (seed, epoch), so there is no random state to save, and a resumed run takes the steps
+that an uninterrupted one would have taken.
 
 Several processes (`molgen_energy.distributed`) each take a shard of every batch and average their
 gradients, so that K of them take the steps that one would take. Only process 0 writes.
@@ -34,13 +34,25 @@ from molgen_energy.config import Config, TrainingConfig
 from molgen_energy.data.batches import BatchIndex
 from molgen_energy.distributed import all_reduce_sum, is_main, rank, world_size
 from molgen_energy.errors import InputError, TrainingFailedError
-from molgen_energy.output import lock_file, remove
+from molgen_energy.formats.limits import check_memory
+from molgen_energy.output import (
+    atomic_write,
+    check_own_file,
+    lock_file,
+    open_to_append,
+    remove,
+    remove_leftovers,
+)
+from molgen_energy.paths import expand_home
 from molgen_energy.training.checkpoint import (
     Checkpoint,
+    check_alike,
     load_checkpoint,
     save_checkpoint,
 )
 from molgen_energy.training.clipping import GradientClipper
+from molgen_energy.training.curves import write_curves
+from molgen_energy.training.devices import peak_memory
 from molgen_energy.training.ema import ExponentialMovingAverage
 from molgen_energy.training.metrics import MetricsLog
 from molgen_energy.training.muon import Muon, hidden_matrices
@@ -48,7 +60,12 @@ from molgen_energy.training.pretrained import resolve_checkpoint
 from molgen_energy.training.run import Run
 from molgen_energy.training.task import Task
 
+_MEASURED_BATCHES = 64  # at most, to estimate what a run needs
+_WRITTEN = ("config.yaml", "metrics.csv", "curves.svg", "log.txt", "tensorboard", "checkpoints")
 _MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
+_COPIES = 5  # of the weights while training: average, gradient, and the optimiser's
+_NORMS = "clipper/norms"  # the tensor of the gradient clipper, beside those of optimizers
+_NOT_NEGATIVE = ("step", "exp_avg_sq", "max_exp_avg_sq")  # tensors of AdamW
 _PEER_LOST = re.compile("(closed|reset) by peer|broken pipe|remote process", re.IGNORECASE)
 
 
@@ -114,6 +131,52 @@ def learning_rate(training: TrainingConfig, step: int, steps: int) -> float:
     return rate
 
 
+@dataclass(frozen=True)
+class TrainingCost:
+    """What a run needs, estimated from a few of its steps."""
+
+    step: float
+    """Seconds of one step."""
+    validation: float
+    """Seconds of one validation."""
+    seconds: float
+    """Of all steps and validations that are left."""
+    memory: int | None
+    """Bytes, of the GPU or else of the process; None where the system does not tell."""
+    measured: int
+    """Number of timed steps."""
+
+
+def measure_cost(task: Task, run: Path, steps: int, seconds: float = 5.0) -> TrainingCost:
+    """Estimate what a run needs by taking some of its steps; writes nothing.
+
+    The weights of the task are changed by it.
+
+    Parameters
+    ----------
+    task
+        Physical system with its resolved configuration; closed at the end.
+    run
+        Folder of the run.
+    steps
+        Number of steps that are left.
+    seconds
+        About how long to measure.
+    """
+    with closing(task):
+        trainer = _Trainer(task, run, no_callback)
+        step, forward, measured = trainer.measure(seconds, min(steps, _MEASURED_BATCHES))
+    validation = forward * task.validation_samples
+    validations = math.ceil(steps / task.config.training.validate_every)
+    return TrainingCost(
+        step,
+        validation,
+        step * steps + validation * validations,
+        peak_memory(task.device),
+        measured,
+    )
+
+
 def train(
     task: Task, run: Path, callback: TrainingCallback = no_callback, resume: bool = False
 ) -> Run:
@@ -165,12 +228,24 @@ def _make_folder(run: Path) -> bool:
     return True
 
 
+def check_run_folder(run: Path) -> None:
+    """Raise `InputError` where a link, a device or a pipe has the name of a file to write."""
+    for name in _WRITTEN:
+        check_own_file(run / name)
+    checkpoints = run / "checkpoints"
+    for path in sorted(checkpoints.iterdir()) if checkpoints.is_dir() else ():
+        check_own_file(path)
+
+
 class _Trainer:
     def __init__(self, task: Task, run: Path, callback: TrainingCallback) -> None:
         self.task, self.folder, self.callback = task, run, callback
         self.training = task.config.training
         self.steps = total_steps(self.training, task.batches_per_epoch)
         self.model: nn.Module = task.model
+        if task.device.type == "cpu":
+            size = _COPIES * sum(p.numel() * p.element_size() for p in task.model.parameters())
+            check_memory(size, "training the network", "lower model.width or model.layers")
         self.ema = ExponentialMovingAverage(task.model, self.training.ema_decay)
         self.clipper = GradientClipper()
         assert not isinstance(self.training.lr, str)
@@ -190,13 +265,16 @@ class _Trainer:
         if resume:
             self._restore(load_checkpoint(self.folder))
         elif self.training.initial_weights is not None:
-            self._initialise(Path(self.training.initial_weights))
+            self._initialise(expand_home(self.training.initial_weights))
         if not is_main():
             return
+        check_run_folder(self.folder)
         log = self.folder / "log.txt"
-        log.touch()
+        open_to_append(log).close()
         self.lock = lock_file(log, str(self.folder))
-        (self.folder / "config.yaml").write_text(self.task.config.to_yaml(), encoding="utf-8")
+        remove_leftovers(self.folder)
+        text = self.task.config.to_yaml()
+        atomic_write(self.folder / "config.yaml", text.encode(), own=True)
         self.metrics = MetricsLog(self.folder, self.at.step, self.task.loss_terms)
         if not resume:
             self._save("last")
@@ -208,9 +286,9 @@ class _Trainer:
         )
 
     def _log(self, text: str) -> None:
-        if not is_main():
+        if not is_main() or self.lock is None:  # measuring a run does not write its folder
             return
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+        with open_to_append(self.folder / "log.txt") as file:
             file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
 
     def _save(self, which: str) -> None:
@@ -243,7 +321,7 @@ class _Trainer:
         return all(bool(torch.isfinite(p).all()) for model in models for p in model.parameters())
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
-        tensors = {"clipper/norms": self.clipper.state()}
+        tensors = {_NORMS: self.clipper.state()}
         for name, parameter in self.task.model.named_parameters():
             for optimizer in self.optimizers:
                 for key, value in optimizer.state.get(parameter, {}).items():
@@ -276,7 +354,7 @@ class _Trainer:
             checkpoint.load_weights(model, "ema")
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        theirs, ours = checkpoint.state.get("data", {}), self.task.state["data"]
+        theirs, ours = checkpoint.state.get("data") or {}, self.task.state["data"]
         if theirs.get("fingerprint") != ours["fingerprint"]:
             raise InputError(
                 f"{checkpoint.path} was trained on other data ({theirs.get('source')}, "
@@ -285,26 +363,74 @@ class _Trainer:
             )
         checkpoint.load_weights(self.task.model, "model")
         checkpoint.load_weights(self.ema.model, "ema")
+        self._restore_optimizers(checkpoint)
+        if self.task.adaptive is not None:
+            springs = checkpoint.read_tensors("springs")
+            check_alike(springs, self.task.adaptive.state(), checkpoint.path)
+            _check_not_negative(springs, checkpoint.path)
+            self.task.adaptive.load_state(springs)
+        progress = checkpoint.progress
+        self.at = _Progress(**progress.model_dump() | {"sums": tuple(progress.sums)})
+        if len(self.at.sums) != len(self._zero_sums()):  # format 2 has sums of other terms
+            self.at.sums, self.at.count = self._zero_sums(), 0
+
+    def _restore_optimizers(self, checkpoint: Checkpoint) -> None:
         tensors = checkpoint.tensors("optimizer", self.task.model)
-        self.clipper.load(tensors.pop("clipper/norms"))
+        norms = {name: tensors.pop(name) for name in (_NORMS,) if name in tensors}
+        known = self.clipper.state()
+        length = len(norms[_NORMS]) if norms and norms[_NORMS].ndim else 0
+        check_alike(norms, {_NORMS: known.new_zeros(max(1, length))}, checkpoint.path)
         optimizer_of = {
             parameter: optimizer
             for optimizer in self.optimizers
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
-        for name, parameter in self.task.model.named_parameters():
+        own = {
+            f"{name}/{key}": (parameter, key)
+            for name, parameter in self.task.model.named_parameters()
+            if any(tensor.startswith(f"{name}/") for tensor in tensors)
+            for key in _state_keys(optimizer_of[parameter])
+        }
+        alike = {
+            name: torch.zeros(()) if key == "step" else parameter
+            for name, (parameter, key) in own.items()
+        }
+        check_alike(tensors, alike, checkpoint.path)
+        _check_not_negative(
+            norms | {name: tensors[name] for name, (_, key) in own.items() if key in _NOT_NEGATIVE},
+            checkpoint.path,
+        )
+        self.clipper.load(norms[_NORMS])
+        for name, (parameter, key) in own.items():
             optimizer = optimizer_of[parameter]
-            own = {k.rsplit("/", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{name}/")}
-            for key, value in own.items():
-                device = "cpu" if key == "step" and not _fused(optimizer) else parameter.device
-                optimizer.state[parameter][key] = value.to(device)
-        if self.task.adaptive is not None:
-            self.task.adaptive.load_state(checkpoint.read_tensors("springs"))
-        progress = checkpoint.state["progress"]
-        self.at = _Progress(**progress | {"sums": tuple(progress["sums"])})
-        if len(self.at.sums) != len(self._zero_sums()):  # format 2 has sums of other terms
-            self.at.sums, self.at.count = self._zero_sums(), 0
+            device = "cpu" if key == "step" and not _fused(optimizer) else parameter.device
+            optimizer.state[parameter][key] = tensors[name].to(device)
+
+    # -- the cost of a run ---------------------------------------------------------------------
+
+    def measure(self, seconds: float, most: int) -> tuple[float, float, int]:
+        """Take some steps: seconds of a step, of one sample without gradients, and their number.
+
+        The first step, on the largest of some batches, also compiles kernels and reserves memory;
+        its time does not count.
+        """
+        batches = list(self.task.epoch(0)[:_MEASURED_BATCHES])
+        never = threading.Event()
+        self.task.model.train()
+        self._step(max(batches, key=lambda batch: float(batch.sizes.max()) * len(batch)), never)
+        began, count = time.perf_counter(), 0
+        for batch in batches[:most]:
+            self._step(batch, never)
+            count += 1
+            if count >= 3 and time.perf_counter() - began > seconds:
+                break
+        step = (time.perf_counter() - began) / count
+        began = time.perf_counter()
+        with torch.no_grad():
+            loss = self.task.loss(self.ema.model, batches[0], seed=0)["loss"].sum()
+        float(loss)  # waits for a GPU
+        return step, (time.perf_counter() - began) / len(batches[0]), count
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -334,6 +460,8 @@ class _Trainer:
                     self._validate()
                 if validate or self.at.step % self.training.log_every == 0:
                     self._write_row(row_samples / (now - row_began))
+                    if validate:
+                        self._draw()
                     row_began, row_samples = time.perf_counter(), 0
                 if last and not self._is_finite():
                     self._fail("the weights are not finite", "train again with a lower --lr")
@@ -479,6 +607,15 @@ class _Trainer:
             self.at.best_valid = valid
             self._save("best")
 
+    def _draw(self) -> None:
+        """Draw the curves; a run does not end because a picture cannot be written."""
+        if not is_main():
+            return
+        try:
+            write_curves(self.folder)
+        except (InputError, OSError) as error:
+            self._log(f"no picture of the curves: {error}")
+
     def _write_row(self, samples_per_second: float) -> None:
         at = self.at
         means = [value / at.count if at.count else None for value in at.sums]
@@ -527,6 +664,20 @@ def _optimizers(
         fused=device.type in ("cpu", "cuda"),
     )
     return [adamw, Muon(matrices, lr=0.0)] if matrices else [adamw]
+
+
+def _state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The tensors of an optimizer for each parameter that had a gradient."""
+    if isinstance(optimizer, Muon):
+        return ("momentum",)
+    largest = ("max_exp_avg_sq",) if optimizer.defaults["amsgrad"] else ()
+    return ("step", "exp_avg", "exp_avg_sq", *largest)
+
+
+def _check_not_negative(tensors: Mapping[str, Tensor], where: Path) -> None:
+    for name, tensor in tensors.items():
+        if bool((tensor < 0).any()):
+            raise InputError(f"{where}: tensor '{name}' is negative; train again")
 
 
 def _fused(optimizer: torch.optim.Optimizer) -> bool:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from molgen_energy.output import atomic_replace
+import numpy as np
+from numpy.typing import NDArray
 
+from molgen_energy.errors import InputError
+from molgen_energy.formats.limits import check_memory
+from molgen_energy.formats.parts import check_part
+from molgen_energy.output import atomic_replace, open_to_append
+
+_MEMORY_FACTOR = 20  # of the rows in memory, by the size of the file
 _BEFORE = ("step", "epoch", "loss")
 _AFTER = ("valid_loss", "gradient_norm", "lr", "samples_per_second", "seconds", "skipped")
 """Columns before and after the terms of the loss. `seconds` is training time, over all resumptions;
@@ -25,23 +33,21 @@ class MetricsLog:
     def __init__(self, run: Path, step: int, loss_terms: Sequence[str]) -> None:
         self._path = run / "metrics.csv"
         self._columns = (*_BEFORE, *loss_terms, *_AFTER)
-        rows = read_metrics(self._path) if self._path.exists() else []
+        rows = _rows_before(self._path, step) if self._path.exists() else []
         with (
-            atomic_replace(self._path) as output,
+            atomic_replace(self._path, own=True) as output,
             output.temporary.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.writer(file)
             writer.writerow(self._columns)
-            # A kill can leave half a last line; it is after the checkpoint.
-            whole = [row for row in rows if row.get("skipped") and int(row["step"]) <= step]
             # Runs of older versions have other columns.
-            writer.writerows([row.get(name, "") for name in self._columns] for row in whole)
+            writer.writerows([row.get(name, "") for name in self._columns] for row in rows)
         self._board = _tensorboard(run, step)
 
     def write(self, **values: float | int | None) -> None:
         """Append a row; missing columns stay empty."""
         row = ["" if values.get(name) is None else _text(values[name]) for name in self._columns]
-        with self._path.open("a", newline="", encoding="utf-8") as file:
+        with open_to_append(self._path) as file:
             csv.writer(file).writerow(row)
         if self._board is not None:
             for name, value in values.items():
@@ -55,9 +61,56 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Rows of a `metrics.csv` as strings by column; missing values are empty strings."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    """Rows of a `metrics.csv` as strings by column; missing values are empty strings.
+
+    Raises
+    ------
+    InputError
+        The file is a link, a pipe or a device, too large for the memory, or no table.
+    """
+    remedy = f"mend {path.name}, or move it away"
+    size = check_part(path)
+    check_memory(_MEMORY_FACTOR * size, f"reading {path}", remedy)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except (csv.Error, UnicodeError) as error:
+        raise InputError(f"{path} is no table ({error}); {remedy}") from error
+
+
+def _rows_before(path: Path, step: int) -> list[dict[str, str]]:
+    """The rows up to a step; a kill can leave half a last line, which is after the checkpoint."""
+    rows = [row for row in read_metrics(path) if row.get("skipped")]
+    for number, row in enumerate(rows, start=1):
+        if re.fullmatch("[0-9]{1,18}", row.get("step") or "") is None:
+            raise InputError(f"{path}: row {number} has no step; mend {path.name}, or move it away")
+    return [row for row in rows if int(row["step"]) <= step]
+
+
+def read_columns(path: Path) -> dict[str, NDArray[np.float64]]:
+    """The columns of a `metrics.csv`, (R,) for its R rows; NaN where a row has no value.
+
+    Without a row there are no columns.
+
+    Raises
+    ------
+    InputError
+        A value is no number, or as of `read_metrics`.
+    """
+    # A row that is being written now may be cut off.
+    rows = [row for row in read_metrics(path) if None not in row.values()]
+    try:
+        return {
+            name: np.array([float(row[name] or math.nan) for row in rows], np.float64)
+            for name in (rows[0] if rows else ())
+        }
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+
+
+def loss_terms(columns: Iterable[str]) -> list[str]:
+    """The columns of the terms of the loss among those of a `metrics.csv`."""
+    return [name for name in columns if name not in (*_BEFORE, *_AFTER)]
 
 
 def _text(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from molgen_energy.display.html import render
 from molgen_energy.errors import InputError
 from molgen_energy.output import display_path
 from molgen_energy.tables import data_frame
-from molgen_energy.training.metrics import read_metrics
+from molgen_energy.training.metrics import read_columns
 
 
 @dataclass(frozen=True)
@@ -61,17 +60,7 @@ class Run:
         path = self.folder / "metrics.csv"
         if not path.is_file():
             raise InputError(f"{self.folder} has no metrics.csv; it stopped before its first row")
-        rows = read_metrics(path)
-        # A row that is being written now may be cut off.
-        rows = [row for row in rows if None not in row.values()]
-        names = list(rows[0]) if rows else []
-        try:
-            return {
-                name: np.array([float(row[name] or math.nan) for row in rows], np.float64)
-                for name in names
-            }
-        except ValueError as error:
-            raise InputError(f"{path} is damaged: {error}") from error
+        return read_columns(path)
 
     def to_pandas(self) -> Any:
         """The metrics as a pandas `DataFrame`, one row for each of `metrics.csv`.

@@ -48,6 +48,11 @@ class Task(Protocol):
         """
         ...
 
+    @property
+    def validation_samples(self) -> int:
+        """Number of validation samples; 0 without any."""
+        ...
+
     def validation_loss(self, model: nn.Module) -> float | None:
         """Mean loss of the validation data; None if there are none."""
         ...

@@ -158,7 +158,7 @@ def test_fields_and_keys_become_properties(tmp_path):
     assert molecules.smiles.tolist() == ["O", "", "", ""]
     assert len(set(molecules.groups.tolist())) == 2
     assert "property gap is missing in 2 of 4 molecules (NaN)" in result.warnings
-    assert result.summary == "3 to 3 atoms of H, O; properties gap, mu; 2 groups"
+    assert result.summary == "3 atoms of H, O; properties gap, mu; 2 groups"
     preprocess(tmp_path / "a.xyz", tmp_path / "b.h5")
     with MoleculeFile(tmp_path / "b.h5") as file:  # gap is no number in one of the first records
         assert file.columns == {"smiles", "properties/mu"}
@@ -247,14 +247,14 @@ def test_a_dataset_of_ones_own(tmp_path, monkeypatch):
     done = runner.invoke(app, ["preprocess", "waters", "--count", "20", "--seed", "3"])
     assert done.exit_code == 0, done.output
     assert "20 molecules written to waters.h5" in done.output
-    assert "train 12, valid 4, test 4; 3 to 3 atoms of H, O" in done.output
+    assert "train 12, valid 4, test 4; 3 atoms of H, O" in done.output
     with MoleculeFile(tmp_path / "waters.h5") as file:
         molecules = file.load()
         assert file.source == "waters of a test"
         assert (file.split[::2] == file.split[1::2]).all()
     assert molecules.properties["energy"].values.tolist() == [k / 2 for k in range(20)]
     assert molecules.units == {"energy": "eV"}
-    refused = runner.invoke(app, ["preprocess", "waters", "--broken"])
+    refused = runner.invoke(app, ["preprocess", "waters", "--broken", "--overwrite"])
     assert refused.exit_code == 2
     assert "record 8: the coordinates are not finite" in " ".join(refused.output.split())
     steps = []
@@ -276,6 +276,6 @@ def test_a_dataset_of_ones_own(tmp_path, monkeypatch):
 
 def test_options_belong_to_their_dataset(cli, tmp_path):
     (tmp_path / "a.xyz").write_text(WATER.format(""))
-    assert "No such option" in cli("preprocess", "a.xyz", "--source", "x", code=2).stderr
-    assert "No such option" in cli("preprocess", "qm9", "--elements", "C", code=2).stderr
-    assert "1 molecules written" in cli("preprocess", "--seed", "3", "a.xyz").stderr
+    assert "no such option" in cli("preprocess", "a.xyz", "--source", "x", code=2).stderr
+    assert "no such option" in cli("preprocess", "qm9", "--elements", "C", code=2).stderr
+    assert "1 molecule written" in cli("preprocess", "--seed", "3", "a.xyz").stderr

@@ -92,7 +92,7 @@ def test_options_do_something_about_each_kind(mixed, tmp_path):
     )  # fmt: skip
     assert len(result.warnings) == 1  # the drawing
     for text in (
-        "1 reduced to their largest fragment", "1 left out for missing hydrogens",
+        "1 reduced to the largest fragment", "1 left out for missing hydrogens",
         "1 left out as duplicates",
     ):  # fmt: skip
         assert text in result.summary

@@ -66,7 +66,7 @@ def test_groups_properties_and_bad_records(tmp_path):
     assert bad.startswith("line 4: RDKit refuses 'CC(C)(C)(C)C': Explicit valence for atom # 1")
     assert result.warnings[0].startswith("1 of 3 SMILES repeat the molecule of an earlier one, the")
     assert "in line 5" in result.warnings[0]
-    assert result.count == 6 and "1 reduced to their largest fragment" in result.summary
+    assert result.count == 6 and "1 reduced to the largest fragment" in result.summary
     molecules = loaded(tmp_path / "a.h5")
     assert molecules.sizes.tolist() == [9, 9, 7, 7, 9, 9]
     assert molecules.groups.tolist() == [1, 1, 2, 2, 1, 1]

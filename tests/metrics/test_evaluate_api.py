@@ -66,7 +66,7 @@ def test_rdkit_molecules_that_cannot_be_used(some):
             evaluate([good, bad], **FAST)
         report = evaluate([good, bad, good], skip_bad=True, **FAST)
         assert (report.files[0].count, report.files[0].skipped) == (2, 1)
-        assert any("1 bad records skipped" in text for text in report.warnings())
+        assert any("1 bad record skipped" in text for text in report.warnings())
     with pytest.raises(InputError, match="nothing to evaluate"):
         evaluate([], **FAST)
     with pytest.raises(InputError, match="not both in one list"):

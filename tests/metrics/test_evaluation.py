@@ -609,7 +609,7 @@ def test_empty_files_and_paths_that_are_not_files(tmp_path):
     with MoleculeWriter(tmp_path / "none.h5", source="nothing"):
         pass
     for arguments in ([tmp_path / "none.h5"], None), ([], tmp_path / "none.h5"):
-        with pytest.raises(InputError, match=r"none.h5 holds no molecule$"):
+        with pytest.raises(InputError, match=r"none.h5 holds no molecules; make it again"):
             run(*arguments)
     with pytest.raises(InputError, match="null is a device or a pipe; name a file"):
         FileSource(Path("/dev/null"))
@@ -621,7 +621,7 @@ def test_a_table_of_many_files_keeps_its_words(samples, sample_path):
     report = report_of(run([samples]))
     report.files = [replace(report.files[0], name=f"{k}.sdf") for k in range(6)]
     labels = [row.heading for section in report.sections for row in section.rows]
-    for width, count in ((400, 1), (160, 2), (80, 6)):
+    for width, count in ((400, 1), (160, 2), (80, 6), (60, 6)):
         console = Console(width=width, file=io.StringIO(), legacy_windows=False)
         shown = tables(report, console)
         assert len(shown) == count
@@ -630,6 +630,11 @@ def test_a_table_of_many_files_keeps_its_words(samples, sample_path):
         text = console.file.getvalue()
         assert max(map(len, text.splitlines())) <= width
         assert "…" not in text
+        metrics = [m for m in report.files[0].metrics.values() if m is not None]
+        for interval in re.findall(r"\[.*?\]", " ".join(map(metric_text, metrics))):
+            assert interval in text  # in one line
+        if width >= 80:
+            assert all(re.search(rf"{re.escape(label)} *[│ ]", text) for label in labels)
         for name in (
             *(f"{k}.sdf" for k in range(6)),
             *(w for label in labels for w in label.split()),

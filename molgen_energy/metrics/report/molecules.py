@@ -10,6 +10,7 @@ from typing import Any
 from rdkit import rdBase
 
 from molgen_energy.chemistry.geometry import KINDS, PERIODS, UNITS
+from molgen_energy.errors import counted
 from molgen_energy.metrics.distances.comparison import Comparison, distance_key
 from molgen_energy.metrics.molecule_evaluation import MoleculeEvaluation, is_over_regular
 from molgen_energy.metrics.options import (
@@ -262,9 +263,9 @@ def _own_notes(evaluation: MoleculeEvaluation) -> list[str]:
     notes = [*evaluation.notes]
     timed_out = evaluation.accumulator.counts.timed_out
     if evaluation.skipped:
-        notes.append(f"{evaluation.skipped:,} bad records skipped")
+        notes.append(f"{counted(evaluation.skipped, 'bad records')} skipped")
     if timed_out:
-        notes.append(f"{timed_out:,} molecules timed out and count as invalid")
+        notes.append(f"{counted(timed_out, 'molecules')} timed out, counted as invalid")
     return notes
 
 

@@ -4,40 +4,86 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
 from molgen_energy.metrics.statistics import Estimate, Mean, Rate
+from molgen_energy.output import printable
 
 if TYPE_CHECKING:
     from molgen_energy.metrics.report.model import EvaluatedFile, MetricValue, Report, ReportColumn
 
 _UNLIMITED = 100_000  # characters in a line
+_NAME = 26  # characters of a file's name in a line of a narrow table
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a table leaves out or puts elsewhere so that it fits a narrow terminal."""
+
+    data_intervals: bool = True
+    """Whether values of the reference have intervals."""
+    remarks_below: bool = False
+    """Whether remarks on rows stand below the table, and long names of files have several lines."""
+    borders: bool = True
+    stacked: bool = False
+    """Whether an interval stands below its value."""
+
+
+_LAYOUTS = (
+    _Layout(),
+    _Layout(remarks_below=True),
+    _Layout(remarks_below=True, data_intervals=False),
+    _Layout(remarks_below=True, data_intervals=False, borders=False),
+    _Layout(remarks_below=True, data_intervals=False, borders=False, stacked=True),
+)
+"""From wide to narrow; the last one is also for terminals that it does not fit."""
 
 
 def tables(report: Report, console: Console) -> list[Table]:
     """Tables with the columns of each file and, last, of the reference.
 
     Files that do not fit side by side on the console come in several tables, each with as many
-    files as fit, at least one, and the reference. A file with several columns has its own table.
+    files as fit, at least one, and the reference. A file with several columns has its own table. A
+    narrow table leaves out the intervals of the reference rather than break lines.
     """
     unlimited = console.options.update(max_width=_UNLIMITED)
+
+    def width(files: list[EvaluatedFile], layout: _Layout) -> int:
+        return Measurement.get(console, unlimited, _table(report, files, layout)).maximum
+
+    @cache
+    def widths(layout: _Layout) -> tuple[int, list[int]]:
+        """Of the columns without any file, and of each file."""
+        alone = [width([file], layout) for file in report.files]
+        without = 2 * alone[0] - width([report.files[0]] * 2, layout)
+        return without, [own - without for own in alone]
+
+    def fits(files: slice, layout: _Layout) -> bool:
+        without, own = widths(layout)
+        return without + sum(own[files]) <= console.width
+
     found: list[Table] = []
-    rest = report.files
-    while rest:
-        count = 1 if any(len(file.columns) > 1 for file in rest) else len(rest)
-        while count > 1:
-            needed = Measurement.get(console, unlimited, _table(report, rest[:count])).maximum
-            if needed <= console.width:
-                break
-            count -= 1
-        found.append(_table(report, rest[:count]))
-        rest = rest[count:]
+    start = 0
+    while start < len(report.files):
+        left = len(report.files) - start
+        most = 1 if any(len(file.columns) > 1 for file in report.files) else left
+        choices = ((k, layout) for k in range(most, 0, -1) for layout in _LAYOUTS)
+        count, layout = next(
+            (choice for choice in choices if fits(slice(start, start + choice[0]), choice[1])),
+            (1, _LAYOUTS[-1]),
+        )
+        found.append(_table(report, report.files[start : start + count], layout))
+        start += count
     return found
 
 
@@ -47,46 +93,74 @@ def plain_tables(report: Report, width: int) -> str:
     for table in tables(report, console):
         console.print(table)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return text.rstrip("\n")
+    return "\n".join(map(printable, text.rstrip("\n").split("\n")))
 
 
-def _table(report: Report, files: list[EvaluatedFile]) -> Table:
+def _table(report: Report, files: list[EvaluatedFile], layout: _Layout) -> Table:
     several = len(files[0].columns) > 1
     title = f"value {uncertainty(report)}"
+    if not layout.data_intervals and report.reference is not None:
+        title += "; of the data the value alone"
     shown = Table(title=escape(f"{files[0].name}: {title}" if several else title))
-    shown.title_justify = "left"
+    shown.title_justify = shown.caption_justify = "left"
+    if not layout.borders:
+        shown.box, shown.pad_edge = box.SIMPLE_HEAD, False
     shown.add_column("", overflow="fold")
     columns: list[tuple[EvaluatedFile, ReportColumn]] = []
     for file in files:
         for column in file.columns:
-            names = (column.label,) if several else (file.name, column.label)
+            name = _in_lines(file.name) if layout.remarks_below else file.name
+            names = (column.label,) if several else (name, column.label)
             header = escape("\n".join(filter(None, names)))
             shown.add_column(header, justify="right", overflow="fold")
             columns.append((file, column))
     if report.reference is not None:
-        header = escape(f"data: {report.reference.name}")
+        space = " " if layout.data_intervals else "\n"
+        header = escape(f"data:{space}{report.reference.name}")
         shown.add_column(header, justify="right", style="dim")
         columns.append((report.reference, report.reference.columns[0]))
     shown.add_row(report.samples, *(f"{file.count:,}" for file, _ in columns), end_section=True)
+    below: dict[str, list[str]] = {}
     for section in report.sections:
         indent = ""
         if section.title:
             indent = "  "
             shown.add_row(f"[bold]{section.title}[/]", *([""] * len(columns)))
         for row in section.rows:
-            remarks = (f"\n  {indent}[dim]{escape(t)}[/]" for t in (row.hint, row.note) if t)
-            values = (_cell(column.metrics.get(row.key), row.show_count) for _, column in columns)
-            shown.add_row(
-                f"{indent}{escape(row.heading)}{''.join(remarks)}",
-                *values,
-                end_section=row is section.rows[-1],
+            heading = f"{indent}{escape(row.heading)}"
+            for remark in filter(None, (row.hint, row.note)):
+                if layout.remarks_below:
+                    below.setdefault(remark, []).append(row.label)
+                else:
+                    heading += f"\n  {indent}[dim]{escape(remark)}[/]"
+            values = (
+                _cell(column.metrics.get(row.key), row.show_count, layout, file is report.reference)
+                for file, column in columns
             )
+            shown.add_row(heading, *values, end_section=row is section.rows[-1])
+    if below:
+        lines = (f"{'; '.join(labels)}: {remark}" for remark, labels in below.items())
+        shown.caption = escape("\n".join(lines))
     return shown
 
 
-def _cell(metric: MetricValue | None, show_count: bool) -> str:
-    real = real_text(metric)
-    return escape(metric_text(metric, show_count)) + (f"\n[dim]{escape(real)}[/]" if real else "")
+def _in_lines(name: str) -> str:
+    """A long name of a file in several lines, which end behind a dash, a dot or the like."""
+    lines = [""]
+    for part in re.findall(r"[^-_./ ]*[-_./ ]?", name):
+        if len(lines[-1]) + len(part) > _NAME and lines[-1]:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _cell(metric: MetricValue | None, show_count: bool, layout: _Layout, is_data: bool) -> str:
+    text, real = metric_text(metric, show_count), real_text(metric)
+    if is_data and not layout.data_intervals:
+        text = text.partition(" ")[0]
+    if layout.stacked:
+        text, real = (part.replace(" [", "\n[") for part in (text, real))
+    return escape(text) + (f"\n[dim]{escape(real)}[/]" if real else "")
 
 
 def uncertainty(report: Report) -> str:

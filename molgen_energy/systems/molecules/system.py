@@ -12,8 +12,9 @@ import torch
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.convert import to_rdkit
 from molgen_energy.chemistry.fields import BONDS
-from molgen_energy.data.hdf5 import MoleculeFile
+from molgen_energy.data.hdf5 import MOLECULES, MoleculeFile
 from molgen_energy.diffusion.temperature import Temperature
+from molgen_energy.errors import counted
 from molgen_energy.output import check_writable
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.base import SamplingCallback, SamplingResult, System
@@ -21,6 +22,7 @@ from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.generate import MoleculeGenerator
 from molgen_energy.systems.molecules.sampling import check_name, sample_to_file
 from molgen_energy.systems.molecules.shards import read_sampling_job
+from molgen_energy.systems.molecules.state import MoleculeState
 from molgen_energy.systems.molecules.task import MoleculeTask
 from molgen_energy.training.checkpoint import Checkpoint
 
@@ -38,8 +40,9 @@ class _MoleculeSampling:
         spacing = "" if sampler.spacing is None else f" of {sampler.spacing} spacing"
         temperature = sampler.temperature.describe()
         self.method = (
-            f"{generator.sampler_name}, {sampler.steps:,} steps{spacing}, "
-            f"{sampler.evaluations:,} network evaluations each{temperature and ', '}{temperature}"
+            f"{generator.sampler_name}, {counted(sampler.steps, 'steps')}{spacing}, "
+            f"{counted(sampler.evaluations, 'network evaluations')} each"
+            f"{temperature and ', '}{temperature}"
         )
 
     def write(
@@ -57,6 +60,7 @@ class MoleculeSystem(System):
     name = "molecules"
     samples = "molecules"
     config = MoleculeConfig
+    state = MoleculeState
     sampling = MappingProxyType(
         {
             "count": 100,
@@ -73,6 +77,7 @@ class MoleculeSystem(System):
         }
     )
     output = "samples.sdf"
+    file_format = MOLECULES
     default_config = "quick"
 
     def check_output(self, path: Path) -> None:
