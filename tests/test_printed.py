@@ -168,14 +168,15 @@ def shortened(arguments: list[str]) -> list[str]:
     return [name, *short]
 
 
-def forget(words: list[str]) -> None:
-    """Remove the output that a command will write."""
-    for before, word in itertools.pairwise(words):
-        if before in ("-o", "--output", "--report"):
-            path = Path(word)
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if words[0] == "sample" and "-o" not in words:
-        Path("samples.sdf").unlink(missing_ok=True)
+def outputs_of(words: list[str]) -> set[Path]:
+    """Files and folders that a command writes."""
+    named = ("-o", "--output", "--report", "--json", "--per-molecule")
+    paths = {Path(word) for before, word in itertools.pairwise(words) if before in named}
+    if words[0] == "sample" and not {"-o", "list"} & set(words):
+        paths.add(Path("samples.sdf"))
+    if words[0] == "preprocess" and "-o" not in words:
+        paths |= {Path(word).with_suffix(".h5") for word in words if word.endswith(".smi")}
+    return paths - {Path("-")}
 
 
 def interrupt_sampling(output: str) -> None:
@@ -198,6 +199,7 @@ def interrupt_sampling(output: str) -> None:
 
 @each_page_with(commands_of)
 def test_every_printed_command_runs(page, here, monkeypatch, capsys):
+    written: set[Path] = set()
     for line in commands_of(page):
         program, *words = shlex.split(line, comments=True)
         if program == "torchrun":
@@ -208,11 +210,13 @@ def test_every_printed_command_runs(page, here, monkeypatch, capsys):
             continue
         if "--resume" in words and words[0] == "sample":
             interrupt_sampling(words[words.index("--resume") + 1])
-        else:
-            forget(words)
+        else:  # commands refuse to replace files: those of the page itself must not collide
+            for path in outputs_of(words) - written:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         run(shortened(words), monkeypatch)
+        written |= {path for path in outputs_of(words) if path.exists()}
         for before, word in itertools.pairwise(words):
-            assert before not in ("-o", "--report") or Path(word).exists(), line
+            assert before not in ("-o", "--report", "--per-molecule") or Path(word).exists(), line
         capsys.readouterr()
 
 
