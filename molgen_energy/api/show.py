@@ -26,7 +26,7 @@ from molgen_energy.errors import InputError
 from molgen_energy.metrics.accumulator import failure_reasons
 from molgen_energy.metrics.checks.chunk import CheckSettings, check_chunk
 from molgen_energy.metrics.report.gallery import shown_smiles
-from molgen_energy.metrics.sources import FileSource, RDKitSource
+from molgen_energy.metrics.sources import RDKitSource
 from molgen_energy.output import atomic_write, display_path, named_path
 
 _MOST_PROPERTIES = 6  # properties below a molecule
@@ -83,6 +83,7 @@ class _Input(NamedTuple):
     """Name of the file; empty for molecules in memory."""
     bonds: str
     """`given` or `perceived`, as `evaluate` chooses."""
+    note: str = ""
 
 
 def show(
@@ -136,7 +137,8 @@ def show(
             head = f"the first {head}"
     if given.source:
         head += f" of {given.source}"
-    note = "" if given.bonds == "given" else "bonds perceived from distances"
+    notes = ["" if given.bonds == "given" else "bonds perceived from distances", given.note]
+    note = "; ".join(filter(None, notes))
     if count == 1 and given.total == 1:
         head = given.source
     return MoleculeView(shown, head, note, per_page)
@@ -173,17 +175,28 @@ def _is_molecule(value: Any) -> bool:
 
 
 def _read_file(path: Path, limit: int) -> _Input:
-    source = FileSource(path)
+    """The first molecules of a file, without reading the others."""
     name = display_path(Path(path.name))
-    bonds = "given" if source.given_bonds.every else "perceived"
-    if source.is_hdf5:
+    if path.suffix.lower() in (".h5", ".hdf5"):
         with MoleculeFile(path) as file:
             part = file.slice(0, min(limit, len(file)))
+            bonds = "perceived" if part.bonds is None else "given"
             return _Input([*_numbered(part)], len(file), name, bonds)
     reader = MoleculeReader(path, skip_bad=True)
     reader.selection = reader.detect_fields()
     found = [_Given(f"{reader.number}", molecule) for molecule in islice(reader, limit)]
-    return _Input(found, None, name, bonds)
+    given = all(one.molecule is not None and _has_bonds(one.molecule) for one in found)
+    bad = reader.skipped_count
+    skipped = f"{bad:,} bad record{'' if bad == 1 else 's'} skipped" if bad else ""
+    return _Input(found, None, name, "given" if given else "perceived", skipped)
+
+
+def _has_bonds(molecule: Molecule) -> bool:
+    """Whether it has bonds of its own, or needs none as a single atom or as ions."""
+    if molecule.bond_index is None:
+        return False
+    charged = molecule.formal_charges is not None and bool(molecule.formal_charges.any())
+    return len(molecule.bond_index) > 0 or len(molecule) == 1 or charged
 
 
 def _numbered(molecules: Molecules) -> Iterator[_Given]:

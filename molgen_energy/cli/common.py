@@ -90,7 +90,7 @@ def checkpoints(incomplete: str) -> list[str]:
 
 
 def check_new_file(path: Path, overwrite: bool, option: str = "-o") -> None:
-    """Check that a command replaces no file, unless it may; `option` names the file.
+    """Check that a command does not replace a file that `option` names, unless it may.
 
     Raises
     ------
@@ -101,6 +101,20 @@ def check_new_file(path: Path, overwrite: bool, option: str = "-o") -> None:
         raise InputError(
             f"{path} exists; name another with {option}, or replace it with --overwrite"
         )
+
+
+def check_output(path: Path, is_default: bool, overwrite: bool) -> None:
+    """Check a file as `check_new_file`; one that the user did not name is replaced, which is said.
+
+    Raises
+    ------
+    InputError
+        The user named a file that exists.
+    """
+    if not is_default:
+        check_new_file(path, overwrite)
+    elif path.is_file() and not overwrite:
+        say(f"{path} exists and is replaced once the new file is complete; -o names another")
 
 
 def _versions() -> str:

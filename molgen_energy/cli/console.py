@@ -11,9 +11,10 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
@@ -28,6 +29,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from molgen_energy.distributed import is_main, rank, world_size
@@ -57,6 +59,7 @@ _TRACEBACK = "MOLGEN_ENERGY_TRACEBACK"
 _OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 _GRACE = 3.0  # s, for process 0 to report an error first
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 _LONGEST = 4000  # characters of a line; a file may have a word of a gigabyte
 _detail = 0
 
@@ -227,6 +230,28 @@ def _show_traceback() -> None:
     if is_verbose() or os.environ.get(_TRACEBACK):
         for line in traceback.format_exc().splitlines():
             say(line)
+
+
+def wrapped(text: str, width: int) -> str:
+    """A text in lines of at most `width` characters, broken at spaces outside of brackets."""
+    whole = re.sub(r"\[[^\]]*\]", lambda match: match[0].replace(" ", _NO_BREAK), text)
+    lines = textwrap.wrap(whole, max(width, 1), break_on_hyphens=False)
+    return "\n".join(lines).replace(_NO_BREAK, " ")
+
+
+def show_pairs(rows: Sequence[tuple[str, str]], title: str = "") -> None:
+    """Print names and texts as a result, in two columns that fit the terminal."""
+    if not rows:
+        return
+    indent = "  " if title else ""
+    names = max(len(name) for name, _ in rows)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for name, text in rows:
+        lines = wrapped(text, stdout.width - names - len(indent) - 4)
+        table.add_row(Text(f"{indent}{name}", "cyan", no_wrap=True), Text(lines))
+    if title:
+        show(Text(f"\n{title}", "bold"))
+    show(table)
 
 
 def duration(seconds: float) -> str:

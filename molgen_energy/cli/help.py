@@ -6,7 +6,6 @@ Typer's own text has a column of types, which takes half of such a line.
 from __future__ import annotations
 
 import inspect
-import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,11 +16,12 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
+from molgen_energy.cli.console import wrapped
+
 _WIDEST = 100  # characters in a line; longer ones are hard to read
 _NAMES = 28  # characters of the first column; a longer name has its own line
 _MARGINS = 6  # characters of a line for borders and spaces
 _NARROW, _INDENT = 70, 6  # below this width, each name has its own line
-_NO_BREAK = "\N{NO-BREAK SPACE}"
 _OTHER = "Other options"
 
 
@@ -112,7 +112,7 @@ def _description(parameter: Any) -> str:
     default = parameter.default
     # Where there is no value, the text says what happens.
     if getattr(parameter, "show_default", False) and default not in (None, False, [], ()):
-        text += f" [default:{_NO_BREAK}{default}]"
+        text += f" [default: {default}]"
     return text
 
 
@@ -123,7 +123,7 @@ def _first_sentence(command: Any) -> str:
 
 def _marked(text: str) -> Text:
     """A text with its options in colour and its code in bold."""
-    marked = Text(text.replace(_NO_BREAK, " "))
+    marked = Text(text)
     marked.highlight_regex(r"(?<![\w-])--?[a-zA-Z][\w-]*", "cyan")
     marked.highlight_regex(r"`[^`]+`", "bold")
     marked.highlight_regex(r"\[default: [^\]]*\]", "dim")
@@ -143,8 +143,7 @@ def _panel(title: str, rows: list[tuple[Text, str]], names: int = 0) -> Panel:
             name = Text()
         row = Table.grid(padding=(0, 2, 0, 0))
         row.add_column(width=names)
-        lines = textwrap.wrap(description, _width() - _MARGINS - names, break_on_hyphens=False)
-        row.add_row(name, _marked("\n".join(lines)))
+        row.add_row(name, _marked(wrapped(description, _width() - _MARGINS - names)))
         items.append(row)
     return _bordered(title, Group(*items))
 

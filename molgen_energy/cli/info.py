@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from molgen_energy.cli.console import show
+from molgen_energy.cli.console import show, show_pairs
 
 if TYPE_CHECKING:
     from molgen_energy.api.info import Device, Extra, Installation
@@ -30,18 +30,18 @@ def command(
     if as_json:
         show(json.dumps(found.to_dict(), indent=2))
         return
-    _print_table("", list(_general(found)))
-    _print_table("devices (--device)", [(d.name, _device(d)) for d in found.devices])
-    _print_table("extras", [(extra.name, _extra(extra)) for extra in found.extras])
-    _print_table(
-        "pretrained weights (sample --checkpoint)",
+    show_pairs(list(_general(found)))
+    show_pairs([(d.name, _device(d)) for d in found.devices], "devices (--device)")
+    show_pairs([(extra.name, _extra(extra)) for extra in found.extras], "extras")
+    show_pairs(
         [
             (w.name, f"{w.summary}{'' if w.is_intact else ' — damaged, install again'}")
             for w in found.weights
         ],
+        "pretrained weights (sample --checkpoint)",
     )
-    _print_table("configurations (train --config)", [("", ", ".join(found.configurations))])
-    _print_table("caches", [(what, _short(folder)) for what, folder in found.caches.items()])
+    show_pairs([("", ", ".join(found.configurations))], "configurations (train --config)")
+    show_pairs([(what, _short(folder)) for what, folder in found.caches.items()], "caches")
 
 
 def _general(found: Installation) -> Iterator[tuple[str, str]]:
@@ -72,21 +72,3 @@ def _short(path: Path) -> str:
         return f"~/{path.relative_to(Path.home())}"
     except ValueError:
         return str(path)
-
-
-def _print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-    from rich.text import Text
-
-    if not rows:
-        return
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in rows:
-        indented = f"  {name}" if title else name
-        table.add_row(escape(indented), escape(text))
-    if title:
-        show(Text(f"\n{title}", "bold"))
-    show(table)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from molgen_energy.cli.common import OVERWRITE, check_new_file, with_common_options
+from molgen_energy.cli.common import OVERWRITE, check_output, with_common_options
 from molgen_energy.cli.console import ThrottledLog, progress_bar, say, warn
 from molgen_energy.cli.help import HelpfulCommand, HelpfulGroup
 from molgen_energy.errors import InputError, counted
@@ -162,7 +162,7 @@ def _run(dataset: Dataset, output: Path | None, overwrite: bool) -> None:
                 raise InputError(f"write `preprocess {file}` first, then its options")
     path = dataset.default_output() if output is None else output
     check_hdf5_name(path)
-    check_new_file(path, overwrite)
+    check_output(path, output is None, overwrite)
     began, log = time.monotonic(), ThrottledLog()
     with progress_bar(transient=True) as bar:
         task = bar.add_task(f"preprocessing {dataset.name}", total=None)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from molgen_energy.cli.common import OVERWRITE, check_new_file, checkpoints, one_of
-from molgen_energy.cli.console import INTERRUPTED, ThrottledLog, progress_bar, say, show, warn
+from molgen_energy.cli.common import OVERWRITE, check_output, checkpoints, one_of
+from molgen_energy.cli.console import INTERRUPTED, ThrottledLog, progress_bar, say, show_pairs, warn
 from molgen_energy.distributed import is_main, world_size
 from molgen_energy.errors import InputError, counted
 
@@ -200,7 +200,7 @@ def command(
     if checkpoint == Path("list") and not checkpoint.exists():
         _list_pretrained()
         return
-    job = _Job(overwrite or resume is not None)
+    job = _Job(output is None, overwrite or resume is not None)
     try:
         with job:
             result = sample_to(
@@ -253,15 +253,10 @@ def _conclude(result: SamplingResult, job: _Job) -> None:
 
 def _list_pretrained() -> None:
     """Print the pretrained weights."""
-    from rich.markup import escape
-    from rich.table import Table
-
     from molgen_energy.training.pretrained import pretrained_weights
 
-    table = Table("name", "weights", box=None, pad_edge=False)
-    for name, weights in pretrained_weights().items():
-        table.add_row(escape(name), escape(weights.summary))
-    show(table)
+    rows = [(name, weights.summary) for name, weights in pretrained_weights().items()]
+    show_pairs([("name", "weights"), *rows])
 
 
 class SamplingBar:
@@ -314,8 +309,8 @@ class SamplingBar:
 class _Job:
     """What is sampled where, announced at the start, with its bar."""
 
-    def __init__(self, overwrite: bool) -> None:
-        self._overwrite = overwrite
+    def __init__(self, is_default: bool, overwrite: bool) -> None:
+        self._is_default, self._overwrite = is_default, overwrite
         self.output: Path | None = None
         self.samples, self.resume_hint = "samples", ""
         self.began = time.perf_counter()
@@ -328,8 +323,8 @@ class _Job:
         self._bars.close()
 
     def start(self, job: SamplingJobInfo) -> SamplingBar:
-        """Announce a job and show its bar; raises `InputError` where its file exists."""
-        check_new_file(job.output, self._overwrite)
+        """Announce a job and show its bar; raises `InputError` as of `check_output`."""
+        check_output(job.output, self._is_default, self._overwrite)
         generator, self.output = job.generator, job.output
         self.samples = job.system.samples
         self.resume_hint = (

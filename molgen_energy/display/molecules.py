@@ -132,6 +132,11 @@ def _model(shown: ShownMolecule) -> dict[str, Any]:
     return text | {"formula": formula} | viewer_model(shown.molecule, shown.unstable_atoms)
 
 
+def _bond_colour(element: str) -> str:
+    """That of the atom, but darker for hydrogen, which has no outline here."""
+    return "#a9b4be" if element == "H" else _COLOURS.get(element, _OTHER)
+
+
 def _drawing(shown: ShownMolecule) -> Markup:
     """The molecule as SVG without a script, seen as in the first view of `viewer.js`."""
     molecule = shown.molecule
@@ -152,7 +157,7 @@ def _drawing(shown: ShownMolecule) -> Markup:
             middle = (x[i] + x[j]) / 2, (y[i] + y[j]) / 2
             lines = "".join(
                 f'<line x1="{x[k]:.1f}" y1="{y[k]:.1f}" x2="{middle[0]:.1f}" y2="{middle[1]:.1f}" '
-                f'stroke="{colours[k]}" stroke-width="{width:.1f}"/>'
+                f'stroke="{_bond_colour(names[k])}" stroke-width="{width:.1f}"/>'
                 for k in (i, j)
             )
             shapes.append(((turned[i, 2] + turned[j, 2]) / 2 - 0.05, lines))

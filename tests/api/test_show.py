@@ -125,6 +125,10 @@ def test_sources_of_molecules(molecules, tmp_path):
     assert "the first 3 of 5 molecules of a.h5" in repr(views[-1])
     assert "the first 3 molecules of a.xyz" in repr(views[-2])
     assert models(mg.show(to_ase(some)[0]))[0]["formula"] == shown[0][0]["formula"]
+    (tmp_path / "b.xyz").write_text("1\n\nX 0 0 0\n" + (tmp_path / "a.xyz").read_text())
+    skipping = mg.show(tmp_path / "b.xyz", limit=2)
+    assert "1 bad record skipped" in skipping._repr_html_()
+    assert [model["title"] for model in models(skipping)] == ["2", "3"]
     page = views[0].save(tmp_path / "view.html").read_text(encoding="utf-8")
     assert views[0]._repr_html_() in page and page.startswith("<!doctype html>")
     assert in_rdkit[:2]._repr_html_().count('class="mm-card"') == 2

@@ -152,6 +152,16 @@ def test_without_arguments_the_help_is_shown(run):
     assert run("preprocess") == run("preprocess", "-h")
 
 
+@pytest.mark.parametrize("columns", [50, 80, 100])
+def test_names_and_texts_fit_and_keep_intervals(run, columns):
+    for command in (("sample", "--checkpoint", "list"), ("info",)):
+        code, text, _ = run(*command, columns=columns)
+        assert code == 0
+        assert max(map(len, text.splitlines())) <= columns
+        for interval in ("[80.7, 82.3]", "[75.3, 76.9]"):
+            assert interval in text
+
+
 def test_quiet_and_verbose(run, tmp_path):
     (tmp_path / "a.xyz").write_text("3\nwater\nO 0 0 0\nH 0.96 0 0\nH -0.24 0.93 0\n" * 9)
     code, stdout, stderr = run("preprocess", "a.xyz", "-q")
@@ -173,8 +183,8 @@ def test_files_are_not_replaced_unless_told(run, tmp_path):
         (tmp_path / path).write_text("mine")
     sampling = ("sample", "-n", "1", "--steps", "1", "--checkpoint", "qm9_energy")
     commands = {
-        "a.h5": ("preprocess", "a.xyz"),
-        "samples.sdf": sampling,
+        "a.h5": ("preprocess", "a.xyz", "-o", "a.h5"),
+        "samples.sdf": (*sampling, "-o", "samples.sdf"),
         "report/report.html": ("evaluate", "a.xyz", "--report", "report"),
     }
     for path, command in commands.items():
@@ -187,7 +197,12 @@ def test_files_are_not_replaced_unless_told(run, tmp_path):
             == f"error: {path} exists; name another with {option}, or replace it with --overwrite"
         )
         assert (tmp_path / path).read_text() == "mine"
-    assert run("preprocess", "a.xyz", "--overwrite")[0] == 0
-    assert run(*sampling, "--overwrite")[0] == 0
+    assert run(*commands["a.h5"], "--overwrite")[0] == 0
+    assert run(*commands["samples.sdf"], "--overwrite")[0] == 0
+    for default, command in (("a.h5", ("preprocess", "a.xyz")), ("samples.sdf", sampling)):
+        (tmp_path / default).write_text("old")
+        code, _, stderr = run(*command)
+        assert code == 0
+        assert f"{default} exists and is replaced once the new file is complete" in stderr
     assert (tmp_path / "samples.sdf").read_text().count("$$$$") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"a.xyz", "a.h5", "samples.sdf", "report"}

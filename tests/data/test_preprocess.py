@@ -254,7 +254,7 @@ def test_a_dataset_of_ones_own(tmp_path, monkeypatch):
         assert (file.split[::2] == file.split[1::2]).all()
     assert molecules.properties["energy"].values.tolist() == [k / 2 for k in range(20)]
     assert molecules.units == {"energy": "eV"}
-    refused = runner.invoke(app, ["preprocess", "waters", "--broken", "--overwrite"])
+    refused = runner.invoke(app, ["preprocess", "waters", "--broken"])
     assert refused.exit_code == 2
     assert "record 8: the coordinates are not finite" in " ".join(refused.output.split())
     steps = []

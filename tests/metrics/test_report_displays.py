@@ -60,6 +60,7 @@ def test_a_notebook_shows_what_the_terminal_shows(report):
             assert number in text, line
     assert "&lt;img src=x&gt;.sdf" in html and "<img" not in html
     assert not re.search(r"<script|<link|https?:|url\(|\son\w+=", html)
+    assert "metrics=&#34;default,fcd&#34;" in html or "pip install" in html
     assert report.summary.split(";")[0] in text
     for line in report.files[0].failures:
         assert line.split(" (")[0] in text

@@ -104,6 +104,14 @@ class MoleculeViewer {
   }
   reset() {
     this.rotation = multiplied(rotationAbout("x", 0.25), rotationAbout("y", 0.35));
+    this.reach = [1.2, 1.2]; // half the width and height of the first view, Å
+    for (const p of this.model.positions) {
+      const q = this.rotation.map((row) => dot(row, p));
+      for (const k of [0, 1]) {
+        const extent = Math.abs(q[k]) * (1 + q[2] / (6 * this.extent)) + 0.6;
+        this.reach[k] = Math.max(this.reach[k], extent);
+      }
+    }
     this.magnification = 1;
     this.chosen = [];
     this.say(null);
@@ -165,7 +173,9 @@ class MoleculeViewer {
     const ink = (getComputedStyle(this.canvas).color.match(/[\d.]+/g) || [0, 0, 0]).map(Number);
     this.dark = 0.3 * ink[0] + 0.6 * ink[1] + 0.1 * ink[2] > 128;
     this.fog = this.dark ? "#1b2128" : "#ffffff";
-    const scale = Math.min(width, 1.25 * height) / 2 / this.extent * this.magnification;
+    const fit = Math.min(width / this.reach[0], height / this.reach[1]) / 2;
+    // The first view fills the canvas, and a turned molecule stays in it but for a little.
+    const scale = Math.min(fit, 1.3 * Math.min(width, height) / 2 / this.extent) * this.magnification;
     this.project = (q) => {
       const near = scale * (1 + q[2] / (6 * this.extent));
       return { x: width / 2 + q[0] * near, y: height / 2 - q[1] * near, scale: near };

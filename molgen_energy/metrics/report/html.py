@@ -70,11 +70,18 @@ def notebook_html(report: Report) -> str:
 
     It needs no network and has no script; text of files is escaped.
     """
+    # Hints are options of the command line: in Python they are arguments.
+    sections = _sections(report)
+    for section in sections:
+        for item in section["rows"]:
+            option, _, value = item["row"].hint.partition(" ")
+            is_option = option.startswith("--")
+            item["hint"] = f'{option[2:]}="{value}"' if is_option else item["row"].hint
     return render(
         "notebook.html.j2",
         report=report,
         columns=_columns(report),
-        sections=_sections(report),
+        sections=sections,
         uncertainty=uncertainty(report),
     )
 
