@@ -32,8 +32,8 @@ _INTRODUCTION = """# File formats
 
 `scripts/document_formats.py` writes this page from the declarations that check each file when it
 is opened. A file that is not as declared is refused with one line that names the file, the place,
-what was expected, and a remedy. [data.md](data.md) says how files of molecules are made, and
-[SECURITY.md](../SECURITY.md) what files of other people can and cannot do.
+what was expected, and a remedy. [Prepare data](how_to/data.md) says how files of molecules are
+made, and [Security](../SECURITY.md) what files of other people can and cannot do.
 
 **HDF5 files.** Each data set lies in the file itself, in one piece or in chunks, uncompressed or
 with gzip and shuffle. Links, external storage, virtual data sets, named types, other filters, and

@@ -1,4 +1,4 @@
-"""Draws the figures of docs/losses.md.
+"""Draws the figures of docs/explanation/losses.md.
 
     python scripts/draw_losses.py docs/images --rigidity docs/data/rigidity.csv
 

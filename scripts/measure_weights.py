@@ -1,4 +1,4 @@
-"""Measure the pretrained weights, and write cards, pictures and the table of the README.
+"""Measure the pretrained weights, and write cards, pictures and tables.
 
     python scripts/measure_weights.py --sample   # only draw the samples: on a GPU, without RDKit
     python scripts/measure_weights.py            # draw what is missing, evaluate, write
@@ -6,8 +6,9 @@
 
 For each of `assets/weights/`: 10,000 samples of seed 0, evaluated by every metric (`report.json`),
 and for the default also quality by sampler and steps (`steps.csv`). From these files come the
-cards, the README's table and the pictures. Samples stay in --work; those that exist, or that have a
-row in `steps.csv`, are not drawn again. `--write` needs none.
+cards, the pictures, and the tables of the README and of `docs/results/index.md`. Samples stay in
+--work; those that exist, or that have a row in `steps.csv`, are not drawn again. `--write` needs
+none.
 """
 
 from __future__ import annotations
@@ -75,6 +76,11 @@ RATES = {
     "novelty": "novel, %",
     "connected": "connected, %",
 }
+TABLES = {
+    "README.md": ("molecule_stability", "atom_stability", "validity"),
+    "docs/results/index.md": tuple(RATES),
+}
+"""Pages with a table of the weights, and the rates that it has."""
 MORE_RATES = {
     "complete": "valid and of one fragment, %",
     "valid_unique": "valid × unique, %",
@@ -129,8 +135,10 @@ def main() -> None:
         draw_curves(weights)
         for one in weights.values():
             write_text(one.path / "card.md", card(one))
-        readme = ROOT / "README.md"
-        write_text(readme, with_table(readme.read_text(encoding="utf-8"), table(weights)))
+        for page, columns in TABLES.items():
+            path = ROOT / page
+            text = with_table(path.read_text(encoding="utf-8"), table(weights, columns))
+            write_text(path, text)
 
 
 # Measuring
@@ -472,29 +480,29 @@ def weaknesses(weights: PretrainedWeights) -> list[str]:
     ]
 
 
-def table(weights: dict[str, PretrainedWeights]) -> str:
-    """The README's table: samples of the pretrained weights, the paper's, and the data."""
+def table(weights: dict[str, PretrainedWeights], columns: tuple[str, ...]) -> str:
+    """The table of a page: samples of the pretrained weights, the paper's, and the data."""
     lines = [
-        f"| | trained | {' | '.join(RATES.values())} | FCD |",
-        "|---|---|" + "---|" * (len(RATES) + 1),
+        f"| | trained | {' | '.join(RATES[key] for key in columns)} | FCD |",
+        "|---|---|" + "---|" * (len(columns) + 1),
     ]
     for one in sorted(weights.values(), key=lambda one: one.name, reverse=True):
         file, training = report(one)["files"][0], state_of(one)["training"]
-        cells = [figures(file, key, 100) for key in RATES] + [figures(file, "fcd")]
+        cells = [figures(file, key, 100) for key in columns] + [figures(file, "fcd")]
         length = f"{passes(one):.0f} epochs, {duration(training)} on {training['hardware']}"
         lines.append(f"| `{one.name}` | {length} | {' | '.join(cells)} |")
     for loss, values in PAPER.items():
-        cells = [f"{values[key]:g}" if key in values else "" for key in RATES]
+        cells = [f"{values[key]:g}" if key in values else "" for key in columns]
         lines.append(f"| paper, {loss} | 3000 epochs, GPU | {' | '.join(cells)} | |")
     data = report(weights[DEFAULT])["reference"]
-    cells = [figures(data, key, 100) for key in RATES] + [figures(data, "fcd")]
+    cells = [figures(data, key, 100) for key in columns] + [figures(data, "fcd")]
     lines.append(f"| QM9 itself (test) | | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def with_table(readme: str, text: str) -> str:
-    """The README with the table between its two marks."""
-    before, rest = readme.split(BEGIN)
+def with_table(page: str, text: str) -> str:
+    """A page with the table between its two marks."""
+    before, rest = page.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / ".venv"
 
-INSTALL = "pip install -c constraints.txt -e .[dev,qm9,spins,fcd,posebusters,xtb]"
+INSTALL = "pip install -c constraints.txt -e .[dev,docs,qm9,spins,fcd,posebusters,xtb]"
 
 # Every command is a module of the environment's Python.
 TASKS: dict[str, tuple[str, list[str]]] = {
@@ -30,10 +30,13 @@ TASKS: dict[str, tuple[str, list[str]]] = {
     "lint": ("check style and format", ["ruff check .", "ruff format --check ."]),
     "format": ("fix style and format", ["ruff check --fix .", "ruff format ."]),
     "types": ("check types", ["mypy"]),
+    "links": ("check links, paths and tasks in all Markdown files", ["pytest tests/test_docs.py"]),
     "docs": (
-        "check links, paths, options and Python code in all Markdown files",
-        ["pytest tests/test_docs.py tests/test_readme.py"],
+        "run all that README and site print, and the tutorials",
+        ["pytest tests/test_docs.py tests/test_printed.py tests/test_site.py"],
     ),
+    "site": ("build the documentation: site/index.html", ["mkdocs build --strict"]),
+    "notebooks": ("execute the tutorials and store their outputs", ["scripts.run_notebooks"]),
 }
 TASKS["check"] = (
     "all that must pass before a commit: lint, types, test (which contains docs)",
@@ -68,7 +71,11 @@ def main(tasks: list[str]) -> int:
     for task in tasks:
         for command in TASKS[task][1]:
             print(f"$ python -m {command}", flush=True)
-            done = subprocess.run([environment_python(), "-m", *shlex.split(command)], cwd=ROOT)
+            # MkDocs' theme would print a notice about its successor.
+            environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+            done = subprocess.run(
+                [environment_python(), "-m", *shlex.split(command)], cwd=ROOT, env=environment
+            )
             if done.returncode:
                 return done.returncode
     return 0

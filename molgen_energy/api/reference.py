@@ -1,7 +1,8 @@
 """The public names of the package, in the order of the API reference.
 
-The site makes a page of each `Page`; `tests/test_reference.py` checks that every name has a
-docstring with parameters, shapes, errors and source.
+The pages of `docs/api/` show them, and `tests/test_site.py` checks that none is missing there;
+`tests/test_reference.py` checks that every name has a docstring with parameters, shapes, errors
+and source.
 """
 
 from __future__ import annotations

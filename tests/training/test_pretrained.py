@@ -159,8 +159,9 @@ def test_texts_are_those_of_what_was_measured(measuring):
         assert found["interval"][0] < found["value"] < found["interval"][1]
         assert sum(report["by_unstable_atoms"]) == report["files"][0]["molecules"] == 10_000
         assert report["by_unstable_atoms"][0] == round(1e4 * found["value"])
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert measuring.with_table(readme, measuring.table(weights)) == readme
+    for page, columns in measuring.TABLES.items():
+        text = (ROOT / page).read_text("utf-8")
+        assert measuring.with_table(text, measuring.table(weights, columns)) == text
 
 
 def test_every_way_of_sampling_is_measured(measuring):
