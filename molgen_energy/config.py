@@ -15,10 +15,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_origin
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
@@ -30,10 +30,20 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
 from molgen_energy.errors import InputError, unknown_name
+from molgen_energy.formats.yaml import MOST_SHOWN, dump_yaml, load_yaml, shown
 from molgen_energy.resources import resource_directory
 
+
+def _whole(value: Any) -> Any:
+    """A whole number that is written as 1e3."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 Auto = Literal["auto"]
-PositiveInt = Annotated[int, Field(gt=0)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+PositiveInt = Annotated[Whole, Field(gt=0)]
+Layers = Annotated[Whole, Field(gt=0, le=1000)]
+"""Layers of a network; its width is limited by the memory that is available."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Self = TypeVar("Self", bound="Config")
 
@@ -60,7 +70,9 @@ def positive_or(*names: str) -> AfterValidator:
     def check(value: float | str) -> float | str:
         if isinstance(value, str):
             if value not in names:
-                raise ValueError(f"expected a number above 0 or {', '.join(names)}, not '{value}'")
+                raise ValueError(
+                    f"expected a number above 0 or {', '.join(names)}, not {shown(value)}"
+                )
         elif not 0 < value < float("inf"):
             raise ValueError(f"expected a number greater than 0, not {value}")
         return value
@@ -72,14 +84,20 @@ PositiveOrAuto = Annotated[float | str, positive_or("auto")]
 
 
 class Section(BaseModel):
-    """A named group of keys of a configuration."""
+    """A named group of keys of a configuration.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    Numbers are not taken from text or `true`; a whole number may be written as 1e3.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, values: Any) -> Any:
-        """Refuse a plain value, and write the default name into unions without one."""
+        """Refuse a plain value, and write the default name into unions without one.
+
+        YAML has lists where fields are tuples.
+        """
         if isinstance(values, (str, int, float, list)):
             raise ValueError(f"holds {', '.join(cls.model_fields)}; set one of these")
         if not isinstance(values, Mapping):
@@ -90,6 +108,8 @@ class Section(BaseModel):
             default = getattr(field.default, "name", None)
             if _union(field) and isinstance(section, Mapping) and default is not None:
                 completed[key] = {"name": default, **section}
+            if isinstance(section, list) and get_origin(field.annotation) is tuple:
+                completed[key] = tuple(section)
         return completed
 
 
@@ -133,11 +153,13 @@ class OneOf:
             section: type[Section] = self.registry[name].Config
             return section
         for other, registry in self.elsewhere.items():
-            if name in registry:
+            if isinstance(name, str) and name in registry:
                 raise ValueError(
                     f"'{name}' is a {self.kind} on {other} (valid here: {', '.join(self.registry)})"
                 )
-        raise ValueError(unknown_name(self.kind, str(name), self.registry))
+        raise ValueError(
+            unknown_name(self.kind, name if isinstance(name, str) else shown(name), self.registry)
+        )
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -196,13 +218,13 @@ class TrainingConfig(Section):
     """`muon` orthogonalises the updates of hidden matrices; AdamW updates all other parameters."""
     muon_lr: PositiveFloat = 0.01
     """Learning rate of the matrices that `muon` updates; `lr` is that of all other parameters."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[Whole, Field(ge=0)] = 0
     decay: Literal["none", "cosine"] = "none"
     """Learning rate after the warm-up: constant, or a half cosine to zero at the last step."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-12
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     clip_gradients: bool = True
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     initial_weights: str | None = None
     """A run, a checkpoint, or the name of pretrained weights, whose EMA weights training starts
     from; null draws random ones."""
@@ -262,7 +284,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """All values, including defaults."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return dump_yaml(self.model_dump(mode="json"))
 
     def replaced(self: Self, changes: Mapping[str, Any]) -> Self:
         """A copy with changed values, by dotted key: ``{"model.layers": 6}``.
@@ -295,7 +317,9 @@ def _assign(schema: type[Section], values: dict[str, Any], key: str, value: Any)
         if field is not None and get_origin(field.annotation) is dict:
             if depth + 1 < len(sections):
                 entry = ".".join(sections[: depth + 2])
-                raise InputError(f"{key}: set the whole entry, such as {entry}={{{last}: {value}}}")
+                raise InputError(
+                    f"{key}: set the whole entry, such as {entry}={{{last}: {str(value)[:40]}}}"
+                )
             values[section] = {**values.get(section, {}), last: value}
             return
         inner = None if field is None else _section_class(field, values.get(section))
@@ -334,11 +358,11 @@ def _switched(
 
 def _unknown_key(key: str, section: type[Section], parents: list[str]) -> str:
     """Message for a dotted key that is not among those of a section under its parents."""
-    part = key.split(".")[len(parents)]
+    part = key.split(".")[len(parents)][:MOST_SHOWN]
     near = difflib.get_close_matches(part, section.model_fields, n=1)
     hint = f"; did you mean '{'.'.join([*parents, near[0]])}'?" if near else ""
     valid = ", ".join(".".join([*parents, name]) for name in section.model_fields)
-    return f"unknown config key '{key}'{hint} (valid: {valid})"
+    return f"unknown config key {shown(key)}{hint} (valid: {valid})"
 
 
 def config_names() -> list[str]:
@@ -373,12 +397,9 @@ def read_config(name: str | Path) -> RawConfig:
                 unknown_name("config", str(name), config_names()) + "; or the path of a .yaml file"
             )
         path = resource_directory("configs") / f"{name}.yaml"
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"config {path} does not exist (shipped: {', '.join(config_names())})")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    values = load_yaml(path)
     if not isinstance(values, dict):
         raise InputError(f"{path} does not hold keys and values")
     return RawConfig(str(path), {"name": path.stem, "system": "molecules"} | values)
@@ -397,21 +418,8 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise InputError(f"--set {text}: expected key=value, such as model.layers=6")
-        try:
-            changes[key.strip()] = _yaml_scalar(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {text}: the value is not YAML") from error
+        changes[key.strip()] = load_yaml(value, f"--set {shown(text)[1:-1]}: the value")
     return changes
-
-
-def _yaml_scalar(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:  # YAML 1.1 takes 1e-4, without a dot, for a string
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _validated(schema: type[Self], values: Mapping[str, Any], where: str) -> Self:
@@ -424,8 +432,8 @@ def _validated(schema: type[Self], values: Mapping[str, Any], where: str) -> Sel
             key = ".".join(map(str, first["loc"]))
             raise InputError(f"{where}: {_unknown_key(key, section, known)}") from error
         message = first["msg"].removeprefix("Value error, ")
-        shown = "" if first["type"] == "value_error" else f" (it is {first['input']!r})"
-        raise InputError(f"{where}: {'.'.join(known)}: {message}{shown}") from error
+        found = "" if first["type"] == "value_error" else f" (it is {shown(first['input'])})"
+        raise InputError(f"{where}: {'.'.join(known)[:200]}: {message}{found}") from error
 
 
 def _located(

@@ -13,6 +13,11 @@ _SYMBOLS = (
     "Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"
 ).split()
 
+ELEMENTS = len(_SYMBOLS)
+"""How many elements there are; the largest atomic number."""
+_LONGEST = 3  # characters of an atomic number
+_SHOWN = 40  # characters
+
 
 @cache
 def _numbers() -> dict[str, int]:
@@ -32,9 +37,11 @@ def atomic_number(symbol: str) -> int:
     InputError
         There is no such element.
     """
-    number = int(symbol) if symbol.isdecimal() else _numbers().get(symbol.capitalize(), 0)
+    number = 0
+    if symbol.isascii() and len(symbol) <= _LONGEST:
+        number = int(symbol) if symbol.isdecimal() else _numbers().get(symbol.capitalize(), 0)
     if not 1 <= number <= len(_SYMBOLS):
-        raise InputError(f"'{symbol}' is no chemical element")
+        raise InputError(f"'{symbol[:_SHOWN]}' is no chemical element")
     return number
 
 

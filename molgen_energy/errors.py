@@ -8,6 +8,8 @@ from collections.abc import Iterable
 MEND_OR_SKIP = "mend it or pass --skip-bad to leave out such records"
 """The remedy for a bad record of a file."""
 
+_MOST_SHOWN = 60  # characters of a name in a message
+
 
 class InputError(ValueError):
     """Bad input. The message is one line: what is wrong, in which file and record, and the remedy.
@@ -30,6 +32,8 @@ class PeerLostError(RuntimeError):
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
     """Message for an unknown name of some kind: the closest valid name, and all valid ones."""
     names = list(valid)
+    if len(name) > _MOST_SHOWN:
+        name = f"{name[:_MOST_SHOWN]}…"
     closest = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean '{closest[0]}'?" if closest else ""
     return f"unknown {kind} '{name}'{hint} (valid: {', '.join(names)})"

@@ -52,8 +52,6 @@ def release(arguments: argparse.Namespace) -> None:
             f"{arguments.run} ends at step {progress['step']} of {config.training.steps}; "
             f"continue with molgen-energy train --resume {arguments.run}"
         )
-    if config.data.path is not None:
-        config = config.replaced({"data.path": Path(config.data.path).name})
     state: dict[str, Any] = {
         "progress": {"step": progress["step"]},
         "sampling": {"steps": arguments.steps, "spacing": arguments.spacing},
@@ -68,7 +66,7 @@ def release(arguments: argparse.Namespace) -> None:
     model = MoleculeGenerator(checkpoint, torch.device("cpu")).model  # with its EMA weights
     weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     folder = weights_directory() / arguments.name
-    save_checkpoint(folder, config, state, {"ema": weights})
+    save_checkpoint(folder, config.without_paths(), state, {"ema": weights})
     write_checksums(folder)
     with (arguments.run / "metrics.csv").open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["valid_loss"]]

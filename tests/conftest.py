@@ -13,6 +13,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+# Tests run in parallel processes, and so do the commands that they start: each takes one thread.
+# Set before NumPy and PyTorch are imported, which read it then.
+# ruff: noqa: E402
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_name] = "1"
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +26,7 @@ from rdkit import Chem
 from rdkit.Chem import AllChem
 
 from molgen_energy.chemistry.bonds import perceive
+from molgen_energy.cli import main
 from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.data.molecules import Molecule, Molecules, offsets_from_sizes
 from molgen_energy.resources import asset
@@ -87,6 +94,32 @@ def cli(tmp_path: Path):
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done
+
+    return run
+
+
+@pytest.fixture
+def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """As `cli`, in this process: what a command does, without the seconds that one takes to start.
+
+    Not for what depends on the start of a process, its signals or its environment.
+    """
+
+    def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["molgen-energy", *map(str, arguments)])
+        handler = signal.getsignal(signal.SIGTERM)
+        capfd.readouterr()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        stdout, stderr = capfd.readouterr()
+        assert (ended.value.code or 0) == code, f"exit {ended.value.code}\n{stdout}\n{stderr}"
+        assert "Traceback" not in stderr
+        return subprocess.CompletedProcess(sys.argv, code, stdout, stderr)
 
     return run
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
+import safetensors.torch
 import torch
+import yaml
 
 from molgen_energy.config import Config
 from molgen_energy.systems.registry import load_config
@@ -45,6 +49,18 @@ def tiny(**changes) -> Config:
 
 def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
     return load_checkpoint(run).read_tensors(name)
+
+
+def rewrite_weights(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], None]):
+    """Change the tensors of a checkpoint, with a SHA-256 as of a trainer that wrote them."""
+    path = folder / f"{name}.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    content = safetensors.torch.save(tensors)
+    path.write_bytes(content)
+    state = yaml.safe_load((folder / "state.yaml").read_text())
+    state["sha256"][name] = hashlib.sha256(content).hexdigest()
+    (folder / "state.yaml").write_text(yaml.safe_dump(state, sort_keys=False))
 
 
 def assert_same_run(a: Path, b: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -33,6 +34,7 @@ LAYERS = (
     "distributed",
     "config",
     "formats",
+    "paths",
     "output",
     "elements",
     "resources",
@@ -89,14 +91,20 @@ def imported_names(statement: ast.Import | ast.ImportFrom) -> list[str]:
 
 
 @cache
+def tree(module: str) -> ast.Module:
+    """The syntax of a module."""
+    return ast.parse(modules()[module].read_text(encoding="utf-8"))
+
+
+@cache
 def imports() -> tuple[Import, ...]:
     """Every import of one module of the package by another.
 
     The version number is the one name that modules may import from the package itself.
     """
     found = set()
-    for module, path in modules().items():
-        for statement in statements(ast.parse(path.read_text(encoding="utf-8"))):
+    for module in modules():
+        for statement in statements(tree(module)):
             for name in imported_names(statement):
                 package, _, inner = name.partition(".")
                 if package != "molgen_energy" or inner == "__version__":
@@ -132,6 +140,39 @@ def test_imports_point_downwards():
         if position[layer(module)] > position[layer(imported)]
     ]
     assert not upwards, upwards
+
+
+def test_formats_know_nothing_of_what_is_in_files():
+    """So that what declares and checks files can be trusted by itself."""
+    own = {imported for module, imported in imports() if layer(module) == "formats"}
+    assert {layer(imported) for imported in own} <= {"formats", "output", "errors"}
+
+
+def test_files_are_read_in_one_place():
+    """HDF5, archives of NumPy, YAML and safetensors, whoever reads them."""
+    loads = re.compile(r"(np|numpy|pickle|torch|yaml|safetensors\.\w+)\.(safe_)?load\w*")
+    opens, readers = set(), set()
+    for module in modules():
+        for node in ast.walk(tree(module)):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            if name == "h5py.File" and ast.unparse(node.args[1]) != "'w'":
+                opens.add(module)
+            elif loads.fullmatch(name):
+                readers.add(module)
+    assert opens == {"formats.hdf5"}
+    # The pool reads what its own processes wrote.
+    assert {layer(module) for module in readers} <= {"formats", "workers"}, readers
+    for package, reader in (("yaml", "formats.yaml"), ("safetensors", "formats.tensors")):
+        users = {
+            module
+            for module in modules()
+            for statement in statements(tree(module))
+            for name in imported_names(statement)
+            if name.partition(".")[0] == package
+        }
+        assert users == {reader}, users
 
 
 def test_no_cycle_between_packages():

@@ -12,7 +12,7 @@ from molgen_energy.data.shards import shards_folder
 from molgen_energy.diffusion.temperature import range_text
 from molgen_energy.distributed import broadcast, is_main, local_device, process_group
 from molgen_energy.errors import InputError
-from molgen_energy.output import resolve_symlink
+from molgen_energy.output import check_writable, real_path, resolve_symlink
 from molgen_energy.systems.base import (
     Generator,
     NoCallback,
@@ -149,7 +149,7 @@ def sample_to(
         loaded = load_checkpoint(found, weights=["ema"])
         system = system_of_checkpoint(loaded)
         generator = system.generator(loaded, target, options)
-        if path.resolve() in [source.resolve() for source in generator.inputs]:
+        if real_path(path) in map(real_path, generator.inputs):
             raise InputError(f"-o {path} is an input of this command; name another file")
         if not generator.distributed and not is_main():
             return None
@@ -179,7 +179,9 @@ def _options(
         acts = "temperature" in given or (name == "temperature_range" and "final_noise" in given)
         if name in given and not acts:
             raise InputError(f"{option_name(name)} has no effect without --temperature")
-    path = resolve_symlink(Path(system.output) if output is None else output)
+    path = Path(system.output) if output is None else output
+    check_writable(path)
+    path = resolve_symlink(path)
     system.check_output(path)
     return found, path, dict(system.sampling) | given
 

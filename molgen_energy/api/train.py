@@ -12,7 +12,8 @@ from molgen_energy.config import Config
 from molgen_energy.distributed import broadcast, is_main, local_device, process_group
 from molgen_energy.errors import InputError
 from molgen_energy.losses import LOSSES
-from molgen_energy.output import check_folder
+from molgen_energy.output import check_folder, real_path
+from molgen_energy.paths import find_again, portable_path
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.systems.base import System
 from molgen_energy.systems.registry import (
@@ -31,6 +32,7 @@ from molgen_energy.training.loop import (
 )
 from molgen_energy.training.loop import train as run_loop
 from molgen_energy.training.pretrained import checkpoint_name, resolve_checkpoint
+from molgen_energy.training.state import Progress
 from molgen_energy.training.task import Task
 
 
@@ -126,14 +128,23 @@ def train(
         given["data.path"] = str(data)
     target = local_device(choose_device(device))
     with process_group(target):
-        progress_of_run = None
+        progress_of_run: Progress | None = None
         if resume is not None:
             run = Path(resume)
             _check_resumable(given, run, config, changes, output)
             checkpoint = load_checkpoint(run)
             system = system_of_checkpoint(checkpoint)
-            settings: Config = checkpoint.config_as(system.config).replaced(given)
-            progress_of_run = checkpoint.state["progress"]
+            begun = checkpoint.config_as(system.config)
+            checkpoint.state_as(system.state)
+            if data is None and begun.data.path is not None:
+                found = find_again(begun.data.path, run)
+                if not found.exists():
+                    raise InputError(
+                        f"{found}, the data of {run}, does not exist; name it with --data FILE"
+                    )
+                given["data.path"] = str(found)
+            settings: Config = begun.replaced(given)
+            progress_of_run = checkpoint.progress
         else:
             settings = _configuration(config, dict(changes or {}), given)
             system = SYSTEMS[settings.system]
@@ -142,11 +153,11 @@ def train(
                 _check_new(run)
         task = system.task(settings, target, progress)
         total = total_steps(task.config.training, task.batches_per_epoch)
-        if progress_of_run is not None and progress_of_run["step"] >= total:
+        if progress_of_run is not None and progress_of_run.step >= total:
             task.close()
             return TrainingSummary(
-                run, progress_of_run["step"], 0.0, progress_of_run["last_valid"],
-                progress_of_run["skipped"], task.config, already_complete=True,
+                run, progress_of_run.step, 0.0, progress_of_run.last_valid,
+                progress_of_run.skipped, task.config, already_complete=True,
             )  # fmt: skip
         on_start(TrainingRun(run, system, task, total))
         return run_loop(task, run, callback, resume=resume is not None)
@@ -188,8 +199,9 @@ def _check_resumable(
 
 
 def _initial_weights(name: Path) -> str:
-    """The value of `training.initial_weights` for a name, valid in any working directory."""
-    return checkpoint_name(resolve_checkpoint(name, "--init"))
+    """The value of `training.initial_weights` for a name."""
+    found = checkpoint_name(resolve_checkpoint(name, "--init"))
+    return portable_path(Path(found)) if Path(found).is_absolute() else found
 
 
 def _new_folder(config: Config) -> Path:
@@ -208,12 +220,14 @@ def _new_folder(config: Config) -> Path:
 
 
 def _check_new(run: Path) -> None:
+    if run.is_symlink() and not run.exists():
+        raise InputError(f"{run} is a link to {run.readlink()}, which does not exist; remove it")
     if run.is_dir() and any(run.iterdir()):
         raise InputError(
             f"{run} is not empty; name another --output, or continue with --resume {run}"
         )
     # The folder is made when training starts, so that a start that fails leaves nothing.
-    existing = next(path for path in (run, *run.resolve().parents) if path.exists())
+    existing = next(path for path in (run, *real_path(run).parents) if path.exists())
     check_folder(existing)
 
 

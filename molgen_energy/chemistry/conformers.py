@@ -22,6 +22,7 @@ from molgen_energy.data.molecules import Molecule, Molecules
 from molgen_energy.errors import InputError
 
 RELAXATIONS = ("mmff94", "gfn2-xtb", "none")
+_LONGEST = 2000  # characters of a SMILES
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,15 @@ def parse_smiles(smiles: str, largest_fragment: bool = False) -> tuple[Chem.Mol,
     Raises
     ------
     ValueError
-        RDKit cannot parse the SMILES, it has several fragments, or atoms of no element.
+        RDKit cannot parse the SMILES, it is too long, has several fragments, or atoms of no
+        element.
     """
+    if len(smiles) > _LONGEST:
+        raise ValueError(
+            f"the SMILES has {len(smiles):,} characters, at most {_LONGEST:,} are read"
+        )
+    if "\0" in smiles:  # where RDKit ends it
+        raise ValueError("it holds NUL bytes, which no text has")
     with rdBase.BlockLogs():
         molecule = Chem.MolFromSmiles(smiles)
         if molecule is None:

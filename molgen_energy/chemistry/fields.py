@@ -33,9 +33,15 @@ OWN_FIELDS = frozenset({*_ORIGIN, "molecule", "status", "fragments", BONDS, UNIT
 _CREATOR = "molgen-energy "
 FIRST_RECORDS = 100
 """How many records of a file tell which fields hold numbers."""
+MOST_FIELDS = 10_000
+"""How many data fields one record may have."""
+
+_MOST_PROPERTIES = 2000  # more than usual sets of descriptors have
 
 _SMILES = ("smiles", "SMILES")
 _EXPONENT = re.compile(r"(?<=[\d.])(?:[dD]|\*\^)(?=[+-]?\d)")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_GROUP = re.compile(r"[+-]?[0-9]{1,19}")
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,11 @@ class FieldSelection:
                     numeric[name] = numeric.get(name, True) and is_number
         excluded = OWN_FIELDS | {*_SMILES, group}
         names = [name for name, chosen in numeric.items() if chosen and name not in excluded]
+        if len(names) > _MOST_PROPERTIES:
+            raise InputError(
+                f"{len(names):,} data fields hold numbers, at most {_MOST_PROPERTIES:,} become "
+                "properties; name those to keep with --properties, or keep none: --properties ''"
+            )
         found = cls.of({name: units.get(_property_name(name), "") for name in names}, group)
         return replace(found, known_units=units)
 
@@ -109,6 +120,12 @@ class FieldSelection:
                 raise ValueError(f"it lacks the field '{self.group}' of the group")
             columns["group"] = read_group(fields[self.group])
         return columns
+
+
+def check_field_count(count: int) -> None:
+    """Raise `ValueError` where a record has more data fields than any program writes."""
+    if count > MOST_FIELDS:
+        raise ValueError(f"it has more than {MOST_FIELDS:,} data fields")
 
 
 def data_fields(molecule: Molecule) -> dict[str, str | float]:
@@ -161,7 +178,7 @@ def parse_number(text: str) -> float:
     Raises
     ------
     ValueError
-        The text is something else, such as `nan`, `inf` or `1_000`.
+        The text is something else, such as `nan`, `inf` or `1_000`, or has digits of other scripts.
     """
     try:
         value = float(text)
@@ -170,18 +187,22 @@ def parse_number(text: str) -> float:
             value = float(_EXPONENT.sub("e", text, count=1))
         except ValueError:
             value = math.nan
-    if not math.isfinite(value) or "_" in text:
+    if not math.isfinite(value) or "_" in text or not text.isascii():
         raise ValueError(f"'{text.strip()[:40]}' is no finite number")
     return value
+
+
+def parse_integer(text: str) -> int:
+    """An integer of at most 18 digits; `ValueError` says that the text is something else."""
+    if not _INTEGER.fullmatch(text.strip()):
+        raise ValueError(f"'{text.strip()[:40]}' is no integer")
+    return int(text)
 
 
 def read_group(text: str) -> int:
     """An integer of 64 bits as it is; of other text a hash, the same in every file."""
     text = text.strip()
-    try:
-        value = int(text)
-    except ValueError:
-        value = 1 << 63
+    value = int(text) if _GROUP.fullmatch(text) else 1 << 63
     if -(1 << 63) <= value < 1 << 63:
         return value
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -35,7 +35,9 @@ _UNITS = json.dumps({name: unit for name, unit, _ in PROPERTIES} | {INDEX: INDEX
 
 def fields_of_comment(comment: str) -> dict[str, str]:
     """The fields of the second line of a dsgdb9nsd file, `gdb 1 157.7 …`; none of other lines."""
-    tag, *values = comment.split() or [""]
+    if _TAG not in comment:
+        return {}
+    tag, *values = comment.split(None, 2 + len(PROPERTIES))
     if tag != _TAG or len(values) != 1 + len(PROPERTIES):
         return {}
     names = [INDEX, *(name for name, _, _ in PROPERTIES)]

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
 
 from molgen_energy.cli import evaluate, preprocess, sample, train
-from molgen_energy.cli.console import exit_on_error
+from molgen_energy.cli.console import exit_on_error, run_program, show
+from molgen_energy.output import printable
+
+
+class _Commands(TyperGroup):
+    """The commands. Typer reports bad usage itself, with words that may be those of a file name."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _printable_errors():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _printable_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _printable_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(text := getattr(error, "message", None), str):
+            error.message = printable(text)  # type: ignore[attr-defined]
+        raise
 
 
 def _show_version(requested: bool) -> None:
     if requested:
         from molgen_energy import __version__
 
-        typer.echo(f"molgen-energy {__version__}")
+        show(f"molgen-energy {__version__}")
         raise typer.Exit
 
 
@@ -31,6 +59,7 @@ def _options(
 def application() -> typer.Typer:
     """Build the command `molgen-energy` from the registries as they are now."""
     app = typer.Typer(
+        cls=_Commands,
         name="molgen-energy",
         help="Train and evaluate generative models of 3D molecules with energy losses.",
         no_args_is_help=True,
@@ -51,4 +80,4 @@ app = application()
 
 def main() -> None:
     """Entry point of `molgen-energy` and of `python -m molgen_energy`."""
-    app()
+    run_program(app)

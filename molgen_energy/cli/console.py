@@ -1,6 +1,7 @@
 """Messages, progress bars and exit codes of all commands.
 
-Results go to standard output, everything else to standard error.
+Results go to standard output, everything else to standard error. Texts may come from anybody's
+files: whatever is printed here has neither control characters nor Rich's markup in it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TextIO
 
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -26,30 +27,91 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
+from rich.text import Text
 
 from molgen_energy.distributed import is_main, rank, world_size
 from molgen_energy.errors import InputError, PeerLostError, TrainingFailedError
+from molgen_energy.output import printable
+
+
+class _SafeConsole(Console):
+    """A console that shows control characters of texts, tables and bars as `\\x1b`."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            if control is None:  # else a movement of the cursor, by Rich itself
+                text = "\n".join(map(printable, text.split("\n")))
+            yield Segment(text, style, control)
+
 
 # Of the processes of a torchrun job, only process 0 writes to the terminal.
 # Without emoji, the text `a:b:` of a bad option stays as it is.
-stdout = Console(highlight=False, emoji=False, quiet=not is_main())
-stderr = Console(stderr=True, highlight=False, emoji=False, quiet=not is_main())
+stdout = _SafeConsole(highlight=False, emoji=False, quiet=not is_main())
+stderr = _SafeConsole(stderr=True, highlight=False, emoji=False, quiet=not is_main())
 
 _TRACEBACK = "MOLGEN_ENERGY_TRACEBACK"
 # The words of PyTorch's allocators; "index out of range" must not match.
 _OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 _GRACE = 3.0  # s, for process 0 to report an error first
+_LONGEST = 4000  # characters of a line; a file may have a word of a gigabyte
 
 
 def say(text: str) -> None:
     """Print a line for the user, on standard error."""
-    stderr.print(escape(text), soft_wrap=True)
+    _print_line(Text(_line(text)))
 
 
 def warn(text: str) -> None:
     """Print a warning, on standard error."""
-    stderr.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+    _print_line(Text.assemble(("warning:", "yellow"), " ", _line(text)))
+
+
+def _line(text: str) -> str:
+    """A text in one line, without the middle where it is very long: the end has the remedy."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+    return printable(text)
+
+
+def _print_line(line: Text) -> None:
+    try:
+        stderr.print(line, soft_wrap=True)
+    except BrokenPipeError:
+        raise
+    except OSError:  # a full disk takes no message; the work goes on
+        pass
+
+
+def show(result: RenderableType) -> None:
+    """Print a result on standard output, a string as it is.
+
+    Raises
+    ------
+    OSError
+        Standard output is closed or takes no more.
+    """
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "standard output is closed")
+    with _names_output():
+        if isinstance(result, str):  # not wrapped
+            sys.stdout.write("".join(f"{printable(line)}\n" for line in result.split("\n")))
+        else:
+            stdout.print(result)
+        sys.stdout.flush()
+
+
+@contextmanager
+def _names_output() -> Iterator[None]:
+    """Name standard output in errors of writing to it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = "standard output"
+        raise
 
 
 def _fail(text: str, code: int) -> None:
@@ -61,7 +123,7 @@ def _fail(text: str, code: int) -> None:
         time.sleep(_GRACE)
         text = f"process {rank()} of {world_size()}: {text}"
         stderr.quiet = False
-    stderr.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+    _print_line(Text.assemble(("error:", "bold red"), " ", _line(text)))
     sys.exit(code)
 
 
@@ -80,7 +142,8 @@ def exit_on_error() -> Iterator[None]:
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the program that reads the output has exited, for instance `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in _streams():
+            _discard_rest(stream)
         sys.exit(FAILED)
     except OSError as error:
         _show_traceback()
@@ -97,9 +160,57 @@ def exit_on_error() -> Iterator[None]:
         _fail(f"{text} (please report it; {_TRACEBACK}=1 shows the traceback)", FAILED)
 
 
+def run_program(program: Callable[[], None]) -> None:
+    """Run the whole program with `exit_on_error`, on streams that may be closed, full or ASCII."""
+    _open_closed_streams()
+    for stream in _streams():  # a Å on a terminal of another encoding must not end the work
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with exit_on_error():
+            try:
+                program()
+            finally:
+                with _names_output():
+                    if sys.stdout is not None:
+                        sys.stdout.flush()
+    finally:
+        for stream in _streams():
+            _discard_rest(stream)
+
+
+def _streams() -> list[TextIO]:
+    return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
+
+
+def _open_closed_streams() -> None:
+    """Open closed standard streams, lest the next file gets their numbers and others' messages."""
+    for descriptor in range(3):
+        if not _is_open(descriptor):
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+def _discard_rest(stream: TextIO) -> None:
+    """Discard what could not be written, which Python would try, and report, once more."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _show_traceback() -> None:
     if os.environ.get(_TRACEBACK):
-        traceback.print_exc()
+        for line in traceback.format_exc().splitlines():
+            say(line)
 
 
 class ThrottledLog:
@@ -120,11 +231,11 @@ class ThrottledLog:
 def progress_bar(*columns: str, transient: bool = False) -> Progress:
     """A progress bar with counts, times and the named task fields; hidden without a terminal."""
     return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
+        SpinnerColumn("line" if stderr.options.ascii_only else "dots"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        *(TextColumn(f"{{task.fields[{name}]}}") for name in columns),
+        *(TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in columns),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

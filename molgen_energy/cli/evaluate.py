@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from molgen_energy.cli.console import ThrottledLog, progress_bar, say, stdout, warn
+from molgen_energy.cli.console import ThrottledLog, progress_bar, say, show, stdout, warn
 from molgen_energy.distributed import is_main, worker_connections
 from molgen_energy.errors import InputError
-from molgen_energy.output import check_folder
+from molgen_energy.output import check_folder, check_own_file
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -153,6 +153,9 @@ def _check_report(report: Path | None) -> None:
     if report.exists() and not report.is_dir():
         raise InputError(f"{report} is a file; name a folder for the report")
     check_folder(report if report.exists() else report.absolute().parent)
+    for path in sorted(report.iterdir()) if report.exists() else ():
+        if path.suffix in (".html", ".json", ".png"):
+            check_own_file(path)
 
 
 def _progress(bar: Progress) -> ProgressCallback:
@@ -171,10 +174,10 @@ def _show(report: Report, as_json: bool) -> None:
     from molgen_energy.metrics.report.table import tables
 
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
+        show(json.dumps(report.to_dict(), indent=2))
     else:
         for table in tables(report, stdout):
-            stdout.print(table)
+            show(table)
         if report.summary:
             say(report.summary)
         for file in report.files:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from molgen_energy.cli.console import INTERRUPTED, ThrottledLog, progress_bar, say, stdout, warn
+from molgen_energy.cli.console import INTERRUPTED, ThrottledLog, progress_bar, say, show, warn
 from molgen_energy.distributed import is_main, world_size
 from molgen_energy.errors import InputError
 
@@ -193,14 +193,15 @@ def _conclude(result: SamplingResult, job: _Job) -> None:
 
 def _list_pretrained() -> None:
     """Print the pretrained weights."""
+    from rich.markup import escape
     from rich.table import Table
 
     from molgen_energy.training.pretrained import pretrained_weights
 
     table = Table("name", "weights", box=None, pad_edge=False)
     for name, weights in pretrained_weights().items():
-        table.add_row(name, weights.summary)
-    stdout.print(table)
+        table.add_row(escape(name), escape(weights.summary))
+    show(table)
 
 
 class SamplingBar:

@@ -169,8 +169,8 @@ def _conclude(summary: TrainingSummary) -> None:
     if summary.skipped:
         warn(f"skipped {summary.skipped:,} steps whose loss or gradient was not finite")
     system = SYSTEMS[summary.config.system]
-    if suggestion := system.after_training(summary.config):
-        say(suggestion)
+    for line in system.after_training(summary.config).splitlines():
+        say(line)
     count = system.sampling.get("count")
     option = "" if count is None else f" -n {count}"
     say(f"next    molgen-energy sample{option} --checkpoint {shlex.quote(str(summary.run))}")

@@ -12,12 +12,12 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import h5py
 import numpy as np
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from molgen_energy import __version__
 from molgen_energy.data.molecules import (
-    DTYPES,
+    AROMATIC,
     PROPERTIES,
     Bonds,
     MoleculeChunk,
@@ -34,17 +34,163 @@ from molgen_energy.data.molecules import (
     offsets_from_sizes,
 )
 from molgen_energy.data.splits import SPLITS
+from molgen_energy.elements import ELEMENTS
 from molgen_energy.errors import InputError, unknown_name
+from molgen_energy.formats.declaration import (
+    FILE_ATTRIBUTES,
+    SCHEMA,
+    SPLIT,
+    AttributeSpec,
+    DatasetSpec,
+    HDF5Format,
+    Relation,
+    Size,
+    check_relation,
+    check_values,
+    wrong_rows,
+)
+from molgen_energy.formats.hdf5 import open_hdf5
+from molgen_energy.formats.limits import check_memory
 from molgen_energy.output import atomic_replace, check_writable
 
-SCHEMA = 1
 _CHUNK_ROWS = 65536
 _MARGIN = 1 << 20  # bytes for the library's own tables
 _SLICE = 1 << 20  # most atoms of one slice: 12 MB of positions
 _GAP = 1 << 11  # atoms that are read over rather than skipped; a call costs about as much
-_OPTIONAL = ("formal_charges", "bonds", "smiles", "group")
+_OPTIONAL = {"formal_charges", "smiles", "group"}
+_TABLE = 100  # bytes of a table for each bond
+_LARGE = 1 << 28  # bytes to read at once that are compared with the available memory
 _ALL_OR_NONE = {"formal_charges": "formal charges", "bonds/index": "bonds", "group": "groups"}
 """Columns that all molecules of a file have, or none, since no value says that it is missing."""
+
+
+def _not_ascending(offsets: NDArray[np.int64], total: int, least: int) -> NDArray[np.bool_]:
+    """Which records do not begin where the one before ends, (M,), or are of less than `least`."""
+    wrong = np.diff(offsets) < least
+    wrong[0] |= offsets[0] != 0
+    wrong[-1] |= offsets[-1] != total
+    return wrong
+
+
+def _any_of_records(rows: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which records have a row that is true, (M,)."""
+    if not rows.any():
+        return np.zeros(len(offsets) - 1, bool)
+    before = np.concatenate([[0], np.cumsum(rows)])
+    return np.diff(before[offsets]) > 0
+
+
+def _unfit_bonds(
+    index: NDArray[np.integer[Any]], offsets: NDArray[np.int64], bonds: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Which molecules have a bond of one atom, of an atom that they lack, or the same twice, (M,).
+
+    Equal bonds are found in a table of all pairs of atoms, or by sorting where it would be large.
+    """
+    sizes, counts = np.diff(offsets), np.diff(bonds)
+    size = np.repeat(sizes, counts)
+    one, other = index[:, 0].astype(np.int64), index[:, 1].astype(np.int64)
+    low, high = np.minimum(one, other), np.maximum(one, other)
+    unfit: NDArray[np.bool_] = (low == high) | (low < 0) | (high >= size)
+    first = offsets_from_sizes(sizes**2)
+    pair = np.repeat(first[:-1], counts) + low * size + high
+    fit = pair[~unfit] if unfit.any() else pair
+    if first[-1] <= _TABLE * len(pair):
+        seen = np.zeros(first[-1], bool)
+        seen[fit] = True
+        if np.count_nonzero(seen) == len(fit):
+            return _any_of_records(unfit, bonds)
+    pair[unfit] = -1 - np.arange(np.count_nonzero(unfit))  # none is that of another
+    order = np.argsort(pair, kind="stable")
+    unfit[order[1:]] |= pair[order[1:]] == pair[order[:-1]]
+    return _any_of_records(unfit, bonds)
+
+
+MOLECULES = HDF5Format(
+    "molecules",
+    "Molecules",
+    "Molecules of any size one after another, with their split. `preprocess` writes it, and "
+    "`sample` where the output is HDF5; `train` and `evaluate` read it.",
+    sizes={
+        "M": Size("molecules"),
+        "N_total": Size("atoms of all molecules"),
+        "B": Size("bonds of all molecules", low=0),
+    },
+    records="molecules",
+    attributes=(
+        *FILE_ATTRIBUTES,
+        AttributeSpec("units", "text", "units of positions and charges", required=False),
+    ),
+    datasets=(
+        DatasetSpec(
+            "split", ("M",), "integer", "0 training, 1 validation, 2 test", low=0, high=2,
+            dtype="u1",
+        ),
+        DatasetSpec(
+            "offsets", ("M+1",), "integer",
+            "atoms of molecule i are offsets[i] to offsets[i+1] - 1", low=0,
+        ),
+        DatasetSpec(
+            "atomic_numbers", ("N_total",), "integer", "nuclear charges", low=1,
+            high=ELEMENTS, dtype="u1",
+        ),
+        DatasetSpec("positions", ("N_total", 3), "float", "coordinates", unit="Å", dtype="f4"),
+        DatasetSpec(
+            "formal_charges", ("N_total",), "integer", "formal charges", unit="e",
+            required=False, dtype="i1",
+        ),
+        DatasetSpec(
+            "bonds/offsets", ("M+1",), "integer",
+            "bonds of molecule i are offsets[i] to offsets[i+1] - 1", required=False,
+            required_with="bonds", low=0,
+        ),
+        DatasetSpec(
+            "bonds/index", ("B", 2), "integer", "numbers of two atoms within their molecule, from "
+            "0", required=False, required_with="bonds", low=0, dtype="u4",
+        ),
+        DatasetSpec(
+            "bonds/order", ("B",), "integer", "single, double, triple, or 12 for aromatic",
+            required=False, required_with="bonds", choices=(1, 2, 3, AROMATIC), dtype="u1",
+        ),
+        DatasetSpec(
+            "smiles", ("M",), "text", "SMILES, empty where it is missing", required=False,
+            fill=True,
+        ),
+        DatasetSpec(
+            "group", ("M",), "integer", "molecules of one group stay in one split",
+            required=False,
+        ),
+        DatasetSpec(
+            f"{PROPERTIES}*", ("M",), "float", "a property, NaN where it is missing",
+            required=False, finite=False, fill=True,
+            attributes=(AttributeSpec("unit", "text", "unit of the values", required=False),),
+        ),
+    ),
+    relations=(
+        Relation(
+            "offsets that ascend from 0 to the number of atoms",
+            ("offsets", "N_total"),
+            lambda offsets, atoms: _not_ascending(offsets, atoms, 1),
+            at_opening=True,
+        ),
+        Relation(
+            "offsets that ascend from 0 to the number of bonds",
+            ("bonds/offsets", "B"),
+            lambda offsets, bonds: _not_ascending(offsets, bonds, 0),
+            at_opening=True,
+        ),
+        Relation(
+            "bonds of two atoms of their molecule, none twice",
+            ("bonds/index", "offsets", "bonds/offsets"),
+            _unfit_bonds,
+        ),
+    ),
+)  # fmt: skip
+"""The declaration of files of molecules."""
+
+_SAMPLES = HDF5Format(
+    None, "Samples", "Files of every physical system.", datasets=(SPLIT,), records="samples"
+)
 
 
 def _chunk_rows(rows: int) -> int:
@@ -106,9 +252,9 @@ class DeferredErrorFile(io.FileIO):
 
 def check_hdf5_name(output: Path) -> None:
     """Raise `InputError` unless an HDF5 file can be written to a path."""
+    check_writable(output)
     if output.suffix.lower() not in (".h5", ".hdf5"):
         raise InputError(f"{output}: the name of an HDF5 file must end in .h5 or .hdf5")
-    check_writable(output)
 
 
 def system_of(path: Path) -> str:
@@ -119,70 +265,21 @@ def system_of(path: Path) -> str:
     InputError
         It is missing, no HDF5, or not written by this package.
     """
-    with _opened(path, "`molgen-energy preprocess`") as file:
-        return str(file.attrs.get("system", "molecules"))
-
-
-def open_store(path: Path, system: str, remedy: str) -> h5py.File:
-    """Open a file of a physical system for reading; `remedy` is the command that makes one.
-
-    Raises
-    ------
-    InputError
-        It is missing, no HDF5, cut off, of another schema or another physical system.
-    """
-    file = _opened(path, remedy.format(path=path))
-    found = str(file.attrs.get("system", "molecules"))
-    if found != system:
-        file.close()
-        raise InputError(
-            f"{path} holds {found}, not {system}; name a file of {system}, or a --config or a "
-            f"--checkpoint of {found}"
-        )
-    return file
-
-
-def _opened(path: Path, remedy: str) -> h5py.File:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; make it with {remedy}")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        why = "is cut off" if "truncated" in str(error) else "is not a readable HDF5 file"
-        raise InputError(f"{path} {why}; make one with `molgen-energy preprocess`") from error
-    schema = file.attrs.get("schema")
-    if np.ndim(schema) == 0 and schema == SCHEMA:
-        return file
-    file.close()
-    if schema is None:
-        raise InputError(f"{path} was not written by molgen-energy (no schema attribute)")
-    newer = isinstance(schema, (int, np.integer)) and schema > SCHEMA
-    remedy = "upgrade molgen-energy" if newer else "make it again"
-    raise InputError(f"{path} has schema {schema}, this version reads schema {SCHEMA}; {remedy}")
+    with open_hdf5(path, _SAMPLES) as file:
+        return file.system
 
 
 def split_counts(path: Path) -> dict[str, int]:
-    """Samples of each split of a file of any physical system; without a split all are `train`.
+    """Samples of each split of a file of any physical system.
 
     Raises
     ------
     InputError
-        It is missing, no HDF5, or not written by this package.
+        It is missing, no HDF5, not written by this package, or has no `split`.
     """
-    with _opened(path, "`molgen-energy preprocess`") as file:
-        if "split" in file:
-            counts = np.bincount(file["split"][:], minlength=len(SPLITS)).tolist()
-        else:
-            columns = (data for data in file.values() if isinstance(data, h5py.Dataset))
-            counts = [max((len(data) for data in columns), default=0), 0, 0]
+    with open_hdf5(path, _SAMPLES) as file:
+        counts = np.bincount(file.read("split"), minlength=len(SPLITS)).tolist()
     return dict(zip(SPLITS, counts, strict=True))
-
-
-def check_columns(file: h5py.File, path: Path, names: Iterable[str]) -> None:
-    """Raise `InputError` where a data set is missing."""
-    for name in names:
-        if name not in file:
-            raise InputError(f"{path} lacks the data set '{name}'; make it again")
 
 
 class MoleculeWriter:
@@ -348,65 +445,41 @@ class DatasetSummary:
 
 
 class MoleculeFile:
-    """A schema 1 file, opened read-only and checked.
+    """A file of molecules, opened read-only and checked by its declaration, `MOLECULES`.
+
+    Offsets and split are checked when it is opened, other values when they are read.
 
     Raises
     ------
     InputError
-        The file is missing, no HDF5, cut off, of another schema or another physical system.
+        The file is missing, no HDF5, cut off, of another schema or another physical system, holds
+        no molecules, or is not as declared.
     """
 
     def __init__(self, path: Path) -> None:
         remedy = "`molgen-energy preprocess qm9 -o {path}` or from your own SDF or XYZ file"
-        self._file = open_store(path, "molecules", remedy)
+        self._file = open_hdf5(path, MOLECULES, remedy)
         self.path = path
         try:
             self._size = self._bytes()
-            self._check()
+            self.offsets: NDArray[np.int64] = self._file.read("offsets")
+            self.split: NDArray[np.uint8] = self._file.read("split")
         except BaseException:
             self.close()
             raise
-
-    def _check(self) -> None:
-        check_columns(self._file, self.path, ("positions", "atomic_numbers", "offsets", "split"))
-        self.offsets: NDArray[np.int64] = self._file["offsets"][:]
-        self.split: NDArray[np.uint8] = self._file["split"][:]
-        present = {name for name in _OPTIONAL if name in self._file}
-        properties = self._file.get("properties", {})
-        self._columns = frozenset(present | {f"{PROPERTIES}{name}" for name in properties})
-        if "bonds" in present:
-            check_columns(self._file, self.path, ("bonds/index", "bonds/order", "bonds/offsets"))
-        atoms = len(self._file["atomic_numbers"])
-        consistent = (
-            len(self.offsets) == len(self.split) + 1
-            and self.offsets[0] == 0
-            and self.offsets[-1] == atoms == len(self._file["positions"])
-            and bool((self.offsets[1:] > self.offsets[:-1]).all())
-            and all(self._fits(name, atoms) for name in self._columns)
-        )
-        if not consistent:
-            raise InputError(f"{self.path}: the lengths of its data sets disagree; make it again")
-
-    def _fits(self, column: str, atoms: int) -> bool:
-        """Whether an optional column is of the length that it must have."""
-        file = self._file
-        if column == "bonds":
-            ends = file["bonds/offsets"]
-            total = int(ends[-1]) if len(ends) else 0
-            lengths = {len(file["bonds/index"]), len(file["bonds/order"])}
-            return len(ends) == len(self.offsets) and lengths == {total}
-        return len(file[column]) == (atoms if column == "formal_charges" else len(self))
+        present = {name for name in self._file.specs if name.startswith(PROPERTIES)}
+        present |= _OPTIONAL & self._file.specs.keys()
+        self._columns = frozenset(present | ({"bonds"} if "bonds/index" in self._file else set()))
 
     @property
     def source(self) -> str:
         """What the file was made from."""
-        return str(self._file.attrs.get("source", self.path.name))
+        return str(self._file.attributes.get("source", self.path.name))
 
     @property
     def provenance(self) -> dict[str, str]:
         """Checkpoint, seed and configuration that sampled molecules come from."""
-        text = self._file.attrs.get("provenance")
-        return {"source": self.source} if text is None else dict(json.loads(text))
+        return dict(self._file.attributes.get("provenance", {"source": self.source}))
 
     @property
     def columns(self) -> frozenset[str]:
@@ -419,8 +492,11 @@ class MoleculeFile:
     @property
     def property_units(self) -> dict[str, str]:
         """Units of the properties by name, empty where unknown."""
-        group = self._file.get("properties", {})
-        return {name: str(data.attrs.get("unit", "")) for name, data in group.items()}
+        return {
+            name.removeprefix(PROPERTIES): str(self._file.attributes_of(name).get("unit", ""))
+            for name in self._columns
+            if name.startswith(PROPERTIES)
+        }
 
     def __len__(self) -> int:
         return len(self.split)
@@ -442,8 +518,8 @@ class MoleculeFile:
     ) -> Iterator[MoleculeChunk]:
         """The molecules of a split in chunks of at most `size`, with all their columns.
 
-        With `skip_bad`, molecules whose coordinates are not finite are left out and counted in
-        `skipped`.
+        With `skip_bad`, molecules with values that are not allowed, such as coordinates that are
+        not finite, are left out and counted in `skipped`.
         """
         members = self.split_indices(split)
         self.skipped = 0
@@ -451,15 +527,16 @@ class MoleculeFile:
             chosen = members[slice(*np.searchsorted(members, [start, start + size]))]
             if not len(chosen):
                 continue
-            molecules = self._read(chosen, self.columns)
-            usable = molecules.finite()
-            if not skip_bad:
-                self._check_finite(usable, chosen)
-            self.skipped += int((~usable).sum())
-            if usable.all():
+            arrays = self._arrays(chosen, self.columns)
+            wrong = _wrong(arrays)
+            if wrong.any() and not skip_bad:
+                self._refuse(arrays, chosen, int(wrong.argmax()))
+            self.skipped += int(wrong.sum())
+            molecules = self._molecules(arrays)
+            if not wrong.any():
                 yield MoleculeChunk(chosen + 1, molecules)
-            elif usable.any():
-                yield MoleculeChunk(chosen[usable] + 1, molecules.select(np.flatnonzero(usable)))
+            elif not wrong.all():
+                yield MoleculeChunk(chosen[~wrong] + 1, molecules.select(np.flatnonzero(~wrong)))
 
     def summarize(self) -> DatasetSummary:
         """Read the file once and check every molecule.
@@ -467,7 +544,7 @@ class MoleculeFile:
         Raises
         ------
         InputError
-            A position is not a finite number, which names the molecule; or the file breaks off.
+            A value is not allowed, which names the molecule; or the file breaks off.
         """
         first_atoms: dict[int, int] = {}
         histogram = np.zeros(0, np.int64)
@@ -526,20 +603,22 @@ class MoleculeFile:
         Raises
         ------
         InputError
-            The file lacks a column; a position is not a finite number, which names the molecule; or
-            the file breaks off.
+            The file lacks a column; a value is not allowed, which names the molecule; the file
+            breaks off; or the molecules are larger than the available memory.
         """
-        molecules = self._read(which, columns, check_cancelled)
-        self._check_finite(molecules.finite(), which)
-        return molecules
+        arrays = self._arrays(which, columns, check_cancelled)
+        wrong = _wrong(arrays)
+        if wrong.any():
+            self._refuse(arrays, which, int(wrong.argmax()))
+        return self._molecules(arrays)
 
-    def _read(
+    def _arrays(
         self,
         which: NDArray[np.int64],
         columns: Collection[str],
         check_cancelled: Callable[[], None] = lambda: None,
-    ) -> Molecules:
-        """As `read`, also molecules whose coordinates are not finite."""
+    ) -> dict[str, NDArray[Any]]:
+        """What `read` returns, by the names of data sets, as it is stored and not checked."""
         columns = sorted(columns)  # so that the order of properties is always the same
         for name in columns:
             if name not in self.columns:
@@ -553,11 +632,15 @@ class MoleculeFile:
         per_atom = ["positions", "atomic_numbers"]
         per_atom += [name for name in columns if name == "formal_charges"]
         per_molecule = [name for name in columns if name not in ("formal_charges", "bonds")]
+        size = int(offsets[-1]) * sum(self._row_bytes(name) for name in per_atom)
+        if size > _LARGE:
+            what = f"{self.path}: {len(which):,} molecules at once"
+            check_memory(size, what, "use a machine with more memory, or a part of the file")
         for name in per_atom:
             shape = (offsets[-1], *self._file[name].shape[1:])
-            arrays[name] = np.empty(shape, DTYPES[name])
+            arrays[name] = np.empty(shape, self._dtype(name))
         for name in per_molecule:
-            arrays[name] = np.empty(len(which), DTYPES.get(name, "f8"))
+            arrays[name] = np.empty(len(which), self._dtype(name))
         bonds = []
         for start, stop in self._slices(which):
             check_cancelled()
@@ -580,7 +663,28 @@ class MoleculeFile:
                 "bonds/order": joined.order,
                 "bonds/offsets": joined.offsets,
             }
-        return Molecules.from_arrays(arrays, self.property_units if per_molecule else None)
+        return arrays
+
+    def _molecules(self, arrays: Mapping[str, NDArray[Any]]) -> Molecules:
+        """The molecules of arrays that were read."""
+        units = self.property_units if any(name.startswith(PROPERTIES) for name in arrays) else None
+        declared = {
+            name: array.astype(MOLECULES.spec(name).read_dtype, copy=False)
+            for name, array in arrays.items()
+        }
+        return Molecules.from_arrays(declared, units)
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        """Type to read a data set as: the declared one if it holds all values of the stored one.
+
+        Other integers are checked before they are converted.
+        """
+        declared = self._file.specs[name].read_dtype
+        stored: np.dtype[Any] = self._file[name].dtype
+        return stored if declared.kind in "iu" and not np.can_cast(stored, declared) else declared
+
+    def _row_bytes(self, name: str) -> int:
+        return int(np.prod(self._file[name].shape[1:], dtype=np.int64)) * self._dtype(name).itemsize
 
     def _slices(self, which: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
         """Begin and end of runs of ascending molecule numbers that are worth one slice each."""
@@ -614,7 +718,7 @@ class MoleculeFile:
     def _bonds(self, start: int, stop: int, which: NDArray[np.int64]) -> Bonds:
         """Bonds of the molecules of these numbers among molecules `start` to `stop`."""
         file = self._file
-        offsets = file["bonds/offsets"][start : stop + 1].astype(np.int64)
+        offsets = file.read("bonds/offsets")[start : stop + 1]
         rows = slice(offsets[0], offsets[-1])
         bonds = Bonds(file["bonds/index"][rows], file["bonds/order"][rows], offsets - offsets[0])
         if len(which) == stop - start:
@@ -629,7 +733,7 @@ class MoleculeFile:
         fault = None
         try:
             yield
-        except (OSError, RuntimeError, KeyError, ValueError) as error:  # the library's, of any kind
+        except Exception as error:  # the library's, of any type
             fault = error
         if self._bytes() < self._size:  # the library reads zeros after the end
             raise InputError(f"{where}: the file was cut off meanwhile; make it again") from fault
@@ -639,12 +743,21 @@ class MoleculeFile:
 
     def _bytes(self) -> int:
         """Present size of the opened file, whatever has its name meanwhile."""
-        return os.fstat(self._file.id.get_vfd_handle()).st_size
+        return os.fstat(self._file.descriptor).st_size
 
-    def _check_finite(self, finite: NDArray[np.bool_], which: NDArray[np.int64]) -> None:
-        if not finite.all():
-            number = int(which[~finite][0]) + 1
-            raise InputError(f"{self.path}: molecule {number} has coordinates that are not finite")
+    def _refuse(
+        self, arrays: Mapping[str, NDArray[Any]], which: NDArray[np.int64], k: int
+    ) -> NoReturn:
+        """Say what is wrong with molecule k of those that were read."""
+        one = _select(arrays, k)
+        record = int(which[k]) + 1
+        for name, values in one.items():
+            offsets = np.array([0, len(values)])
+            check_values(self.path, MOLECULES.spec(name), values, record, offsets=offsets)
+        for relation in MOLECULES.relations:
+            if not relation.at_opening:
+                check_relation(self.path, relation, one, record)
+        raise AssertionError("nothing is wrong")
 
     def slice(self, start: int, stop: int) -> Molecules:
         """Molecules `start` to `stop`, read from the file with all their columns.
@@ -652,7 +765,7 @@ class MoleculeFile:
         Raises
         ------
         InputError
-            A position is not a finite number; names the molecule.
+            A value is not allowed; names the molecule.
         """
         return self.read(np.arange(start, min(stop, len(self))), self.columns)
 
@@ -665,3 +778,40 @@ class MoleculeFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _offsets_of(name: str) -> str | None:
+    """The data set that says where the rows of each molecule begin; None where each is one."""
+    if name in ("bonds/index", "bonds/order"):
+        return "bonds/offsets"
+    return "offsets" if name in ("positions", "atomic_numbers", "formal_charges") else None
+
+
+def _wrong(arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
+    """Which molecules have values that their declaration does not allow, (M,)."""
+    wrong = np.zeros(len(arrays["offsets"]) - 1, bool)
+    for name, values in arrays.items():
+        if name in ("offsets", "bonds/offsets"):
+            continue
+        rows = wrong_rows(MOLECULES.spec(name), values)
+        if rows.any():
+            offsets = _offsets_of(name)
+            wrong |= rows if offsets is None else _any_of_records(rows, arrays[offsets])
+    for relation in MOLECULES.relations:
+        if not relation.at_opening and arrays.keys() >= {*relation.needs}:
+            wrong |= relation.check(*(arrays[name] for name in relation.needs))
+    return wrong
+
+
+def _select(arrays: Mapping[str, NDArray[Any]], k: int) -> dict[str, NDArray[Any]]:
+    """The arrays of one molecule."""
+    one = {}
+    for name, values in arrays.items():
+        offsets = _offsets_of(name)
+        if name in ("offsets", "bonds/offsets"):
+            one[name] = values[k : k + 2] - values[k]
+        elif offsets is None:
+            one[name] = values[k : k + 1]
+        else:
+            one[name] = values[arrays[offsets][k] : arrays[offsets][k + 1]]
+    return one

@@ -29,6 +29,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from molgen_energy.errors import InputError
+from molgen_energy.formats.tensors import Shapes
+
 AROMATIC = 12
 """The bond order that stands for an aromatic bond; 1.5 does not fit an integer."""
 
@@ -48,6 +51,19 @@ DTYPES: Mapping[str, str] = {
 PROPERTIES = "properties/"
 """Names of the arrays of properties begin with this."""
 
+SHAPES: Shapes = {
+    "positions": ("float32", ("atoms", 3)),
+    "atomic_numbers": ("uint8", ("atoms",)),
+    "offsets": ("int64", ("ends",)),
+    "formal_charges?": ("int8", ("atoms",)),
+    "bonds/index?": ("uint32", ("bonds", 2)),
+    "bonds/order?": ("uint8", ("bonds",)),
+    "bonds/offsets?": ("int64", ("ends",)),
+}
+"""Of the arrays of a shard of molecules, besides those of properties."""
+
+_ORDERS = (1, 2, 3, AROMATIC)
+_LAST_ELEMENT = 118
 _T = TypeVar("_T")
 
 
@@ -197,6 +213,27 @@ class Molecules:
             },
             None if groups is None else np.concatenate(groups),
         )
+
+    def check(self) -> None:
+        """Check what shapes do not tell, of arrays from a file.
+
+        Raises
+        ------
+        InputError
+            Offsets do not ascend from 0 to the number of atoms or bonds, a bond joins atoms of two
+            molecules, or there is no such element or bond order.
+        """
+        _check_offsets("offsets", self.offsets, len(self.atomic_numbers))
+        if not np.all((self.atomic_numbers >= 1) & (self.atomic_numbers <= _LAST_ELEMENT)):
+            raise InputError("array 'atomic_numbers': expected 1 to 118")
+        if self.bonds is None:
+            return
+        _check_offsets("bonds/offsets", self.bonds.offsets, len(self.bonds.order))
+        atoms = np.repeat(np.diff(self.offsets), np.diff(self.bonds.offsets))
+        if np.any(self.bonds.index >= atoms[:, None]):
+            raise InputError("array 'bonds/index': expected atoms of the molecule")
+        if not np.isin(self.bonds.order, _ORDERS).all():
+            raise InputError(f"array 'bonds/order': expected {', '.join(map(str, _ORDERS))}")
 
     def to_arrays(self, encode_text: bool = False) -> dict[str, NDArray[Any]]:
         """All columns by the names of the module's table; units are in `units`.
@@ -415,6 +452,11 @@ def batch_by_size(sizes: NDArray[np.int64], pairs: int) -> Iterator[NDArray[np.i
         count = max(1, int(np.searchsorted(padded, pairs, side="right")))
         yield order[:count]
         order = order[count:]
+
+
+def _check_offsets(name: str, offsets: NDArray[np.int64], end: int) -> None:
+    if not len(offsets) or offsets[0] != 0 or offsets[-1] != end or np.any(np.diff(offsets) < 0):
+        raise InputError(f"array '{name}': expected numbers that ascend from 0 to {end:,}")
 
 
 def offsets_from_sizes(sizes: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:

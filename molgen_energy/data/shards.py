@@ -9,23 +9,56 @@ names when they are complete.
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Annotated, Any, Generic, TypeVar
 
-import yaml
 from numpy.typing import NDArray
-from safetensors.numpy import load, save
+from pydantic import Field
 
 from molgen_energy.errors import InputError
-from molgen_energy.output import atomic_write, lock_file, remove, with_filename
+from molgen_energy.formats.limits import check_memory
+from molgen_energy.formats.parts import check_part, read_part
+from molgen_energy.formats.tensors import Shapes, check_shapes, pack_arrays, parse_arrays
+from molgen_energy.formats.yaml import (
+    MOST_BYTES,
+    Schema,
+    dump_yaml,
+    load_yaml,
+    shown,
+    validate_as,
+)
+from molgen_energy.output import (
+    atomic_write,
+    check_own_file,
+    lock_file,
+    remove,
+    remove_leftovers,
+    temporary_folder,
+    with_filename,
+)
 
 FORMAT = 2
 MANIFEST = "manifest.yaml"
 _DIGEST = 32  # bytes
 
-Own = TypeVar("Own", bound="ShardFolder")
+
+class Manifest(Schema):
+    """The declaration of `manifest.yaml`: what the shards of a file depend on.
+
+    Each command declares its own in a subclass, with `command`.
+    """
+
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
+    """Of the folder."""
+    command: str
+    """The command that writes the file."""
+    version: Annotated[str, Field(max_length=100)]
+    """Version of this package."""
+
+
+Job = TypeVar("Job", bound=Manifest)
+Own = TypeVar("Own", bound="ShardFolder[Any]")
 
 
 def shards_folder(output: Path) -> Path:
@@ -33,7 +66,7 @@ def shards_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.shards")
 
 
-class ShardFolder:
+class ShardFolder(Generic[Job]):
     """The folder of the finished shards of a file; as a context manager it releases its lock.
 
     Parameters
@@ -42,6 +75,8 @@ class ShardFolder:
         The file.
     command
         Name of the command that writes it.
+    declaration
+        Of the manifest.
     lead
         Whether to lock the folder, so that no other process writes the file.
 
@@ -51,51 +86,55 @@ class ShardFolder:
         There is no such folder, it is damaged or of another command, or another process locks it.
     """
 
-    def __init__(self, output: Path, command: str, lead: bool) -> None:
+    def __init__(self, output: Path, command: str, declaration: type[Job], lead: bool) -> None:
         self.folder = shards_folder(output)
         path, again = self.folder / MANIFEST, f"{command} again"
+        check_own_file(self.folder)
+        for file in self.folder.iterdir() if self.folder.is_dir() else ():
+            check_own_file(file)
+        if not path.exists():
+            raise InputError(_absent(output, again))
+        content = read_part(path, MOST_BYTES)
+        damaged = f"the manifest is damaged; remove {self.folder} and {again}"
         try:
-            text = path.read_bytes()
-            self.manifest: dict[str, Any] = yaml.safe_load(text)
-            known = self.manifest.pop("format") == FORMAT
-            if not self.manifest:
-                raise KeyError
-        except FileNotFoundError:
-            raise InputError(_absent(output, again)) from None
-        except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError, KeyError) as error:
-            raise InputError(f"{path} is damaged; remove {self.folder} and {again}") from error
-        if not known:
+            values = load_yaml(content, str(path))
+        except InputError as error:
+            raise InputError(f"{error}; {damaged}") from None
+        head = values if isinstance(values, dict) else {}
+        known, begun = head.get("format"), head.get("command", command)
+        if known != FORMAT:
             raise InputError(
                 f"{path} was written by another version of molgen-energy; remove {self.folder}, or "
                 "use that version"
+                if type(known) is int
+                else f"{path}: key 'format': expected {FORMAT}, found {shown(known)}; {damaged}"
             )
-        begun = self.manifest.pop("command", "sample")
         if begun != command:
             raise InputError(
-                f"{self.folder} holds finished shards of `molgen-energy {begun}` for {output}; "
-                "continue with that command, or remove the folder"
+                f"{self.folder} holds finished shards of `molgen-energy {shown(begun)[1:-1]}` for "
+                f"{output}; continue with that command, or remove the folder"
+                if isinstance(begun, str)
+                else f"{path}: key 'command': expected text, found {shown(begun)}; {damaged}"
             )
-        self._salt = hashlib.sha256(text).digest()
+        self.manifest = validate_as(declaration, values, str(path), damaged)
+        self._salt = hashlib.sha256(content).digest()
         self._lock: IO[bytes] | None = None
         if lead:
             self._lock = lock_file(path, str(self.folder))
+            remove_leftovers(self.folder)
 
     @staticmethod
-    def begin(output: Path, command: str, manifest: Mapping[str, Any]) -> None:
-        """Make the folder with a manifest that describes the job in YAML types."""
+    def begin(output: Path, manifest: Manifest) -> None:
+        """Make the folder with the manifest of a job."""
         folder = shards_folder(output)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        check_own_file(folder)
+        text = dump_yaml(manifest.model_dump(mode="json"))
         try:
-            temporary.mkdir()
-            text = yaml.safe_dump(
-                {"format": FORMAT, "command": command} | dict(manifest), sort_keys=False
-            )
-            (temporary / MANIFEST).write_text(text, encoding="utf-8")
-            temporary.rename(folder)
+            with temporary_folder(folder) as temporary:
+                (temporary / MANIFEST).write_text(text, encoding="utf-8")
+                temporary.rename(folder)
         except OSError as error:
             raise with_filename(error, folder) from None
-        finally:
-            remove(temporary)
 
     def __enter__(self: Own) -> Own:
         return self
@@ -112,19 +151,34 @@ class ShardFolder:
         """Whether a shard is finished; it may have been damaged since."""
         return (self.folder / name).exists()
 
-    def load(self, name: str) -> dict[str, NDArray[Any]] | None:
-        """The arrays of a shard; None if it is missing or damaged."""
-        try:
-            content = (self.folder / name).read_bytes()
-        except FileNotFoundError:
+    def load(self, name: str, declared: Shapes) -> dict[str, NDArray[Any]] | None:
+        """The arrays of a shard; None if it is missing, damaged, or not as `check_shapes` wants.
+
+        Raises
+        ------
+        InputError
+            It is a link, a pipe or a device, or too large for the memory.
+        """
+        path = self.folder / name
+        if not path.exists() and not path.is_symlink():
             return None
+        size = check_part(path)
+        check_memory(2 * size, f"reading {path}", "remove it, and it is made again")
+        content = read_part(path, size)
         digest, payload = content[:_DIGEST], content[_DIGEST:]
-        return dict(load(payload)) if digest == self._digest(payload) else None
+        if digest != self._digest(payload):
+            return None
+        try:
+            arrays = parse_arrays(payload, str(path), "remove it")
+            check_shapes(arrays, declared)
+        except InputError:
+            return None
+        return arrays
 
     def store(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Write a finished shard."""
-        payload = save(dict(arrays))
-        atomic_write(self.folder / name, self._digest(payload) + payload)
+        payload = pack_arrays(arrays)
+        atomic_write(self.folder / name, self._digest(payload) + payload, own=True)
 
     def _digest(self, payload: bytes) -> bytes:
         return hashlib.sha256(self._salt + payload).digest()
@@ -135,14 +189,15 @@ class ShardFolder:
 
 
 def check_unchanged(
-    there: Mapping[str, Any], here: Mapping[str, Any], folder: Path, command: str
+    there: Manifest, here: Manifest, folder: Path, command: str, free: Collection[str] = ()
 ) -> None:
-    """Raise `InputError` if the options of a job differ from those it began with."""
-    for name in here:
-        if there.get(name) != here[name]:
+    """Raise `InputError` if a job differs from the one that was begun in keys that are not free."""
+    begun = there.model_dump(mode="json")
+    for name, value in here.model_dump(mode="json").items():
+        if name not in free and begun.get(name) != value:
             raise InputError(
-                f"{folder} was begun with {name.replace('_', ' ')} {there.get(name)}, which cannot "
-                f"change to {here[name]}; use the same options, or remove that folder and "
+                f"{folder} was begun with {name.replace('_', ' ')} {begun.get(name)}, which cannot "
+                f"change to {value}; use the same options, or remove that folder and "
                 f"{command} again"
             )
 

@@ -16,7 +16,7 @@ from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.datasets.smiles import is_smiles_file
 from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError
-from molgen_energy.output import named_path
+from molgen_energy.output import display_path, named_path, real_path
 
 if TYPE_CHECKING:
     from molgen_energy.chemistry.molfiles import MoleculeReader
@@ -67,7 +67,8 @@ class MoleculeFiles(ScreenedDataset):
 
     def source_name(self) -> str:
         """The names of the first files, and how many there are."""
-        names = [path.name or str(path.resolve()) for path in self.files[:_MOST_NAMED]]
+        paths = [path if path.name else real_path(path) for path in self.files[:_MOST_NAMED]]
+        names = [display_path(Path(path.name)) for path in paths]
         more = len(self.files) - len(names)
         return ", ".join(names) + (f" and {more:,} more files" if more else "")
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import lzma
+import io
 import re
 import tarfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.chemistry.fields import parse_number
+from molgen_energy.chemistry.fields import parse_integer, parse_number
 from molgen_energy.chemistry.qm9 import INDEX, INDEX_UNIT, PROPERTIES
 from molgen_energy.data.molecules import MoleculeChunk, Molecules, Property, offsets_from_sizes
 from molgen_energy.data.splits import check_fractions, check_seed, parse_fractions, random_split
@@ -28,6 +29,7 @@ from molgen_energy.datasets.base import MoleculeDataset, option
 from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError
+from molgen_energy.output import check_file, display_path
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.resources import asset
 
@@ -38,7 +40,8 @@ TRAIN, VALID = 100_000, 17_748
 
 _SPLIT_OF_A_PART = "0.8,0.1,0.1"
 
-_NAME = re.compile(r"dsgdb9nsd_(\d+)\.xyz", re.IGNORECASE)
+_NAME = re.compile(r"dsgdb9nsd_([0-9]{1,9})\.xyz", re.IGNORECASE)
+_MOST_BYTES = 1 << 20  # of one file; those of QM9 have some 2 kB
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class QM9(MoleculeDataset):
 
     def source_name(self) -> str:
         """Where QM9 is read from."""
-        return f"QM9 ({'qm9pack' if self.source is None else self.source.name})"
+        return f"QM9 ({'qm9pack' if self.source is None else display_path(Path(self.source.name))})"
 
     def chunks(self, log: DatasetLog) -> Iterator[MoleculeChunk]:
         """All molecules at once, in index order."""
@@ -191,7 +194,7 @@ def _read_table(
             numbers = row[elements].translate(to_number)
             columns.atomic_numbers += numbers.encode("latin-1")
             columns.sizes.append(len(numbers))
-            columns.index.append(int(row[index]))
+            columns.index.append(parse_integer(row[index]))
             columns.smiles.append(row[smiles])
             columns.properties.append([parse_number(row[k]) for k in scalars])
             texts.append(row[positions].translate(brackets))
@@ -200,7 +203,10 @@ def _read_table(
         if len(texts) % 2000 == 0:
             progress(len(columns.index), MOLECULES)
     # As `parse_number` does, for the whole table in one step.
-    flat = np.array(",".join(texts).replace("*^", "e").split(","), dtype=np.float32)
+    text = ",".join(texts)
+    if "_" in text or not text.isascii():
+        raise InputError(f"{path} has coordinates that are no numbers; install qm9pack again")
+    flat = np.array(text.replace("*^", "e").split(","), dtype=np.float32)
     columns.positions.append(flat.reshape(-1, 3))
     progress(len(columns.index), MOLECULES)
 
@@ -223,6 +229,8 @@ def read_dsgdb9nsd(source: Path, progress: ProgressCallback = no_progress) -> Mo
     """
     if not source.exists():
         raise InputError(f"{source} does not exist; name the archive or the folder of QM9's files")
+    if not source.is_dir():
+        check_file(source)
     skip = uncharacterised()
     columns = _Columns()
     names: dict[int, str] = {}
@@ -244,35 +252,80 @@ def read_dsgdb9nsd(source: Path, progress: ProgressCallback = no_progress) -> Mo
 
 def _original_files(source: Path) -> Iterator[tuple[str, str]]:
     """Name and text of the files of QM9 in a folder or an archive."""
-    for name, read in _xyz_files(source):
-        text = read().decode("utf-8", "replace")
+    for name, content in _xyz_files(source):
+        text = content.decode("utf-8", "replace")
         if _NAME.fullmatch(name) or _tagged_number(text) is not None:
+            if len(content) > _MOST_BYTES:
+                raise InputError(
+                    f"{source}: {name} is broken (more than {_MOST_BYTES:,} bytes, files of QM9 "
+                    "have some 2,000)"
+                )
             yield name, text
 
 
-def _xyz_files(source: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Names of all XYZ files, and functions that read them."""
-
-    def wanted(name: str) -> bool:  # hidden ones are resource forks, which macOS adds
-        return name.lower().endswith(".xyz") and not name.startswith(".")
-
-    if source.is_dir():
-        for path in sorted(source.rglob("*")):
-            if wanted(path.name) and path.is_file():
-                yield path.name, path.read_bytes
+def _xyz_files(source: Path) -> Iterator[tuple[str, bytes]]:
+    """Names of all XYZ files, and their content as far as one of QM9 can be long."""
+    if not source.is_dir():
+        yield from _members(source)
         return
+    for path in sorted(source.rglob("*")):
+        if _is_wanted(path.name) and not path.is_dir():
+            check_file(path)
+            with path.open("rb") as file:
+                yield path.name, file.read(_MOST_BYTES + 1)
+
+
+def _is_wanted(name: str) -> bool:
+    """Whether a name is that of an XYZ file; hidden ones are resource forks, which macOS adds."""
+    return name.lower().endswith(".xyz") and not name.startswith(".")
+
+
+def _members(source: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and content of the XYZ files in an archive, as `_xyz_files`."""
+    from molgen_energy.chemistry.molfiles.lines import DAMAGED, TooLargeError, open_unpacked
+
     if source.suffix.lower() == ".xyz":
         raise InputError(
             f"{source} is one XYZ file, no archive; `molgen-energy preprocess {source}` reads it"
         )
-    try:
-        with tarfile.open(source, "r:*") as archive:
-            for member in archive:
-                name = member.name.rsplit("/", 1)[-1]
-                if wanted(name) and (file := archive.extractfile(member)) is not None:
-                    yield name, file.read
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise InputError(f"{source} is not a complete tar archive ({error})") from error
+    with closing(open_unpacked(source)) as unpacked:
+        try:
+            with tarfile.open(fileobj=_Steps(unpacked), mode="r:") as archive:
+                for member in archive:
+                    archive.members.clear()  # type: ignore[attr-defined] # it keeps them all
+                    name = member.name.rsplit("/", 1)[-1]
+                    if (
+                        _is_wanted(name)
+                        and member.isreg()
+                        and (file := archive.extractfile(member))
+                    ):
+                        yield name, file.read(_MOST_BYTES + 1)
+        except TooLargeError as error:
+            raise InputError(f"{source}: {error}") from error
+        # A header that is damaged on purpose ends in other errors too.
+        except (tarfile.TarError, *DAMAGED, ValueError, RecursionError) as error:
+            raise InputError(f"{source} is not a complete tar archive ({error})") from error
+
+
+class _Steps(io.RawIOBase):
+    """An archive that is read in small steps: `tarfile` takes memory for any size in a header."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        """So many bytes, fewer at the end."""
+        if not 0 <= size <= 2 * _MOST_BYTES:
+            raise tarfile.ReadError(f"a header names {size:,} bytes")
+        return self._file.read(size)
+
+    def tell(self) -> int:
+        """Bytes from the beginning."""
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a position."""
+        return self._file.seek(offset, whence)
 
 
 def _number_in_qm9(name: str, text: str) -> int:
@@ -288,12 +341,21 @@ def _number_in_qm9(name: str, text: str) -> int:
 def _tagged_number(text: str) -> int | None:
     """The number in a second line such as `gdb 17 157.7 …`."""
     words = text[:200].partition("\n")[2].split(maxsplit=2)
-    return int(words[1]) if len(words) > 1 and words[0] == "gdb" and words[1].isdigit() else None
+    if len(words) < 2 or words[0] != "gdb":
+        return None
+    try:
+        return parse_integer(words[1])
+    except ValueError:
+        return None
 
 
 def _read_original(number: int, text: str, columns: _Columns) -> None:
-    lines = iter(text.splitlines())
-    size = int(next(lines, ""))
+    if "\0" in text:
+        raise ValueError("it holds NUL bytes")
+    lines = iter(text.split("\n"))
+    size = parse_integer(next(lines, ""))
+    if not 0 < size <= text.count("\n"):
+        raise ValueError(f"{size:,} atoms in {text.count(chr(10)):,} lines")
     scalars = next(lines, "").split()[2:]  # after the tag "gdb" and the number
     if len(scalars) != len(PROPERTIES):
         raise ValueError(f"{len(scalars)} properties, expected {len(PROPERTIES)}")
@@ -304,7 +366,10 @@ def _read_original(number: int, text: str, columns: _Columns) -> None:
     smiles = next(lines, "").split()
     if not smiles:
         raise ValueError("no SMILES line")
-    positions = np.array([[parse_number(x) for x in atom[1:4]] for atom in atoms], np.float32)
+    with np.errstate(over="ignore"):
+        positions = np.array([[parse_number(x) for x in atom[1:4]] for atom in atoms], np.float32)
+    if not np.isfinite(positions).all():
+        raise ValueError("the coordinates are not finite")
     columns.atomic_numbers += bytes(atomic_number(atom[0]) for atom in atoms)
     columns.sizes.append(size)
     columns.positions.append(positions)

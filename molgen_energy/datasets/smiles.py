@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,16 +29,20 @@ from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.datasets.screening import foreign_elements, foreign_reason
 from molgen_energy.distributed import default_workers
 from molgen_energy.errors import MEND_OR_SKIP, InputError, unknown_name
-from molgen_energy.output import check_file, named_path, remove
+from molgen_energy.output import check_file, display_path, named_path, remove
 from molgen_energy.progress import ProgressCallback, no_progress
 
 if TYPE_CHECKING:
     from molgen_energy.chemistry.conformers import Embedded, Embedding
     from molgen_energy.chemistry.fields import FieldSelection
+    from molgen_energy.chemistry.molfiles.lines import Lines
+    from molgen_energy.data.shards import ShardFolder
+    from molgen_energy.datasets.smiles_shards import SmilesManifest
 
 _SUFFIXES = (".smi", ".smiles", ".csv", ".tsv")
 _CHUNK = 100  # molecules in a shard: some seconds of work
 _COMMAND = "preprocess smiles"
+_SHOWN = 200  # characters of a header
 
 
 def is_smiles_file(path: str | PathLike[str]) -> bool:
@@ -103,7 +105,8 @@ class SmilesFiles(ScreenedDataset):
 
     def source_name(self) -> str:
         """The names of the files, and how the conformers were made."""
-        return f"{', '.join(path.name for path in self.files)}, ETKDGv3, {self.relax}"
+        names = (display_path(Path(path.name)) for path in self.files)
+        return f"{', '.join(names)}, ETKDGv3, {self.relax}"
 
     def check(self) -> None:
         """Raise `InputError` where an option has a bad value or a file is missing."""
@@ -136,17 +139,18 @@ class SmilesFiles(ScreenedDataset):
     def chunks(self, log: DatasetLog) -> Iterator[MoleculeChunk]:
         """The conformers of all files, in order."""
         from molgen_energy.data.shards import ShardFolder, check_unchanged, shards_folder
+        from molgen_energy.datasets.smiles_shards import SmilesManifest
 
         records = list(self._records(log))
         self._report_repeated(records, log)
         parts = [records[k : k + _CHUNK] for k in range(0, len(records), _CHUNK)]
         manifest = self._manifest()
         if not shards_folder(log.output).exists():
-            ShardFolder.begin(log.output, _COMMAND, manifest)
-        with ShardFolder(log.output, _COMMAND, lead=True) as shards:
+            ShardFolder.begin(log.output, manifest)
+        with ShardFolder(log.output, _COMMAND, SmilesManifest, lead=True) as shards:
             check_unchanged(shards.manifest, manifest, shards.folder, "preprocess")
             names = [_shard_name(part) for part in parts]
-            missing = {k for k, name in enumerate(names) if shards.load(name) is None}
+            missing = {k for k in range(len(parts)) if _stored(shards, names[k], parts[k]) is None}
             stored = len(parts) - len(missing)
             done = 0
             try:
@@ -158,7 +162,13 @@ class SmilesFiles(ScreenedDataset):
                                 shards.store(names[k], arrays)
                                 stored += 1
                         else:
-                            arrays = shards.load(names[k]) or {}
+                            found = _stored(shards, names[k], part)
+                            if found is None:  # by another program, since the folder is locked
+                                raise InputError(
+                                    f"{shards.folder / names[k]} was changed while it was read; "
+                                    "run the same command again"
+                                )
+                            arrays = found
                         done += len(part)
                         log.progress(done, len(records))
                         yield from self._chunk(part, arrays, log)
@@ -166,17 +176,21 @@ class SmilesFiles(ScreenedDataset):
                 if not stored:
                     shards.remove()
 
-    def _manifest(self) -> dict[str, Any]:
+    def _manifest(self) -> SmilesManifest:
         """What the conformers depend on, besides the SMILES."""
         from rdkit import rdBase
 
-        return {
-            "seed": self.seed,
-            "conformers": self.conformers,
-            "relax": self.relax,
-            "rdkit": rdBase.rdkitVersion,
-            "version": __version__,
-        }
+        from molgen_energy.data.shards import FORMAT
+        from molgen_energy.datasets.smiles_shards import SmilesManifest
+
+        return SmilesManifest(
+            format=FORMAT,
+            seed=self.seed,
+            conformers=self.conformers,
+            relax=self.relax,
+            rdkit=rdBase.rdkitVersion,
+            version=__version__,
+        )
 
     def _embed(self, records: Iterable[_Record]) -> Generator[Embedded, None, None]:
         """Results in order; the same whatever the number of processes."""
@@ -284,42 +298,57 @@ class SmilesFiles(ScreenedDataset):
 
     def _rows(self, path: Path) -> Iterator[tuple[int, str, dict[str, str]]]:
         """Line number, SMILES and the other columns of each row."""
-        from molgen_energy.chemistry.molfiles.lines import DAMAGED, open_unpacked
+        from molgen_energy.chemistry.molfiles.lines import DAMAGED, Lines, TooLargeError
 
         table = path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
-        text = partial(io.TextIOWrapper, encoding="utf-8-sig", errors="replace", newline="")
-        try:
-            with text(open_unpacked(path)) as file:
-                yield from _table(path, file, self.column) if table else _lines(file)
-        except (*DAMAGED, csv.Error) as error:
-            raise InputError(f"{path} cannot be read ({error}); make it again") from error
+        with closing(Lines(path)) as lines:
+            try:
+                yield from _table(path, lines, self.column) if table else _lines(lines)
+            except TooLargeError as error:
+                raise InputError(f"{path}: line {lines.number + 1}: {error}") from error
+            except (*DAMAGED, csv.Error) as error:
+                raise InputError(
+                    f"{path} cannot be read after line {lines.number} ({error}); make it again"
+                ) from error
 
 
-def _lines(file: IO[str]) -> Iterator[tuple[int, str, dict[str, str]]]:
+def _texts(lines: Lines) -> Iterator[str]:
+    """The lines, each a record of its own."""
+    while (line := lines.next()) is not None:
+        lines.begin_record()
+        yield line
+
+
+def _lines(lines: Lines) -> Iterator[tuple[int, str, dict[str, str]]]:
     """Each line begins with a SMILES; a name may follow. A header and empty lines do not count."""
-    for line, text in enumerate(file, start=1):
-        words = text.split()
+    for line, text in enumerate(_texts(lines), start=1):
+        words = text.split(None, 1)
         if words and not (line == 1 and "smiles" in words[0].lower()):
             yield line, words[0], {}
 
 
 def _table(
-    path: Path, file: IO[str], column: str | None
+    path: Path, lines: Lines, column: str | None
 ) -> Iterator[tuple[int, str, dict[str, str]]]:
     """The rows under a header; the delimiter is the one that the header has most of."""
-    header = file.readline()
+    from molgen_energy.chemistry.fields import MOST_FIELDS
+
+    texts = _texts(lines)
+    header = next(texts, "")
     delimiter = max(",;\t", key=header.count)
     names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+    if len(names) > MOST_FIELDS:
+        raise InputError(f"{path} has more than {MOST_FIELDS:,} columns; leave out some")
     found = [k for k, name in enumerate(names) if name.lower() == "smiles"]
     if column is not None:
         found = [k for k, name in enumerate(names) if name == column]
     if not found:
         wanted = "smiles" if column is None else column
         raise InputError(
-            f"{path} has no column '{wanted}' (columns: {', '.join(names)}); name that of the "
-            "SMILES with --column"
+            f"{path} has no column '{wanted}' (columns: {', '.join(names)[:_SHOWN]}); name that of "
+            "the SMILES with --column"
         )
-    rows = csv.reader(file, delimiter=delimiter)
+    rows = csv.reader(texts, delimiter=delimiter)
     for row in rows:
         if any(row):
             fields = dict(zip(names, row, strict=False))
@@ -338,6 +367,28 @@ def _shard_name(part: list[_Record]) -> str:
     """Of the conformers of some records: changes with their SMILES and numbers."""
     text = json.dumps([(record.number, record.smiles) for record in part])
     return f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.shard"
+
+
+def _stored(
+    shards: ShardFolder[SmilesManifest], name: str, part: list[_Record]
+) -> dict[str, NDArray[Any]] | None:
+    """The conformers of some records from their shard; None if it is missing or damaged."""
+    from molgen_energy.datasets.smiles_shards import SHAPES
+
+    arrays = shards.load(name, SHAPES)
+    if arrays is None:
+        return None
+    which, records = arrays["which"], range(len(part))
+    try:
+        failures = json.loads(arrays["failures"].tobytes())
+        sound = all(type(k) is int and k in records and type(text) is str for k, text in failures)
+        if len(which):
+            molecules = Molecules.from_arrays(arrays)
+            molecules.check()
+            sound &= len(molecules) == len(which) and bool(np.isin(which, records).all())
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return arrays if sound else None
 
 
 def _arrays(results: list[Embedded]) -> dict[str, NDArray[Any]]:

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field as Option
 from torch import Tensor
 
-from molgen_energy.config import Section
+from molgen_energy.config import Section, Whole
 from molgen_energy.diffusion.prediction import Prediction
 from molgen_energy.diffusion.schedule import PolynomialSchedule
 from molgen_energy.diffusion.state import State
@@ -23,7 +23,7 @@ class ProcessConfig(Section):
     """Base of the sections of processes, told apart by `name`."""
 
     name: str
-    steps: Annotated[int, Option(ge=2)] = 1000
+    steps: Annotated[Whole, Option(ge=2, le=1_000_000)] = 1000
     """T; noise levels are 0 … T."""
 
     def build(self) -> Process:

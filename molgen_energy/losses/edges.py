@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from molgen_energy.config import PositiveFloat, Section, one_of
+from molgen_energy.config import PositiveFloat, Section, Whole, one_of
 from molgen_energy.losses.base import Neighbours, Packing, Samples
 from molgen_energy.losses.symmetry import automorphisms, may_be_symmetric
 
@@ -631,7 +631,7 @@ class EdgesConfig(Section):
     """The pairs that springs connect."""
 
     kind: Annotated[str, one_of("edges", EDGES)] = "complete"
-    pool: Annotated[int, Field(gt=0, le=10_000)] = 100
+    pool: Annotated[Whole, Field(gt=0, le=10_000)] = 100
     """Number of random graphs for each number of atoms; `sparse` and `symmetrized`."""
     tolerance: PositiveFloat = 0.01
     """Distances in Å that differ by less are equal by symmetry; `symmetrized`."""

@@ -22,7 +22,16 @@ from molgen_energy.chemistry.geometry import (
     type_name,
 )
 from molgen_energy.data.molecules import MoleculeChunk
+from molgen_energy.elements import ELEMENTS
 from molgen_energy.errors import InputError, unknown_name
+from molgen_energy.formats.declaration import (
+    AttributeSpec,
+    DatasetSpec,
+    HDF5Format,
+    Relation,
+    Size,
+)
+from molgen_energy.formats.hdf5 import HDF5File, open_hdf5
 from molgen_energy.metrics.accumulator import (
     JACKKNIFE_GROUPS,
     EvaluationAccumulator,
@@ -59,6 +68,94 @@ _BUNDLED_STATISTICS = "qm9_test_statistics.h5"
 _FREQUENT = 8  # types of each kind, without a list
 
 
+_Stored = tuple[float | None, tuple[float, float] | None, int, str]  # an estimate
+
+STATISTICS = HDF5Format(
+    None,
+    "Statistics of a reference",
+    "What samples are compared with: statistics of real molecules. The package brings those of "
+    "QM9's test split.",
+    schema=None,
+    sizes={
+        "G": Size("groups of molecules, of which the jackknife leaves out one at a time"),
+        "H": Size("halves of the molecules, or one whole"),
+        "C": Size("numbers of molecules with known ranges"),
+    },
+    attributes=(
+        AttributeSpec("name", "text", "name of the molecules"),
+        AttributeSpec("source", "text", "what the molecules are", required=False),
+        AttributeSpec("created_by", "text", "program and version", required=False),
+        AttributeSpec("rdkit", "text", "version of RDKit", required=False),
+        AttributeSpec("molecules", "integer", "how many there are", low=0),
+        AttributeSpec("bonds", "text", "where bonds come from"),
+        AttributeSpec("valence", "text", "table of valences, `edm` without it", required=False),
+        AttributeSpec(
+            "types", "json", "types of bond lengths, angles and dihedrals", json=GeometryTypes
+        ),
+        AttributeSpec(
+            "rates", "json", "count, total and design effect of each rate",
+            json=dict[str, tuple[int, int, float] | None],
+        ),
+        AttributeSpec(
+            "measures", "json", "value, interval, count and note of each mean",
+            json=dict[str, _Stored],
+        ),
+        AttributeSpec(
+            "distances", "json", "value, interval, count and note of each distance",
+            json=dict[str, _Stored],
+        ),
+        AttributeSpec(
+            "by_type", "json", "MMD and Wasserstein distance of each type",
+            json=dict[str, dict[str, tuple[float, float]]],
+        ),
+        AttributeSpec(
+            "count", "integer", "molecules of each half", required=False, low=1, shape=("H",),
+            of="fcd",
+        ),
+    ),
+    datasets=(
+        DatasetSpec(
+            "geometry/*/*", ("*",), "float", "values of a type, sorted by group; the group above "
+            "is `bond length`, `angle` or `dihedral`", unit="Å or degrees", required=False,
+            dtype="f4",
+            attributes=(
+                AttributeSpec("count", "integer", "values before some were drawn", low=0),
+                AttributeSpec("groups", "integer", "values of each group", low=0, shape=("G",)),
+            ),
+        ),
+        DatasetSpec("sizes", ("G", "*"), "integer", "molecules of 0, 1, 2 … atoms", low=0),
+        DatasetSpec(
+            "elements", ("G", ELEMENTS + 1), "integer", "atoms of atomic number 0 to 118", low=0
+        ),
+        DatasetSpec(
+            "fcd/mean", ("H", FEATURES), "float", "mean of the activations of ChemNet",
+            required=False, required_with="fcd",
+        ),
+        DatasetSpec(
+            "fcd/covariance", ("H", FEATURES * (FEATURES + 1) // 2), "float",
+            "upper triangle of their covariance", required=False, required_with="fcd",
+            dtype="f4",
+        ),
+        DatasetSpec(
+            "ranges/counts", ("C",), "integer", "numbers of molecules, ascending",
+            required=False, required_with="ranges", low=1,
+        ),
+        DatasetSpec(
+            "ranges/quantiles/*", ("C", 3), "float", "quantiles 2.5, 50 and 97.5 % of a distance "
+            "of so many real molecules; NaN where undefined", required=False, finite=False,
+        ),
+    ),
+    relations=(
+        Relation(
+            "numbers that ascend", ("ranges/counts",), lambda counts: np.diff(counts) <= 0,
+            at_opening=True,
+        ),
+    ),
+    remedy="install molgen-energy again",
+)  # fmt: skip
+"""The declaration of `Reference.save`."""
+
+
 @dataclass
 class Reference:
     """Statistics of the reference molecules."""
@@ -83,7 +180,11 @@ class Reference:
             Description of the molecules, stored with them.
         """
         evaluation, distances = self.evaluation, self.distances
-        with atomic_replace(path) as output, h5py.File(output.temporary, "w") as file:
+        with (
+            atomic_replace(path) as output,
+            output.temporary.open("w+b") as raw,
+            h5py.File(raw, "w") as file,
+        ):
             file.attrs.update(
                 name=self.name,
                 source=source,
@@ -128,76 +229,82 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path) -> Reference:
-        """Read a file of `save`, also of earlier versions, with a single jackknife group."""
-        with h5py.File(path, "r") as file:
-            attributes = dict(file.attrs)
+        """Read a file of `save`.
+
+        Raises
+        ------
+        InputError
+            The file is missing, or not as `STATISTICS` declares.
+        """
+        with open_hdf5(path, STATISTICS) as file:
+            attributes = file.attributes
             geometry = {
                 kind: {
-                    code_of(kind, name): _stored_sample(data)
-                    for name, data in file[f"geometry/{kind}"].items()
+                    code_of(kind, name.rpartition("/")[2]): _stored_sample(file, name)
+                    for name in file.specs
+                    if name.startswith(f"geometry/{kind}/")
                 }
                 for kind in KINDS
             }
             moments = None
-            if "fcd" in file:
-                means = np.atleast_2d(file["fcd/mean"][:])
-                upper = np.atleast_2d(file["fcd/covariance"][:])
-                counts = np.atleast_1d(file["fcd"].attrs["count"])
+            if "fcd/mean" in file:
+                parts = zip(
+                    file.read("fcd/mean"),
+                    file.read("fcd/covariance"),
+                    attributes["fcd/count"],
+                    strict=True,
+                )
                 moments = Moments.of_gaussians(
                     [
                         Gaussian(mean, _symmetric(part, len(mean)), int(count))
-                        for mean, part, count in zip(means, upper, counts, strict=True)
+                        for mean, part, count in parts
                     ]
                 )
             distributions = Distributions(
-                geometry,
-                np.atleast_2d(file["sizes"][:]),
-                np.atleast_2d(file["elements"][:]),
-                moments,
+                geometry, file.read("sizes"), file.read("elements"), moments
             )
             ranges = None
-            if "ranges" in file:
-                quantiles = {key: data[:] for key, data in file["ranges/quantiles"].items()}
-                ranges = StoredRanges(file["ranges/counts"][:], quantiles)
+            if "ranges/counts" in file:
+                prefix = "ranges/quantiles/"
+                quantiles = {
+                    name.removeprefix(prefix): file.read(name)
+                    for name in file.specs
+                    if name.startswith(prefix)
+                }
+                ranges = StoredRanges(file.read("ranges/counts"), quantiles)
         rates = {
             key: None if value is None else Rate(*value)
-            for key, value in json.loads(attributes["rates"]).items()
+            for key, value in attributes["rates"].items()
         }
         evaluation = MoleculeEvaluation(
             str(attributes["name"]),
             int(attributes["molecules"]),
             rates,
-            {key: _of_list(value) for key, value in json.loads(attributes["measures"]).items()},
+            {key: Estimate(*value) for key, value in attributes["measures"].items()},
             distributions,
             bonds=str(attributes["bonds"]),
             valence=str(attributes.get("valence", "edm")),
         )
         distances = Comparison(
-            {key: _of_list(value) for key, value in json.loads(attributes["distances"]).items()},
-            json.loads(attributes["by_type"]),
+            {key: Estimate(*value) for key, value in attributes["distances"].items()},
+            attributes["by_type"],
         )
-        types = json.loads(attributes["types"])
-        by_kind = {k: tuple(v) for k, v in types["types"].items()}
-        chosen = GeometryTypes(types["name"], by_kind, types.get("aromatic", False))
-        return cls(evaluation.name, evaluation, distributions, distances, chosen, ranges)
+        types = attributes["types"]
+        return cls(evaluation.name, evaluation, distributions, distances, types, ranges)
 
 
-def _stored_sample(data: h5py.Dataset) -> ValueSample:
-    """Values that are sorted by group; files of earlier versions have a single group."""
-    groups = data.attrs.get("groups", [len(data)])
+def _stored_sample(file: HDF5File, name: str) -> ValueSample:
+    """Values that are sorted by jackknife group."""
+    value, stored = file.read(name), file.attributes_of(name)
+    groups = stored["groups"]
+    if groups.sum() != len(value) or len(groups) > JACKKNIFE_GROUPS:
+        raise file.error(f"attribute 'groups' of '{name}': expected {len(value)} in all")
     group = np.repeat(np.arange(len(groups), dtype=np.uint8), groups)
-    return ValueSample.of(data[:], group, int(data.attrs["count"]))
+    return ValueSample.of(value, group, stored["count"])
 
 
 def _to_list(estimate: Estimate) -> list[object]:
     return [estimate.value, estimate.interval, estimate.count, estimate.note]
-
-
-def _of_list(stored: list[object]) -> Estimate:
-    value, interval, count, note = stored
-    assert isinstance(count, int)
-    bounds = None if interval is None else (float(interval[0]), float(interval[1]))  # type: ignore[index]
-    return Estimate(None if value is None else float(value), bounds, count, str(note))  # type: ignore[arg-type]
 
 
 def _symmetric(upper: NDArray[np.float32], size: int) -> NDArray[np.float64]:

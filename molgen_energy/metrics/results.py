@@ -32,7 +32,7 @@ from molgen_energy.metrics.reference import (
     select_types,
 )
 from molgen_energy.metrics.sources import FileSource, RDKitSource
-from molgen_energy.output import display_path
+from molgen_energy.output import display_names
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.workers import WorkerPool
 
@@ -119,7 +119,7 @@ def evaluate_inputs(
         _check_bundled(data, chosen, options)
     else:
         reference_options = _options_for(FileSource(reference, "test"), options)
-        name = display_path(reference)
+        name = display_names([reference])[0]
         data = evaluate_reference(
             reference, name, reference_options, chosen, training_hashes, workers, counter
         )
@@ -202,10 +202,8 @@ def _open_sources(
     paths = [value for value in inputs if isinstance(value, Path)]
     if len(paths) < len(inputs):
         return [RDKitSource(inputs, options.skip_bad)], ["molecules"]
-    # File names alone, if they are unambiguous.
-    unique = len({path.name for path in paths}) == len(paths)
-    names = [display_path(Path(path.name) if unique else path) for path in paths]
-    return [FileSource(path, skip_bad=options.skip_bad) for path in paths], names
+    sources = [FileSource(path, skip_bad=options.skip_bad) for path in paths]
+    return sources, display_names(paths)
 
 
 def _total(
@@ -252,7 +250,7 @@ def _training_hashes(
 ) -> tuple[NDArray[np.uint64] | None, str]:
     """Hashes of the training molecules' SMILES, and the description of these molecules."""
     if train is not None:
-        name = display_path(train)
+        name = display_names([train])[0]
         source = FileSource(train, "train", options.skip_bad)
         own = _options_for(source, options)
         if own is not options:
@@ -266,7 +264,7 @@ def _training_hashes(
             notes.append(f"{name}: {source.skipped:,} bad records skipped")
         return hashes, f"the training split of {name}" if source.has_split("train") else name
     if reference is not None and not FileSource(reference).is_qm9():
-        name = display_path(reference)
+        name = display_names([reference])[0]
         notes.append(f"novelty is n/a: {name} has no training split; pass --train")
         return None, _NO_TRAINING
     if options.checks.bonds == "single":

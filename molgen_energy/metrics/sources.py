@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import h5py
 import numpy as np
 
 from molgen_energy.chemistry.convert import molecule_from_rdkit
@@ -20,7 +19,7 @@ from molgen_energy.chemistry.molfiles.bond_scan import (
     ScannedRecord,
     find_given_bonds,
 )
-from molgen_energy.data.hdf5 import SCHEMA, MoleculeFile
+from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.errors import InputError
 
@@ -80,7 +79,7 @@ class FileSource:
         """Number of molecules; None where it takes reading the whole file."""
         if not self.is_hdf5:
             return None
-        with _open_hdf5(self.path) as file:
+        with MoleculeFile(self.path) as file:
             count = len(file.split_indices(self._existing_split(file)))
         return count if self.limit is None else min(count, self.limit)
 
@@ -88,7 +87,7 @@ class FileSource:
         """Whether the file has molecules of a split."""
         if not self.is_hdf5:
             return False
-        with _open_hdf5(self.path) as file:
+        with MoleculeFile(self.path) as file:
             return len(file.split_indices(split)) > 0
 
     @cached_property
@@ -96,14 +95,14 @@ class FileSource:
         """Which records have bonds that were not perceived from distances."""
         if not self.is_hdf5:
             return MoleculeReader(self.path, self.skip_bad).given_bonds
-        with _open_hdf5(self.path) as file:
+        with MoleculeFile(self.path) as file:
             return GivenBonds(True, None) if "bonds" in file.columns else NO_BONDS
 
     def is_qm9(self) -> bool:
         """Whether the file was made from QM9."""
         if not self.is_hdf5:
             return False
-        with _open_hdf5(self.path) as file:
+        with MoleculeFile(self.path) as file:
             return "QM9" in file.source
 
     def _existing_split(self, file: MoleculeFile) -> str | None:
@@ -126,7 +125,7 @@ class FileSource:
         self.notes = [*reader.notes, *_skipped_notes(reader)]
 
     def _hdf5_chunks(self) -> Iterator[MoleculeChunk]:
-        with _open_hdf5(self.path) as file:
+        with MoleculeFile(self.path) as file:
             split = self._existing_split(file)
             if split != self.split:
                 self.notes = [f"no {self.split} split; all molecules are used"]
@@ -215,20 +214,6 @@ def _chunks_by_bonds(molecules: Iterable[tuple[int, Molecule]]) -> Iterator[Mole
             if alike:
                 records, members = zip(*alike, strict=True)
                 yield MoleculeChunk(np.array(records, np.int64), Molecules.from_list(members))
-
-
-def _open_hdf5(path: Path) -> MoleculeFile:
-    """Open an HDF5 file of molecules; a file that was written without any may lack its arrays."""
-    try:
-        with h5py.File(path, "r") as file:
-            empty = (
-                file.attrs.get("schema") == SCHEMA and "split" in file and not len(file["split"])
-            )
-    except OSError:
-        empty = False  # MoleculeFile raises the error with its reason
-    if empty:
-        raise InputError(f"{path} holds no molecule")
-    return MoleculeFile(path)
 
 
 def _declared_perceived(molecule: Any) -> bool:

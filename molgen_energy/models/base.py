@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from molgen_energy.config import PositiveFloat, PositiveInt, Section
+from molgen_energy.config import Layers, PositiveFloat, PositiveInt, Section
 from molgen_energy.diffusion.state import Layout, State, pairs_inside
 
 
@@ -108,7 +108,7 @@ class DenoiserConfig(Section):
 class AtomNetworkConfig(DenoiserConfig):
     """Base of the sections of networks with one vector for each atom."""
 
-    layers: PositiveInt = 9
+    layers: Layers = 9
     width: PositiveInt = 256
     normalization: PositiveFloat = 1.0
     """Sums over an atom's neighbours are divided by it."""

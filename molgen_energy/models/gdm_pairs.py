@@ -40,7 +40,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        frequencies = torch.arange(1, _FREQUENCIES + 1) / 4
+        # On the CPU, also while memory is estimated on `meta`, where arithmetic is slow to import.
+        frequencies = torch.arange(1, _FREQUENCIES + 1, device="cpu") / 4
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.linear = nn.Linear(2 * _FREQUENCIES + 1, width)
 
@@ -158,7 +159,7 @@ class GDMPairs(Denoiser):
         super().__init__(layout)
         channels = layout.channels["atom"]
         self.low_precision = low_precision
-        centres = torch.linspace(_FIRST_CENTRE, _LAST_CENTRE, distances)
+        centres = torch.linspace(_FIRST_CENTRE, _LAST_CENTRE, distances, device="cpu")
         self.register_buffer("centres", centres, persistent=False)
         self.spread = (_LAST_CENTRE - _FIRST_CENTRE) / max(1, distances - 1)
         self.time = TimeEmbedding(width)

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from molgen_energy.config import PositiveInt, Section
+from molgen_energy.config import Layers, PositiveInt, Section
 
 
 class MLPConfig(Section):
     """Multilayer perceptron, see `MLP`."""
 
     name: str = "mlp"
-    layers: PositiveInt = 2
+    layers: Layers = 2
     width: PositiveInt = 64
     learning_rate: ClassVar[float] = 3e-2
     """`training.lr: auto`. Of 1e-2, 3e-2 and 1e-1 the best or close to it for every loss on regular

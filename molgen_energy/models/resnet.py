@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molgen_energy.config import PositiveInt, Section
+from molgen_energy.config import Layers, PositiveInt, Section, Whole
 from molgen_energy.errors import InputError
 
 _GROUPS = 8
@@ -24,9 +24,9 @@ class ResNetConfig(Section):
     """Residual convolutional network, see `ResNet`."""
 
     name: str = "resnet"
-    layers: PositiveInt = 6
+    layers: Layers = 6
     width: PositiveInt = 256
-    kernel: Annotated[int, Field(gt=0, le=15), AfterValidator(_check_odd)] = 3
+    kernel: Annotated[Whole, Field(gt=0, le=15), AfterValidator(_check_odd)] = 3
     """Odd side length of the convolution kernels."""
     learning_rate: ClassVar[float] = 1e-3
     """`training.lr: auto`. Kaba et al., NeurIPS 2025, section 5: Adam at 1e-3 for every loss."""

@@ -7,19 +7,20 @@ their registries are in `molgen_energy.systems.datasets` and `molgen_energy.syst
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import nn
 
 from molgen_energy.config import Config
-from molgen_energy.data.arrays import read_arrays
+from molgen_energy.data.arrays import ArrayFile
 from molgen_energy.data.hdf5 import check_hdf5_name
+from molgen_energy.formats.declaration import HDF5Format
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.training.checkpoint import Checkpoint
+from molgen_energy.training.state import RunState
 from molgen_energy.training.task import Task
 
 
@@ -101,10 +102,14 @@ class System(ABC):
     """Plural noun for its samples: molecules, lattices, polygons."""
     config: ClassVar[type[Config]]
     """All sections with their defaults."""
+    state: ClassVar[type[RunState]] = RunState
+    """The declaration of the `state.yaml` of its checkpoints."""
     sampling: ClassVar[Mapping[str, Any]]
     """The options of `sample` for this system, by parameter name, with their defaults."""
     output: ClassVar[str]
     """Default file of `sample`."""
+    file_format: ClassVar[HDF5Format]
+    """The declaration of its HDF5 files."""
     default_config: ClassVar[str | None] = None
     """The configuration of `train` without `--config`; None if one must be named."""
 
@@ -136,7 +141,7 @@ class System(ABC):
 
     def read_samples(self, path: Path) -> Any:
         """The samples of an HDF5 file in memory; by default its arrays by name."""
-        return read_arrays(path)
+        return ArrayFile(path, self.file_format).columns
 
     def sampling_options(self, output: Path) -> Mapping[str, Any] | None:
         """Options of the interrupted job of a file, with `checkpoint`; None if it cannot resume.
@@ -162,10 +167,3 @@ class System(ABC):
     def after_training(self, config: Any) -> str:
         """A suggestion to print after a run, besides sampling; may be empty."""
         return ""
-
-
-def build_with_seed(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a network with random weights of a seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()

@@ -47,5 +47,13 @@ def load_config(name: str | Path) -> Config:
 
 
 def system_of_checkpoint(checkpoint: Checkpoint) -> System:
-    """The physical system of a checkpoint."""
-    return system_named(checkpoint.system, str(checkpoint.path))
+    """The physical system of a checkpoint.
+
+    Raises
+    ------
+    InputError
+        There is no such system, or the state is not as it declares.
+    """
+    system = system_named(checkpoint.system, str(checkpoint.path))
+    checkpoint.state_as(system.state)
+    return system

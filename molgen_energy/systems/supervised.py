@@ -19,6 +19,7 @@ from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.distributed import all_reduce_sum, rank, world_size
 from molgen_energy.errors import InputError
 from molgen_energy.losses import AdaptiveSprings, LossConfig
+from molgen_energy.paths import expand_home, portable_path
 from molgen_energy.training.checkpoint import Checkpoint
 
 _CHUNK = 1024  # samples in an evaluation without gradients
@@ -93,7 +94,7 @@ class SupervisedTask:
             )
         if config.training.lr == "auto":
             raise InputError("training.lr: auto is not supported here; set a number")
-        self.config = config.replaced({"data.path": str(file.path.resolve())})
+        self.config = config.replaced({"data.path": portable_path(file.path)})
         self.device = device
         self.model = model.to(device)
         self._loss = loss
@@ -158,7 +159,7 @@ def data_path(config: Config, system: str) -> Path:
         raise InputError(
             f"name the data with --data FILE; make them with `molgen-energy preprocess {system}`"
         )
-    return Path(config.data.path)
+    return expand_home(config.data.path)
 
 
 def check_loss(loss: LossConfig, inputs: frozenset[str], samples: str) -> None:

@@ -1,8 +1,9 @@
 """Checkpoints: safetensors and YAML in one folder, enough to sample from.
 
 `model.safetensors`, `ema.safetensors`, `optimizer.safetensors`, `config.yaml`, `state.yaml`. No
-pickles: loading runs no code. A folder appears under its name only when it is complete; while a new
-one replaces an old one, the old one is kept as `<name>.old`.
+pickles: loading runs no code. `state.yaml` holds the SHA-256 of each file of weights. A folder
+appears under its name only when it is complete; while a new one replaces an old one, the old one is
+kept as `<name>.old`.
 
 Checkpoints of format 2 are read as well: `Config.upgrade` translates their configuration, and
 `network.` at the start of a tensor's name, of networks that predict the velocity, is removed.
@@ -10,26 +11,29 @@ Checkpoints of format 2 are read as well: `Config.upgrade` translates their conf
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
-import yaml
 from torch import Tensor, nn
 
 from molgen_energy import __version__
 from molgen_energy.config import Config, RawConfig, Self, read_config
 from molgen_energy.errors import InputError
-from molgen_energy.output import flush_to_disk, remove, with_filename
+from molgen_energy.formats.parts import check_part, read_part
+from molgen_energy.formats.tensors import pack_tensors, read_tensors
+from molgen_energy.formats.yaml import MOST_BYTES, dump_yaml, load_yaml, shown, validate_as
+from molgen_energy.output import display_path, flush_to_disk, real_path, remove, with_filename
 from molgen_energy.training.pretrained import verify_checksums
+from molgen_energy.training.state import Progress, RunState, State
 
 FORMAT = 3
 _OLDEST = 2
 _REMEDY = "train again, or name another checkpoint"
+_HALF = (torch.float16, torch.bfloat16)
 _ATTEMPTS = 5  # at reading a checkpoint that a trainer may replace at the same time
 
 
@@ -67,17 +71,15 @@ class Checkpoint:
         Raises
         ------
         InputError
-            The file is missing or cut off.
+            The file is missing, a link, damaged, or not the one that was written; or a value is not
+            finite.
         """
         if name in self.read:
             return dict(self.read[name])
         path = self.path / f"{name}.safetensors"
-        if not path.is_file():
+        if not path.exists() and not path.is_symlink():
             raise InputError(f"{self.path} lacks {path.name}; {_REMEDY}")
-        try:
-            return dict(safetensors.torch.load_file(path))
-        except safetensors.SafetensorError as error:
-            raise InputError(f"{path} is cut off or damaged ({error}); {_REMEDY}") from error
+        return read_tensors(path, _REMEDY, (self.state.get("sha256") or {}).get(name))
 
     @property
     def system(self) -> str:
@@ -99,12 +101,27 @@ class Checkpoint:
             raw = raw._replace(values=schema.upgrade(dict(raw.values)))
         return schema.of(raw)
 
+    def state_as(self, declaration: type[State]) -> State:
+        """The state of the run, as one of a physical system.
+
+        Raises
+        ------
+        InputError
+            A key is missing or unknown, or a value is not the declared one.
+        """
+        return validate_as(declaration, self.state, str(self.path / "state.yaml"), _REMEDY)
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        return Progress.model_validate(self.state["progress"])
+
     @property
     def origin(self) -> str:
         """Run and step of the weights; `runs/x/checkpoints/last` is of run x."""
-        path = self.path.resolve()
-        run = path.parents[1].name if path.parent.name == "checkpoints" else path.name
-        return f"{run}, step {self.state['progress']['step']}"
+        path = real_path(self.path)
+        run = path.parents[1] if path.parent.name == "checkpoints" else path
+        return f"{display_path(Path(run.name))}, step {self.progress.step}"
 
     def load_weights(self, model: nn.Module, name: str) -> None:
         """Load the weights `model` or `ema` into a model of the same architecture.
@@ -112,23 +129,56 @@ class Checkpoint:
         Raises
         ------
         InputError
-            Names or shapes differ; names the first.
+            Names, shapes or types differ; names the first.
         """
         load_weights(model, self.tensors(name, model), self.path)
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
-    """Copy tensors into a model, or raise `InputError` where names or shapes differ."""
-    own = model.state_dict()
+    """Copy tensors into a model.
+
+    Raises
+    ------
+    InputError
+        Names, shapes or types differ. Weights may be in half precision.
+    """
+    check_alike(tensors, model.state_dict(), where, half_precision=True)
+    model.load_state_dict(dict(tensors))
+
+
+def check_alike(
+    tensors: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    where: Path,
+    half_precision: bool = False,
+) -> None:
+    """Check that tensors of a file have the names, shapes and types of others.
+
+    Raises
+    ------
+    InputError
+        They differ, in more than the precision of float32 where that may be half; names the first.
+    """
     for name in sorted(own.keys() | tensors.keys()):
-        there = tuple(tensors[name].shape) if name in tensors else "no such tensor"
-        here = tuple(own[name].shape) if name in own else "no such tensor"
+        there, here = (
+            tuple(every[name].shape) if name in every else "no such tensor"
+            for every in (tensors, own)
+        )
         if there != here:
             raise InputError(
-                f"{where} is a checkpoint of another model: {name} is {there} in the file "
+                f"{where} is a checkpoint of another model: {shown(name)} is {there} in the file "
                 f"and {here} in the configured model"
             )
-    model.load_state_dict(dict(tensors))
+        found, wanted = tensors[name].dtype, own[name].dtype
+        if found != wanted and not (half_precision and found in _HALF and wanted == torch.float32):
+            raise InputError(
+                f"{where}: tensor '{name}': expected {_name(wanted)}, found {_name(found)}; "
+                f"{_REMEDY}"
+            )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def save_checkpoint(
@@ -152,13 +202,13 @@ def save_checkpoint(
     remove(temporary)
     try:
         temporary.mkdir()
+        sha256 = {}
         for name, tensors in weights.items():
-            content = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
+            content = pack_tensors(tensors)
+            sha256[name] = hashlib.sha256(content).hexdigest()
             (temporary / f"{name}.safetensors").write_bytes(content)
         versions = {"molgen-energy": __version__, "torch": str(torch.__version__)}
-        text = yaml.safe_dump(
-            {"format": FORMAT, "versions": versions} | dict(state), sort_keys=False
-        )
+        text = dump_yaml({"format": FORMAT, "versions": versions, "sha256": sha256} | dict(state))
         (temporary / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         (temporary / "state.yaml").write_text(text, encoding="utf-8")
         for file in temporary.iterdir():
@@ -185,7 +235,8 @@ def find_checkpoint(path: Path, which: str = "last") -> Path:
     """
     for candidate in (path, path / "checkpoints" / which):
         # A kill between two renames leaves the old one under its second name.
-        for folder in (candidate, candidate.with_name(f"{candidate.name}.old")):
+        whole = real_path(candidate)
+        for folder in (candidate, whole.parent / f"{whole.name}.old"):
             if (folder / "state.yaml").is_file():
                 return folder
     if not path.exists():
@@ -252,15 +303,23 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 def _read(folder: Path) -> Checkpoint:
     """Configuration and state of a checkpoint's folder."""
     verify_checksums(folder)
+    path = folder / "state.yaml"
     try:
-        state = yaml.safe_load((folder / "state.yaml").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder / 'state.yaml'} is damaged; {_REMEDY}") from error
+        state = load_yaml(read_part(path, MOST_BYTES), str(path))
+    except InputError as error:
+        raise InputError(f"{error}; {_REMEDY}") from None
     if not isinstance(state, dict) or "format" not in state:
         raise InputError(f"{folder} is not a checkpoint of molgen-energy")
-    if not _OLDEST <= state["format"] <= FORMAT:
+    known = state["format"]
+    if type(known) is not int:
         raise InputError(
-            f"{folder} has checkpoint format {state['format']}, this version reads {_OLDEST} to "
-            f"{FORMAT}; {'upgrade molgen-energy' if state['format'] > FORMAT else _REMEDY}"
+            f"{path}: key 'format': expected a number, found {shown(known)}; {_REMEDY}"
         )
+    if not _OLDEST <= known <= FORMAT:
+        raise InputError(
+            f"{folder} has checkpoint format {known}, this version reads {_OLDEST} to {FORMAT}; "
+            f"{'upgrade molgen-energy' if known > FORMAT else _REMEDY}"
+        )
+    validate_as(RunState, state, str(path), _REMEDY)
+    check_part(folder / "config.yaml")
     return Checkpoint(folder, read_config(folder / "config.yaml"), state)

@@ -34,9 +34,19 @@ from molgen_energy.config import Config, TrainingConfig
 from molgen_energy.data.batches import BatchIndex
 from molgen_energy.distributed import all_reduce_sum, is_main, rank, world_size
 from molgen_energy.errors import InputError, TrainingFailedError
-from molgen_energy.output import lock_file, remove
+from molgen_energy.formats.limits import check_memory
+from molgen_energy.output import (
+    atomic_write,
+    check_own_file,
+    lock_file,
+    open_to_append,
+    remove,
+    remove_leftovers,
+)
+from molgen_energy.paths import expand_home
 from molgen_energy.training.checkpoint import (
     Checkpoint,
+    check_alike,
     load_checkpoint,
     save_checkpoint,
 )
@@ -47,7 +57,11 @@ from molgen_energy.training.muon import Muon, hidden_matrices
 from molgen_energy.training.pretrained import resolve_checkpoint
 from molgen_energy.training.task import Task
 
+_WRITTEN = ("config.yaml", "metrics.csv", "log.txt", "tensorboard", "checkpoints")
 _MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
+_COPIES = 5  # of the weights while training: average, gradient, and the optimiser's
+_NORMS = "clipper/norms"  # the tensor of the gradient clipper, beside those of optimizers
+_NOT_NEGATIVE = ("step", "exp_avg_sq", "max_exp_avg_sq")  # tensors of AdamW
 _PEER_LOST = re.compile("(closed|reset) by peer|broken pipe|remote process", re.IGNORECASE)
 
 
@@ -180,12 +194,24 @@ def _make_folder(run: Path) -> bool:
     return True
 
 
+def check_run_folder(run: Path) -> None:
+    """Raise `InputError` where a link, a device or a pipe has the name of a file to write."""
+    for name in _WRITTEN:
+        check_own_file(run / name)
+    checkpoints = run / "checkpoints"
+    for path in sorted(checkpoints.iterdir()) if checkpoints.is_dir() else ():
+        check_own_file(path)
+
+
 class _Trainer:
     def __init__(self, task: Task, run: Path, callback: TrainingCallback) -> None:
         self.task, self.folder, self.callback = task, run, callback
         self.training = task.config.training
         self.steps = total_steps(self.training, task.batches_per_epoch)
         self.model: nn.Module = task.model
+        if task.device.type == "cpu":
+            size = _COPIES * sum(p.numel() * p.element_size() for p in task.model.parameters())
+            check_memory(size, "training the network", "lower model.width or model.layers")
         self.ema = ExponentialMovingAverage(task.model, self.training.ema_decay)
         self.clipper = GradientClipper()
         assert not isinstance(self.training.lr, str)
@@ -205,13 +231,16 @@ class _Trainer:
         if resume:
             self._restore(load_checkpoint(self.folder))
         elif self.training.initial_weights is not None:
-            self._initialise(Path(self.training.initial_weights))
+            self._initialise(expand_home(self.training.initial_weights))
         if not is_main():
             return
+        check_run_folder(self.folder)
         log = self.folder / "log.txt"
-        log.touch()
+        open_to_append(log).close()
         self.lock = lock_file(log, str(self.folder))
-        (self.folder / "config.yaml").write_text(self.task.config.to_yaml(), encoding="utf-8")
+        remove_leftovers(self.folder)
+        text = self.task.config.to_yaml()
+        atomic_write(self.folder / "config.yaml", text.encode(), own=True)
         self.metrics = MetricsLog(self.folder, self.at.step, self.task.loss_terms)
         if not resume:
             self._save("last")
@@ -225,7 +254,7 @@ class _Trainer:
     def _log(self, text: str) -> None:
         if not is_main():
             return
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+        with open_to_append(self.folder / "log.txt") as file:
             file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
 
     def _save(self, which: str) -> None:
@@ -258,7 +287,7 @@ class _Trainer:
         return all(bool(torch.isfinite(p).all()) for model in models for p in model.parameters())
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
-        tensors = {"clipper/norms": self.clipper.state()}
+        tensors = {_NORMS: self.clipper.state()}
         for name, parameter in self.task.model.named_parameters():
             for optimizer in self.optimizers:
                 for key, value in optimizer.state.get(parameter, {}).items():
@@ -291,7 +320,7 @@ class _Trainer:
             checkpoint.load_weights(model, "ema")
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        theirs, ours = checkpoint.state.get("data", {}), self.task.state["data"]
+        theirs, ours = checkpoint.state.get("data") or {}, self.task.state["data"]
         if theirs.get("fingerprint") != ours["fingerprint"]:
             raise InputError(
                 f"{checkpoint.path} was trained on other data ({theirs.get('source')}, "
@@ -300,26 +329,49 @@ class _Trainer:
             )
         checkpoint.load_weights(self.task.model, "model")
         checkpoint.load_weights(self.ema.model, "ema")
+        self._restore_optimizers(checkpoint)
+        if self.task.adaptive is not None:
+            springs = checkpoint.read_tensors("springs")
+            check_alike(springs, self.task.adaptive.state(), checkpoint.path)
+            _check_not_negative(springs, checkpoint.path)
+            self.task.adaptive.load_state(springs)
+        progress = checkpoint.progress
+        self.at = _Progress(**progress.model_dump() | {"sums": tuple(progress.sums)})
+        if len(self.at.sums) != len(self._zero_sums()):  # format 2 has sums of other terms
+            self.at.sums, self.at.count = self._zero_sums(), 0
+
+    def _restore_optimizers(self, checkpoint: Checkpoint) -> None:
         tensors = checkpoint.tensors("optimizer", self.task.model)
-        self.clipper.load(tensors.pop("clipper/norms"))
+        norms = {name: tensors.pop(name) for name in (_NORMS,) if name in tensors}
+        known = self.clipper.state()
+        length = len(norms[_NORMS]) if norms and norms[_NORMS].ndim else 0
+        check_alike(norms, {_NORMS: known.new_zeros(max(1, length))}, checkpoint.path)
         optimizer_of = {
             parameter: optimizer
             for optimizer in self.optimizers
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
-        for name, parameter in self.task.model.named_parameters():
+        own = {
+            f"{name}/{key}": (parameter, key)
+            for name, parameter in self.task.model.named_parameters()
+            if any(tensor.startswith(f"{name}/") for tensor in tensors)
+            for key in _state_keys(optimizer_of[parameter])
+        }
+        alike = {
+            name: torch.zeros(()) if key == "step" else parameter
+            for name, (parameter, key) in own.items()
+        }
+        check_alike(tensors, alike, checkpoint.path)
+        _check_not_negative(
+            norms | {name: tensors[name] for name, (_, key) in own.items() if key in _NOT_NEGATIVE},
+            checkpoint.path,
+        )
+        self.clipper.load(norms[_NORMS])
+        for name, (parameter, key) in own.items():
             optimizer = optimizer_of[parameter]
-            own = {k.rsplit("/", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{name}/")}
-            for key, value in own.items():
-                device = "cpu" if key == "step" and not _fused(optimizer) else parameter.device
-                optimizer.state[parameter][key] = value.to(device)
-        if self.task.adaptive is not None:
-            self.task.adaptive.load_state(checkpoint.read_tensors("springs"))
-        progress = checkpoint.state["progress"]
-        self.at = _Progress(**progress | {"sums": tuple(progress["sums"])})
-        if len(self.at.sums) != len(self._zero_sums()):  # format 2 has sums of other terms
-            self.at.sums, self.at.count = self._zero_sums(), 0
+            device = "cpu" if key == "step" and not _fused(optimizer) else parameter.device
+            optimizer.state[parameter][key] = tensors[name].to(device)
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -544,6 +596,20 @@ def _optimizers(
         fused=device.type in ("cpu", "cuda"),
     )
     return [adamw, Muon(matrices, lr=0.0)] if matrices else [adamw]
+
+
+def _state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The tensors of an optimizer for each parameter that had a gradient."""
+    if isinstance(optimizer, Muon):
+        return ("momentum",)
+    largest = ("max_exp_avg_sq",) if optimizer.defaults["amsgrad"] else ()
+    return ("step", "exp_avg", "exp_avg_sq", *largest)
+
+
+def _check_not_negative(tensors: Mapping[str, Tensor], where: Path) -> None:
+    for name, tensor in tensors.items():
+        if bool((tensor < 0).any()):
+            raise InputError(f"{where}: tensor '{name}' is negative; train again")
 
 
 def _fused(optimizer: torch.optim.Optimizer) -> bool:

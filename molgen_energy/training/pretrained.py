@@ -13,14 +13,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from molgen_energy.errors import InputError
+from molgen_energy.formats.parts import has_part, read_part
+from molgen_energy.formats.yaml import MOST_BYTES, load_yaml
+from molgen_energy.output import real_path, valid_unicode
 from molgen_energy.resources import resource_directory
 
 DEFAULT = "qm9_energy"
 """The weights of `sample` without a run."""
 SUMS = "SHA256SUMS"
+_MOST_SUMS = 100_000  # bytes
 CHECKED = ("config.yaml", "ema.safetensors", "state.yaml")
 
 
@@ -33,9 +35,15 @@ class PretrainedWeights:
 
     @property
     def summary(self) -> str:
-        """One line about them, from the head of their card."""
-        head = re.match(r"---\n(.*?)\n---\n", (self.path / "card.md").read_text("utf-8"), re.DOTALL)
-        return "" if head is None else str(yaml.safe_load(head[1])["summary"])
+        """One line about them, from the head of their card; empty if it has none."""
+        path = self.path / "card.md"
+        if not has_part(path):
+            return ""
+        text = read_part(path, MOST_BYTES).decode("utf-8", "replace")
+        head = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+        values = {} if head is None else load_yaml(head[1], f"the head of {path}")
+        summary = values.get("summary", "") if isinstance(values, dict) else ""
+        return " ".join(str(summary).split())
 
 
 def weights_directory() -> Path:
@@ -76,8 +84,8 @@ def resolve_checkpoint(name: Path, option: str = "--checkpoint") -> Path:
 
 def checkpoint_name(path: Path) -> str:
     """Name of a checkpoint's folder for `resolve_checkpoint`, valid in every installation."""
-    path = path.resolve()
-    return path.name if path.parent == weights_directory().resolve() else str(path)
+    path = real_path(path)
+    return path.name if path.parent == real_path(weights_directory()) else valid_unicode(path)
 
 
 def write_checksums(folder: Path) -> None:
@@ -87,27 +95,40 @@ def write_checksums(folder: Path) -> None:
 
 
 def verify_checksums(folder: Path) -> None:
-    """Compare a folder's files with its `SHA256SUMS`, if it has them.
+    """Compare a folder's files with its `SHA256SUMS`, which all that ship with the package have.
 
     Raises
     ------
     InputError
-        A file is missing or differs, or the list cannot be read.
+        The list is damaged, or lacks a file that sampling reads; or a file is missing or differs.
     """
     listed = folder / SUMS
-    if not listed.is_file():
+    shipped = folder.resolve().parent == weights_directory().resolve()
+    if not shipped and not listed.exists() and not listed.is_symlink():
         return
-    for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
-        match = re.fullmatch(r"([0-9a-f]{64})  ([\w.]+)", line)
+    again = "install molgen-energy again, or name another --checkpoint"
+    lines = read_part(listed, _MOST_SUMS).decode("utf-8", "replace").splitlines()
+    sums = {}
+    for line in lines:
+        match = re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line, re.ASCII)
         if match is None:
-            raise InputError(f"{listed} is damaged; install molgen-energy again")
-        file = folder / match[2]
-        if not file.is_file() or _digest(file) != match[1]:
+            raise InputError(f"{listed} is damaged; {again}")
+        sums[match[2]] = match[1]
+    missing = [name for name in CHECKED if name not in sums]
+    if missing:
+        raise InputError(f"{listed} lacks {', '.join(missing)}; {again}")
+    for name, digest in sums.items():
+        file = folder / name
+        if not has_part(file) or _digest(file) != digest:
             raise InputError(
                 f"{file} is not the file that was released (its SHA-256 is not the one in "
-                f"{SUMS}); install molgen-energy again, or name another --checkpoint"
+                f"{SUMS}); {again}"
             )
 
 
 def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while chunk := content.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

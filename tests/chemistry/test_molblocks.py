@@ -96,15 +96,15 @@ def test_empty_lines_before_the_end(tmp_path, empty):
 
 BAD = {
     "no element": (v2000("Du"), r"Element 'Du' not found on line 5"),
-    "atoms missing": (v2000(count=4), r"Atom line too short: .* on line 7"),
-    "not finite": (v2000(x="nan"), r"Cannot process coordinates on line 5"),
-    "overflow": (v2000(x="**********"), r"Cannot process coordinates on line 5"),
-    "cut off in a charge": (v2000(end="M  CHG  1   \n"), "it is cut off"),
+    "atoms missing": (v2000(count=4), r"line 7: expected an atom .*, found ' *. *. *. *.'"),
+    "not finite": (v2000(x="nan"), "line 5: expected an atom .*, found '       nan"),
+    "overflow": (v2000(x="**********"), r"line 5: expected an atom .*, found '\*\*\*"),
+    "cut off in a charge": (v2000(end="M  CHG  1   \n"), "line 8: expected pairs of an atom and"),
     "no end": (v2000(end=""), r"on line 8|at line 8|around line 8"),
     "an atom that is not there": (v2000().replace("  1  2  1", "  1  7  1"), "not there"),
     "a bond to itself": (v2000().replace("  1  2  1", "  1  1  1"), "self-bond"),
-    "no counts": ("\n\n\nhello\nM  END\n$$$$\n", "Counts line too short: 'hello' on line 4"),
-    "a line too many": ("\n" + v2000(), "Counts line too short: '' on line 4"),
+    "no counts": ("\n\n\nhello\nM  END\n$$$$\n", "line 4: expected the numbers .*, found 'hello'"),
+    "a line too many": ("\n" + v2000(), "line 4: expected the numbers .*, found ''"),
     "v3000": (V3000.format(symbol="Du", x="0.1", order=1), "Element 'Du' not found on line 8"),
 }
 GOOD = v2000()

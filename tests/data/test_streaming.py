@@ -395,10 +395,10 @@ def test_nan_in_the_third_window_names_the_molecule(tmp_path, large):
     watcher = Watcher()
     with pytest.raises(InputError) as caught:
         train(task, tmp_path / "run", watcher)
-    expected = f"{path}: molecule {number} has coordinates that are not finite"
-    assert str(caught.value) == expected
+    expected = f"{path}: record {number}: data set 'positions': expected finite numbers, found nan"
+    assert str(caught.value).startswith(expected)
     assert watcher.steps[-1] == 2 * 512 / 64  # what was whole was trained on
-    with pytest.raises(InputError, match=f"molecule {number} has coordinates"):
+    with pytest.raises(InputError, match=f"record {number}: data set 'positions'"):
         MoleculeTask(config_of(tmp_path / "run"), CPU)
 
 

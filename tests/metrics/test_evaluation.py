@@ -609,7 +609,7 @@ def test_empty_files_and_paths_that_are_not_files(tmp_path):
     with MoleculeWriter(tmp_path / "none.h5", source="nothing"):
         pass
     for arguments in ([tmp_path / "none.h5"], None), ([], tmp_path / "none.h5"):
-        with pytest.raises(InputError, match=r"none.h5 holds no molecule$"):
+        with pytest.raises(InputError, match=r"none.h5 holds no molecules; make it again"):
             run(*arguments)
     with pytest.raises(InputError, match="null is a device or a pipe; name a file"):
         FileSource(Path("/dev/null"))

@@ -320,7 +320,7 @@ def test_a_job_that_was_begun_without_temperature_is_resumed(checkpoint, tmp_pat
     path = tmp_path / "a.sdf"
     generator = MoleculeGenerator(checkpoint, CPU, **FEW)
     job = sampling._job(generator, 30, 5)
-    MoleculeShards.create(path, job, {}).close()
+    MoleculeShards.create(path, job).close()
     manifest = tmp_path / "a.sdf.shards" / "manifest.yaml"
     text = manifest.read_text()
     start, end = text.index("temperature:"), text.index("units:")
@@ -348,7 +348,7 @@ def test_nothing_to_resume(checkpoint, tmp_path):
         draw(checkpoint, path, resume=True)
     for text in ("{", "count: 3", "[]", "format: 2\n"):
         (tmp_path / "a.sdf.shards" / "manifest.yaml").write_text(text)
-        with pytest.raises(InputError, match=r"manifest\.yaml is damaged; remove"):
+        with pytest.raises(InputError, match=r"the manifest is damaged; remove"):
             draw(checkpoint, path, resume=True)
 
 
@@ -419,7 +419,7 @@ def test_batches_are_full_and_of_one_size(checkpoint, tmp_path):
     """By default some sixty molecules of QM9's sizes, within a window of 1,024, sizes mixed."""
     generator = MoleculeGenerator(checkpoint, CPU)
     job = sampling._job(generator, 3000, None)
-    with MoleculeShards.create(tmp_path / "a.sdf", job, {}) as shards:
+    with MoleculeShards.create(tmp_path / "a.sdf", job) as shards:
         run = sampling._SamplingRun(generator, shards, tmp_path / "a.sdf", Counter())
         batches = list(run.in_turn())
     numbers = np.concatenate([batch.numbers for batch in batches])
@@ -489,7 +489,9 @@ def test_a_checkpoint_that_a_trainer_replaces_is_read_whole(tmp_path):
 
     def save(step):
         weights = {"ema": {"x": torch.full((50_000,), float(step))}}
-        save_checkpoint(tmp_path / "checkpoints" / "last", config, {"step": step}, weights)
+        save_checkpoint(
+            tmp_path / "checkpoints" / "last", config, {"progress": {"step": step}}, weights
+        )
 
     def train():
         step = 1
@@ -507,8 +509,8 @@ def test_a_checkpoint_that_a_trainer_replaces_is_read_whole(tmp_path):
             except InputError as error:
                 assert "is replaced faster than it can be read" in str(error)
                 continue
-            steps.add(loaded.state["step"])
-            assert loaded.read_tensors("ema")["x"][0] == loaded.state["step"]
+            steps.add(loaded.state["progress"]["step"])
+            assert loaded.read_tensors("ema")["x"][0] == loaded.state["progress"]["step"]
     finally:
         stop.set()
         trainer.join()

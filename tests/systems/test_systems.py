@@ -19,20 +19,21 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from conftest import torchrun_to_end
+from runs import rewrite_weights
 from torch import nn
 from typer.testing import CliRunner
 
 from molgen_energy import cli as cli_package
 from molgen_energy.cli import sample
 from molgen_energy.config import Config, RawConfig, Section, TrainingConfig, config_names
-from molgen_energy.data.arrays import ArrayFile, Column, write_arrays
-from molgen_energy.data.shards import ShardFolder
+from molgen_energy.data.arrays import ArrayFile, write_arrays
+from molgen_energy.data.shards import FORMAT, Manifest, ShardFolder
 from molgen_energy.datasets.base import Dataset, option
 from molgen_energy.diffusion.process import Diffusion, FlowMatching
 from molgen_energy.errors import InputError
+from molgen_energy.formats.declaration import SPLIT, DatasetSpec, HDF5Format
 from molgen_energy.losses import SPIN_LOSSES, SPRINGS, SpringFamily
 from molgen_energy.metrics.report.model import (
     EvaluatedFile,
@@ -593,8 +594,13 @@ def test_predictions_better_than_the_ground_state_are_refused(tmp_path, glasses)
 def test_spoilt_files_of_spins(tmp_path, glasses):
     for name, index, value, message in (
         ("energy", 7, 0.0, "record 8: its energy is not that of its spins"),
-        ("right", (3, 0, 0), np.nan, "record 4: right holds what is not a finite"),
-        ("spins", (5, 0, 0), 0, "record 6 has spins other than 1 and -1"),
+        (
+            "right",
+            (3, 0, 0),
+            np.nan,
+            "record 4: data set 'right': expected finite",
+        ),
+        ("spins", (5, 0, 0), 0, "record 6: data set 'spins': expected -1 or 1, found 0"),
     ):
         (tmp_path / "a.h5").write_bytes((glasses / "spins.h5").read_bytes())
         with h5py.File(tmp_path / "a.h5", "a") as file:
@@ -603,7 +609,7 @@ def test_spoilt_files_of_spins(tmp_path, glasses):
             read_spins(tmp_path / "a.h5")
     with h5py.File(tmp_path / "a.h5", "a") as file:
         file.attrs["boundary"] = [1, 2]
-    with pytest.raises(InputError, match="its boundary is"):
+    with pytest.raises(InputError, match=r"'boundary': expected open or periodic, found \[1 2\]"):
         read_spins(tmp_path / "a.h5")
     with h5py.File(tmp_path / "a.h5", "a") as file:
         file.attrs["schema"] = "one"
@@ -624,10 +630,11 @@ def test_a_diverged_network_is_named(inside, tmp_path, glasses):
     """A prediction that is not finite is not written, as +1 or otherwise."""
     inside("train", "--config", "spins_margin", "--data", glasses / "spins.h5", "--steps", "1",
            "-o", "run", *SMALL)  # fmt: skip
-    path = tmp_path / "run" / "checkpoints" / "last" / "ema.safetensors"
-    weights = safetensors.torch.load_file(path)
-    weights["read.bias"][:] = torch.nan
-    safetensors.torch.save_file(weights, path)
+
+    def diverge(weights):
+        weights["read.weight"].fill_(3e38)
+
+    rewrite_weights(tmp_path / "run" / "checkpoints" / "last", "ema", diverge)
     stderr = inside("sample", "--checkpoint", "run", code=2).stderr
     assert "the network's output for 40 of 40 samples is not finite" in stderr
     assert not (tmp_path / "spins_predicted.h5").exists()
@@ -658,10 +665,11 @@ def test_windows_around_a_torus(inside, tmp_path):
 
 def test_shards_of_another_command(inside, tmp_path):
     """`sample --resume` does not suggest to remove solved lattices, nor the other way round."""
-    ShardFolder.begin(tmp_path / "a.h5", "preprocess spins", {"count": 3})
+    own = {"format": FORMAT, "version": "1"}
+    ShardFolder.begin(tmp_path / "a.h5", Manifest(command="preprocess spins", **own))
     stderr = inside("sample", "--resume", "a.h5", code=2).stderr
     assert "holds finished shards of `molgen-energy preprocess spins` for a.h5" in stderr
-    ShardFolder.begin(tmp_path / "b.h5", "sample", {"count": 3})
+    ShardFolder.begin(tmp_path / "b.h5", Manifest(command="sample", **own))
     stderr = inside(
         "preprocess", "spins", "--size", "4", "--count", "3", "-o", "b.h5", code=2
     ).stderr
@@ -692,7 +700,7 @@ def test_damaged_files(tmp_path):
     Polygons(count=10, vertices=4).write(data, no_progress)
     with h5py.File(data, "a") as file:
         file["positions"][3, 0, 0] = np.nan
-    with pytest.raises(InputError, match="record 4: positions holds what is not a finite"):
+    with pytest.raises(InputError, match="record 4: data set 'positions'"):
         read_polygons(data, "")
     with h5py.File(data, "a") as file:
         del file["radius"]
@@ -702,17 +710,25 @@ def test_damaged_files(tmp_path):
     with h5py.File(data, "a") as file:
         del file["radius"]
         file["radius"] = np.ones(9, np.float32)
-    with pytest.raises(InputError, match="lengths of its data sets disagree"):
+    with pytest.raises(InputError, match=r"'radius': .* with M = 10, found float32 \(9,\)"):
         read_polygons(data, "")
     for name, values, message in (
-        ("radius", np.ones((10, 1), np.float32), r"radius must be floating-point numbers \(M\)"),
-        ("radius", np.arange(10), "radius must be floating-point"),
-        ("radius", np.float32(1), "radius must be floating-point"),
-        ("radius", np.zeros(10, np.float32), "record 1: its radius is not above 0"),
-        ("positions", np.ones((10, 4, 3), np.float32), r"positions must be .*\(M, N, 2\)"),
-        ("positions", np.ones((10, 2, 2), np.float32), "3 or more"),
-        ("positions", np.ones((10, 8), np.float32), r"positions must be .*\(M, N, 2\)"),
-        ("split", np.zeros((10, 2), np.uint8), r"split must be integers \(M\)"),
+        (
+            "radius",
+            np.ones((10, 1), np.float32),
+            r"'radius': .* \(M,\).* found float32 \(10, 1\)",
+        ),
+        ("radius", np.arange(10), r"'radius': expected floating-point .* found int64 \(10,\)"),
+        ("radius", np.float32(1), r"'radius': expected .* found float32 \(\)"),
+        (
+            "radius",
+            np.zeros(10, np.float32),
+            "record 1: data set 'radius': expected a rad",
+        ),
+        ("positions", np.ones((10, 4, 3), np.float32), r"'positions': expected .*\(M, N, 2\)"),
+        ("positions", np.ones((10, 2, 2), np.float32), "expected 3 vertices or more, found 2"),
+        ("positions", np.ones((10, 8), np.float32), r"'positions': expected .*\(M, N, 2\)"),
+        ("split", np.zeros((10, 2), np.uint8), r"'split': expected integers \(M,\)"),
     ):
         Polygons(count=10, vertices=4).write(data, no_progress)
         with h5py.File(data, "a") as file:
@@ -723,7 +739,7 @@ def test_damaged_files(tmp_path):
     with h5py.File(data, "a") as file:
         del file["split"]
         file.create_group("split")
-    with pytest.raises(InputError, match="split must be integers"):
+    with pytest.raises(InputError, match=r"'split': expected integers \(M,\).*, found a group"):
         read_polygons(data, "")
     data.write_bytes(data.read_bytes()[:3000])
     with pytest.raises(InputError, match=r"cut off|not a readable"):
@@ -733,7 +749,16 @@ def test_damaged_files(tmp_path):
 # -- a system of one's own: the README's recipe -------------------------------------------------
 
 
-CHAIN_COLUMNS = {"length": Column(()), "positions": Column(("beads", 3))}
+CHAINS = HDF5Format(
+    "chains",
+    "Chains",
+    "Straight chains of beads.",
+    datasets=(
+        DatasetSpec("length", ("M",), "float", "distance between beads", dtype="f4"),
+        DatasetSpec("positions", ("M", "beads", 3), "float", "beads", dtype="f4"),
+        SPLIT,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -797,12 +822,13 @@ class ChainSystem(System):
     config = ChainConfig
     sampling: Mapping[str, Any] = MappingProxyType({})
     output = "chains_predicted.h5"
+    file_format = CHAINS
 
     def task(self, config, device, progress):
         from molgen_energy.losses import PairwiseEnergy
 
         energy = PairwiseEnergy("constant")
-        file = ArrayFile(data_path(config, self.name), self.name, CHAIN_COLUMNS)
+        file = ArrayFile(data_path(config, self.name), CHAINS)
         beads = file.columns["positions"].shape[1]
         return SupervisedTask(
             config, device, file,
@@ -823,7 +849,7 @@ class ChainSystem(System):
 def evaluate_chains(files: list[Path]) -> Report:
     evaluated = []
     for path in files:
-        file = ArrayFile(path, "chains", CHAIN_COLUMNS)
+        file = ArrayFile(path, CHAINS)
         steps = np.linalg.norm(np.diff(file.columns["positions"], axis=1), axis=-1)
         error = np.abs(steps.mean(axis=1) / file.columns["length"] - 1)
         column = ReportColumn({"error": Mean.of(error)})

@@ -151,11 +151,15 @@ def test_killed_at_any_moment_it_resumes(tmp_path, delay):
     assert not list((run / "checkpoints").glob("*.tmp"))
 
 
+def at_step(step: int) -> dict[str, dict[str, int]]:
+    return {"progress": {"step": step}}
+
+
 @pytest.mark.parametrize("moment", range(8))
 def test_a_checkpoint_is_old_or_new_at_every_moment(tmp_path, monkeypatch, moment):
     """Stop the writer at each of its operations on files: what is found is whole."""
     path, config = tmp_path / "last", tiny()
-    save_checkpoint(path, config, {"step": 1}, {"model": {"w": torch.ones(3)}})
+    save_checkpoint(path, config, at_step(1), {"model": {"w": torch.ones(3)}})
     count = 0
 
     class Killed(BaseException):
@@ -177,25 +181,27 @@ def test_a_checkpoint_is_old_or_new_at_every_moment(tmp_path, monkeypatch, momen
     monkeypatch.setattr(checkpoints, "flush_to_disk", dying(checkpoints.flush_to_disk))
     monkeypatch.setattr(checkpoints, "remove", dying(checkpoints.remove))
     with contextlib.suppress(Killed):
-        save_checkpoint(path, config, {"step": 2}, {"model": {"w": 2 * torch.ones(3)}})
+        save_checkpoint(path, config, at_step(2), {"model": {"w": 2 * torch.ones(3)}})
     monkeypatch.undo()
     found = load_checkpoint(path)
-    assert torch.equal(found.read_tensors("model")["w"], found.state["step"] * torch.ones(3))
-    save_checkpoint(path, config, {"step": 3}, {"model": {"w": 3 * torch.ones(3)}})
-    assert load_checkpoint(path).state["step"] == 3
+    assert torch.equal(
+        found.read_tensors("model")["w"], found.state["progress"]["step"] * torch.ones(3)
+    )
+    save_checkpoint(path, config, at_step(3), {"model": {"w": 3 * torch.ones(3)}})
+    assert load_checkpoint(path).state["progress"]["step"] == 3
 
 
 def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last"
-    save_checkpoint(path, tiny(), {"step": 1}, {"model": {"w": torch.ones(3)}})
+    save_checkpoint(path, tiny(), at_step(1), {"model": {"w": torch.ones(3)}})
 
     def full(self, *_):
         raise OSError(28, "No space left on device", str(self))
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(path, tiny(), {"step": 2}, {"model": {"w": torch.ones(3)}})
-    assert load_checkpoint(path).state["step"] == 1
+        save_checkpoint(path, tiny(), at_step(2), {"model": {"w": torch.ones(3)}})
+    assert load_checkpoint(path).state["progress"]["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last"]
 
 
@@ -714,7 +720,7 @@ def test_length_of_a_run():
 
 def test_checkpoints_that_do_not_fit(unbroken, tmp_path):
     other = MoleculeTask(tiny(model__width=24), CPU)
-    with pytest.raises(InputError, match=r"checkpoint of another model: embed\.bias is"):
+    with pytest.raises(InputError, match=r"checkpoint of another model: 'embed\.bias' is"):
         load_checkpoint(unbroken).load_weights(other.model, "model")
     with pytest.raises(InputError, match="does not exist"):
         load_checkpoint(tmp_path / "nothing")
@@ -730,7 +736,7 @@ def test_damaged_checkpoints(unbroken, tmp_path):
     shutil.copytree(unbroken / "checkpoints" / "last", broken)
     file = broken / "ema.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(InputError, match="cut off or damaged"):
+    with pytest.raises(InputError, match="is damaged: its SHA-256 is not"):
         load_checkpoint(broken).read_tensors("ema")
     file.unlink()
     with pytest.raises(InputError, match=r"lacks ema\.safetensors"):
@@ -759,7 +765,7 @@ def as_format_2(folder: Path) -> None:
     config["loss"]["position_weight"] = objective["position_weight"]
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     state = yaml.safe_load((folder / "state.yaml").read_text()) | {"format": 2}
-    del state["statistics"]
+    del state["statistics"], state["sha256"]
     loss, positions, *others, norm = state["progress"]["sums"]
     state["progress"]["sums"] = [loss, positions, sum(others), norm]
     (folder / "state.yaml").write_text(yaml.safe_dump(state, sort_keys=False))

@@ -53,11 +53,11 @@ def find_given_bonds(records: Iterable[ScannedRecord]) -> GivenBonds:
     them. The first 100 such records are compared with what perception finds.
     """
     some = replaced = False
-    without: list[int] = []
+    without: int | None = None
     declared: list[int] = []
     for number, record in enumerate(records, start=1):
         if not record.has_bonds:
-            without.append(number)
+            without = without or number
         elif not record.declared_perceived:
             some = True
         elif not replaced:
@@ -68,9 +68,10 @@ def find_given_bonds(records: Iterable[ScannedRecord]) -> GivenBonds:
             break
         if without and (some or replaced):
             break
-    if not replaced:
-        without += declared
-    return GivenBonds(some or replaced, min(without, default=None), bool(declared) and not replaced)
+    lacking = [] if replaced else declared[:1]
+    if without is not None:
+        lacking.append(without)
+    return GivenBonds(some or replaced, min(lacking, default=None), bool(declared) and not replaced)
 
 
 def scan_xyz(lines: Lines) -> Iterator[ScannedRecord]:

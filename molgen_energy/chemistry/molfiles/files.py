@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from rdkit import Chem, rdBase
 
-from molgen_energy.chemistry.molfiles.lines import DAMAGED, Lines
+from molgen_energy.chemistry.molfiles.lines import DAMAGED, Lines, TooLargeError
 from molgen_energy.errors import InputError
-from molgen_energy.output import check_file
+from molgen_energy.output import check_file, real_path
 
 SDF, XYZ = "sdf", "xyz"
 
@@ -43,7 +43,7 @@ _BINARY = {
 }
 _TEXTS = {
     r"<!doctype|<html|<\?xml|<svg": "a web page or XML; download the file itself",
-    r"(#[^\n]*\s+)*@<TRIPOS>": f"a MOL2 file; {_CONVERT}",
+    r"(#[^\n]*\n\s*)*@<TRIPOS>": f"a MOL2 file; {_CONVERT}",
     r"data_\S*\s": f"a CIF file; {_CONVERT}",
     r"(?-i:HEADER|TITLE |COMPND|REMARK|CRYST1|MODEL |ATOM  |HETATM)": f"a PDB file; {_CONVERT}",
     r"version https://git-lfs": "a pointer of Git LFS; run `git lfs pull`",
@@ -51,6 +51,7 @@ _TEXTS = {
     r"[\[{]\s*[\"\[{]": f"JSON; {_CONVERT}",
 }
 _FIRST_LINES = 5
+_MOST_WORDS = 1000  # characters of a line that tell its kind
 
 
 class FileSet(NamedTuple):
@@ -103,7 +104,7 @@ def molecule_files(path: Path) -> FileSet:
 def base_name(path: Path) -> str:
     """The name of a file without the endings of its kind, of a folder or pattern the folder's."""
     if path.is_dir():
-        return path.resolve().name or "molecules"
+        return real_path(path).name or "molecules"
     if not path.exists() and glob.has_magic(path.name):
         return base_name(path.parent)
     stem, _, suffix = _unpacked(path.name).rpartition(".")
@@ -130,6 +131,9 @@ def kind_of(path: Path, lines: Lines) -> str:
         raise InputError(
             f"{path} is cut off or damaged at its beginning ({error}); make it again"
         ) from error
+    except TooLargeError as error:
+        raise InputError(f"{path}: {error}") from error
+    first = [line[:_MOST_WORDS] for line in first]
     if _MOL_BLOCK.search("".join(first)):
         return SDF
     if _begins_frame(first):
@@ -156,7 +160,7 @@ def _begins_frame(first: list[str]) -> bool:
     rows = [line.split() for line in first]
     while rows and not rows[0]:
         rows = rows[1:]
-    if len(rows) < 3 or len(rows[0]) != 1 or not rows[0][0].isdecimal():
+    if len(rows) < 3 or len(rows[0]) != 1 or not re.fullmatch("[0-9]+", rows[0][0]):
         return False
     return len(rows[2]) >= 4
 
@@ -200,6 +204,8 @@ def _matches(path: Path) -> bool:
 
 def _may_hold_molecules(path: Path) -> bool:
     """By its content. An empty file is a bad record: a program may have failed to write it."""
+    if not path.is_file():
+        return False
     try:
         if path.stat().st_size == 0:
             return True

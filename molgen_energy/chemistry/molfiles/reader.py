@@ -24,7 +24,7 @@ from molgen_energy.chemistry.molfiles.bond_scan import (
     scan_xyz,
 )
 from molgen_energy.chemistry.molfiles.files import SDF, kind_of, molecule_files
-from molgen_energy.chemistry.molfiles.lines import DAMAGED, Lines, Record
+from molgen_energy.chemistry.molfiles.lines import DAMAGED, Lines, Record, TooLargeError
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.errors import MEND_OR_SKIP, InputError
 
@@ -121,7 +121,7 @@ class MoleculeReader:
             with closing(Lines(path)) as lines:
                 scan = scan_sdf if kind_of(path, lines) == SDF else scan_xyz
                 yield from scan(lines)
-        except (*DAMAGED, InputError):  # reading the molecules says where and why
+        except (*DAMAGED, TooLargeError, InputError):  # reading the molecules says where and why
             return
 
     def locate(self, number: int) -> str:
@@ -159,7 +159,7 @@ class MoleculeReader:
     def _records(self, path: Path) -> Iterator[tuple[int, Record]]:
         """The records of a file with their numbers in it, from 1.
 
-        A damaged end is a bad record, and so is a file of a set that holds none.
+        A damaged or too large end is a bad record, and so is a file of a set that holds none.
         """
         number = 0
         try:
@@ -179,6 +179,9 @@ class MoleculeReader:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
                 yield number + 1, Record(lines.number + 1, f"the file is cut off ({error})", {})
+                return
+            except TooLargeError as error:
+                yield number + 1, Record(lines.number + 1, str(error), {})
                 return
             except InputError as error:
                 if not (self._is_set and self.skip_bad):

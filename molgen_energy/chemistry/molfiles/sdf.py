@@ -8,36 +8,49 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 
 from rdkit import Chem, rdBase
 from rdkit.Chem import rdChemReactions
 
 from molgen_energy.chemistry.convert import molecule_from_rdkit
-from molgen_energy.chemistry.fields import parse_number
-from molgen_energy.chemistry.molfiles.lines import Lines, Record
+from molgen_energy.chemistry.fields import MOST_FIELDS, check_field_count, parse_number
+from molgen_energy.chemistry.molfiles.columns import COUNTS, find_fault, has_numbers_in_columns
+from molgen_energy.chemistry.molfiles.lines import NUL, Lines, Record
 from molgen_energy.chemistry.rdkit import build
 from molgen_energy.data.molecules import Molecule
 from molgen_energy.elements import atomic_number, symbol
 
 _END = "M  END\n"
-_COUNTS = 3  # the line of the counts, from 0
 _V30 = "M  V30 "
 # RDKit reads the number before such an exponent and ignores the rest, in V3000 without an error.
 _OTHER_EXPONENT = re.compile(r"\d\.?(?:[dD][+-]?\d|\*\^)")
+_TOUCHING = re.compile(r"(?<=[0-9])-(?=[0-9.])")  # two numbers of which the second is wide
 # A reaction with one reactant, whose mol block begins at the next line.
 _REACTION = "$RXN\n\n\n\n  1  0\n$MOL\n"
 # A header `>  <name>`, and the lines up to an empty one or to the next header.
-_FIELD = re.compile(r"^>.*?<([^>\n]+)>.*\n((?:(?!>.*<).*\S.*\n?)*)", re.MULTILINE)
+_FIELD = re.compile(r"^>[^<\n]*<([^>\n]+)>.*\n((?:(?!>.*<).*\S.*\n?)*)", re.MULTILINE)
+_VERSION = re.compile(r"V[23]000\s*$")
 
 
 def read_records(lines: Lines) -> Iterator[Record]:
     """The molecule and the data fields of each record."""
     for start, record in split_records(lines):
-        if any(text.strip() for text in record):
-            text = "".join(record)
-            yield Record(start, parse_mol_block(text, start), _data_fields(text))
-        else:
+        text = "".join(record)
+        if "\0" in text:
+            yield Record(start, NUL, {})
+        elif not text.strip():
             yield Record(start, "an empty record", {})
+        elif (second := _second_block(text, record)) is not None:
+            reason = f"a second mol block begins at line {start + second} without $$$$ before it"
+            yield Record(start, reason, {})
+        else:
+            try:
+                fields = _data_fields(text)
+            except ValueError as error:
+                yield Record(start, str(error), {})
+            else:
+                yield Record(start, parse_mol_block(text, start), fields)
 
 
 def split_records(lines: Lines) -> Iterator[tuple[int, list[str]]]:
@@ -46,6 +59,7 @@ def split_records(lines: Lines) -> Iterator[tuple[int, list[str]]]:
     What follows the last `$$$$` is a record unless it is empty.
     """
     while True:
+        lines.begin_record()
         start = lines.number + 1
         record: list[str] = []
         while (line := lines.next()) is not None and not line.startswith("$$$$"):
@@ -56,20 +70,38 @@ def split_records(lines: Lines) -> Iterator[tuple[int, list[str]]]:
             return
 
 
+def _second_block(text: str, record: list[str]) -> int | None:
+    """The line, from 0, of a second mol block that is no value of a data field."""
+    if text.count("V2000") + text.count("V3000") < 2:
+        return None
+    blocks, ended, in_field = [], False, False
+    for k, line in enumerate(record):
+        ended = ended or line.startswith("M  END")
+        in_field = (in_field and bool(line.strip())) or (ended and line.startswith(">"))
+        if not in_field and _VERSION.search(line):
+            blocks.append(k - COUNTS)
+    return max(blocks[1], 1) if len(blocks) > 1 else None
+
+
 def _data_fields(record: str) -> dict[str, str]:
-    """The data fields of a record, after its mol block."""
-    fields = _FIELD.findall(record, max(0, record.find(_END)))
-    return {name: value.rstrip("\n") for name, value in fields}
+    """The data fields of a record, after its mol block; `ValueError` where there are too many."""
+    found = _FIELD.finditer(record, max(0, record.find(_END)))
+    fields = list(islice(found, MOST_FIELDS + 1))
+    check_field_count(len(fields))
+    return {match[1]: match[2].rstrip("\n") for match in fields}
 
 
 def parse_mol_block(block: str, start: int = 1) -> Molecule | str:
     """The molecule of a mol block that begins at a line of the file, or why it cannot be read."""
-    parsed = None
-    if not ("V3000" in block and _OTHER_EXPONENT.search(block)):
+    parsed, fault = None, find_fault(block)
+    if fault is None and not ("V3000" in block and _OTHER_EXPONENT.search(block)):
         parsed = _read(block)
-    if parsed is None:
+    if parsed is None and (fault is None or fault.by_words):
         block = _repaired(block)
-        parsed = _read(block)
+        fault = find_fault(block)
+        parsed = _read(block) if fault is None else None
+    if fault is not None:
+        return f"no readable mol block: line {start + fault.line}: {fault.reason}"
     if parsed is None:
         return f"no readable mol block: {_reason(block, start)}"
     try:
@@ -111,7 +143,7 @@ def _reason(block: str, start: int) -> str:
     reason, shift = lines[0], start - 1 - _REACTION.count("\n")
     if found := re.match("Element '(.*)' not found", reason):
         for k, line in enumerate(block.splitlines()):
-            if k > _COUNTS and found[1].lower() in line.lower().split():
+            if k > COUNTS and found[1].lower() in line.lower().split():
                 return f"{reason} on line {start + k}"
     return re.sub(r"\bline ?(\d+)", lambda match: f"line {int(match[1]) + shift}", reason)
 
@@ -120,32 +152,32 @@ def _repaired(block: str) -> str:
     """The block with atoms in the form of the format, and no empty lines before `M  END`."""
     lines = block.split("\n")
     end = next((k for k, line in enumerate(lines) if line.startswith("M  END")), None)
-    if end is None or end <= _COUNTS:
+    if end is None or end <= COUNTS:
         return block
-    if "V3000" in lines[_COUNTS]:
-        body = [_repaired_v3000(line) for line in lines[_COUNTS + 1 : end]]
+    if "V3000" in lines[COUNTS]:
+        body = [_repaired_v3000(line) for line in lines[COUNTS + 1 : end]]
         after_bonds = 0
     else:
         try:
-            atoms, bonds = int(lines[_COUNTS][:3]), int(lines[_COUNTS][3:6])
+            atoms, bonds = int(lines[COUNTS][:3]), int(lines[COUNTS][3:6])
         except ValueError:
             return block
-        body = lines[_COUNTS + 1 : end]
+        body = lines[COUNTS + 1 : end]
         body[:atoms] = map(_repaired_v2000, body[:atoms])
         after_bonds = atoms + bonds
     body[after_bonds:] = filter(str.strip, body[after_bonds:])
-    return "\n".join([*lines[: _COUNTS + 1], *body, *lines[end:]])
+    return "\n".join([*lines[: COUNTS + 1], *body, *lines[end:]])
 
 
 def _repaired_v2000(line: str) -> str:
     """The line of an atom: x, y, z in 10 columns each, a symbol, and numbers that are kept."""
-    words = line.split()
+    words = _TOUCHING.sub(" -", line).split()
     try:
         numbers = [parse_number(text) for text in words[:3]]
         name = _symbol(words[3])
     except (ValueError, IndexError):
         return line
-    if line[31:34].strip() == words[3] and line[30:31] == " ":
+    if line[30:34].strip() == words[3] and has_numbers_in_columns(line):
         rest = line[34:]
     else:
         rest = f"{words[4]:>2}" if len(words) > 4 else ""

@@ -8,24 +8,25 @@ what follows is ignored.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
 from molgen_energy.chemistry import qm9
 from molgen_energy.chemistry.convert import as_positions
-from molgen_energy.chemistry.fields import parse_number, read_number
-from molgen_energy.chemistry.molfiles.lines import Lines, Record
+from molgen_energy.chemistry.fields import check_field_count, parse_number, read_number
+from molgen_energy.chemistry.molfiles.lines import NUL, Lines, Record
 from molgen_energy.data.molecules import Molecule
 from molgen_energy.elements import atomic_number, symbol
 
 CELL = "the cell (Lattice) is dropped, molecules have none here"
 
-_PAIR = re.compile(
-    r"""([^\s=]+)\s*=\s*(?:"([^"\\]*(?:\\.[^"\\]*)*)"|'([^']*)'|\{([^}]*)\}|(\S*))"""
-)
+_QUOTED = r"""\s*(?:"([^"\\]*(?:\\.[^"\\]*)*)"|'([^']*)'|"""
+_VALUE = re.compile(_QUOTED + r"\{([^}]*)\}|(\S*))")
+_VALUE_WITHOUT_BRACES = re.compile(_QUOTED + r"()(\S*))")
 _COLUMN_NAMES = {
     "species": "element", "element": "element", "elements": "element", "symbol": "element",
     "symbols": "element", "z": "number", "numbers": "number", "atomic_number": "number",
@@ -34,6 +35,12 @@ _COLUMN_NAMES = {
 }  # fmt: skip
 _BETWEEN_FRAMES = ("", ">")  # ORCA divides the frames of .allxyz by the second
 _MOST_AHEAD = 200_000  # lines; the end of a longer bad frame is not looked for by its size
+_FIRST_LOOK = 256  # lines of a long frame that are looked at before others
+_MOST_EMPTY = 100  # lines between two frames
+_MOST_ATOMS = 1_000_000
+_MOST_VALUES = 10_000_000  # of all columns of a frame
+_MOST_WORDS = 1000  # characters in which the words of a line tell what it is
+_MOST_DECLARED = 4000  # characters of Properties
 
 
 class Columns(NamedTuple):
@@ -47,6 +54,7 @@ class Columns(NamedTuple):
 
 
 PLAIN = Columns(0, 1)
+_PLAIN_COLUMNS = 4
 _COLUMNS = " (columns are element, x, y, z unless the comment says Properties=…)"
 
 
@@ -65,6 +73,7 @@ def read_records(lines: Lines) -> Iterator[Record]:
     """Each frame; `_skip_bad_frame` says where the next one begins after a bad one."""
     while (line := lines.next()) is not None:
         if line.strip() not in _BETWEEN_FRAMES:
+            lines.begin_record()
             yield _read_frame(line, lines)
 
 
@@ -73,13 +82,16 @@ def _read_frame(first: str, lines: Lines) -> Record:
     start = lines.number
     comment = lines.ahead(0) or ""
     of_qm9 = qm9.fields_of_comment(comment)
-    fields = of_qm9 or _comment_fields(comment)
+    fields = of_qm9
     size = _size(first)
     try:
+        fields = fields or _comment_fields(comment)
         if size is None:
             raise ValueError(f"expected a number of atoms, found '{first.strip()[:40]}'")
         if size < 1:
             raise ValueError(f"{size} atoms")
+        if size > _MOST_ATOMS:
+            raise ValueError(f"{size:,} atoms, of which at most {_MOST_ATOMS:,} are read")
         columns = _columns_of(fields)
         molecule = _parse_ahead(lines, size, columns)
     except ValueError as error:
@@ -100,12 +112,21 @@ def _size(first: str) -> int | None:
 
 def _comment_fields(comment: str) -> dict[str, str]:
     """`key=value` of a comment line; the value may be in quotes or braces."""
-    if "=" not in comment:
-        return {}
-    fields = {}
-    for match in _PAIR.finditer(comment):
-        key, double, single, braces, plain = match.groups("")
-        fields[key] = double.replace('\\"', '"') or single or braces or plain
+    fields: dict[str, str] = {}
+    start, last_brace = 0, comment.rfind("}")
+    while (equals := comment.find("=", start)) >= 0:
+        key = comment[start:equals].split()[-1:]
+        start = equals + 1
+        if not key:
+            continue
+        # Where no brace is left that closes, every one that opens would be looked for to the end.
+        pattern = _VALUE if start < last_brace else _VALUE_WITHOUT_BRACES
+        match = pattern.match(comment, start)
+        assert match is not None  # an empty value matches too
+        double, single, braces, plain = match.groups("")
+        fields[key[0]] = double.replace('\\"', '"') or single or braces or plain
+        start = match.end()
+    check_field_count(len(fields))
     return fields
 
 
@@ -120,6 +141,8 @@ def _columns_of(fields: Mapping[str, str]) -> Columns:
 @lru_cache(maxsize=128)
 def _read_properties(declared: str) -> Columns:
     """The columns of `name:type:count:name:type:count…`; `ValueError` says what is wrong."""
+    if len(declared) > _MOST_DECLARED:
+        raise ValueError(f"Properties has more than {_MOST_DECLARED:,} characters")
     parts = declared.strip().split(":")
     where: dict[str, int] = {}
     column = 0
@@ -127,7 +150,7 @@ def _read_properties(declared: str) -> Columns:
     if len(parts) % 3:
         raise ValueError(f"{shown} is not name:type:count for each column")
     for name, kind, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
-        if kind.upper() not in ("S", "R", "I", "L") or not text.isdecimal() or int(text) < 1:
+        if kind.upper() not in ("S", "R", "I", "L") or not re.fullmatch("0*[1-9][0-9]{0,5}", text):
             raise ValueError(
                 f"{shown}: '{name}:{kind}:{text}' is no name, type S, R, I or L, count"
             )
@@ -147,10 +170,16 @@ def _read_properties(declared: str) -> Columns:
 
 def _parse_ahead(lines: Lines, size: int, columns: Columns) -> Molecule:
     """The molecule of the frame whose comment comes next; `ValueError` says what is wrong."""
-    atoms = _body(lines, size)[1:]
-    rows = [line.split() for line in atoms]
+    comment, *atoms = _body(lines, size) or [""]
+    text = "".join(atoms)
+    if "\0" in text or "\0" in comment:
+        raise ValueError(NUL)
+    if (columns.total or 0) * len(atoms) > _MOST_VALUES:
+        raise ValueError(f"it has more than {_MOST_VALUES:,} values in all columns")
+    rows = [_words(line, columns) for line in atoms]
     molecule = None
-    if len(rows) == size and "_" not in "".join(atoms):  # float reads 1_0 as 10
+    # float reads 1_0 as 10, and digits of other scripts
+    if len(rows) == size and "_" not in text and text.isascii():
         molecule = _parse_quickly(rows, columns)
     if molecule is None:
         molecule = _parse_carefully(rows, size, columns)
@@ -162,16 +191,21 @@ def _parse_ahead(lines: Lines, size: int, columns: Columns) -> Molecule:
     return molecule
 
 
+def _words(line: str, columns: Columns) -> list[str]:
+    """The columns of the line of an atom; those beyond the last that is looked at are one."""
+    return line.split(None, columns.total or _PLAIN_COLUMNS)
+
+
 def _body(lines: Lines, size: int) -> list[str]:
     """Comment and atoms; fewer where the file ends, or where a long frame ends before its size."""
-    count = min(size + 1, 1 << 16)
+    count = checked = min(size + 1, _FIRST_LOOK)
     while True:
         body = lines.peek(count)
         if len(body) < count or count == size + 1:
             return body
-        if any(len(line.split()) < 4 for line in body[count // 2 :]):
+        if any(len(line.split(None, 3)) < 4 for line in body[checked if count > checked else 1 :]):
             return body
-        count = min(size + 1, 2 * count)
+        checked, count = count, min(size + 1, 2 * count)
 
 
 def _parse_quickly(rows: list[list[str]], columns: Columns) -> Molecule | None:
@@ -188,13 +222,13 @@ def _parse_quickly(rows: list[list[str]], columns: Columns) -> Molecule | None:
     return Molecule(as_positions(positions), np.array(numbers, np.uint8))
 
 
-def _parse_carefully(rows: list[list[str]], size: int, columns: Columns) -> Molecule:
+def _parse_carefully(rows: Iterable[list[str]], size: int, columns: Columns) -> Molecule:
     """The molecule with numbers in any notation; `ValueError` names the atom that is bad."""
     atoms = [
         _parse_atom(row, columns, f"atom {k} of {size}: ") for k, row in enumerate(rows, start=1)
     ]
-    if len(rows) < size:
-        raise ValueError(f"the file ends before atom {len(rows) + 1} of {size}")
+    if len(atoms) < size:
+        raise ValueError(f"the file ends before atom {len(atoms) + 1} of {size}")
     positions = as_positions([atom[1:] for atom in atoms])
     return Molecule(positions, np.array([atom[0] for atom in atoms], np.uint8))
 
@@ -205,7 +239,8 @@ def _parse_atom(
     """Atomic number, x, y, z; `ValueError` begins with `place` and says what is wrong."""
     element, x, total = columns
     if total is not None and len(row) != total:
-        raise ValueError(f"{place}it has {len(row)} columns, Properties names {total}")
+        found = "more" if len(row) > total else str(len(row))
+        raise ValueError(f"{place}it has {found} columns, Properties names {total}")
     if len(row) < 4:
         raise ValueError(f"{place}expected element, x, y, z, found '{' '.join(row)[:40]}'")
     hint = ""
@@ -231,7 +266,7 @@ def _check_plain(rows: list[list[str]], molecule: Molecule) -> None:
 
 def _is_atom(line: str, columns: Columns) -> bool:
     try:
-        _parse_atom(line.split(), columns)
+        _parse_atom(_words(line, columns), columns)
     except ValueError:
         return False
     return True
@@ -240,11 +275,11 @@ def _is_atom(line: str, columns: Columns) -> bool:
 def _read_end_of_qm9(lines: Lines, fields: dict[str, str]) -> None:
     """Read what follows the atoms in a file of QM9: frequencies, SMILES, InChI, as far as it is
     there; the SMILES becomes a field."""
-    frequencies = (lines.ahead(0) or "").split()
+    frequencies = (lines.ahead(0) or "")[:_MOST_WORDS].split()
     if not frequencies or not all(map(_is_number, frequencies)) or frequencies[0].isdecimal():
         return
     lines.skip(1)
-    smiles = (lines.ahead(0) or "").split()
+    smiles = (lines.ahead(0) or "").split(None, 2)
     if len(smiles) not in (1, 2) or smiles[0].isdecimal():
         return
     fields["smiles"] = smiles[0]
@@ -290,9 +325,13 @@ def _length_by_size(lines: Lines, size: int | None) -> int | None:
         return size  # the comment is missing
     if not _is_boundary(lines, size + 1):
         return None
-    atoms = lines.peek(size + 1)[1:]
-    others = sum(not _resembles_atom(line) for line in atoms)
-    return size + 1 if others <= 1 or not any(map(_is_number_alone, atoms)) else None
+    others, has_number = 0, False
+    for line in islice(lines.iter_ahead(size + 1), 1, None):
+        others += not _resembles_atom(line)
+        has_number = has_number or _is_number_alone(line)
+        if others > 1 and has_number:
+            return None
+    return size + 1
 
 
 def _is_good_frame(lines: Lines) -> bool:
@@ -300,12 +339,12 @@ def _is_good_frame(lines: Lines) -> bool:
     size = _size(lines.ahead(0) or "")
     if size is None or not 0 < size < _MOST_AHEAD or lines.ahead(size + 1) is None:
         return False
-    _, comment, *atoms = lines.peek(size + 2)
     if _resembles_atom(lines.ahead(size + 2)):
         return False
     try:
-        columns = _columns_of(_comment_fields(comment))
-        _parse_carefully([line.split() for line in atoms], size, columns)
+        columns = _columns_of(_comment_fields(lines.ahead(1) or ""))
+        atoms = islice(lines.iter_ahead(size + 2), 2, None)
+        _parse_carefully((_words(line, columns) for line in atoms), size, columns)
     except ValueError:
         return False
     return True
@@ -320,7 +359,8 @@ def _begins_with_number(lines: Lines, size: int, left: int | None) -> bool:
     if not 0 < size < _MOST_AHEAD:
         return left is None
     if _resembles_atom(lines.ahead(1)):  # the comment is missing
-        fits = all(map(_resembles_atom, lines.peek(1 + size)[1:])) and _is_boundary(lines, 1 + size)
+        atoms = islice(lines.iter_ahead(1 + size), 1, None)
+        fits = all(map(_resembles_atom, atoms)) and _is_boundary(lines, 1 + size)
         return fits and left is None
     return left is None or (left != 1 and _is_boundary(lines, 2 + size))
 
@@ -330,9 +370,10 @@ def _is_boundary(lines: Lines, k: int) -> bool:
     before = lines.ahead(k - 1)
     if before is None:
         return False
-    while (line := lines.ahead(k)) is not None and not line.strip():
+    last = k + _MOST_EMPTY
+    while (line := lines.ahead(k)) is not None and not line.strip() and k < last:
         k += 1
-    if line is None:
+    if line is None or k == last:
         return True
     if _is_number_alone(before):  # else this line may be the comment after it
         return _is_number_alone(line) and not _resembles_atom(lines.ahead(k + 1))
@@ -353,8 +394,9 @@ def _is_number_alone(line: str) -> bool:
 
 def _resembles_atom(line: str | None) -> bool:
     """Whether a line is that of an atom, perhaps of a damaged one."""
-    first, *rest = (line or "").split() or [""]
-    if len(rest) < (2 if first.isalpha() else 3) or qm9.fields_of_comment(line or ""):
+    line = (line or "")[:_MOST_WORDS]
+    first, *rest = line.split() or [""]
+    if len(rest) < (2 if first.isalpha() else 3) or qm9.fields_of_comment(line):
         return False
     return 2 * sum(map(_is_number, rest)) >= len(rest)
 

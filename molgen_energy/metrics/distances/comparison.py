@@ -184,9 +184,9 @@ def _common_types(
 
 
 def _mean_over_types(rows: list[list[float]], molecules: int, least: float) -> Estimate:
-    if not rows:
-        return Estimate(None, note="no common type")
     values = np.array(rows)
+    if not np.isfinite(values).any():
+        return Estimate(None, note="no common type")
     # The mean without a group excludes types that have no instance in the other groups.
     defined = np.isfinite(values).any(axis=0)
     means = np.nanmean(values[:, defined], axis=0).tolist()

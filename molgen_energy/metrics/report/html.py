@@ -15,12 +15,12 @@ from markupsafe import Markup
 
 from molgen_energy import __version__
 from molgen_energy.metrics.report.table import metric_text, real_text, uncertainty
-from molgen_energy.output import atomic_write, display_path
+from molgen_energy.output import atomic_write, display_path, remove_leftovers
 
 if TYPE_CHECKING:
     from molgen_energy.metrics.report.model import EvaluatedFile, MetricValue, Report, ReportColumn
 
-PAGE = "report.html"
+PAGE, VALUES = "report.html", "report.json"
 SERIES = 8
 """Number of colours for files, `--s0` to `--s7` in the page's style."""
 
@@ -36,6 +36,7 @@ def write_report(report: Report, folder: Path) -> Path:
         Created if it does not exist; other files in it are kept.
     """
     folder.mkdir(exist_ok=True)
+    remove_leftovers(folder)
     for file in report.files:
         if file.path is not None and "SHA-256" not in file.provenance:
             file.provenance = {
@@ -45,9 +46,9 @@ def write_report(report: Report, folder: Path) -> Path:
     blocks = [(block.title, block.content()) for block in report.blocks]
     for _, content in blocks:
         for name, picture in content.pictures.items():
-            atomic_write(folder / name, picture)
+            atomic_write(folder / name, picture, own=True)
     values = json.dumps(report.to_dict(), indent=2) + "\n"
-    atomic_write(folder / "report.json", values.encode())
+    atomic_write(folder / VALUES, values.encode(), own=True)
     page = render(
         "report.html.j2",
         report=report,
@@ -59,7 +60,7 @@ def write_report(report: Report, folder: Path) -> Path:
         settings=_settings(report),
         version=__version__,
     )
-    atomic_write(folder / PAGE, page.encode())
+    atomic_write(folder / PAGE, page.encode(), own=True)
     return folder / PAGE
 
 

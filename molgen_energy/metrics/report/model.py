@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from molgen_energy.metrics.statistics import Estimate, Mean, Rate
+from molgen_energy.output import printable
 
 MetricValue = Rate | Mean | Estimate
 """A number with its 95 % interval or standard error."""
@@ -187,10 +188,10 @@ class Report:
         return plain_tables(self, width)
 
     def __str__(self) -> str:
-        lines = [self.table(), self.summary]
+        lines = [self.summary]
         lines += [f"{file.name}: {line}" for file in self.files for line in file.failures]
         lines += [f"warning: {text}" for text in self.warnings()]
-        return "\n".join(filter(None, lines))
+        return "\n".join([self.table(), *filter(None, map(printable, lines))])
 
     def to_dict(self) -> dict[str, Any]:
         """All metrics and details as dictionaries and lists, for JSON."""

@@ -13,6 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from molgen_energy.metrics.statistics import Estimate, Mean, Rate
+from molgen_energy.output import printable
 
 if TYPE_CHECKING:
     from molgen_energy.metrics.report.model import EvaluatedFile, MetricValue, Report, ReportColumn
@@ -47,7 +48,7 @@ def plain_tables(report: Report, width: int) -> str:
     for table in tables(report, console):
         console.print(table)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return text.rstrip("\n")
+    return "\n".join(map(printable, text.rstrip("\n").split("\n")))
 
 
 def _table(report: Report, files: list[EvaluatedFile]) -> Table:

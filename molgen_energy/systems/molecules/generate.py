@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +17,16 @@ from molgen_energy.diffusion.samplers import DEFAULT_SAMPLERS, build_sampler
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError
+from molgen_energy.formats.limits import check_memory
 from molgen_energy.systems.molecules.condition import PropertyCondition
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.fields import MoleculeStatistics, build_layout
+from molgen_energy.systems.molecules.state import MoleculeState, SamplingState
 from molgen_energy.systems.molecules.task import build_model
 from molgen_energy.training.checkpoint import Checkpoint
 from molgen_energy.training.devices import lower_precision
+
+_BYTES_OF_PAIR = 32  # of a pair of atoms, at least: positions, distance, features
 
 
 class MoleculeGenerator:
@@ -84,17 +87,20 @@ class MoleculeGenerator:
         hook: SamplingHook | None = None,
         temperature: Temperature | None = None,
     ) -> None:
-        self.config, state = checkpoint.config_as(MoleculeConfig), checkpoint.state
-        if not {"elements", "size_histogram"} <= state.keys():
-            raise InputError(f"{checkpoint.path} is not a checkpoint of a run on molecules")
+        self.config = checkpoint.config_as(MoleculeConfig)
+        state = checkpoint.state_as(MoleculeState)
         if sizes is not None and not 1 <= sizes[0] <= sizes[1]:
             raise InputError(f"sizes {sizes[0]}-{sizes[1]}: expected 1 or more atoms, ascending")
+        drawn = [size for size, count in state.size_histogram.items() if count]
+        most = max(drawn) if sizes is None else sizes[1]
+        what = f"a molecule of {most:,} atoms"
+        check_memory(_BYTES_OF_PAIR * most**2, what, "choose smaller ones with --n-atoms")
         self.layout = build_layout(
             self.config.model.fields, self.config.scales, _statistics_of(state)
         )
         self.condition, self._condition = condition, None
-        if "condition" in state:
-            self._condition = PropertyCondition.from_dict(state["condition"])
+        if state.condition is not None:
+            self._condition = PropertyCondition.from_dict(state.condition.model_dump())
         if condition:
             if self._condition is None:
                 raise InputError(f"{checkpoint.path} has no condition; leave out --condition")
@@ -109,7 +115,7 @@ class MoleculeGenerator:
         self.checkpoint, self.device, self.seed, self.hook = checkpoint, device, seed, hook
         self.n_atoms, self.low_precision = sizes, low_precision
         histogram = (
-            state["size_histogram"]
+            state.size_histogram
             if sizes is None
             else dict.fromkeys(range(sizes[0], sizes[1] + 1), 1)
         )
@@ -118,9 +124,9 @@ class MoleculeGenerator:
         self._cumulated = counts.cumsum(0) / counts.sum()
         process = config.process.build()
         self.sampler_name = DEFAULT_SAMPLERS[process.name] if sampler is None else sampler
-        evaluated_with = state.get("sampling", {})
-        steps = evaluated_with.get("steps") if steps is None else steps
-        spacing = evaluated_with.get("spacing") if spacing is None else spacing
+        evaluated_with = state.sampling or SamplingState()
+        steps = evaluated_with.steps if steps is None else steps
+        spacing = evaluated_with.spacing if spacing is None else spacing
         self.sampler = build_sampler(process, self.sampler_name, steps, eta, spacing, temperature)
 
     @property
@@ -178,12 +184,13 @@ class MoleculeGenerator:
         return _molecules(state.decode(), mask, properties)
 
 
-def _statistics_of(state: Mapping[str, Any]) -> MoleculeStatistics:
+def _statistics_of(state: MoleculeState) -> MoleculeStatistics:
     """Statistics of the training molecules, from the state of a checkpoint."""
-    elements = tuple(atomic_number(name) for name in state["elements"])
-    rest = state.get("statistics", {})
-    low, high = rest.get("charges", (0, 0))
-    return MoleculeStatistics(elements, (low, high), rest.get("aromatic", False))
+    elements = tuple(atomic_number(name) for name in state.elements)
+    if state.statistics is None:
+        return MoleculeStatistics(elements)
+    low, high = state.statistics.charges
+    return MoleculeStatistics(elements, (low, high), state.statistics.aromatic)
 
 
 def _molecules(

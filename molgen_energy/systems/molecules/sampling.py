@@ -12,8 +12,9 @@ import errno
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +25,12 @@ from molgen_energy import __version__
 from molgen_energy.chemistry.molfiles import MoleculeTextWriter, count_records
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules, batch_by_size
+from molgen_energy.data.shards import FORMAT
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.distributed import barrier, is_main, rank, world_size
 from molgen_energy.errors import InputError
-from molgen_energy.output import check_writable
+from molgen_energy.formats.yaml import validate_as
+from molgen_energy.output import check_writable, move_over, real_path, remove
 from molgen_energy.systems.base import SamplingCallback, SamplingResult
 from molgen_energy.systems.molecules.generate import MoleculeGenerator
 from molgen_energy.systems.molecules.shards import (
@@ -96,7 +99,7 @@ def sample_to_file(
         raise InputError(f"--batch-size {batch_size}: a batch holds at least one molecule")
     check_name(output)
     job = _job(generator, count, batch_size)
-    with _open_shards(output, job, generator.units, resume) as shards:
+    with _open_shards(output, job, resume) as shards:
         work = _SamplingRun(generator, shards, output, callback)
         try:
             return work.draw_and_write()
@@ -117,40 +120,39 @@ def check_name(output: Path) -> None:
 
 def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> SamplingJob:
     on_cpu = generator.device.type == "cpu"
-    path = generator.checkpoint.path.resolve()
+    path = real_path(generator.checkpoint.path)
     # While a trainer replaces a checkpoint, the old one has this name for a moment.
     path = path.with_name(path.name.removesuffix(".old"))
-    return SamplingJob(
-        count=count,
-        seed=generator.seed,
-        sampler=generator.sampler_name,
-        steps=generator.sampler.steps,
-        spacing=generator.sampler.spacing,
-        eta=generator.sampler.eta,
+    options: dict[str, Any] = {
+        "format": FORMAT,
+        "count": count,
+        "seed": generator.seed,
+        "sampler": generator.sampler_name,
+        "steps": generator.sampler.steps,
+        "spacing": generator.sampler.spacing,
+        "eta": generator.sampler.eta,
         **generator.sampler.temperature.options,
-        n_atoms=generator.n_atoms,
-        condition=None if generator.condition is None else dict(generator.condition),
-        low_precision=generator.low_precision,
-        batch_size=batch_size,
-        pairs=_PAIRS_CPU if on_cpu else _PAIRS_GPU,
-        window=max(_WINDOW_CPU if on_cpu else _WINDOW_GPU, batch_size or 0),
-        weights=generator.fingerprint(),
-        checkpoint=checkpoint_name(path),
-        origin=generator.checkpoint.origin,
-        version=__version__,
-    )
+        "n_atoms": generator.n_atoms,
+        "condition": None if generator.condition is None else dict(generator.condition),
+        "low_precision": generator.low_precision,
+        "batch_size": batch_size,
+        "pairs": _PAIRS_CPU if on_cpu else _PAIRS_GPU,
+        "window": max(_WINDOW_CPU if on_cpu else _WINDOW_GPU, batch_size or 0),
+        "weights": generator.fingerprint(),
+        "checkpoint": checkpoint_name(path),
+        "origin": generator.checkpoint.origin,
+        "version": __version__,
+        "units": generator.units,
+    }
+    return validate_as(SamplingJob, options, "the options", "choose other values")
 
 
-def _open_shards(
-    output: Path, job: SamplingJob, units: dict[str, str], resume: bool
-) -> MoleculeShards:
+def _open_shards(output: Path, job: SamplingJob, resume: bool) -> MoleculeShards:
     """The folder of finished shards, made by the first process."""
     shards = None
     if is_main():
         shards = (
-            MoleculeShards.open(output, lead=True)
-            if resume
-            else MoleculeShards.create(output, job, units)
+            MoleculeShards.open(output, lead=True) if resume else MoleculeShards.create(output, job)
         )
     barrier()
     if shards is None:
@@ -163,7 +165,8 @@ def _open_shards(
     # Batches are cut as when the job began, on any device.
     begun = shards.job
     size = begun.batch_size if job.batch_size is None else job.batch_size
-    job = replace(job, batch_size=size, window=begun.window, pairs=begun.pairs)
+    as_begun = {"batch_size": size, "window": begun.window, "pairs": begun.pairs}
+    job = job.model_copy(update=as_begun | {"units": begun.units})
     try:
         check_same(begun, job, output)
     except InputError:
@@ -187,14 +190,20 @@ class _SamplingRun:
 
     def windows(self) -> Iterator[list[Shard]]:
         """The shards of each window, by ascending size; the same in every process."""
-        job = self._job
-        for window, start in enumerate(range(0, job.count, job.window)):
-            numbers = torch.arange(start, min(start + job.window, job.count))
-            sizes = self._generator.sizes(numbers).numpy()
-            yield [
-                Shard(window, place, numbers.numpy()[which])
-                for place, which in enumerate(_by_size(sizes, job))
-            ]
+        for window in range(-(-self._job.count // self._job.window)):
+            yield self.window(window)
+
+    def window(self, window: int) -> list[Shard]:
+        """The shards of a window; none behind the last one."""
+        job, start = self._job, window * self._job.window
+        if start >= job.count:
+            return []
+        numbers = torch.arange(start, min(start + job.window, job.count))
+        sizes = self._generator.sizes(numbers).numpy()
+        return [
+            Shard(window, place, numbers.numpy()[which])
+            for place, which in enumerate(_by_size(sizes, job))
+        ]
 
     def in_turn(self) -> Iterator[Shard]:
         """All shards, those of a window mixed.
@@ -210,7 +219,13 @@ class _SamplingRun:
 
     def finished(self) -> int:
         """Molecules in finished shards."""
-        return sum(len(shard.numbers) for shard in self.in_turn() if self._shards.has(shard))
+        begun = self._shards.windows()  # the only ones whose batches need to be known
+        return sum(
+            len(shard.numbers)
+            for window in sorted(begun)
+            for shard in self.window(window)
+            if self._shards.has(shard)
+        )
 
     def draw_and_write(self) -> SamplingResult:
         """Draw missing shards; in the first process, wait for the others and write the file."""
@@ -280,6 +295,7 @@ class _SamplingRun:
         # Written in the folder of the shards, so that a kill leaves no other file.
         check_writable(target)
         merged, not_finite, in_order = self._shards.folder / target.name, 0, True
+        remove(merged)
         with _writer(merged, self._job, self._generator.config.without_paths().to_yaml()) as writer:
             for shards in self.windows():
                 drawn, numbers = [], []
@@ -304,7 +320,7 @@ class _SamplingRun:
                 "be read back; finished shards stay, sample again with --resume",
                 str(target),
             )
-        merged.replace(target)
+        move_over(merged, target)
         return written, not_finite
 
 
@@ -331,7 +347,7 @@ def _writer(
         origin["spacing"] = job.spacing
     if job.eta is not None:
         origin["eta"] = f"{job.eta:g}"
-    origin |= Temperature.from_options(asdict(job)).provenance()
+    origin |= Temperature.from_options(job.model_dump()).provenance()
     if path.suffix.lower() == ".h5":
         source = f"sampled from {job.origin}, seed {job.seed}"
         return MoleculeWriter(path, source=source, provenance=origin | {"config": config})

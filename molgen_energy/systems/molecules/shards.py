@@ -2,57 +2,89 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, Strict, model_validator
 
-from molgen_energy.data.molecules import Molecules
-from molgen_energy.data.shards import MANIFEST, ShardFolder, check_unchanged, shards_folder
+from molgen_energy.data.molecules import PROPERTIES, SHAPES, Molecules
+from molgen_energy.data.shards import Manifest, ShardFolder, check_unchanged, shards_folder
 from molgen_energy.errors import InputError
-from molgen_energy.output import check_writable
+from molgen_energy.formats.yaml import YAMLFormat
+from molgen_energy.output import check_writable, open_to_append
+from molgen_energy.systems.molecules.state import Atoms
 
 _DONE = ".done"
-_PAIRS = ("n_atoms", "temperature_range")
+_MOST = 10**9  # molecules of a job
+_MOST_IN_WINDOW = 10**6
+
+Positive = Annotated[int, Field(ge=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1, max_length=200)]
 
 
-@dataclass(frozen=True)
-class SamplingJob:
+class SamplingJob(Manifest):
     """What to draw. Two equal jobs give the same molecules, in the same batches."""
 
-    count: int
-    seed: int
-    sampler: str
-    steps: int
-    spacing: str | None
+    command: Literal["sample"] = "sample"
+    """The first versions wrote none."""
+    count: Annotated[int, Field(ge=1, le=_MOST)]
+    """Molecules."""
+    seed: Annotated[int, Field(ge=0, lt=2**64)]
+    """Of sizes and noise."""
+    sampler: Text
+    """Name of the sampler."""
+    steps: Positive
+    """Of the sampler."""
+    spacing: Text | None
     """Of the sampler's levels; None if it visits all."""
-    eta: float | None
-    n_atoms: tuple[int, int] | None
+    eta: Finite | None
+    """Noise in the steps of the sampler ddim; None for others."""
+    n_atoms: Annotated[tuple[Atoms, Atoms], Strict(False)] | None
     """Fewest and most atoms; None draws sizes from the histogram of the training molecules."""
-    condition: dict[str, float] | None
+    condition: dict[Text, Finite] | None
     """Values of properties; None draws them from the training molecules."""
     low_precision: bool
-    batch_size: int | None
+    """Whether pairs of atoms are in bfloat16."""
+    batch_size: Annotated[int, Field(ge=1, le=_MOST_IN_WINDOW)] | None
     """Molecules in a batch; None makes batches of `pairs` pairs of atoms."""
-    pairs: int
-    window: int
+    pairs: Annotated[int, Field(ge=1, le=10**9)]
+    """Pairs of atoms in a batch."""
+    window: Annotated[int, Field(ge=1, le=_MOST_IN_WINDOW)]
     """Molecules that are sorted by size and cut into batches together."""
-    weights: str
+    weights: Text
     """Fingerprint of the checkpoint."""
-    checkpoint: str
+    checkpoint: Annotated[str, Field(min_length=1, max_length=4096)]
     """Absolute path of the checkpoint, or the name of pretrained weights."""
-    origin: str
+    origin: Text
     """Run and step of the weights, for the file of molecules."""
-    version: str
-    """Version of this package."""
     # Options with a default may be missing in the manifest of an earlier version.
-    temperature: float = 1.0
-    temperature_of: str = "noise"
-    temperature_range: tuple[float | None, float | None] = (0.3, None)
+    temperature: Finite = 1.0
+    """Factor of noise or score."""
+    temperature_of: Text = "noise"
+    """`noise` or `score`."""
+    temperature_range: Annotated[tuple[Finite | None, Finite | None], Strict(False)] = (0.3, None)
     """Å; None is an open end."""
-    final_noise: float = 1.0
+    final_noise: Finite = 1.0
+    """Factor of the noise of steps below that range, and of the last noise."""
+    units: dict[Text, Annotated[str, Field(max_length=200)]] = Field(default_factory=dict)
+    """Of the properties that molecules will have."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> SamplingJob:
+        if self.n_atoms is not None and self.n_atoms[0] > self.n_atoms[1]:
+            raise ValueError("n_atoms: expected the fewest before the most atoms")
+        return self
+
+
+SAMPLING_MANIFEST = YAMLFormat(
+    "manifest.yaml of sampled molecules",
+    "The options of `sample`, in `FILE.shards` until it ends; `sample --resume` reads it.",
+    SamplingJob,
+)
 
 
 class Shard(NamedTuple):
@@ -70,31 +102,25 @@ class Shard(NamedTuple):
         return f"{self.window:06d}-{self.place:05d}.shard"
 
 
-class MoleculeShards(ShardFolder):
+_NAME = re.compile(r"([0-9]{6,9})-[0-9]{5,9}\.shard")  # of the file of a shard
+
+
+class MoleculeShards(ShardFolder[SamplingJob]):
     """The folder of finished shards of a file of molecules; made by `create` or `open`.
 
     A shard holds all columns of its molecules (`Molecules.to_arrays`) and their numbers.
     """
 
     def __init__(self, output: Path, lead: bool) -> None:
-        super().__init__(output, "sample", lead)
-        path = self.folder / MANIFEST
-        try:
-            values = self.manifest
-            own = {f.name: values[f.name] for f in fields(SamplingJob) if f.name in values}
-            pairs = {name: _pair(own[name]) for name in _PAIRS if name in own}
-            self.job = SamplingJob(**own | pairs)
-        except (TypeError, KeyError, IndexError) as error:
-            self.close()
-            raise InputError(f"{path} is damaged; remove {self.folder} and sample again") from error
-        self._units: dict[str, str] = values.get("units", {})
+        super().__init__(output, "sample", SamplingJob, lead)
+        self.job = self.manifest
         if lead:
             for stale in self.folder.glob(f"*{_DONE}"):
                 stale.unlink()
 
     @classmethod
-    def create(cls, output: Path, job: SamplingJob, units: dict[str, str]) -> MoleculeShards:
-        """Begin a folder; `units` are those of the properties that molecules will have.
+    def create(cls, output: Path, job: SamplingJob) -> MoleculeShards:
+        """Begin a folder.
 
         Raises
         ------
@@ -108,7 +134,7 @@ class MoleculeShards(ShardFolder):
                 f"{folder} holds molecules of an interrupted run; continue with "
                 f"`molgen-energy sample --resume {output}`, or remove that folder"
             )
-        cls.begin(output, "sample", _plain(job) | {"units": units})
+        cls.begin(output, job)
         return cls(output, lead=True)
 
     @classmethod
@@ -127,12 +153,24 @@ class MoleculeShards(ShardFolder):
         """Whether a shard is finished; it may have been damaged since."""
         return self.holds(shard.name)
 
+    def windows(self) -> set[int]:
+        """The windows of which a shard is finished."""
+        names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return {int(match[1]) for match in names if match is not None}
+
     def read(self, shard: Shard) -> Molecules | None:
         """The molecules of a shard; None if it is missing or damaged."""
-        arrays = self.load(shard.name)
+        properties = {f"{PROPERTIES}{name}": ("float64", ("molecules",)) for name in self.job.units}
+        declared = {**SHAPES, **properties, "numbers": ("int64", ("molecules",))}
+        arrays = self.load(shard.name, declared)
         if arrays is None or not np.array_equal(arrays.pop("numbers"), shard.numbers):
             return None
-        return Molecules.from_arrays(arrays, self._units)
+        try:
+            molecules = Molecules.from_arrays(arrays, self.job.units)
+            molecules.check()
+        except (InputError, KeyError):  # a part of the bonds is missing
+            return None
+        return molecules if len(molecules) == len(shard.numbers) else None
 
     def write(self, shard: Shard, molecules: Molecules) -> None:
         """Store a shard that was drawn."""
@@ -141,7 +179,7 @@ class MoleculeShards(ShardFolder):
 
     def mark_done(self, process: int) -> None:
         """Mark that a process has drawn its shards and does not need the folder any more."""
-        (self.folder / f"{process}{_DONE}").touch()
+        open_to_append(self.folder / f"{process}{_DONE}").close()
 
     def is_done(self, process: int) -> bool:
         """Whether a process has finished since the folder was locked."""
@@ -167,20 +205,4 @@ def check_same(begun: SamplingJob, now: SamplingJob, output: Path) -> None:
             f"{now.checkpoint} holds other weights ({now.origin}) than {folder} was begun with "
             f"({begun.origin}); name those with --checkpoint, or remove {folder} and sample again"
         )
-    paths = {"checkpoint", "origin"}
-    there, here = (
-        {name: value for name, value in _plain(job).items() if name not in paths}
-        for job in (begun, now)
-    )
-    check_unchanged(there, here, folder, "sample")
-
-
-def _plain(job: SamplingJob) -> dict[str, Any]:
-    """The job in YAML types."""
-    values = asdict(job)
-    return values | {name: list(values[name]) for name in _PAIRS if values[name] is not None}
-
-
-def _pair(values: Any) -> tuple[Any, Any] | None:
-    """A pair from its YAML type."""
-    return None if values is None else (values[0], values[1])
+    check_unchanged(begun, now, folder, "sample", free=("checkpoint", "origin"))

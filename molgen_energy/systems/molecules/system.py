@@ -12,7 +12,7 @@ import torch
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.convert import to_rdkit
 from molgen_energy.chemistry.fields import BONDS
-from molgen_energy.data.hdf5 import MoleculeFile
+from molgen_energy.data.hdf5 import MOLECULES, MoleculeFile
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.output import check_writable
 from molgen_energy.progress import ProgressCallback
@@ -21,6 +21,7 @@ from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.generate import MoleculeGenerator
 from molgen_energy.systems.molecules.sampling import check_name, sample_to_file
 from molgen_energy.systems.molecules.shards import read_sampling_job
+from molgen_energy.systems.molecules.state import MoleculeState
 from molgen_energy.systems.molecules.task import MoleculeTask
 from molgen_energy.training.checkpoint import Checkpoint
 
@@ -57,6 +58,7 @@ class MoleculeSystem(System):
     name = "molecules"
     samples = "molecules"
     config = MoleculeConfig
+    state = MoleculeState
     sampling = MappingProxyType(
         {
             "count": 100,
@@ -73,6 +75,7 @@ class MoleculeSystem(System):
         }
     )
     output = "samples.sdf"
+    file_format = MOLECULES
     default_config = "quick"
 
     def check_output(self, path: Path) -> None:

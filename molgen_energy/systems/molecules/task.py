@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,9 +37,9 @@ from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.losses import AdaptiveSprings, PositionLoss
 from molgen_energy.models import Denoiser
 from molgen_energy.models.base import Published
+from molgen_energy.paths import expand_home, portable_path
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.resources import bundled_sample
-from molgen_energy.systems.base import build_with_seed
 from molgen_energy.systems.molecules.condition import PropertyCondition
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.fields import (
@@ -53,6 +52,7 @@ from molgen_energy.systems.molecules.loss_inputs import (
     table_bytes,
     with_required_bonds,
 )
+from molgen_energy.systems.networks import build_network
 from molgen_energy.training.devices import available_memory, lower_precision
 
 _SAMPLE = 100_000  # streamed molecules that means are taken over
@@ -73,9 +73,8 @@ def build_model(config: MoleculeConfig, layout: Layout, condition_channels: int 
             "condition.name=none"
         )
     low_precision = config.training.low_precision is True
-    model = build_with_seed(
-        config.training.seed,
-        lambda: config.model.build(layout, condition_channels, low_precision),
+    model = build_network(
+        config.model, config.training.seed, layout, condition_channels, low_precision
     )
     assert isinstance(model, Denoiser)
     return model
@@ -126,7 +125,7 @@ class MoleculeTask:
         progress: ProgressCallback = no_progress,
     ) -> None:
         self.device = device
-        path = Path(config.data.path) if config.data.path else bundled_sample()
+        path = expand_home(config.data.path) if config.data.path else bundled_sample()
         with ExitStack() as stack:
             file = stack.enter_context(MoleculeFile(path))
             source, summary = file.source, file.summarize()
@@ -232,8 +231,8 @@ class MoleculeTask:
         changes: dict[str, Any] = {
             "data.elements": [symbol(z) for z in self.layout.fields["elements"].elements]  # type: ignore[attr-defined]
         }
-        if config.data.path is not None:  # a run can be resumed from any folder
-            changes["data.path"] = str(Path(config.data.path).resolve())
+        if config.data.path is not None:
+            changes["data.path"] = portable_path(expand_home(config.data.path))
         resolved = config.loss.resolve(self._samples, training.seed)
         config = config.model_copy(update={"loss": resolved.config})
         if objective.position_weight == "auto":

@@ -1,13 +1,45 @@
-"""Files of polygons: the nominal `radius` (M,) float32, and `positions` (M, N, 2) float32."""
+"""Files of polygons, declared by `SHAPES`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from molgen_energy.data.arrays import ArrayFile, Column
-from molgen_energy.errors import InputError
+from molgen_energy.data.arrays import ArrayFile
+from molgen_energy.formats.declaration import (
+    FILE_ATTRIBUTES,
+    SPLIT,
+    AttributeSpec,
+    DatasetSpec,
+    HDF5Format,
+    Relation,
+    Size,
+)
 
-_COLUMNS = {"radius": Column(()), "positions": Column(("N", 2))}
+SHAPES = HDF5Format(
+    "shapes",
+    "Polygons",
+    "Polygons of equal numbers of vertices, each with its nominal radius. `preprocess shapes` "
+    "writes targets, and `sample` predictions; `train` and `evaluate` read them.",
+    sizes={"M": Size("polygons"), "N": Size("vertices", low=3)},
+    records="polygons",
+    attributes=(
+        *FILE_ATTRIBUTES,
+        AttributeSpec("vertices", "integer", "N", required=False, low=3),
+        AttributeSpec("augment_angle", "float", "largest rotation, rad", required=False),
+        AttributeSpec("smallest", "float", "least radius that is drawn", required=False),
+        AttributeSpec("largest", "float", "largest radius that is drawn", required=False),
+        AttributeSpec("seed", "integer", "seed of radii, angles and split", required=False),
+    ),
+    datasets=(
+        DatasetSpec(
+            "positions", ("M", "N", 2), "float", "vertices, in their order around", dtype="f4"
+        ),
+        DatasetSpec("radius", ("M",), "float", "nominal radius", low=0, dtype="f4"),
+        SPLIT,
+    ),
+    relations=(Relation("a radius above 0", ("radius",), lambda radius: radius <= 0),),
+)
+"""The declaration of files of polygons."""
 
 
 def read_polygons(path: Path, remedy: str) -> ArrayFile:
@@ -16,13 +48,6 @@ def read_polygons(path: Path, remedy: str) -> ArrayFile:
     Raises
     ------
     InputError
-        It is missing, damaged, of another system, or a record is not a polygon.
+        It is missing, damaged, of another system, or not as declared.
     """
-    file = ArrayFile(path, "shapes", _COLUMNS, remedy=remedy)
-    vertices = file.columns["positions"].shape[1]
-    if vertices < 3:
-        raise InputError(f"{path}: polygons of {vertices} vertices; expected 3 or more")
-    low = file.columns["radius"] <= 0
-    if low.any():
-        raise InputError(f"{path}: record {low.argmax() + 1}: its radius is not above 0")
-    return file
+    return ArrayFile(path, SHAPES, remedy)

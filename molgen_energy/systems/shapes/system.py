@@ -15,18 +15,21 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from molgen_energy.config import Config, OneOf
 from molgen_energy.data.arrays import write_arrays
 from molgen_energy.data.splits import SPLITS
 from molgen_energy.errors import InputError
+from molgen_energy.formats.yaml import YAMLFormat
 from molgen_energy.losses import LOSSES, SPIN_LOSSES, EnergyConfig, Loss, LossConfig
 from molgen_energy.models import SHAPE_MODELS
 from molgen_energy.models.mlp import MLPConfig
 from molgen_energy.progress import ProgressCallback
-from molgen_energy.systems.base import SamplingCallback, SamplingResult, System, build_with_seed
-from molgen_energy.systems.shapes.files import read_polygons
+from molgen_energy.systems.base import SamplingCallback, SamplingResult, System
+from molgen_energy.systems.networks import build_network
+from molgen_energy.systems.shapes.files import SHAPES, read_polygons
 from molgen_energy.systems.supervised import (
     Examples,
     Predictor,
@@ -36,6 +39,9 @@ from molgen_energy.systems.supervised import (
     without_unknown_loss_keys,
 )
 from molgen_energy.training.checkpoint import Checkpoint
+from molgen_energy.training.state import RunState
+
+Radius = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 _CALIBRATION_SIZE = 4096  # polygons for the mean stiffness of springs
 _CHUNK = 256
@@ -54,14 +60,40 @@ class ShapeConfig(Config):
         return without_unknown_loss_keys(values, LOSSES)
 
 
+class ShapeState(RunState):
+    """The state of a run on regular polygons."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    vertices: Annotated[int, Field(ge=3, le=1_000_000)]
+    """Of each polygon."""
+    radii: Annotated[list[Radius], Field(min_length=2, max_length=2)]
+    """Smallest and largest radius of the training polygons."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> ShapeState:
+        if self.radii[0] > self.radii[1]:
+            raise ValueError("radii: expected the smallest before the largest radius")
+        return self
+
+
+SHAPE_STATE = YAMLFormat(
+    "state.yaml of a run on polygons",
+    "What a checkpoint holds besides configuration and weights.",
+    ShapeState,
+)
+
+
 class ShapeSystem(System):
     """Regular polygons, predicted from their radius."""
 
     name = "shapes"
     samples = "polygons"
     config = ShapeConfig
+    state = ShapeState
     sampling = MappingProxyType({"count": 100, "seed": 0, "batch_size": None})
     output = "shapes_predicted.h5"
+    file_format = SHAPES
 
     def task(self, config: Any, device: torch.device, progress: ProgressCallback) -> SupervisedTask:
         """Training on a file of polygons."""
@@ -99,7 +131,7 @@ class ShapeSystem(System):
 
 def build_model(config: ShapeConfig, vertices: int) -> nn.Module:
     """The configured network, with random weights of the run's seed."""
-    return build_with_seed(config.training.seed, lambda: config.model.build(1, vertices, 2))
+    return build_network(config.model, config.training.seed, 1, vertices, 2)
 
 
 def _resolved(config: ShapeConfig, positions: Tensor) -> ShapeConfig:
@@ -130,21 +162,19 @@ class ShapeGenerator:
         seed: int,
         batch_size: int | None,
     ) -> None:
-        config, state = checkpoint.config_as(ShapeConfig), checkpoint.state
-        if not {"vertices", "radii"} <= state.keys():
-            raise InputError(f"{checkpoint.path} is not a checkpoint of a run on shapes")
+        config, state = checkpoint.config_as(ShapeConfig), checkpoint.state_as(ShapeState)
         if count < 1:
             raise InputError(f"-n {count}: expected at least 1 polygon")
         self.count, self.origin = count, checkpoint.origin
         self._config, self._state, self._seed = config, state, seed
-        model = build_model(config, state["vertices"])
+        model = build_model(config, state.vertices)
         self._predict = Predictor(checkpoint, model, device, batch_size)
 
     def write(
         self, output: Path, callback: SamplingCallback, resume: bool = False
     ) -> SamplingResult:
         """Predict the polygons and write them."""
-        smallest, largest = self._state["radii"]
+        smallest, largest = self._state.radii
         rng = np.random.default_rng(self._seed)
         radius = rng.uniform(smallest, largest, self.count).astype(np.float32)
         positions = self._predict(torch.from_numpy(radius)[:, None], callback.advance).numpy()
@@ -162,7 +192,7 @@ class ShapeGenerator:
                 "positions": positions,
                 "split": np.full(self.count, SPLITS.index("test"), np.uint8),
             },
-            {"vertices": self._state["vertices"]},
+            {"vertices": self._state.vertices},
             provenance,
         )
         return SamplingResult(output, self.count, self.count)

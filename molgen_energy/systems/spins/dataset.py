@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,10 @@ from molgen_energy.distributed import default_workers
 from molgen_energy.errors import InputError, PeerLostError, unknown_name
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.spins.lattices import BOUNDARIES, Lattices, Spins, check_size
+
+if TYPE_CHECKING:
+    from molgen_energy.data.shards import ShardFolder
+    from molgen_energy.systems.spins.shards import SpinManifest
 
 KINDS = ("uniform", "binary")
 CHUNK_SIZE = 50
@@ -252,8 +256,9 @@ class SpinGlasses(Dataset):
         """
         from molgen_energy.data.arrays import write_arrays
         from molgen_energy.data.hdf5 import check_hdf5_name
-        from molgen_energy.data.shards import ShardFolder, check_unchanged, shards_folder
+        from molgen_energy.data.shards import FORMAT, ShardFolder, check_unchanged, shards_folder
         from molgen_energy.systems.spins.ground_states import check_installed
+        from molgen_energy.systems.spins.shards import SpinManifest
 
         check_hdf5_name(output)
         source = self.lattices()
@@ -268,13 +273,13 @@ class SpinGlasses(Dataset):
             "seed": self.seed,
         }
         check_installed(self.boundary == "periodic")
-        manifest = options | {"version": __version__}
+        manifest = SpinManifest(**options, format=FORMAT, version=__version__)
         if not shards_folder(output).exists():
-            ShardFolder.begin(output, "preprocess spins", manifest)
+            ShardFolder.begin(output, manifest)
         ranges = chunk_ranges(count)
-        with ShardFolder(output, "preprocess spins", lead=True) as shards:
+        with ShardFolder(output, "preprocess spins", SpinManifest, lead=True) as shards:
             check_unchanged(shards.manifest, manifest, shards.folder, "preprocess")
-            solved = {k: arrays for k in ranges if (arrays := shards.load(_shard(k))) is not None}
+            solved = {k: arrays for k in ranges if (arrays := _solved(shards, k, ranges[k], size))}
             done = sum(len(arrays["spins"]) for arrays in solved.values())
             progress(done, count)
             unsolved = {k: numbers for k, numbers in ranges.items() if k not in solved}
@@ -309,6 +314,23 @@ class SpinGlasses(Dataset):
 def _shard(chunk: int) -> str:
     """File name of a solved chunk."""
     return f"{chunk:06d}.shard"
+
+
+def _solved(
+    shards: ShardFolder[SpinManifest], chunk: int, numbers: range, size: int
+) -> dict[str, NDArray[Any]] | None:
+    """The arrays of a solved chunk; None if it is missing or damaged."""
+    from molgen_energy.systems.spins.shards import SHAPES
+
+    arrays = shards.load(_shard(chunk), SHAPES)
+    if arrays is None or arrays["right"].shape != (len(numbers), size, size):
+        return None
+    lattices = Lattices(arrays["right"], arrays["down"], shards.manifest.boundary == "periodic")
+    spins_are_signs = np.isin(arrays["spins"], (-1, 1)).all()
+    if not spins_are_signs or not np.isfinite(lattices.couplings()).all():
+        return None
+    energies = lattices.energies(arrays["spins"])
+    return arrays if np.allclose(energies, arrays["energy"], rtol=1e-9) else None
 
 
 def _fingerprint(lattices: Lattices) -> str:

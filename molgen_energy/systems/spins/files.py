@@ -1,41 +1,92 @@
 """Files of spin glasses: couplings, ground states, and predictions of a network.
 
-HDF5 of `molgen_energy.data.arrays` with attributes `boundary` (open or periodic) and `size`, and
-these columns, with `right`, `down` and `spins` as in `molgen_energy.systems.spins.lattices`:
-
-==========  =========  =======  ==================================================================
-right       (M, L, L)  float32  couplings
-down        (M, L, L)  float32  couplings
-spins       (M, L, L)  int8     ground states; optional
-energy      (M,)       float64  energies of the ground states; optional
-prediction  (M, L, L)  int8     predicted configurations; optional
-record      (M,)       int64    number of the record, from 1, in the file of the couplings; optional
-==========  =========  =======  ==================================================================
-
-Couplings alone are also read from an `.npz` of NumPy with `right` and `down`.
+`SPINS` declares the HDF5 files, with `right`, `down` and `spins` as in
+`molgen_energy.systems.spins.lattices`. Couplings alone are also read from an `.npz` of NumPy,
+declared by `COUPLINGS`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.data.arrays import ArrayFile, Column
+from molgen_energy.data.arrays import ArrayFile
 from molgen_energy.errors import InputError
-from molgen_energy.output import check_file
+from molgen_energy.formats.declaration import (
+    FILE_ATTRIBUTES,
+    SPLIT,
+    AttributeSpec,
+    DatasetSpec,
+    HDF5Format,
+    Relation,
+    Size,
+)
+from molgen_energy.formats.npz import NpzFormat, read_npz
 from molgen_energy.systems.spins.lattices import BOUNDARIES, Lattices
 
-_SITES = ("L", "L")
-_COLUMNS = {"right": Column(_SITES), "down": Column(_SITES)}
-_OPTIONAL = {
-    "spins": Column(_SITES, "i"),
-    "energy": Column(()),
-    "prediction": Column(_SITES, "i"),
-    "record": Column((), "i"),
-}
+_SITES = ("M", "L", "L")
+_SIZES = {"M": Size("lattices"), "L": Size("sites along a side", low=2)}
+_RIGHT = DatasetSpec("right", _SITES, "float", "coupling of site (r, c) to (r, c+1)", dtype="f4")
+_DOWN = DatasetSpec("down", _SITES, "float", "coupling of site (r, c) to (r+1, c)", dtype="f4")
+
+SPINS = HDF5Format(
+    "spins",
+    "Spin glasses",
+    "Couplings on square lattices, their ground states, and predictions. `preprocess spins` writes "
+    "ground states and `sample` predictions; `train`, `sample --data` and `evaluate` read them.",
+    sizes=_SIZES,
+    records="lattices",
+    attributes=(
+        *FILE_ATTRIBUTES,
+        AttributeSpec("boundary", "text", "boundary of the lattices", choices=BOUNDARIES),
+        AttributeSpec("size", "integer", "L", required=False, low=2),
+        AttributeSpec("count", "integer", "M", required=False, low=1),
+        AttributeSpec("couplings", "text", "kind of the couplings", required=False),
+        AttributeSpec("seed", "integer", "seed of couplings and split", required=False),
+    ),
+    datasets=(
+        _RIGHT,
+        _DOWN,
+        DatasetSpec(
+            "spins", _SITES, "integer", "ground states", required=False, choices=(-1, 1),
+            dtype="i1",
+        ),
+        DatasetSpec(
+            "energy", ("M",), "float", "energies of the ground states",
+            unit="unit of the couplings", required=False,
+        ),
+        DatasetSpec(
+            "prediction", _SITES, "integer", "predicted configurations", required=False,
+            choices=(-1, 1), dtype="i1",
+        ),
+        DatasetSpec(
+            "record", ("M",), "integer", "number of the record, from 1, in the file of the "
+            "couplings", required=False, low=1,
+        ),
+        SPLIT,
+    ),
+    relations=(
+        Relation(
+            "couplings that are not all zero",
+            ("right", "down"),
+            lambda right, down: ((right == 0) & (down == 0)).all(axis=(1, 2)),
+        ),
+    ),
+)  # fmt: skip
+"""The declaration of files of spin glasses. `read_spins` checks energies too."""
+
+COUPLINGS = NpzFormat(
+    "Couplings",
+    "Couplings of one's own, for `preprocess spins --couplings` and `sample --data`; beyond an "
+    "open boundary they are zero.",
+    sizes=_SIZES,
+    arrays=(_RIGHT, _DOWN),
+    remedy="save `right` and `down`, (M, L, L) each, with numpy.savez",
+)
+"""The declaration of archives of couplings."""
 
 
 class SpinFile(NamedTuple):
@@ -56,15 +107,16 @@ def read_spins(path: Path, remedy: str = "`molgen-energy preprocess spins -o {pa
     Raises
     ------
     InputError
-        It is missing, damaged, of another system, or a record is not a spin glass.
+        It is missing, damaged, of another system, not as declared, or a record is not a spin glass.
     """
-    file = ArrayFile(path, "spins", _COLUMNS, _OPTIONAL, remedy)
-    boundary = file.attributes.get("boundary")
-    if not isinstance(boundary, str) or boundary not in BOUNDARIES:
-        raise InputError(f"{path}: its boundary is {boundary}, not open or periodic; make it again")
+    file = ArrayFile(path, SPINS, remedy)
     found = file.columns
     lattices = Lattices.checked(
-        found["right"], found["down"], boundary == "periodic", found.get("spins"), str(path)
+        found["right"],
+        found["down"],
+        file.attributes["boundary"] == "periodic",
+        found.get("spins"),
+        str(path),
     )
     if "energy" in found and "spins" in found:
         off = np.abs(lattices.energies() - found["energy"])
@@ -74,9 +126,6 @@ def read_spins(path: Path, remedy: str = "`molgen-energy preprocess spins -o {pa
                 f"{path}: record {wrong.argmax() + 1}: its energy is not that of its spins; make "
                 "it again"
             )
-    prediction = found.get("prediction")
-    if prediction is not None:
-        lattices.with_spins(prediction).check(f"{path}, predictions")
     return SpinFile(file, lattices)
 
 
@@ -86,28 +135,9 @@ def read_couplings(path: Path, periodic: bool) -> Lattices:
     Raises
     ------
     InputError
-        It is missing, not an `.npz`, or a record is not a lattice of couplings.
+        It is missing, not an `.npz`, not as declared, or a record is not a lattice of couplings.
     """
-    check_file(path)
-    arrays: dict[str, NDArray[Any]] = {}
-    try:
-        with np.load(path) as stored:
-            for name in ("right", "down"):
-                if name not in stored:
-                    raise InputError(f"{path} lacks the array '{name}', (M, L, L); save both")
-                arrays[name] = stored[name]
-    except InputError:
-        raise
-    except Exception as error:  # damaged archives raise errors of many types
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"{path} is not an .npz of NumPy ({why}); save `right` and `down`"
-        ) from None
-    for name, array in arrays.items():
-        if array.dtype.kind not in "iuf":
-            raise InputError(f"{path}: '{name}' holds {array.dtype}, not numbers")
-        if not array.size:
-            raise InputError(f"{path}: '{name}' is empty; give at least one lattice")
+    arrays = read_npz(path, COUPLINGS)
     lattices = Lattices.checked(arrays["right"], arrays["down"], periodic, origin=str(path))
     if not periodic:
         beyond = (arrays["right"][:, :, -1] != 0) | (arrays["down"][:, -1, :] != 0)

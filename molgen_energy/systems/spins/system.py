@@ -5,25 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from molgen_energy.config import Config, OneOf
 from molgen_energy.data.arrays import write_arrays
 from molgen_energy.data.splits import SPLITS
 from molgen_energy.errors import InputError
+from molgen_energy.formats.yaml import YAMLFormat
 from molgen_energy.losses import LOSSES, SPIN_LOSSES, Loss, LossConfig, lattice_couplings
 from molgen_energy.losses.spin import LocalFieldConfig
 from molgen_energy.models import SPIN_MODELS
 from molgen_energy.models.resnet import ResNetConfig
+from molgen_energy.output import display_path, real_path
+from molgen_energy.paths import find_again
 from molgen_energy.progress import ProgressCallback
-from molgen_energy.systems.base import SamplingCallback, SamplingResult, System, build_with_seed
-from molgen_energy.systems.spins.files import read_couplings, read_spins
-from molgen_energy.systems.spins.lattices import BOUNDARIES, Lattices, fix_gauge
+from molgen_energy.systems.base import SamplingCallback, SamplingResult, System
+from molgen_energy.systems.networks import build_network
+from molgen_energy.systems.spins.files import SPINS, read_couplings, read_spins
+from molgen_energy.systems.spins.lattices import Lattices, fix_gauge
 from molgen_energy.systems.supervised import (
     Examples,
     Predictor,
@@ -33,6 +38,7 @@ from molgen_energy.systems.supervised import (
     without_unknown_loss_keys,
 )
 from molgen_energy.training.checkpoint import Checkpoint
+from molgen_energy.training.state import RunState
 
 _CHANNELS = 3
 
@@ -52,14 +58,32 @@ class SpinConfig(Config):
         return without_unknown_loss_keys(values, SPIN_LOSSES)
 
 
+class SpinState(RunState):
+    """The state of a run on spin glasses."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    boundary: Literal["open", "periodic"]
+    """Of the training lattices."""
+
+
+SPIN_STATE = YAMLFormat(
+    "state.yaml of a run on spin glasses",
+    "What a checkpoint holds besides configuration and weights.",
+    SpinState,
+)
+
+
 class SpinSystem(System):
     """Spin glasses on a square lattice, whose ground states are predicted from their couplings."""
 
     name = "spins"
     samples = "lattices"
     config = SpinConfig
+    state = SpinState
     sampling = MappingProxyType({"count": None, "data": None, "batch_size": None})
     output = "spins_predicted.h5"
+    file_format = SPINS
 
     def task(self, config: Any, device: torch.device, progress: ProgressCallback) -> SupervisedTask:
         """Training on a file of spin glasses."""
@@ -107,7 +131,7 @@ class SpinSystem(System):
 
 def build_model(config: SpinConfig, periodic: bool) -> nn.Module:
     """The configured network, with random weights of the run's seed."""
-    return build_with_seed(config.training.seed, lambda: config.model.build(_CHANNELS, periodic))
+    return build_network(config.model, config.training.seed, _CHANNELS, periodic)
 
 
 def as_channels(lattices: Lattices) -> Tensor:
@@ -135,13 +159,12 @@ class SpinGenerator:
         data: Path | None,
         batch_size: int | None,
     ) -> None:
-        config, state = checkpoint.config_as(SpinConfig), checkpoint.state
-        if state.get("boundary") not in BOUNDARIES:
-            raise InputError(f"{checkpoint.path} is not a checkpoint of a run on spins")
+        config, state = checkpoint.config_as(SpinConfig), checkpoint.state_as(SpinState)
         self._config, self.origin = config, checkpoint.origin
-        self._boundary = str(state["boundary"])
-        self._trained_on = Path(str(config.data.path))
+        self._boundary = state.boundary
+        self._trained_on = find_again(str(config.data.path), checkpoint.path)
         self._data = self._trained_on if data is None else data
+        self._fingerprint = None if state.data is None else state.data.fingerprint
         self.inputs: tuple[Path, ...] = (self._trained_on, self._data)
         self._lattices, self._records, self._source = self._read()
         config.model.check_lattice(self._lattices.size, self._lattices.periodic)
@@ -166,8 +189,8 @@ class SpinGenerator:
         path, periodic = self._data, self._boundary == "periodic"
         if path.suffix.lower() not in (".h5", ".hdf5"):
             lattices = read_couplings(path, periodic)
-            return lattices, 1 + np.arange(len(lattices)), path.name
-        trained_on = path.resolve() == self._trained_on
+            return lattices, 1 + np.arange(len(lattices)), display_path(Path(path.name))
+        trained_on = real_path(path) == real_path(self._trained_on)
         if trained_on and not path.exists():
             raise InputError(
                 f"{path}, the training data, does not exist any more; name couplings with --data "
@@ -179,10 +202,16 @@ class SpinGenerator:
                 f"{path} holds lattices with {found.file.attributes['boundary']} boundaries, the "
                 f"run was trained on {self._boundary} ones; name others with --data"
             )
+        if trained_on and found.file.fingerprint() != self._fingerprint:
+            raise InputError(
+                f"{path} is not the file that the run was trained on; name couplings with --data "
+                "FILE"
+            )
         which = found.file.split_indices("test") if trained_on else np.arange(len(found.file))
         if not len(which):
             raise InputError(f"{path} holds no test lattice; name couplings with --data FILE")
-        source = f"{path.name}, test split" if trained_on else path.name
+        name = display_path(Path(path.name))
+        source = f"{name}, test split" if trained_on else name
         return found.lattices.select(which), 1 + which, source
 
     def write(

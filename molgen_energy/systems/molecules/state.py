@@ -1,0 +1,104 @@
+"""The declaration of the `state.yaml` of a run on molecules."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+
+from molgen_energy.elements import atomic_number
+from molgen_energy.formats.yaml import Schema, YAMLFormat
+from molgen_energy.training.state import Count, Finite, RunState
+
+MOST_ATOMS = 1_000_000
+"""Atoms of a molecule in the histogram of sizes, or to sample."""
+Atoms = Annotated[int, Field(ge=1, le=MOST_ATOMS)]
+Charge = Annotated[int, Field(ge=-100, le=100)]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_MOST_PROPERTIES = 1000
+
+
+def _check_elements(symbols: list[str]) -> list[str]:
+    numbers = [atomic_number(symbol) for symbol in symbols]
+    if numbers != sorted(set(numbers)):
+        raise ValueError("expected each element once, by ascending atomic number")
+    return symbols
+
+
+def _check_histogram(histogram: dict[int, int]) -> dict[int, int]:
+    if not any(histogram.values()):
+        raise ValueError("expected molecules of at least one size")
+    return histogram
+
+
+class StatisticsState(Schema):
+    """Statistics of the training molecules."""
+
+    charges: Annotated[list[Charge], Field(min_length=2, max_length=2)]
+    """Lowest and highest formal charge."""
+    aromatic: bool
+    """Whether there are aromatic bonds."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> StatisticsState:
+        if self.charges[0] > self.charges[1]:
+            raise ValueError("expected the lowest charge before the highest one")
+        return self
+
+
+class ConditionState(Schema):
+    """Properties that the network is conditioned on, over the training molecules."""
+
+    names: Annotated[list[Name], Field(min_length=1, max_length=_MOST_PROPERTIES)]
+    """Of the P properties."""
+    units: list[str]
+    """Their units, P."""
+    mean: list[Finite]
+    """P."""
+    std: list[_Positive]
+    """P."""
+    values: Annotated[list[list[Finite]], Field(min_length=1)]
+    """Of some training molecules, (≤1000, P)."""
+
+    @model_validator(mode="after")
+    def _same_length(self) -> ConditionState:
+        lengths = {len(self.units), len(self.mean), len(self.std), *map(len, self.values)}
+        if lengths != {len(self.names)}:
+            raise ValueError("expected a unit, a mean, a std and a column of values for each name")
+        return self
+
+
+class SamplingState(Schema):
+    """What pretrained weights were evaluated with."""
+
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Of the sampler."""
+    spacing: str | None = None
+    """Of its levels."""
+
+
+class MoleculeState(RunState):
+    """The state of a run on molecules."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    elements: Annotated[list[str], Field(min_length=1), AfterValidator(_check_elements)]
+    """Symbols, by ascending atomic number."""
+    size_histogram: Annotated[dict[Atoms, Count], AfterValidator(_check_histogram)]
+    """Training molecules of each number of atoms."""
+    statistics: StatisticsState | None = None
+    """Earlier versions wrote none."""
+    condition: ConditionState | None = None
+    """Of a network with a condition."""
+    sampling: SamplingState | None = None
+    """Of pretrained weights."""
+    training: dict[str, str | float] | None = None
+    """Of pretrained weights: command, hardware and minutes."""
+
+
+MOLECULE_STATE = YAMLFormat(
+    "state.yaml of a run on molecules",
+    "What a checkpoint holds besides configuration and weights.",
+    MoleculeState,
+)

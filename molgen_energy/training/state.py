@@ -1,0 +1,77 @@
+"""The declaration of `state.yaml`: what a checkpoint holds besides configuration and weights.
+
+`RunState` is what all physical systems share; a system adds its own keys in a subclass.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+from pydantic import ConfigDict, Field, model_validator
+
+from molgen_energy.formats.yaml import Schema
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Progress(Schema):
+    """How far the run is; `training.loop` explains the keys."""
+
+    step: Count
+    """Steps taken."""
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Training time."""
+    best_valid: Finite | None = None
+    """Lowest validation loss."""
+    last_valid: float | None = None
+    """Last validation loss; it may be infinite or NaN."""
+    sums: Annotated[list[float], Field(max_length=1000)] = Field(default_factory=list)
+    """Sums of loss, its terms and gradient norm since the last row of `metrics.csv`."""
+    count: Count = 0
+    """Steps in these sums."""
+    skipped: Count = 0
+    """Steps whose loss or gradient was not finite."""
+    skipped_in_row: Count = 0
+    """Those at the end."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Progress:
+        if not self.skipped_in_row <= self.skipped <= self.step or self.count > self.step:
+            raise ValueError("expected skipped_in_row ≤ skipped ≤ step, and count ≤ step")
+        return self
+
+
+class TrainingDataSummary(Schema):
+    """The data of the run."""
+
+    source: Annotated[str, Field(max_length=10_000)]
+    """In words."""
+    training_samples: Count
+    """Samples of the training split."""
+    fingerprint: Annotated[str, Field(max_length=200)]
+    """Of the training data; a resumed run needs the same."""
+
+
+class RunState(Schema):
+    """The state of a checkpoint; systems may add keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: Annotated[int, Field(ge=2, le=3)]
+    """Of the checkpoint."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Versions of packages that wrote it."""
+    sha256: dict[str, Digest] | None = None
+    """SHA-256 of each file of weights, by name without `.safetensors`; earlier versions wrote
+    none."""
+    epoch: Count = 0
+    """Of the next step, from 0."""
+    progress: Progress
+    """How far the run is."""
+    data: TrainingDataSummary | None = None
+    """The data of the run."""
+
+
+State = TypeVar("State", bound=RunState)
