@@ -163,6 +163,8 @@ def shortened(arguments: list[str]) -> list[str]:
         short += ["--workers", "0", "--subset", "4"]
     if name == "preprocess" and words[0] == "qm9":
         short += ["--source", "original", "--split", "0.5,0.25,0.25"]
+    if name == "preprocess" and words[0] == "ccd":
+        short += ["--workers", "0", "--max-atoms", "9"]
     if name == "preprocess" and words[0] in ("shapes", "spins") and "--count" not in words:
         short += ["--count", "8"]
     return [name, *short]

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
 from molgen_energy.data.splits import check_fractions, check_seed, parse_fractions, random_split
 from molgen_energy.datasets.log import DatasetLog
-from molgen_energy.datasets.screening import Screen
-from molgen_energy.elements import atomic_number, symbol
+from molgen_energy.datasets.screening import Screen, allowed_elements
+from molgen_energy.elements import symbol
 from molgen_energy.errors import InputError, counted
 from molgen_energy.progress import ProgressCallback, no_progress
 
@@ -223,13 +223,7 @@ class ScreenedDataset(RandomSplitDataset):
 
     def allowed_elements(self) -> NDArray[np.bool_]:
         """(256,): which atomic numbers may occur; raises `InputError` for other names."""
-        allowed = np.full(256, self.elements is None)
-        for name in (self.elements or "").split(","):
-            if name.strip():
-                allowed[atomic_number(name.strip())] = True
-        if not allowed.any():
-            raise InputError(f"--elements '{self.elements}' names no element, such as H,C,N,O,F")
-        return allowed
+        return allowed_elements(self.elements)
 
     def screen(self) -> Screen:
         """As the options say."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
 from molgen_energy.datasets.log import DatasetLog
-from molgen_energy.elements import symbol
+from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import MEND_OR_SKIP, InputError
 
 if TYPE_CHECKING:
@@ -123,6 +123,22 @@ class Screen:
         for kind, reason in _BAD.items():
             bad |= dict.fromkeys(np.flatnonzero(found.kinds[kind]).tolist(), reason)
         return bad
+
+
+def allowed_elements(names: str | None) -> NDArray[np.bool_]:
+    """(256,): which atomic numbers may occur by a text such as H,C,N; None allows all.
+
+    Raises
+    ------
+    InputError
+        The text names something else, or nothing.
+    """
+    allowed = np.full(256, names is None)
+    for name in filter(None, map(str.strip, (names or "").split(","))):
+        allowed[atomic_number(name)] = True
+    if not allowed.any():
+        raise InputError(f"--elements '{names}' names no element, such as H,C,N,O,F")
+    return allowed
 
 
 def foreign_elements(atomic_numbers: NDArray[np.uint8], allowed: NDArray[np.bool_]) -> list[str]:

@@ -1,0 +1,285 @@
+"""The wwPDB's Chemical Component Dictionary: every ligand of the Protein Data Bank.
+
+Westbrook et al., Bioinformatics 31, 1274 (2015); CC0. Each component has bonds with orders, formal
+charges, all hydrogens, and two geometries: *ideal*, of a program such as Corina or OpenEye Omega,
+and *model*, as in a crystal structure. Read from the copy inside the package biotite (BSD-3).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molgen_energy.data.molecules import (
+    Bonds,
+    MoleculeChunk,
+    Molecules,
+    offsets_from_sizes,
+)
+from molgen_energy.datasets.base import RandomSplitDataset, option
+from molgen_energy.datasets.log import DatasetLog
+from molgen_energy.datasets.screening import Screen, allowed_elements
+from molgen_energy.distributed import default_workers
+from molgen_energy.elements import atomic_number
+from molgen_energy.errors import InputError, unknown_name
+
+if TYPE_CHECKING:
+    from molgen_energy.chemistry.identity import Identity
+
+_CHUNK = 200  # molecules that a worker process takes at a time
+_TIMEOUT = 60.0  # s for one molecule
+_COORDINATES = {"ideal": "pdbx_model_Cartn_{}_ideal", "model": "model_Cartn_{}"}
+_SPLITS = ("scaffold", "random")
+_ORDERS = {"SING": 1, "DOUB": 2, "TRIP": 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChemicalComponents(RandomSplitDataset):
+    """CCD: 46,000 drug-like ligands of the Protein Data Bank, with bonds and formal charges."""
+
+    name = "ccd"
+    output = "ccd.h5"
+
+    elements: str = option("H,C,N,O,F,P,S,Cl,Br,I", "The elements that may occur.")
+    min_atoms: int = option(5, "Least number of atoms, hydrogens included.")
+    max_atoms: int = option(181, "Largest number of atoms, hydrogens included.")
+    coordinates: str = option(
+        "ideal", "ideal (of a program, all hydrogens) or model (of a crystal structure)."
+    )
+    keep_obsolete: bool = option(False, "Keep components that the wwPDB has withdrawn.")
+    keep_fragments: bool = option(False, "Keep components of several fragments, such as salts.")
+    keep_incomplete: bool = option(
+        False, "Keep components that lack hydrogens or have unpaired electrons."
+    )
+    split_by: str = option(
+        "scaffold",
+        "scaffold: molecules with the same ring system stay in one split; random: those that "
+        "differ in stereochemistry alone.",
+    )
+    split: str = option("0.8,0.1,0.1", "Shares for training, validation, test.")
+    seed: int = option(0, "Seed of the split.")
+    workers: int | None = option(
+        None, "Worker processes, 0 for none; default: one for each processor."
+    )
+
+    def source_name(self) -> str:
+        """The dictionary, and which of its coordinates."""
+        return f"Chemical Component Dictionary of the wwPDB (biotite), {self.coordinates}"
+
+    def check(self) -> None:
+        """Raise `InputError` where an option has a bad value or biotite is missing."""
+        super().check()
+        allowed_elements(self.elements)
+        if self.coordinates not in _COORDINATES:
+            raise InputError(unknown_name("--coordinates", self.coordinates, _COORDINATES))
+        if self.split_by not in _SPLITS:
+            raise InputError(unknown_name("--split-by", self.split_by, _SPLITS))
+        if not 1 <= self.min_atoms <= self.max_atoms:
+            raise InputError(
+                f"--min-atoms {self.min_atoms} and --max-atoms {self.max_atoms}: expected 1 or "
+                "more, and no more than --max-atoms"
+            )
+        if self.workers is not None and self.workers < 0:
+            raise InputError(f"--workers {self.workers}: expected 0 or more")
+        dictionary_path()
+
+    def screen(self) -> Screen:
+        """Components with two atoms in one place are left out."""
+        return Screen(skip_bad=True)
+
+    def chunks(self, log: DatasetLog) -> Iterator[MoleculeChunk]:
+        """The components that pass the filters, in the order of their identifiers."""
+        from molgen_energy.chemistry.identity import identify_all
+        from molgen_energy.workers import WorkerPool
+
+        components = read_components(dictionary_path(), self.coordinates)
+        chosen = self._passing(components, log)
+        log.locate = lambda number: f"component {components.names[number - 1]}"
+        parts = (
+            components.molecules.select(chosen[k : k + _CHUNK])
+            for k in range(0, len(chosen), _CHUNK)
+        )
+        workers = default_workers() if self.workers is None else self.workers
+        preload = ["molgen_energy.chemistry.identity"]
+        groups: dict[str, int] = {}
+        done = 0
+        with WorkerPool(workers, _TIMEOUT * _CHUNK, preload=preload) as pool:
+            for part, found in pool.map(identify_all, parts, _lost):
+                numbers = chosen[done : done + len(part)]
+                done += len(part)
+                log.progress(done, len(chosen))
+                kept = np.flatnonzero([self._keeps(one, log) for one in found])
+                if not len(kept):
+                    continue
+                molecules = part.select(kept)
+                names = [found[k] for k in kept.tolist()]
+                yield MoleculeChunk(
+                    numbers[kept] + 1,
+                    Molecules(
+                        molecules.positions,
+                        molecules.atomic_numbers,
+                        molecules.offsets,
+                        molecules.formal_charges,
+                        molecules.bonds,
+                        np.array([one.smiles for one in names], object),
+                        groups=np.array(
+                            [groups.setdefault(self._group(one), len(groups)) for one in names],
+                            np.int64,
+                        ),
+                    ),
+                )
+
+    def _group(self, one: Identity) -> str:
+        """Molecules of the same group stay in one split; those without a ring have no scaffold."""
+        return (one.scaffold if self.split_by == "scaffold" else "") or one.smiles
+
+    def _keeps(self, one: Identity, log: DatasetLog) -> bool:
+        """Whether a component passes what RDKit tells; counts one that does not."""
+        if one.failure:
+            log.counts["left out as RDKit refuses their valences"] += 1
+        elif one.fragments > 1 and not self.keep_fragments:
+            log.counts["left out with several fragments"] += 1
+        elif one.incomplete and not self.keep_incomplete:
+            log.counts["left out for missing hydrogens or unpaired electrons"] += 1
+        else:
+            return True
+        return False
+
+    def _passing(self, components: Components, log: DatasetLog) -> NDArray[np.int64]:
+        """Numbers of the components that pass all filters that need no chemistry; counts others."""
+        molecules = components.molecules
+        sizes = molecules.sizes
+        foreign = ~allowed_elements(self.elements)[molecules.atomic_numbers]
+        filters = {
+            "left out as obsolete": components.obsolete & (not self.keep_obsolete),
+            f"left out without {self.coordinates} coordinates": ~molecules.finite(),
+            "left out with other elements": np.logical_or.reduceat(foreign, molecules.offsets[:-1]),
+            f"left out with fewer than {self.min_atoms} atoms": sizes < self.min_atoms,
+            f"left out with more than {self.max_atoms} atoms": sizes > self.max_atoms,
+        }
+        kept = np.ones(len(molecules), bool)
+        for what, refused in filters.items():
+            log.counts[what] += int((kept & refused).sum())
+            kept &= ~refused
+        return np.flatnonzero(kept)
+
+
+class Components(NamedTuple):
+    """All components of a dictionary, in its order."""
+
+    names: NDArray[np.str_]
+    """Identifiers, (M,), such as ATP."""
+    obsolete: NDArray[np.bool_]
+    """(M,)"""
+    molecules: Molecules
+    """With bonds and formal charges; coordinates that are missing are NaN, elements that are not
+    known 0."""
+
+
+def dictionary_path() -> Path:
+    """The file of the installed package biotite; raises `InputError` without it."""
+    spec = importlib.util.find_spec("biotite")
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            "the Chemical Component Dictionary is not installed: run `pip install "
+            "'molgen-energy[ccd]'` (package biotite, 56 MB)"
+        )
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    path = folder / "structure" / "info" / "components.bcif"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; install biotite again")
+    return path
+
+
+def read_components(path: Path, coordinates: str = "ideal") -> Components:
+    """Read a dictionary in BinaryCIF with the categories `chem_comp`, `_atom` and `_bond`.
+
+    Parameters
+    ----------
+    coordinates
+        `ideal` or `model`.
+
+    Raises
+    ------
+    InputError
+        It is damaged, or has a bond between atoms that it lacks.
+    """
+    from biotite.structure.io.pdbx import BinaryCIFFile
+
+    try:
+        block = BinaryCIFFile.read(path).block
+        about, atoms, bonds = (block[f"chem_comp{part}"] for part in ("", "_atom", "_bond"))
+        names, of_atom = np.unique(_texts(atoms, "comp_id"), return_inverse=True)
+        order = np.argsort(of_atom, kind="stable")
+        of_atom = of_atom[order]
+        withdrawn = _texts(about, "id")[_texts(about, "pdbx_release_status") == "OBS"]
+        columns = [_floats(atoms, _COORDINATES[coordinates].format(axis)) for axis in "xyz"]
+        symbols, which = np.unique(_texts(atoms, "type_symbol"), return_inverse=True)
+        numbers = np.array([_number(str(name)) for name in symbols], np.uint8)
+        charges = atoms["charge"].as_array(np.int64, masked_value=0)
+        atom_keys = _keys(of_atom, _texts(atoms, "atom_id")[order])
+        component = np.searchsorted(names, _texts(bonds, "comp_id"))
+        ends = [_keys(component, _texts(bonds, f"atom_id_{k}")) for k in (1, 2)]
+        kinds, of_bond = np.unique(_texts(bonds, "value_order"), return_inverse=True)
+        orders = np.array([_ORDERS[str(kind)] for kind in kinds], np.uint8)[of_bond]
+    except (KeyError, ValueError, OSError, AttributeError, IndexError, TypeError) as error:
+        raise InputError(f"{path} is no dictionary of chemical components ({error})") from error
+    offsets = offsets_from_sizes(np.bincount(of_atom, minlength=len(names)))
+    by_key = np.argsort(atom_keys)
+    index = [by_key[np.searchsorted(atom_keys[by_key], keys) % len(by_key)] for keys in ends]
+    if any((atom_keys[found] != keys).any() for found, keys in zip(index, ends, strict=True)):
+        raise InputError(f"{path} has a bond of an atom that it lacks; install biotite again")
+    by_component = np.argsort(component, kind="stable")
+    return Components(
+        names,
+        np.isin(names, withdrawn),
+        Molecules(
+            np.stack(columns, axis=1)[order],
+            numbers[which][order],
+            offsets,
+            charges[order].astype(np.int8),
+            Bonds(
+                (np.stack(index, axis=1) - offsets[component][:, None])[by_component].astype("u4"),
+                orders[by_component],
+                offsets_from_sizes(np.bincount(component, minlength=len(names))),
+            ),
+        ),
+    )
+
+
+def _lost(part: Molecules, reason: str) -> list[Identity]:
+    """The result for molecules at which a worker process died or timed out."""
+    from molgen_energy.chemistry.identity import Identity
+
+    return [Identity(failure=reason)] * len(part)
+
+
+def _number(symbol: str) -> int:
+    """Atomic number; 0 of what is no element, such as X."""
+    try:
+        return atomic_number(symbol)
+    except InputError:
+        return 0
+
+
+def _texts(category: Any, column: str) -> NDArray[np.str_]:
+    texts: NDArray[np.str_] = category[column].as_array(str)
+    return texts
+
+
+def _floats(category: Any, column: str) -> NDArray[np.float32]:
+    """NaN where there is no value."""
+    values: NDArray[np.float32] = category[column].as_array(np.float64, np.nan).astype(np.float32)
+    return values
+
+
+def _keys(component: NDArray[np.int64], names: NDArray[np.str_]) -> NDArray[np.uint64]:
+    """A number for each atom of all components: its component, and its name of four characters."""
+    name = np.char.encode(names, "latin-1").astype("S4").view("<u4")
+    return component.astype(np.uint64) << np.uint64(32) | name.astype(np.uint64)
