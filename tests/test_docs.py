@@ -38,7 +38,7 @@ def test_links_lead_somewhere(page):
 
 @each_page
 def test_paths_exist(page):
-    """Those in code, from the root of the repository: `docs/losses.md`, `tests/*/test_*.py`.
+    """Those in code, from the root of the repository: `docs/formats.md`, `tests/*/test_*.py`.
 
     NAME stands for any name.
     """
