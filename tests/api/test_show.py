@@ -158,7 +158,7 @@ def test_what_cannot_be_drawn_says_why():
         ([embedded("C"), "C"], "molecule 2 is a str"),
         ("nowhere.sdf", "nowhere.sdf does not exist"),
     ],
-    ids=str,
+    ids=["none", "number", "text", "path"],
 )
 def test_what_is_no_molecule(given, message):
     with pytest.raises(InputError, match=message):
