@@ -157,7 +157,7 @@ class ShardFolder(Generic[Job]):
         Raises
         ------
         InputError
-            It is a link, a pipe or a device, or too large for the memory.
+            It is a pipe or a device, or too large for the memory.
         """
         path = self.folder / name
         if not path.exists() and not path.is_symlink():

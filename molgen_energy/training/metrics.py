@@ -63,7 +63,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     Raises
     ------
     InputError
-        The file is a link, a pipe or a device, too large for the memory, or no table.
+        The file is a pipe or a device, too large for the memory, or no table.
     """
     remedy = f"mend {path.name}, or move it away"
     size = check_part(path)

@@ -360,7 +360,7 @@ def test_pretrained_weights_without_checksums(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs links and pipes")
-@pytest.mark.parametrize("kind", ["pipe", "device", "link", "circle", "folder"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "nowhere", "circle", "folder"])
 @pytest.mark.parametrize("name", ["state.yaml", "config.yaml", "ema.safetensors"])
 def test_a_part_that_is_no_file(run, tmp_path, name, kind):
     path = last(run) / name
@@ -370,9 +370,26 @@ def test_a_part_that_is_no_file(run, tmp_path, name, kind):
     elif kind == "folder":
         path.mkdir()
     else:
-        target = {"device": "/dev/zero", "link": tmp_path / "elsewhere", "circle": path}[kind]
-        path.symlink_to(target)
+        path.symlink_to({"device": "/dev/zero", "nowhere": "absent", "circle": path}[kind])
     refused(run)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs links")
+def test_weights_of_a_cache_in_which_each_part_is_a_link(run, tmp_path):
+    """Downloads of Hugging Face's hub are links to files in a folder `blobs`."""
+    blobs, shipped = tmp_path / "blobs", next(iter(pretrained_weights().values())).path
+    blobs.mkdir()
+    for source in (last(run), shipped):
+        snapshot = tmp_path / "snapshots" / source.name
+        snapshot.mkdir(parents=True)
+        for path in source.iterdir():
+            shutil.copy(path, blobs / f"{source.name}-{path.name}")
+            (snapshot / path.name).symlink_to(f"../../blobs/{source.name}-{path.name}")
+        linked, own = (load_checkpoint(place, weights=["ema"]) for place in (snapshot, source))
+        assert linked.raw_config.values == own.raw_config.values
+        for name, tensor in own.read_tensors("ema").items():
+            assert torch.equal(linked.read_tensors("ema")[name], tensor)
+    sample_to(tmp_path / "out.sdf", 1, checkpoint=tmp_path / "snapshots/last", device="cpu")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs pipes")
