@@ -1,7 +1,7 @@
 """The parts of folders that this package writes: of runs, checkpoints and shards.
 
-Reading a pipe or a device need not end. A link to a file is read, since caches of downloaded weights
-hold such links; nothing is written through it (`molgen_energy.output.check_own_file`).
+Reading a pipe or a device need not end. A link to a file is read, since caches of downloaded
+weights hold such links; nothing is written through it (`molgen_energy.output.check_own_file`).
 """
 
 from __future__ import annotations
