@@ -106,7 +106,8 @@ def _hdf5_targets() -> list[Target]:
     return [
         *_hdf5("molecules", "molecules.h5", _evaluate("molecules.h5"),
                Command((*quick, "--data", "molecules.h5"))),
-        *_hdf5("molecules", "packed.h5", _evaluate("molecules.h5", "--reference", "packed.h5")),
+        *_hdf5("molecules", "packed.h5", _evaluate("packed.h5"),
+               _evaluate("molecules.h5", "--reference", "packed.h5")),
         *_hdf5("shapes", "shapes.h5", Command(("evaluate", "shapes.h5")), Command(shapes)),
         *_hdf5("shapes", "predicted.h5", Command(("evaluate", "predicted.h5"))),
         *_hdf5("spins", "spins.h5", Command(spins), predict),
