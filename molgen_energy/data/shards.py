@@ -62,7 +62,9 @@ Own = TypeVar("Own", bound="ShardFolder[Any]")
 
 
 def shards_folder(output: Path) -> Path:
-    """The folder of the finished shards of a file."""
+    """The folder of the finished shards of a file; raises `InputError` for a path without a name."""
+    if not output.name:
+        raise InputError(f"{output} is a folder; name a file")
     return output.with_name(f"{output.name}.shards")
 
 

@@ -424,6 +424,12 @@ def test_damaged_metrics(run, content, message):
 # Shards
 
 
+@pytest.mark.parametrize("name", [".", "/"])
+def test_shards_of_a_folder(name):
+    with pytest.raises(InputError, match="is a folder; name a file"):
+        ShardFolder(Path(name), "`sample`", SpinManifest, lead=False)
+
+
 def draw(generator: MoleculeGenerator, output: Path, only: int | None = None) -> None:
     """Draw the first shards of a job of twelve molecules, or all and write the file."""
     job = sampling._job(generator, 12, 4)
