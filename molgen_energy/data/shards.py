@@ -62,7 +62,7 @@ Own = TypeVar("Own", bound="ShardFolder[Any]")
 
 
 def shards_folder(output: Path) -> Path:
-    """The folder of the finished shards of a file; raises `InputError` for a path without a name."""
+    """The folder of the finished shards of a file; raises `InputError` where it has no name."""
     if not output.name:
         raise InputError(f"{output} is a folder; name a file")
     return output.with_name(f"{output.name}.shards")

@@ -343,6 +343,23 @@ def test_incomplete_checksums_of_pretrained_weights(tmp_path, content, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs files with holes")
+@pytest.mark.parametrize("name", ["ema.safetensors", "other"])
+def test_checksums_of_files_beyond_the_memory(tmp_path, name):
+    """Files that sampling does not read are not read for their sums either."""
+    folder = tmp_path / "weights"
+    shutil.copytree(next(iter(pretrained_weights().values())).path, folder)
+    with (folder / SUMS).open("a") as listed:
+        listed.write(f"{'0' * 64}  {name}\n")
+    with (folder / name).open("ab") as file:
+        file.truncate(1 << 43)
+    if name == "other":
+        load_checkpoint(folder)
+    else:
+        with pytest.raises(InputError, match=r"ema\.safetensors takes 8\.8 TB"):
+            load_checkpoint(folder)
+
+
 def test_pretrained_weights_without_checksums(tmp_path, monkeypatch):
     """A copy elsewhere is a checkpoint like others; among those that ship it is not complete."""
     folder = tmp_path / "weights" / "mine"
@@ -409,6 +426,7 @@ def test_a_command_says_it_in_one_line(cli_here, run):
         (b"step,skipped\n" + b"9" * 5000 + b",0\n", "row 1 has no step"),
         (b"step,skipped\n\xff,0\n", "is no table"),
         (b'step,skipped\n"' + b"1" * 200_000 + b'",0\n', "is no table"),
+        (b"step,skipped\n" + b"1," * 600_000, "a line of more than 1,048,576 characters"),
     ],
 )
 def test_damaged_metrics(run, content, message):
