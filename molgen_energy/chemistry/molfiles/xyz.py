@@ -395,7 +395,11 @@ def _is_number_alone(line: str) -> bool:
 
 def _resembles_atom(line: str | None) -> bool:
     """Whether a line is that of an atom, perhaps of a damaged one."""
-    line = (line or "")[:_MOST_WORDS]
+    return _has_coordinates((line or "")[:_MOST_WORDS])
+
+
+@lru_cache(maxsize=1000)  # small packed files can hold a million equal lines
+def _has_coordinates(line: str) -> bool:
     if _ATOM.fullmatch(line):
         return True
     first, *rest = line.split() or [""]
