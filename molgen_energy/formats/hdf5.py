@@ -388,7 +388,7 @@ class _Storage:
             raise self._error(f"chunks of {bytes_:,} bytes")
         filters = [self.properties.get_filter(k) for k in range(self.properties.get_nfilters())]
         if {code for code, *_ in filters} - _FILTERS:
-            raise self._error("a filter other than gzip and shuffle")
+            raise self._error("a filter other than gzip, shuffle and fletcher32")
         if self.spec.fill and not filters and not self.texts:
             return
         count = math.prod(-(-n // c) for n, c in zip(self.shape, chunk, strict=True))
