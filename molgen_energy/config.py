@@ -41,7 +41,7 @@ def _whole(value: Any) -> Any:
 
 Auto = Literal["auto"]
 Whole = Annotated[int, BeforeValidator(_whole)]
-PositiveInt = Annotated[Whole, Field(gt=0)]
+PositiveInt = Annotated[Whole, Field(gt=0, lt=2**63)]
 Layers = Annotated[Whole, Field(gt=0, le=1000)]
 """Layers of a network; its width is limited by the memory that is available."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -36,11 +36,11 @@ what was expected, and a remedy. [Prepare data](how_to/data.md) says how files o
 made, and [Security](../SECURITY.md) what files of other people can and cannot do.
 
 **HDF5 files.** Each data set lies in the file itself, in one piece or in chunks, uncompressed or
-with gzip and shuffle. Links, external storage, virtual data sets, named types, other filters, and
-chunks that are declared and not stored are refused. What is not declared is not read. Sizes are
-compared with those of the file and with the available memory before memory is taken. Numbers may
-have any size up to 64 bits and any order of bytes; the type below is what this package writes. In
-shapes a symbol stands for one number in the whole file, and `*` for any number.
+with gzip, shuffle and checksums. Links, external storage, virtual data sets, named types, other
+filters, and chunks that are declared and not stored are refused. What is not declared is not read.
+Sizes are compared with those of the file and with the available memory before memory is taken.
+Numbers may have any size up to 64 bits and any order of bytes; the type below is what this package
+writes. In shapes a symbol stands for one number in the whole file, and `*` for any number.
 
 **Archives.** An `.npz` is read without pickles, and no more of it than its headers declare.
 

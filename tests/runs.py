@@ -70,7 +70,7 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert theirs.keys() == ours.keys()
         for key in theirs:
             assert torch.equal(theirs[key], ours[key]), (name, key)
-    rows = [read_metrics(run / "metrics.csv") for run in (a, b)]
+    rows = [list(read_metrics(run / "metrics.csv")) for run in (a, b)]
     for row in (*rows[0], *rows[1]):
         del row["seconds"], row["samples_per_second"]
     assert rows[0] == rows[1]

@@ -89,6 +89,7 @@ def test_assignments():
             "condition.dropout=0.1",
             r"unknown config key 'condition\.dropout' \(valid: condition\.name",
         ),
+        ("training.steps=1e19", r"training\.steps: .*less than 9223372036854776000"),
         ("training.lr=fast", r"training\.lr: "),
         ("training.lr=-1", r"training\.lr: .*greater than 0"),
         ("training.lr=.nan", r"training\.lr: "),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import time
@@ -342,12 +343,8 @@ class _Job:
 
 
 def _parse_sizes(text: str) -> tuple[int, int]:
-    first, dash, last = text.partition("-")
-    try:
-        low = int(first)
-        high = int(last) if dash else low
-    except ValueError:
-        low, high = 0, 0
+    match = re.fullmatch(r"\s*([0-9]{1,18})\s*(?:-\s*([0-9]{1,18})\s*)?", text)
+    low, high = (0, 0) if match is None else (int(match[1]), int(match[2] or match[1]))
     if not 1 <= low <= high:
         raise InputError(f"--n-atoms {text}: expected a number such as 12, or a range such as 9-18")
     return low, high

@@ -62,7 +62,9 @@ Own = TypeVar("Own", bound="ShardFolder[Any]")
 
 
 def shards_folder(output: Path) -> Path:
-    """The folder of the finished shards of a file."""
+    """The folder of the finished shards of a file; raises `InputError` where it has no name."""
+    if not output.name:
+        raise InputError(f"{output} is a folder; name a file")
     return output.with_name(f"{output.name}.shards")
 
 
@@ -157,7 +159,7 @@ class ShardFolder(Generic[Job]):
         Raises
         ------
         InputError
-            It is a link, a pipe or a device, or too large for the memory.
+            It is a pipe or a device, or too large for the memory.
         """
         path = self.folder / name
         if not path.exists() and not path.is_symlink():

@@ -313,9 +313,10 @@ class SmilesFiles(ScreenedDataset):
 
 
 def _texts(lines: Lines) -> Iterator[str]:
-    """The lines, each a record of its own."""
+    """The lines, each a record of its own, with the empty ones before it."""
     while (line := lines.next()) is not None:
-        lines.begin_record()
+        if not line.isspace():
+            lines.begin_record()
         yield line
 
 

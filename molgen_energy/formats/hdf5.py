@@ -57,6 +57,8 @@ _CHUNK = 64 << 20  # bytes of a compressed chunk; this package writes 1 MB at mo
 _CACHE = 1 << 20  # bytes of chunks that stay in memory for each data set: one of this package
 _ATTRIBUTE = 1 << 20  # bytes
 _NUMBER = 8  # bytes; `long double` differs between machines
+_ADDRESS = 8  # bytes of an address, and of a size, in the file
+_CHECKSUM = 4  # bytes of Fletcher's checksum, at the end of a chunk
 _LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link to another file"}
 _LAYOUTS = {h5d.COMPACT: "a compact layout", h5d.VIRTUAL: "data of other files (virtual)"}
 _TYPES = {
@@ -68,6 +70,7 @@ _TYPES = {
     h5t.TypeOpaqueID: "bytes of an opaque type",
     h5t.TypeBitfieldID: "bit fields",
 }
+_FILTERS = {h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32}
 _NUMBERS = {"integer": "iu", "float": "iuf"}  # kinds of NumPy that an attribute may have
 _CLASSES = {"integer": h5t.TypeIntegerID, "float": h5t.TypeFloatID, "text": h5t.TypeStringID}
 
@@ -269,15 +272,15 @@ class HDF5File:
         if space.get_simple_extent_type() == h5s.NULL:
             raise self.differs(name, spec, "nothing")
         kind, shape = data.get_type(), space.shape
-        _ = kind.dtype  # raises where NumPy has no such numbers
         fits = isinstance(kind, _CLASSES[spec.kind]) and not kind.committed()
-        if spec.kind != "text":
-            fits = fits and kind.get_size() <= _NUMBER
+        if spec.kind != "text" and fits:
+            # Numbers of other bits than usual have no type of NumPy, which raises an error.
+            fits = kind.dtype.itemsize <= _NUMBER
         if not (fits and self._fits(shape, spec.shape)):
             raise self.differs(name, spec, f"{_type_text(kind)} {shape_text(shape)}")
         text = spec.kind == "text" and kind.is_variable_str()
         # A text of any length is a length, an address and a number.
-        item = sum(self._file.id.get_create_plist().get_sizes()[:1], 8) if text else kind.get_size()
+        item = 4 + _ADDRESS + 4 if text else kind.get_size()
         _Storage(self, name, spec, data, properties, shape, item, text).check()
 
     def _fits(self, shape: tuple[int, ...], declared: tuple[int | str, ...]) -> bool:
@@ -384,8 +387,8 @@ class _Storage:
         if bytes_ > _CHUNK:
             raise self._error(f"chunks of {bytes_:,} bytes")
         filters = [self.properties.get_filter(k) for k in range(self.properties.get_nfilters())]
-        if {code for code, *_ in filters} - {h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE}:
-            raise self._error("a filter other than gzip and shuffle")
+        if {code for code, *_ in filters} - _FILTERS:
+            raise self._error("a filter other than gzip, shuffle and fletcher32")
         if self.spec.fill and not filters and not self.texts:
             return
         count = math.prod(-(-n // c) for n, c in zip(self.shape, chunk, strict=True))
@@ -420,6 +423,8 @@ class _Storage:
                 content = inflate.decompress(content, size + 1)
                 if not inflate.eof:
                     raise self._error(f"a damaged chunk, or one of more than {size:,} bytes")
+            elif code == h5z.FILTER_FLETCHER32:
+                content = content[:-_CHECKSUM]
             elif self.texts:
                 if options[:1] != (self.item,) or len(content) != size:
                     raise self._error("a chunk that is shuffled in another way")

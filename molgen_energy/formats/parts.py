@@ -1,7 +1,7 @@
 """The parts of folders that this package writes: of runs, checkpoints and shards.
 
-A part is a file or folder of its own. A link could make reading or writing leave the folder, and
-reading a pipe or a device need not end.
+Reading a pipe or a device need not end. A link to a file is read, since caches of downloaded
+weights hold such links; nothing is written through it (`molgen_energy.output.check_own_file`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from molgen_energy.errors import InputError
 
 _KINDS = {
-    stat.S_IFLNK: "a link",
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
     stat.S_IFCHR: "a device",
@@ -22,20 +21,20 @@ _KINDS = {
 
 
 def has_part(path: Path) -> bool:
-    """Whether a path is a file, and not a link to one."""
-    return path.is_file() and not path.is_symlink()
+    """Whether a path is a file, or a link to one."""
+    return path.is_file()
 
 
 def check_part(path: Path) -> int:
-    """Check that a part is a file, and return its bytes.
+    """Check that a part is a file or a link to one, and return its bytes.
 
     Raises
     ------
     InputError
-        It does not exist, or is a link, a folder, a pipe or a device.
+        It does not exist, or is a folder, a pipe or a device, or a link to one or to nothing.
     """
     try:
-        found = path.lstat()
+        found = path.stat()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     if not stat.S_ISREG(found.st_mode):

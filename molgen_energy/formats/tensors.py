@@ -47,7 +47,7 @@ def read_tensors(path: Path, remedy: str, sha256: str | None = None) -> dict[str
     Parameters
     ----------
     path
-        The file; no link, pipe or device.
+        The file; no pipe or device.
     remedy
         For the end of messages.
     sha256

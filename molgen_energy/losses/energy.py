@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -76,7 +77,12 @@ class SpringsBetweenAtomsConfig(LossConfig):
             mean = 1.0
         elif scale == "auto":
             mean = self._mean_stiffness(samples)
-            scale = 1 / mean
+            scale = 1 / mean if mean else math.inf
+            if not 0 < scale < math.inf:
+                raise InputError(
+                    f"loss.springs.scale: {springs.family} springs between all pairs of the data "
+                    f"have the mean stiffness {mean:g}, so there is no scale; are distances in Å?"
+                )
         elif isinstance(scale, str):
             try:
                 scale = published_scale(SPRINGS[springs.family], scale)

@@ -150,6 +150,11 @@ STATISTICS = HDF5Format(
             "numbers that ascend", ("ranges/counts",), lambda counts: np.diff(counts) <= 0,
             at_opening=True,
         ),
+        Relation(
+            "as many atoms as in 'elements'", ("sizes", "elements"),
+            lambda sizes, elements: sizes @ np.arange(sizes.shape[1]) != elements.sum(axis=1),
+            at_opening=True,
+        ),
     ),
     remedy="install molgen-energy again",
 )  # fmt: skip

@@ -65,8 +65,8 @@ def check_network_memory(section: Any, *arguments: Any) -> None:
             count = one + (layers - 1) * (two - one)
         else:
             count = parameters()
-    except RuntimeError as error:
-        if "overflow" not in str(error):  # a network that cannot be built without memory
+    except (RuntimeError, TypeError) as error:
+        if "overflow" not in str(error).lower():  # a network that cannot be built without memory
             return
         count = 2**63
     what = f"model {section.name} with its {count:,} parameters"

@@ -47,6 +47,14 @@ class Examples:
         return Examples(self.inputs.to(device), self.targets.to(device))
 
 
+def training_indices(file: ArrayFile) -> NDArray[np.int64]:
+    """Numbers of the training samples; raises `InputError` where there is none."""
+    chosen = file.split_indices("train")
+    if not len(chosen):
+        raise InputError(f"{file.path} holds no training sample; make it with a larger train share")
+    return chosen
+
+
 class SupervisedTask:
     """Task of a network that predicts targets from inputs, for the training loop.
 
@@ -87,11 +95,7 @@ class SupervisedTask:
         loss: Callable[[Tensor, Examples, Tensor], Tensor],
         state: dict[str, Any],
     ) -> None:
-        in_train, in_valid = file.split_indices("train"), file.split_indices("valid")
-        if not len(in_train):
-            raise InputError(
-                f"{file.path} holds no training sample; make it with a larger train share"
-            )
+        in_train, in_valid = training_indices(file), file.split_indices("valid")
         if config.training.lr == "auto":
             raise InputError("training.lr: auto is not supported here; set a number")
         self.config = config.replaced({"data.path": portable_path(file.path)})

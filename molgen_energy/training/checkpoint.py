@@ -75,8 +75,7 @@ class Checkpoint:
         Raises
         ------
         InputError
-            The file is missing, a link, damaged, or not the one that was written; or a value is not
-            finite.
+            The file is missing, damaged, or not the one that was written; or a value is not finite.
         """
         if name in self.read:
             return dict(self.read[name])

@@ -5,19 +5,18 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from molgen_energy.errors import InputError
-from molgen_energy.formats.limits import check_memory
 from molgen_energy.formats.parts import check_part
 from molgen_energy.output import atomic_replace, open_to_append
 
-_MEMORY_FACTOR = 20  # of the rows in memory, by the size of the file
+_MOST_LINE = 1 << 20  # characters
 _BEFORE = ("step", "epoch", "loss")
 _AFTER = ("valid_loss", "gradient_norm", "lr", "samples_per_second", "seconds", "skipped")
 """Columns before and after the terms of the loss. `seconds` is training time, over all resumptions;
@@ -33,7 +32,7 @@ class MetricsLog:
     def __init__(self, run: Path, step: int, loss_terms: Sequence[str]) -> None:
         self._path = run / "metrics.csv"
         self._columns = (*_BEFORE, *loss_terms, *_AFTER)
-        rows = _rows_before(self._path, step) if self._path.exists() else []
+        rows = _rows_before(self._path, step) if self._path.exists() else ()
         with (
             atomic_replace(self._path, own=True) as output,
             output.temporary.open("w", newline="", encoding="utf-8") as file,
@@ -60,31 +59,39 @@ class MetricsLog:
             self._board.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Rows of a `metrics.csv` as strings by column; missing values are empty strings.
+def read_metrics(path: Path) -> Iterator[dict[str, str]]:
+    """Iterate over the rows of a `metrics.csv`: strings by column, empty ones where one is missing.
 
     Raises
     ------
     InputError
-        The file is a link, a pipe or a device, too large for the memory, or no table.
+        The file is a pipe or a device, or no table.
     """
-    remedy = f"mend {path.name}, or move it away"
-    size = check_part(path)
-    check_memory(_MEMORY_FACTOR * size, f"reading {path}", remedy)
+    check_part(path)
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+            yield from csv.DictReader(_lines(file))
     except (csv.Error, UnicodeError) as error:
-        raise InputError(f"{path} is no table ({error}); {remedy}") from error
+        raise InputError(
+            f"{path} is no table ({error}); mend {path.name}, or move it away"
+        ) from error
 
 
-def _rows_before(path: Path, step: int) -> list[dict[str, str]]:
+def _lines(file: IO[str]) -> Iterator[str]:
+    while line := file.readline(_MOST_LINE):
+        if len(line) == _MOST_LINE:
+            raise csv.Error(f"a line of more than {_MOST_LINE:,} characters")
+        yield line
+
+
+def _rows_before(path: Path, step: int) -> Iterator[dict[str, str]]:
     """The rows up to a step; a kill can leave half a last line, which is after the checkpoint."""
-    rows = [row for row in read_metrics(path) if row.get("skipped")]
+    rows = (row for row in read_metrics(path) if row.get("skipped"))
     for number, row in enumerate(rows, start=1):
         if re.fullmatch("[0-9]{1,18}", row.get("step") or "") is None:
             raise InputError(f"{path}: row {number} has no step; mend {path.name}, or move it away")
-    return [row for row in rows if int(row["step"]) <= step]
+        if int(row["step"]) <= step:
+            yield row
 
 
 def read_columns(path: Path) -> dict[str, NDArray[np.float64]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from molgen_energy.errors import InputError
+from molgen_energy.formats.limits import check_memory
 from molgen_energy.formats.parts import has_part, read_part
 from molgen_energy.formats.yaml import MOST_BYTES, load_yaml
 from molgen_energy.output import real_path, valid_unicode
@@ -117,9 +118,11 @@ def verify_checksums(folder: Path) -> None:
     missing = [name for name in CHECKED if name not in sums]
     if missing:
         raise InputError(f"{listed} lacks {', '.join(missing)}; {again}")
-    for name, digest in sums.items():
+    for name in CHECKED:
         file = folder / name
-        if not has_part(file) or _digest(file) != digest:
+        if has_part(file):
+            check_memory(file.stat().st_size, f"reading {file}", again)
+        if not has_part(file) or _digest(file) != sums[name]:
             raise InputError(
                 f"{file} is not the file that was released (its SHA-256 is not the one in "
                 f"{SUMS}); {again}"

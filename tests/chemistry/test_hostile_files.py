@@ -272,6 +272,15 @@ def test_lines_and_records_have_limits(tmp_path, monkeypatch, what, packing):
         assert reader.skipped_count == 1
 
 
+def test_empty_lines_of_a_list_of_smiles_have_a_limit(tmp_path, monkeypatch):
+    limits(monkeypatch)
+    path = tmp_path / "a.smi"
+    for between, fits in ((20_000, True), (40_000, False)):
+        path.write_text("C\n" + ("\n" * between + "O\n") * 2)
+        with contextlib.nullcontext() if fits else pytest.raises(InputError, match="23,437 lines"):
+            list(SmilesFiles(files=(path,))._rows(path))
+
+
 def test_records_below_the_limits_are_read_however_many_they_are(tmp_path, monkeypatch):
     limits(monkeypatch)
     count = 6000

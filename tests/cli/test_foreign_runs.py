@@ -343,6 +343,23 @@ def test_incomplete_checksums_of_pretrained_weights(tmp_path, content, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs files with holes")
+@pytest.mark.parametrize("name", ["ema.safetensors", "other"])
+def test_checksums_of_files_beyond_the_memory(tmp_path, name):
+    """Files that sampling does not read are not read for their sums either."""
+    folder = tmp_path / "weights"
+    shutil.copytree(next(iter(pretrained_weights().values())).path, folder)
+    with (folder / SUMS).open("a") as listed:
+        listed.write(f"{'0' * 64}  {name}\n")
+    with (folder / name).open("ab") as file:
+        file.truncate(1 << 43)
+    if name == "other":
+        load_checkpoint(folder)
+    else:
+        with pytest.raises(InputError, match=r"ema\.safetensors takes 8\.8 TB"):
+            load_checkpoint(folder)
+
+
 def test_pretrained_weights_without_checksums(tmp_path, monkeypatch):
     """A copy elsewhere is a checkpoint like others; among those that ship it is not complete."""
     folder = tmp_path / "weights" / "mine"
@@ -360,7 +377,7 @@ def test_pretrained_weights_without_checksums(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs links and pipes")
-@pytest.mark.parametrize("kind", ["pipe", "device", "link", "circle", "folder"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "nowhere", "circle", "folder"])
 @pytest.mark.parametrize("name", ["state.yaml", "config.yaml", "ema.safetensors"])
 def test_a_part_that_is_no_file(run, tmp_path, name, kind):
     path = last(run) / name
@@ -370,9 +387,26 @@ def test_a_part_that_is_no_file(run, tmp_path, name, kind):
     elif kind == "folder":
         path.mkdir()
     else:
-        target = {"device": "/dev/zero", "link": tmp_path / "elsewhere", "circle": path}[kind]
-        path.symlink_to(target)
+        path.symlink_to({"device": "/dev/zero", "nowhere": "absent", "circle": path}[kind])
     refused(run)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs links")
+def test_weights_of_a_cache_in_which_each_part_is_a_link(run, tmp_path):
+    """Downloads of Hugging Face's hub are links to files in a folder `blobs`."""
+    blobs, shipped = tmp_path / "blobs", next(iter(pretrained_weights().values())).path
+    blobs.mkdir()
+    for source in (last(run), shipped):
+        snapshot = tmp_path / "snapshots" / source.name
+        snapshot.mkdir(parents=True)
+        for path in source.iterdir():
+            shutil.copy(path, blobs / f"{source.name}-{path.name}")
+            (snapshot / path.name).symlink_to(f"../../blobs/{source.name}-{path.name}")
+        linked, own = (load_checkpoint(place, weights=["ema"]) for place in (snapshot, source))
+        assert linked.raw_config.values == own.raw_config.values
+        for name, tensor in own.read_tensors("ema").items():
+            assert torch.equal(linked.read_tensors("ema")[name], tensor)
+    sample_to(tmp_path / "out.sdf", 1, checkpoint=tmp_path / "snapshots/last", device="cpu")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs pipes")
@@ -392,6 +426,7 @@ def test_a_command_says_it_in_one_line(cli_here, run):
         (b"step,skipped\n" + b"9" * 5000 + b",0\n", "row 1 has no step"),
         (b"step,skipped\n\xff,0\n", "is no table"),
         (b'step,skipped\n"' + b"1" * 200_000 + b'",0\n', "is no table"),
+        (b"step,skipped\n" + b"1," * 600_000, "a line of more than 1,048,576 characters"),
     ],
 )
 def test_damaged_metrics(run, content, message):
@@ -405,6 +440,12 @@ def test_damaged_metrics(run, content, message):
 
 
 # Shards
+
+
+@pytest.mark.parametrize("name", [".", "/"])
+def test_shards_of_a_folder(name):
+    with pytest.raises(InputError, match="is a folder; name a file"):
+        ShardFolder(Path(name), "`sample`", SpinManifest, lead=False)
 
 
 def draw(generator: MoleculeGenerator, output: Path, only: int | None = None) -> None:

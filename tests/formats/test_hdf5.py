@@ -260,7 +260,6 @@ WHOLE = zlib.compress(np.ones((8, 3), "f4").tobytes())
         (compact, "'positions': expected .* found a compact layout"),
         (named_type, "'positions': expected .* found a named type"),
         (put("positions", np.ones((8, 3), "f4"), compression="lzf"), "a filter other than gzip"),
-        (put("positions", np.ones((8, 3), "f4"), fletcher32=True, chunks=(8, 3)), "a filter other"),
         (put("positions", None, shape=(8, 3), dtype="f4"), "found 0 of 96 bytes in the file"),
         (put("positions", None, shape=(8, 3), dtype="f4", chunks=(4, 3)), "found 0 of 2 chunks"),
         (put("atomic_numbers", None, shape=(10**9,), dtype="u1", chunks=(1000,)), "0 of 1,000,000"),
@@ -280,9 +279,42 @@ def test_data_must_be_in_the_file(edited, edit, message):
     assert re.search(message.replace("(", r"\(").replace(")", r"\)"), found), found
 
 
-def test_a_good_chunk_is_read(edited):
-    with MoleculeFile(edited(with_chunk(8, WHOLE))) as file:
+@pytest.mark.parametrize(
+    "edit",
+    [
+        with_chunk(8, WHOLE),
+        put("positions", np.ones((8, 3), "f4"), fletcher32=True, compression="gzip", shuffle=True),
+    ],
+    ids=["gzip", "with checksums"],
+)
+def test_a_good_chunk_is_read(edited, edit):
+    with MoleculeFile(edited(edit)) as file:
         assert (file.load().positions == 1).all()
+
+
+@pytest.mark.parametrize("length", [0, 2**63, 2**64 - 16])
+def test_a_heap_of_texts_that_does_not_end(tmp_path, content, length):
+    """The library would step over the free space for ever."""
+    content, path = bytearray(content), tmp_path / "a.h5"
+    place = content.index(b"GCOL") + 16
+    while content[place : place + 2] != bytes(2):
+        place += 16 + (int.from_bytes(content[place + 8 : place + 16], "little") + 7) // 8 * 8
+    content[place + 8 : place + 16] = length.to_bytes(8, "little")
+    path.write_bytes(content)
+    assert "the heap of texts at byte" in refused(path)
+
+
+def test_numbers_without_a_type_of_numpy(edited):
+    def odd(file):
+        del file["positions"]
+        kind = h5py.h5t.IEEE_F32LE.copy()
+        kind.set_ebias(65535)
+        space = h5py.h5s.create_simple((8, 3))
+        h5py.h5d.create(file.id, b"positions", kind, space).write(
+            h5py.h5s.ALL, h5py.h5s.ALL, np.ones((8, 3), "f4")
+        )
+
+    assert "data set 'positions' cannot be read" in refused(edited(odd))
 
 
 @pytest.mark.parametrize("packed", [None, False, True], ids=["in one piece", "chunks", "packed"])
@@ -402,6 +434,12 @@ def test_bytes_flipped_anywhere(tmp_path, content):
 # -- statistics of a reference --------------------------------------------------------------------
 
 
+def narrower_sizes(file):
+    sizes = file["sizes"][:, :-1]
+    del file["sizes"]
+    file["sizes"] = sizes
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -413,6 +451,7 @@ def test_bytes_flipped_anywhere(tmp_path, content):
         (lambda f: f["geometry/angle/C1C-C1H"].attrs.__setitem__("groups", [1] * 10),
          "'groups' of 'geometry/angle/C1C-C1H': expected 20000 in all"),
         (lambda f: f["ranges/counts"].__setitem__(3, 1), "record 3: .* numbers that ascend"),
+        (narrower_sizes, "'sizes': expected as many atoms as in 'elem"),
     ],
 )  # fmt: skip
 def test_statistics(tmp_path, edit, message):

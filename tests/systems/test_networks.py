@@ -42,7 +42,7 @@ def test_the_parameters_are_those_of_the_network(monkeypatch, case, layers):
 
 
 @CASES
-@pytest.mark.parametrize("width", [10**6, 10**9, 10**12, 2**63 - 1])
+@pytest.mark.parametrize("width", [10**6, 10**9, 10**12, 2**63 - 1, 10**30])
 def test_networks_beyond_the_memory_are_refused_at_once(monkeypatch, case, width):
     monkeypatch.setattr(networks, "_BYTES", 4000)  # also for a network as small as an MLP
     section, *arguments = case

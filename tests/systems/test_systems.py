@@ -30,6 +30,7 @@ from molgen_energy.cli import sample
 from molgen_energy.config import Config, RawConfig, Section, TrainingConfig, config_names
 from molgen_energy.data.arrays import ArrayFile, write_arrays
 from molgen_energy.data.shards import FORMAT, Manifest, ShardFolder
+from molgen_energy.data.splits import SPLITS
 from molgen_energy.datasets.base import Dataset, option
 from molgen_energy.diffusion.process import Diffusion, FlowMatching
 from molgen_energy.errors import InputError
@@ -270,6 +271,21 @@ def test_auto_is_resolved(tmp_path, monkeypatch):
     lacking = soft.replaced({"loss.springs.scale": "jodo"})
     with pytest.raises(InputError, match=r"loss\.springs\.scale: soft: .*set a number or auto"):
         ShapeSystem().task(lacking, CPU, no_progress)
+
+
+@pytest.mark.parametrize(
+    ("factor", "split", "message"),
+    [(1e30, "train", r"springs\.scale: .* mean stiffness 0"), (1, "test", "no training sample")],
+)
+def test_polygons_that_cannot_be_trained_on(tmp_path, factor, split, message):
+    path = tmp_path / "a.h5"
+    Polygons(count=4).write(path, no_progress)
+    with h5py.File(path, "r+") as file:
+        file["positions"][...] *= np.float32(factor)
+        file["split"][...] = SPLITS.index(split)
+    config = load_config("shapes_energy").replaced({"data.path": str(path)})
+    with pytest.raises(InputError, match=message):
+        ShapeSystem().task(config, torch.device("cpu"), no_progress)
 
 
 def test_configurations_of_format_2_are_upgraded():

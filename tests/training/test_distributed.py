@@ -53,7 +53,7 @@ def tensors_of(run: Path) -> torch.Tensor:
 
 
 def assert_close_runs(ours: Path, theirs: Path) -> None:
-    rows = [read_metrics(run / "metrics.csv") for run in (ours, theirs)]
+    rows = [list(read_metrics(run / "metrics.csv")) for run in (ours, theirs)]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
     terms = ("positions_loss", "elements_loss", "nuclear_charges_loss")
     for name in ("loss", *terms, "valid_loss", "gradient_norm"):

@@ -51,7 +51,7 @@ def test_it_resumes_and_becomes_a_run_of_the_present_format(tmp_path):
     assert watcher.steps == [5, 6] and np.isfinite(watcher.losses).all()
     assert summary.valid_loss is not None and np.isfinite(summary.valid_loss)
     assert load_checkpoint(run).state["format"] == FORMAT
-    rows = read_metrics(run / "metrics.csv")
+    rows = list(read_metrics(run / "metrics.csv"))
     assert [int(row["step"]) for row in rows] == [4, 6]
     assert rows[1]["positions_loss"] and not rows[0]["positions_loss"]
 

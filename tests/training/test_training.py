@@ -66,7 +66,7 @@ def test_run_directory(unbroken):
     assert config.data.elements == ["H", "C", "N", "O", "F"]
     assert isinstance(config.loss.springs.scale, float)
     assert config.data.in_memory is True
-    rows = read_metrics(unbroken / "metrics.csv")
+    rows = list(read_metrics(unbroken / "metrics.csv"))
     assert [int(row["step"]) for row in rows] == [3, 6, 9, 12]
     assert [bool(row["valid_loss"]) for row in rows] == [False, True, False, True]
     state = load_checkpoint(unbroken).state
@@ -268,7 +268,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
     assert torch.equal(seen[3], seen[5])
     assert not torch.equal(seen[5], seen[6])
     assert summary.skipped == 2
-    rows = read_metrics(tmp_path / "run" / "metrics.csv")
+    rows = list(read_metrics(tmp_path / "run" / "metrics.csv"))
     assert [row["skipped"] for row in rows] == ["0", "2", "2", "2"]
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "step 4 skipped: loss" in log and "norm of the gradient nan" in log
@@ -281,7 +281,9 @@ def test_low_precision_learns_alike(tmp_path):
     def curve(name, **changes):
         config = tiny(training__steps=60, training__log_every=6, **changes)
         train(MoleculeTask(config, CPU), tmp_path / name, Watcher())
-        return np.array([float(r["loss"]) for r in read_metrics(tmp_path / name / "metrics.csv")])
+        return np.array(
+            [float(r["loss"]) for r in list(read_metrics(tmp_path / name / "metrics.csv"))]
+        )
 
     exact = curve("exact")
     rough = curve("rough", training__low_precision=True)
@@ -353,7 +355,7 @@ def test_a_row_of_skipped_steps_only(tmp_path):
     spoil = lambda g: g * torch.nan if 3 <= len(watcher.steps) < 6 else g  # noqa: E731
     task.model.embed.weight.register_hook(spoil)
     train(task, tmp_path / "run", watcher)
-    rows = read_metrics(tmp_path / "run" / "metrics.csv")
+    rows = list(read_metrics(tmp_path / "run" / "metrics.csv"))
     assert [row["loss"] == "" for row in rows] == [False, True, False, False]
 
 
@@ -552,7 +554,7 @@ def test_further_terms_add_to_the_loss(tmp_path):
     alone = MoleculeTask(tiny(loss__name="mse", objective__position_weight=3.0), CPU)
     torch.testing.assert_close(alone.loss(model, batch, 7)["positions_loss"], thrice["mse_loss"])
     train(tasks[1], tmp_path / "run", Watcher())
-    assert "mse_loss" in read_metrics(tmp_path / "run" / "metrics.csv")[0]
+    assert "mse_loss" in next(read_metrics(tmp_path / "run" / "metrics.csv"))
 
 
 def test_terms_that_need_bonds_get_them(tmp_path):
@@ -596,7 +598,7 @@ def test_training_starts_from_the_weights_of_a_run(unbroken, tmp_path):
     config = tiny(training__initial_weights=str(unbroken), training__steps=1, loss__name="mse")
     task = MoleculeTask(config, CPU)
     train(task, tmp_path / "run", Watcher())
-    first = read_metrics(tmp_path / "run" / "metrics.csv")[0]
+    first = next(read_metrics(tmp_path / "run" / "metrics.csv"))
     expected = MoleculeTask(tiny(loss__name="mse"), CPU)
     load_checkpoint(unbroken).load_weights(expected.model, "ema")
     expected.model.train()
@@ -791,7 +793,7 @@ def test_a_run_of_format_2_resumes_to_the_same_weights(tmp_path):
         ours, theirs = weights(run, name), weights(tmp_path / "unbroken", name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    rows = read_metrics(run / "metrics.csv")
+    rows = list(read_metrics(run / "metrics.csv"))
     assert [row["step"] for row in rows] == ["3", "6", "9", "12"]
 
 
@@ -819,7 +821,7 @@ def test_metrics_with_other_columns(tmp_path):
     log = MetricsLog(tmp_path, 5, ("positions_loss",))
     log.write(step=6, epoch=0, loss=1.0, samples_per_second=310.0, seconds=10.0, skipped=0)
     log.close()
-    rows = read_metrics(tmp_path / "metrics.csv")
+    rows = list(read_metrics(tmp_path / "metrics.csv"))
     assert [row["samples_per_second"] for row in rows] == ["300", "310"]
     assert [row["loss"] for row in rows] == ["1.5", "1"]
     assert [row["positions_loss"] for row in rows] == ["", ""]

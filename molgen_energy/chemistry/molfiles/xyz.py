@@ -38,6 +38,7 @@ _MOST_AHEAD = 200_000  # lines; the end of a longer bad frame is not looked for 
 _FIRST_LOOK = 256  # lines of a long frame that are looked at before others
 _MOST_EMPTY = 100  # lines between two frames
 _MOST_ATOMS = 1_000_000
+_ATOM = re.compile(r"\s*[A-Za-z]{1,2}(?:\s+[-+]?[0-9]+(?:\.[0-9]+)?){3}\s*")  # most lines
 _MOST_VALUES = 10_000_000  # of all columns of a frame
 _MOST_WORDS = 1000  # characters in which the words of a line tell what it is
 _MOST_DECLARED = 4000  # characters of Properties
@@ -394,7 +395,13 @@ def _is_number_alone(line: str) -> bool:
 
 def _resembles_atom(line: str | None) -> bool:
     """Whether a line is that of an atom, perhaps of a damaged one."""
-    line = (line or "")[:_MOST_WORDS]
+    return _has_coordinates((line or "")[:_MOST_WORDS])
+
+
+@lru_cache(maxsize=1000)  # small packed files can hold a million equal lines
+def _has_coordinates(line: str) -> bool:
+    if _ATOM.fullmatch(line):
+        return True
     first, *rest = line.split() or [""]
     if len(rest) < (2 if first.isalpha() else 3) or qm9.fields_of_comment(line):
         return False

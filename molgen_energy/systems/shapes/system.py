@@ -36,6 +36,7 @@ from molgen_energy.systems.supervised import (
     SupervisedTask,
     check_loss,
     data_path,
+    training_indices,
     without_unknown_loss_keys,
 )
 from molgen_energy.training.checkpoint import Checkpoint
@@ -100,7 +101,7 @@ class ShapeSystem(System):
         path = data_path(config, self.name)
         file = read_polygons(path, "`molgen-energy preprocess shapes -o {path}`")
         positions, radius = file.columns["positions"], file.columns["radius"]
-        in_train = file.split_indices("train")
+        in_train = training_indices(file)
         config = _resolved(config, torch.from_numpy(positions[in_train[:_CALIBRATION_SIZE]]))
         loss: Loss = config.loss.build(seed=config.training.seed)
 
