@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import the module of a public name."""
     if name not in _MODULES:
-        raise AttributeError(f"module 'molgen_energy' has no attribute '{name}'")
+        message = f"module 'molgen_energy' has no attribute '{name}'"
+        # With both, Python's traceback says which name was probably meant.
+        raise AttributeError(message, name=name, obj=sys.modules[__name__])
     value = getattr(import_module(f"molgen_energy.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

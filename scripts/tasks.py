@@ -57,6 +57,15 @@ def environment_python() -> Path:
     return scripts / ("python.exe" if os.name == "nt" else "python")
 
 
+def is_installed(command: str) -> bool:
+    """Whether the environment has the module of a command."""
+    module = command.split()[0]
+    if (ROOT / f"{module.replace('.', '/')}.py").exists():
+        return True
+    find = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    return subprocess.run([environment_python(), "-c", find]).returncode == 0
+
+
 def main(tasks: list[str]) -> int:
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
@@ -77,6 +86,8 @@ def main(tasks: list[str]) -> int:
                 [environment_python(), "-m", *shlex.split(command)], cwd=ROOT, env=environment
             )
             if done.returncode:
+                if not is_installed(command):
+                    print("the environment lacks it; run `python scripts/tasks.py setup` first")
                 return done.returncode
     return 0
 

@@ -30,6 +30,12 @@ _SUMMARIES = {
     "info": "Show what is installed: versions, devices, extras, weights.",
 }
 
+# Where a name belongs that stands alone behind a command.
+_OPTIONS_OF_NAMES = {
+    "sample": ": name a run or weights with --checkpoint, a file with -o",
+    "train": ": name data with --data, a configuration with --config",
+}
+
 
 class _Commands(HelpfulGroup):
     """All commands. Bad usage, which Typer reports in a box, is one line as other bad input."""
@@ -73,6 +79,8 @@ def _usage_errors() -> Iterator[None]:
         context = getattr(error, "ctx", None)
         where = "" if context is None else f" (see {context.command_path} --help)"
         message = " ".join(text.split()).rstrip(".")
+        if context is not None and "unexpected extra argument" in message:
+            message += _OPTIONS_OF_NAMES.get(context.info_name, "")
         _report(InputError(message[:1].lower() + message[1:] + where))
 
 

@@ -282,6 +282,12 @@ class ThrottledLog:
             say(text)
 
 
+def time_left(bar: Progress) -> str:
+    """What the bar of one task estimates, to end a sentence; empty before it can."""
+    seconds = bar.tasks[0].time_remaining
+    return f", about {duration(seconds)} left" if seconds else ""
+
+
 def progress_bar(*columns: str, transient: bool = False) -> Progress:
     """A progress bar with counts, times and the named task fields; hidden without a terminal."""
     return Progress(

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 import typer
 
 from molgen_energy.cli.common import OVERWRITE, check_output, checkpoints, one_of
-from molgen_energy.cli.console import INTERRUPTED, ThrottledLog, progress_bar, say, show_pairs, warn
+from molgen_energy.cli.console import (
+    INTERRUPTED,
+    ThrottledLog,
+    progress_bar,
+    say,
+    show_pairs,
+    time_left,
+    warn,
+)
 from molgen_energy.distributed import is_main, world_size
 from molgen_energy.errors import InputError, counted
 
@@ -304,7 +312,9 @@ class SamplingBar:
         rate = f"{self._done / (time.perf_counter() - self._began):.2f} {self._samples}/s"
         there = self._before + self._done
         self._bar.update(self._handle, completed=round(there), rate=rate)
-        self._log.say(f"{there:,.0f} {self._samples}, {rate}")
+        self._log.say(
+            f"{there:,.0f} of {self._total:,} {self._samples}, {rate}{time_left(self._bar)}"
+        )
 
 
 class _Job:

@@ -17,6 +17,7 @@ from molgen_energy.cli.console import (
     progress_bar,
     say,
     show,
+    time_left,
     warn,
 )
 from molgen_energy.distributed import world_size
@@ -237,7 +238,7 @@ class _Bars:
         assert self._bar is not None and self._handle is not None
         shown, rate = f"loss {loss:.4f}", f"{samples_per_second:,.0f} {self._samples}/s"
         self._bar.update(self._handle, completed=step, loss=shown, rate=rate)
-        self._log.say(f"step {step:,} of {steps:,}, {shown}, {rate}")
+        self._log.say(f"step {step:,} of {steps:,}, {shown}, {rate}{time_left(self._bar)}")
 
 
 def _show_cost(cost: TrainingCost) -> None:

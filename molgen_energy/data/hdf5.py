@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -464,6 +465,15 @@ class MoleculeFile:
 
     def __init__(self, path: Path) -> None:
         remedy = "`molgen-energy preprocess qm9 -o {path}` or from your own SDF or XYZ file"
+        if (
+            path.suffix.lower() not in (".h5", ".hdf5")
+            and path.is_file()
+            and not h5py.is_hdf5(path)
+        ):
+            raise InputError(
+                f"{path} is no HDF5 file; if it holds molecules, make one with "
+                f"`molgen-energy preprocess {shlex.quote(str(path))}`"
+            )
         self._file = open_hdf5(path, MOLECULES, remedy)
         self.path = path
         try:

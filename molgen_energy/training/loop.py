@@ -470,6 +470,7 @@ class _Trainer:
                 alone = world_size() == 1 and interrupted.is_set()
                 if (stop or alone) and not last:
                     self._save("last")
+                    self._draw()
                     self._log(f"interrupted at step {self.at.step}")
                     raise TrainingInterrupted(
                         f"stopped at step {self.at.step} of {self.steps}", self.folder

@@ -303,6 +303,7 @@ def test_skip_bad(cli_here, tmp_path):
 
 
 BAD = {
+    "molecules for training": (("train", "--data", "good.xyz"), "energy preprocess good.xyz`"),
     "unknown loss": (("train", "--loss", "enrgy"), "did you mean 'energy'"),
     "unknown springs": (("train", "--springs", "soft"), "unknown spring family 'soft'"),
     "springs without energy": (("train", "--loss", "mse", "--springs", "inverse"), "goes with"),

@@ -134,6 +134,7 @@ def test_the_shell_completes(tmp_path, words, expected):
         (("train", "--los", "mse"), "error: no such option: --los"),
         (("trian",), "error: no such command 'trian'"),
         (("train", "--steps", "few"), "error: invalid value for '--steps'"),
+        (("sample", "qm9_mse"), "error: got unexpected extra argument(s) (qm9_mse): name a run or"),
         (("evaluate",), "error: missing argument 'FILE…'"),
         (("-v", "train", "-q"), "error: -v and -q exclude each other; leave out one"),
     ],

@@ -20,7 +20,7 @@ from runs import tiny
 from molgen_energy.api.preprocess import preprocess
 from molgen_energy.api.train import train
 from molgen_energy.cli import console, main
-from molgen_energy.cli.console import progress_bar, say, show, warn
+from molgen_energy.cli.console import progress_bar, say, show, time_left, warn
 
 EVIL = "\x1b]0;title\x07\x1b[2J\x9b31m[red]\u202e[/nothing]"
 SHOWN = r"\x1b]0;title\x07\x1b[2J\x9b31m[red]\u202e[/nothing]"
@@ -190,6 +190,18 @@ def test_bars_and_lines_show_control_characters(terminal, capsys):
     assert "\x07" not in terminal.getvalue()
     show(EVIL)
     assert capsys.readouterr().out == f"{SHOWN}\n"
+
+
+def test_the_time_left_is_that_of_the_speed():
+    bar, clock = progress_bar(), iter([0.0, 10.0, 20.0, 20.0, 20.0])
+    bar.get_time = lambda: next(clock, 20.0)
+    task = bar.add_task("training", total=100)
+    assert time_left(bar) == ""
+    for done in (5, 10):
+        bar.update(task, completed=done)
+    assert time_left(bar) == ", about 3.0 minutes left"  # 90 steps at 0.5 a second
+    bar.update(task, completed=100)
+    assert time_left(bar) == ""
 
 
 def test_a_line_keeps_its_beginning_and_its_remedy(terminal):

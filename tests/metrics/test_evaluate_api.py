@@ -85,6 +85,7 @@ def test_a_report_as_text_dictionary_and_folder(sdf, tmp_path):
     assert "passes all checks" in str(report)
     assert "novelty against QM9's 100,000 training molecules" in str(report)
     assert max(map(len, report.table(width=90).splitlines())) <= 90
+    assert repr(report) == f"Report of {sdf.name} (40); print it for the table"
     values = report.to_dict()
     assert values["files"][0]["molecules"] == 40
     assert values["subset"] == 10

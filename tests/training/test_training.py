@@ -91,6 +91,7 @@ def test_interrupted_and_resumed_equals_unbroken(unbroken, tmp_path, at):
     with pytest.raises(TrainingInterrupted, match=f"step {at} of 12"):
         train(MoleculeTask(tiny(), CPU), run, watcher)
     assert watcher.steps[-1] == at
+    assert (run / "curves.svg").exists() == (at >= 3)  # from the first row on
     resumed = Watcher()
     train(MoleculeTask(config_of(run), CPU), run, resumed, resume=True)
     assert resumed.steps == list(range(at + 1, 13))

@@ -113,7 +113,7 @@ class ReportBlock:
     """Draws the content; called when the page is written."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """Metrics of one or more files, beside those of reference data if there are any.
 
@@ -191,6 +191,10 @@ class Report:
         from molgen_energy.metrics.report.table import plain_tables
 
         return plain_tables(self, width)
+
+    def __repr__(self) -> str:
+        files = ", ".join(f"{file.name} ({file.count:,})" for file in self.files)
+        return f"Report of {files}; print it for the table"
 
     def __str__(self) -> str:
         lines = [self.summary]
