@@ -18,8 +18,8 @@ from typing import Any
 # ruff: noqa: E402
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"
-# Rich takes them once, when a console is made. The library readline puts them into the environment of
-# processes that pytest starts.
+# Rich takes them once, when a console is made. The library readline puts them into the environment
+# of processes that pytest starts.
 for _name in ("COLUMNS", "LINES"):
     os.environ.pop(_name, None)
 
