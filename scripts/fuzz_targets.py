@@ -123,7 +123,7 @@ def _config(system: str) -> Callable[[Any], bool]:
         if not isinstance(tree, dict):
             return False
         try:
-            SYSTEMS[system].config.of(RawConfig("", tree))
+            SYSTEMS[system].config.of(RawConfig("", {"name": "file", **tree}))
         except InputError:
             return False
         return True
