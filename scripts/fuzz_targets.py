@@ -132,17 +132,11 @@ def _config(system: str) -> Callable[[Any], bool]:
 
 
 def _schema(name: str) -> Callable[[Any], bool]:
-    """Whether a tree is what a declaration says; manifests have two keys of all jobs as well."""
-    common = {"format": 2, "command": None} if name.startswith("manifest") else {}
+    """Whether a tree is what a declaration says."""
 
     def accepts(tree: Any) -> bool:
-        if not isinstance(tree, dict) or not common.keys() <= tree.keys():
-            return False
-        if common and tree["format"] != common["format"]:
-            return False
-        own = {key: value for key, value in tree.items() if key not in common}
         try:
-            validate_as(FORMATS[name].schema, own, "", "")
+            validate_as(FORMATS[name].schema, tree, "", "")
         except InputError:
             return False
         return True
