@@ -28,9 +28,9 @@ import pytest
 import torch
 from rdkit import Chem
 from rdkit.Chem import AllChem
+from runs import run_command
 
 from molgen_energy.chemistry.bonds import perceive
-from molgen_energy.cli import main
 from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.data.molecules import Molecule, Molecules, offsets_from_sizes
 from molgen_energy.resources import asset
@@ -112,16 +112,10 @@ def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
     def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(sys, "argv", ["molgen-energy", *map(str, arguments)])
-        handler = signal.getsignal(signal.SIGTERM)
         capfd.readouterr()
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, handler)
+        ended = run_command(arguments, monkeypatch)
         stdout, stderr = capfd.readouterr()
-        assert (ended.value.code or 0) == code, f"exit {ended.value.code}\n{stdout}\n{stderr}"
+        assert ended == code, f"exit {ended}\n{stdout}\n{stderr}"
         assert "Traceback" not in stderr
         return subprocess.CompletedProcess(sys.argv, code, stdout, stderr)
 

@@ -1,21 +1,39 @@
-"""Short runs on molecules that several tests train, watch and compare."""
+"""Commands in the process of the tests, and short runs that several tests train and compare."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import pytest
 import safetensors.torch
 import torch
 import yaml
 
+from molgen_energy.cli import main
 from molgen_energy.config import Config
 from molgen_energy.systems.registry import load_config
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.metrics import read_metrics
 
 CPU = torch.device("cpu")
+
+
+def run_command(arguments: Iterable[object], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run the command line in this process, as `molgen-energy` does; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["molgen-energy", *map(str, arguments)])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return int(ended.value.code or 0)
+
+
 TINY = {
     "model.layers": 2,
     "model.width": 16,

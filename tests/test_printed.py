@@ -12,7 +12,6 @@ import re
 import runpy
 import shlex
 import shutil
-import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +20,11 @@ import numpy as np
 import pytest
 import torch
 from rdkit import Chem
+from runs import run_command
 
 import molgen_energy
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.convert import to_rdkit
-from molgen_energy.cli import main
 from molgen_energy.config import config_names
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.models import MODELS
@@ -132,15 +131,11 @@ def here(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line, in this process."""
-    monkeypatch.setattr(sys, "argv", ["molgen-energy", *arguments])
-    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    threads = torch.get_num_threads()
     try:
-        with pytest.raises(SystemExit) as ended:
-            main()
+        assert run_command(arguments, monkeypatch) == 0, arguments
     finally:
-        signal.signal(signal.SIGTERM, handler)
         torch.set_num_threads(threads)
-    assert ended.value.code in (None, 0), arguments
 
 
 def shortened(arguments: list[str]) -> list[str]:

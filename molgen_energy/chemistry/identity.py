@@ -7,7 +7,12 @@ from typing import NamedTuple
 from rdkit import Chem, rdBase
 from rdkit.Chem.Scaffolds import MurckoScaffold
 
-from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS, build, max_neighbours
+from molgen_energy.chemistry.rdkit import (
+    MAX_NEIGHBOURS,
+    build,
+    lacks_hydrogens,
+    max_neighbours,
+)
 from molgen_energy.data.molecules import Molecule, Molecules
 
 
@@ -39,10 +44,7 @@ def identify(molecule: Molecule) -> Identity:
     with rdBase.BlockLogs():
         try:
             Chem.SanitizeMol(built)
-            incomplete = any(
-                atom.GetTotalNumHs() > 0 or atom.GetNumRadicalElectrons() > 0
-                for atom in built.GetAtoms()
-            )
+            incomplete = any(lacks_hydrogens(atom) for atom in built.GetAtoms())
             heavy = Chem.RemoveHs(built)
             smiles = Chem.MolToSmiles(heavy, isomericSmiles=False)
             core = MurckoScaffold.GetScaffoldForMol(heavy)  # type: ignore[no-untyped-call]

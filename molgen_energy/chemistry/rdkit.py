@@ -146,7 +146,7 @@ def sanitize(
     with rdBase.BlockLogs():
         try:
             Chem.SanitizeMol(built)
-            missing = any(_lacks_hydrogens(atom) for atom in built.GetAtoms())
+            missing = any(lacks_hydrogens(atom) for atom in built.GetAtoms())
             largest = built
             if fragments > 1:  # `GetMolFrags(asMols=True)` takes an hour for 20,000 fragments
                 largest = build(_part(molecule, max(parts, key=len)))
@@ -179,7 +179,8 @@ def short_smiles(smiles: str) -> str:
     return smiles if parsed is None else str(Chem.MolToSmiles(parsed))
 
 
-def _lacks_hydrogens(atom: Chem.Atom) -> bool:
+def lacks_hydrogens(atom: Chem.Atom) -> bool:
+    """Whether an atom of a sanitised molecule needs implicit hydrogens or radical electrons."""
     return bool(atom.GetTotalNumHs() > 0 or atom.GetNumRadicalElectrons() > 0)
 
 
@@ -208,7 +209,7 @@ def _unstable_atoms(
     unstable = _sulfuranides(molecule)
     if sanitized is not None:
         if hydrogens_missing:
-            unstable |= {a.GetIdx() for a in sanitized.GetAtoms() if _lacks_hydrogens(a)}
+            unstable |= {a.GetIdx() for a in sanitized.GetAtoms() if lacks_hydrogens(a)}
         charges = [atom.GetFormalCharge() for atom in sanitized.GetAtoms()]
         given = molecule.formal_charges
         if charges == ([0] * len(charges) if given is None else given.tolist()):

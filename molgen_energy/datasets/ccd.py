@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -119,19 +119,13 @@ class ChemicalComponents(RandomSplitDataset):
                     continue
                 molecules = part.select(kept)
                 names = [found[k] for k in kept.tolist()]
+                numbered = [groups.setdefault(self._group(one), len(groups)) for one in names]
                 yield MoleculeChunk(
                     numbers[kept] + 1,
-                    Molecules(
-                        molecules.positions,
-                        molecules.atomic_numbers,
-                        molecules.offsets,
-                        molecules.formal_charges,
-                        molecules.bonds,
-                        np.array([one.smiles for one in names], object),
-                        groups=np.array(
-                            [groups.setdefault(self._group(one), len(groups)) for one in names],
-                            np.int64,
-                        ),
+                    replace(
+                        molecules,
+                        smiles=np.array([one.smiles for one in names], object),
+                        groups=np.array(numbered, np.int64),
                     ),
                 )
 

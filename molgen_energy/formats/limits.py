@@ -17,11 +17,21 @@ _MEMINFO = Path("/proc/meminfo")
 def available_memory() -> int:
     """Bytes that this process can still take: the least of the limits that the system states.
 
-    These are the available memory of the machine, the limit of its control group and the limit of
-    its address space. 4 GiB where the system states none.
+    These are `machine_memory` and the limit of its address space. 4 GiB where the system states
+    none.
     """
-    stated = [_machine(), _control_group(), _address_space()]
+    stated = [machine_memory(), _address_space()]
     return min((size for size in stated if size is not None), default=_UNKNOWN)
+
+
+def machine_memory() -> int | None:
+    """Bytes that the machine and the control group of this process still have.
+
+    The least of the available memory of Linux and the rest of the limit of the control group; None
+    where the system states neither.
+    """
+    stated = [_machine(), _control_group()]
+    return min((size for size in stated if size is not None), default=None)
 
 
 def check_memory(size: int, what: str, remedy: str) -> None:
@@ -34,21 +44,32 @@ def check_memory(size: int, what: str, remedy: str) -> None:
 
 
 def _machine() -> int | None:
-    try:
-        for line in _MEMINFO.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    except (OSError, ValueError, IndexError):  # another system
-        pass
+    for line in system_text(_MEMINFO).splitlines():  # empty on another system
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
     return None
 
 
 def _control_group() -> int | None:
-    path = next((path for path in _CGROUP_LIMITS if path.is_file()), None)
-    try:
-        return None if path is None else int(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):  # `max` is no limit
+    path = next(filter(system_text, _CGROUP_LIMITS), _CGROUP_LIMITS[0])
+    limit = system_text(path)
+    if not limit.isdigit():  # there is none, or `max`, which is no limit
         return None
+    used = system_text(path.with_name("memory.current"))
+    if not used.isdigit():
+        return int(limit)
+    # Cached pages of files count as used, but are freed when memory is needed.
+    parts = dict(line.split() for line in system_text(path.with_name("memory.stat")).splitlines())
+    cache = int(parts.get("inactive_file", 0)) + int(parts.get("slab_reclaimable", 0))
+    return max(0, int(limit) - int(used) + cache)
+
+
+def system_text(path: Path) -> str:
+    """What a file of the system such as /proc/cpuinfo holds; empty without it."""
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def _address_space() -> int | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from molgen_energy.errors import InputError
+from molgen_energy.formats.limits import machine_memory, system_text
 
 
 def choose_device(name: str) -> torch.device:
@@ -38,7 +39,7 @@ def _multiply_by_onednn() -> None:
     MKL uses half of the vector units of AMD processors with AVX-512. PyTorch uses oneDNN if lower
     precision is allowed; oneDNN lowers the precision of float32 only on processors with AMX.
     """
-    by_amd = "AuthenticAMD" in _text("/proc/cpuinfo")
+    by_amd = "AuthenticAMD" in system_text(Path("/proc/cpuinfo"))
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
     if by_amd and not amx and torch.backends.cpu.get_cpu_capability() == "AVX512":
         torch.set_float32_matmul_precision("medium")
@@ -59,15 +60,10 @@ def available_memory(device: torch.device) -> int | None:
     found = []
     if device.type == "cuda":
         found.append(torch.cuda.mem_get_info(device)[0])
-    lines = _text("/proc/meminfo").splitlines()
-    found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    limit, used = (_text(f"/sys/fs/cgroup/memory.{what}").strip() for what in ("max", "current"))
-    if limit.isdigit() and used.isdigit():
-        # Cached pages of files count as used, but are freed when memory is needed.
-        parts = dict(line.split() for line in _text("/sys/fs/cgroup/memory.stat").splitlines())
-        cache = int(parts.get("inactive_file", 0)) + int(parts.get("slab_reclaimable", 0))
-        found.append(max(0, int(limit) - int(used) + cache))
-    if not lines and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+    machine = machine_memory()
+    if machine is not None:
+        found.append(machine)
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(found, default=None)
 
@@ -85,10 +81,3 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="ascii")
-    except OSError:
-        return ""

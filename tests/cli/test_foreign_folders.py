@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import sys
 from pathlib import Path
 
 import pytest
-from runs import tiny
+from runs import run_command, tiny
 
 from molgen_energy.api.train import train
-from molgen_energy.cli import main
 from molgen_energy.systems.molecules import sampling
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs links and pipes")
@@ -39,14 +36,7 @@ def here(tmp_path, monkeypatch, capsys):
 
     def run(*arguments: object) -> tuple[int, str]:
         capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["molgen-energy", *map(str, arguments)])
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        return int(ended.value.code or 0), capsys.readouterr().err
+        return run_command(arguments, monkeypatch), capsys.readouterr().err
 
     return run
 

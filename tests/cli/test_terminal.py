@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +14,11 @@ from pathlib import Path
 import h5py
 import pytest
 import yaml
-from runs import tiny
+from runs import run_command, tiny
 
 from molgen_energy.api.preprocess import preprocess
 from molgen_energy.api.train import train
-from molgen_energy.cli import console, main
+from molgen_energy.cli import console
 from molgen_energy.cli.console import progress_bar, say, show, time_left, warn
 
 EVIL = "\x1b]0;title\x07\x1b[2J\x9b31m[red]\u202e[/nothing]"
@@ -39,17 +38,11 @@ def here(tmp_path, monkeypatch, capsys):
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["molgen-energy", *map(str, arguments)])
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, handler)
+        code = run_command(arguments, monkeypatch)
         shown = capsys.readouterr()
         for text in shown:
             assert not RAW.search(text), text
-        return int(ended.value.code or 0), shown.out, shown.err
+        return code, shown.out, shown.err
 
     return run
 

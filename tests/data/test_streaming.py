@@ -29,6 +29,7 @@ from molgen_energy.data.batches import (
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.errors import InputError
+from molgen_energy.formats import limits
 from molgen_energy.systems.molecules import task as system
 from molgen_energy.systems.molecules.task import MoleculeTask
 from molgen_energy.training import devices
@@ -488,7 +489,7 @@ def test_pages_of_files_are_no_memory_in_use(monkeypatch):
         "/sys/fs/cgroup/memory.current": "7900000000\n",
         "/sys/fs/cgroup/memory.stat": "anon 1000000000\ninactive_file 6500000000\n",
     }
-    monkeypatch.setattr(devices, "_text", lambda path: files.get(path, ""))
+    monkeypatch.setattr(limits, "system_text", lambda path: files.get(str(path), "").strip())
     assert devices.available_memory(CPU) == 6_600_000_000
 
 

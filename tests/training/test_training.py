@@ -840,7 +840,7 @@ def test_metrics_with_other_columns(tmp_path):
 )
 def test_products_by_onednn(monkeypatch, processor, capability, amx, expected):
     before = torch.get_float32_matmul_precision()
-    monkeypatch.setattr(devices, "_text", lambda path: f"vendor_id : {processor}")
+    monkeypatch.setattr(devices, "system_text", lambda path: f"vendor_id : {processor}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     try:
