@@ -4,11 +4,11 @@
     python scripts/measure_weights.py            # draw what is missing, evaluate, write
     python scripts/measure_weights.py --write    # only texts and pictures, from what is measured
 
-For each of `assets/weights/`: 10,000 samples of seed 0, evaluated by every metric (`report.json`),
-and for the default also quality by sampler and steps (`steps.csv`). From these files come the
-cards, the pictures, and the tables of the README and of `docs/results/index.md`. Samples stay in
---work; those that exist, or that have a row in `steps.csv`, are not drawn again. `--write` needs
-none.
+For each of `assets/weights/`: samples of seed 0 (10,000 of QM9's, 1,000 of the larger molecules of
+`ccd`), evaluated by every metric (`report.json`), and for the default also quality by sampler and
+steps (`steps.csv`). From these files come the cards, the pictures, and the tables of the README and
+of `docs/results/`. Samples stay in --work; those that exist, or that have a row in `steps.csv`, are
+not drawn again. `--write` needs none. --only takes weights by the beginning of their names.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,8 @@ from molgen_energy.training.pretrained import DEFAULT, SUMS, PretrainedWeights, 
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
-SAMPLES, FEW = 10_000, 2_000
-COLUMNS, ROWS = 6, 2  # of the picture of molecules
-BINS = ((3, 14), (15, 16), (17, 18), (19, 20), (21, 29))  # atoms
+FEW = 2_000
+COLUMNS, ROWS = 6, 2  # of a picture of molecules
 STEPS = {
     ("ancestral", "quadratic"): (20, 50, 100),
     ("ancestral", "log"): (10, 20, 50, 100, 200),
@@ -57,6 +57,7 @@ STEPS = {
     ("dpm++", "log"): (10, 20, 50),
     ("ddim", "log"): (20, 50),
 }  # by sampler and spacing of its levels
+STABILITY = ("molecule_stability", "atom_stability")
 MEASURED = ("molecule_stability", "atom_stability", "validity", "fcd")  # by steps
 
 # Kaba et al., NeurIPS 2025, table of QM9, GDM-aug.
@@ -76,11 +77,61 @@ RATES = {
     "novelty": "novel, %",
     "connected": "connected, %",
 }
-TABLES = {
-    "README.md": ("molecule_stability", "atom_stability", "validity"),
-    "docs/results/index.md": tuple(RATES),
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """What differs between weights of different data."""
+
+    data: str
+    """The data in a sentence."""
+    samples: int
+    """How many are drawn and evaluated."""
+    bins: tuple[tuple[int, int], ...]
+    """Numbers of atoms that stability is given for."""
+    tables: dict[str, tuple[str, ...]]
+    """Pages with a table of the weights, and the rates that it has."""
+    training: str
+    """The training molecules, in the card."""
+    limits: str
+    """What the weights do not know, in the card."""
+    curves: str
+    """Picture of the validation losses."""
+    paper: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Published rates by loss."""
+    valences: tuple[str, ...] = ()
+    """Further tables of valences that stability is measured with."""
+
+
+FAMILIES = {
+    "qm9": Family(
+        data="QM9",
+        samples=10_000,
+        bins=((3, 14), (15, 16), (17, 18), (19, 20), (21, 29)),
+        tables={
+            "README.md": ("molecule_stability", "atom_stability", "validity"),
+            "docs/results/index.md": tuple(RATES),
+        },
+        training="training molecules of EDM's split; no other molecule was seen",
+        limits="H, C, N, O and F, 3 to 29 atoms, neutral closed-shell minima of B3LYP as in QM9: "
+        "no ions, no larger molecules; other numbers of atoms are extrapolated.",
+        curves="weights.png",
+        paper=PAPER,
+    ),
+    "ccd": Family(
+        data="CCD",
+        samples=1_000,
+        bins=((5, 25), (26, 40), (41, 55), (56, 75), (76, 181)),
+        tables={"docs/results/drug_like.md": tuple(RATES)},
+        training="training molecules, split by scaffold",
+        limits="H, C, N, O, F, P, S, Cl, Br and I, 5 to 181 atoms, as ligands of the Protein Data "
+        "Bank in the geometry of a program, not of a minimum. Formal charges are not sampled: "
+        "an ion of the data appears as a molecule of odd valence.",
+        curves="weights_ccd.png",
+        valences=("geom",),
+    ),
 }
-"""Pages with a table of the weights, and the rates that it has."""
+"""By the beginning of the names of weights."""
 MORE_RATES = {
     "complete": "valid and of one fragment, %",
     "valid_unique": "valid × unique, %",
@@ -118,10 +169,15 @@ def main() -> None:
     parser.add_argument("--sample", action="store_true", help="only draw")
     parser.add_argument("--write", action="store_true", help="only write, from what is measured")
     parser.add_argument("--work", type=Path, default=Path("weights"), help="folder of samples")
+    parser.add_argument("--only", default="", help="only weights whose names begin with this")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     with exit_on_error():
-        weights = pretrained_weights()
+        weights = {
+            name: one
+            for name, one in pretrained_weights().items()
+            if name.startswith(arguments.only)
+        }
         if not arguments.write:
             arguments.work.mkdir(parents=True, exist_ok=True)
             files = drawn(weights, arguments.work, choose_device(arguments.device))
@@ -130,15 +186,31 @@ def main() -> None:
         if not arguments.write:
             for one in weights.values():
                 evaluate_samples(one, files[one.name][0])
-            evaluate_steps(weights[DEFAULT], files[DEFAULT][1:])
-            draw_samples(files[DEFAULT][0])
-        draw_curves(weights)
+            if DEFAULT in weights:
+                evaluate_steps(weights[DEFAULT], files[DEFAULT][1:])
+                draw_samples(files[DEFAULT][0])
         for one in weights.values():
             write_text(one.path / "card.md", card(one))
-        for page, columns in TABLES.items():
-            path = ROOT / page
-            text = with_table(path.read_text(encoding="utf-8"), table(weights, columns))
-            write_text(path, text)
+        for family, members in families(weights).items():
+            draw_curves(family, members)
+            for page, columns in family.tables.items():
+                path = ROOT / page
+                text = with_table(path.read_text("utf-8"), table(family, members, columns))
+                write_text(path, text)
+
+
+def family_of(weights: PretrainedWeights) -> Family:
+    return FAMILIES[weights.name.partition("_")[0]]
+
+
+def families(
+    weights: dict[str, PretrainedWeights],
+) -> dict[Family, dict[str, PretrainedWeights]]:
+    """The weights by their data."""
+    found: dict[Family, dict[str, PretrainedWeights]] = {}
+    for name, one in weights.items():
+        found.setdefault(family_of(one), {})[name] = one
+    return found
 
 
 # Measuring
@@ -159,7 +231,9 @@ def drawn(
         torch.set_float32_matmul_precision("high")  # TF32
     files = {}
     for one in weights.values():
-        wanted: list[tuple[str | None, str | None, int | None, int]] = [(None, None, None, SAMPLES)]
+        wanted: list[tuple[str | None, str | None, int | None, int]] = [
+            (None, None, None, family_of(one).samples)
+        ]
         if one.name == DEFAULT:
             wanted += [(*kind, steps, FEW) for kind, every in STEPS.items() for steps in every]
         files[one.name] = [draw_file(one, work, device, *kind) for kind in wanted]
@@ -188,7 +262,8 @@ def draw_file(
     path = work / f"{weights.name}-{digest(weights)[:8]}-{kind}.h5"
     if path.exists() or path.stem in measured_steps(weights):
         return path
-    longer = path.with_name(path.name.replace(f"-{count}.h5", f"-{SAMPLES}.h5"))
+    most = family_of(weights).samples
+    longer = path.with_name(path.name.replace(f"-{count}.h5", f"-{most}.h5"))
     if longer.exists():  # the first molecules of a seed are the same however many are drawn
         take_first(longer, count, path)
         return path
@@ -228,8 +303,16 @@ def evaluate_samples(weights: PretrainedWeights, samples: Path) -> None:
     known = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
     if known.get("samples") == samples.stem:
         return
-    found = {"samples": samples.stem, "drawn": note_of(samples), **faults(samples)}
-    write_text(target, json.dumps(found | evaluated(samples, "all"), indent=1) + "\n")
+    family = family_of(weights)
+    found = {"samples": samples.stem, "drawn": note_of(samples), **faults(samples, family.bins)}
+    found |= evaluated(samples, "all")
+    for valence in family.valences:
+        other = evaluated(samples, "rates", "--valence", valence)
+        found[f"valence_{valence}"] = {
+            key: {name: part["metrics"][name] for name in STABILITY}
+            for key, part in (("samples", other["files"][0]), ("data", other["reference"]))
+        }
+    write_text(target, json.dumps(found, indent=1) + "\n")
 
 
 def measured_steps(weights: PretrainedWeights) -> dict[str, dict[str, Any]]:
@@ -273,27 +356,28 @@ def note_of(samples: Path) -> dict[str, Any]:
     return found
 
 
-def evaluated(samples: Path, metrics: str) -> dict[str, Any]:
+def evaluated(samples: Path, metrics: str, *options: str) -> dict[str, Any]:
     """The JSON of `molgen-energy evaluate`.
 
     Of HDF5, which is smaller; the numbers are those of an SDF, whose coordinates are rounded at
     1e-4 Å.
     """
-    command = ["-m", "molgen_energy", "evaluate", str(samples), "--metrics", metrics, "--json", "-"]
+    asked = ["--metrics", metrics, *options, "--json", "-"]
+    command = ["-m", "molgen_energy", "evaluate", str(samples), *asked]
     say(f"python {' '.join(command)}")
     done = subprocess.run([sys.executable, *command], check=True, text=True, stdout=subprocess.PIPE)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
-def faults(samples: Path) -> dict[str, Any]:
+def faults(samples: Path, bins: tuple[tuple[int, int], ...]) -> dict[str, Any]:
     """Stable molecules among all, by numbers of atoms, and all by numbers of unstable atoms."""
     with MoleculeFile(samples) as file:
         molecules = file.load()
     owner = np.repeat(np.arange(len(molecules)), molecules.sizes)
     unstable = np.bincount(owner, ~stable_atoms(perceive(molecules)), minlength=len(molecules))
     by_size = []
-    for low, high in BINS:
+    for low, high in bins:
         inside = (molecules.sizes >= low) & (molecules.sizes <= high)
         count = int((inside & (unstable == 0)).sum())
         by_size.append({"from": low, "to": high, "molecules": int(inside.sum()), "stable": count})
@@ -313,19 +397,33 @@ def draw_samples(samples: Path) -> None:
         picture.savefig(output.temporary, format="png", metadata={"Software": None})
 
 
-def draw_curves(weights: dict[str, PretrainedWeights]) -> None:
-    """Validation loss by molecules seen, of each weights, and stability by steps of the sampler."""
-    figure = Figure(figsize=(3.6 * (len(weights) + 1) + 1.2, 2.9), layout="constrained", dpi=150)
+def draw_curves(family: Family, weights: dict[str, PretrainedWeights]) -> None:
+    """Validation loss by molecules seen, and stability by steps of the sampler where measured."""
+    by_steps = DEFAULT in weights
+    panels = len(weights) + by_steps
+    width = 3.6 * panels + (1.2 if by_steps else 0)
+    figure = Figure(figsize=(width, 2.9), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(weights) + 1)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
     for one, panel, colour in zip(weights.values(), axes, ("#2563c9", "#d9651b") * 9, strict=False):
         rows = read(one.path / "training.csv")
-        batch = config_of(one)["training"]["batch_size"]
-        seen = [batch * int(row["step"]) / 1e6 for row in rows]
-        panel.plot(seen, [float(row["valid_loss"]) for row in rows], color=colour, lw=1.6)
+        each = seen(one) / state_of(one)["progress"]["step"]
+        molecules = [each * int(row["step"]) / 1e6 for row in rows]
+        panel.plot(molecules, [float(row["valid_loss"]) for row in rows], color=colour, lw=1.6)
         panel.set(title=f"{one.name}: validation loss", xlabel="million molecules", ylim=0)
-    stable = axes[-1]
-    rows = read(weights[DEFAULT].path / "steps.csv")
+    if by_steps:
+        draw_steps(axes[-1])
+    for panel in axes:
+        panel.title.set_fontsize(9)
+        panel.tick_params(labelsize=8, which="both")
+        panel.spines[["top", "right"]].set_visible(False)
+    with atomic_replace(IMAGES / family.curves) as output:
+        figure.savefig(output.temporary, format="png", metadata={"Software": None})
+
+
+def draw_steps(stable: Any) -> None:
+    """Stability of the default weights by calls of the network."""
+    rows = read(pretrained_weights()[DEFAULT].path / "steps.csv")
     for kind in dict.fromkeys((row["sampler"], row["spacing"]) for row in rows):
         mine = [row for row in rows if (row["sampler"], row["spacing"]) == kind]
         calls = [int(row["evaluations"]) for row in mine]
@@ -341,12 +439,6 @@ def draw_curves(weights: dict[str, PretrainedWeights]) -> None:
     stable.set_xticks(shown, labels=map(str, shown), minor=False)
     stable.xaxis.set_minor_locator(NullLocator())
     stable.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    for panel in axes:
-        panel.title.set_fontsize(9)
-        panel.tick_params(labelsize=8, which="both")
-        panel.spines[["top", "right"]].set_visible(False)
-    with atomic_replace(IMAGES / "weights.png") as output:
-        figure.savefig(output.temporary, format="png", metadata={"Software": None})
 
 
 # Text
@@ -358,12 +450,12 @@ def card(weights: PretrainedWeights) -> str:
     file, data, drawn = found["files"][0], found["reference"], found["drawn"]
     training, epochs = state_of(weights)["training"], passes(weights)
     rates = figures(file, "molecule_stability", 100)
-    model, loss = config["model"], config["loss"]
+    model, loss, family = config["model"], config["loss"], family_of(weights)
     network = f"{model['name']} {model['layers']}×{model['width']}"
     lines = [
         "---",
-        f'summary: "{network} with the {loss["name"]} loss, {epochs:.1f} passes over QM9; '
-        f'{rates} % of {file["molecules"]:,} molecules stable"',
+        f'summary: "{network} with the {loss["name"]} loss, {epochs:.1f} passes over '
+        f'{family.data}; {rates} % of {file["molecules"]:,} molecules stable"',
         "license: mit",
         "---",
         "",
@@ -381,9 +473,9 @@ def card(weights: PretrainedWeights) -> str:
         f"| diffusion | {config['process']['steps']:,} steps, {config['process']['prediction']} "
         f"prediction, times u^{config['objective']['time_power']:g}, stratified over each batch |",
         f"| loss on positions | {loss_in_words(config)} |",
-        f"| data | {state_of(weights)['data']['source']}: {trained_on(weights):,} training "
-        "molecules of EDM's split; no other molecule was seen |",
-        f"| length | {config['training']['steps']:,} steps of {config['training']['batch_size']}: "
+        f"| data | {state_of(weights)['data']['source']}: {trained_on(weights):,} "
+        f"{family.training} |",
+        f"| length | {config['training']['steps']:,} steps of {batch_in_words(config)}: "
         f"{seen(weights) / 1e6:.2f} million molecules, {epochs:.1f} passes |",
         f"| optimiser | Muon (matrices, {config['training']['muon_lr']:g}) and AdamW "
         f"({config['training']['lr']:g}), {config['training']['warmup_steps']:,} steps of warm-up, "
@@ -403,11 +495,17 @@ def card(weights: PretrainedWeights) -> str:
         f"{drawn['spacing']} spacing (the default of these weights), drawn on {drawn['device']}; "
         "bonds perceived from distances. The 95 % intervals are those of the sampling; they do not "
         "include what another seed of the training would change. The column of the data is for "
-        "QM9's test molecules, with distances from them to training molecules.",
+        f"{family.data}'s test molecules, with distances from them to training molecules.",
         "",
         "| | samples | data |",
         "|---|---|---|",
     ]
+    for valence in family.valences:
+        other = found[f"valence_{valence}"]
+        for key in STABILITY:
+            both = [figures({"metrics": other[part]}, key, 100) for part in ("samples", "data")]
+            name = RATES[key].replace(", %", f" (`--valence {valence}`), %")
+            lines.append(f"| {name} | {' | '.join(both)} |")
     for key, label in (RATES | MORE_RATES).items():
         lines.append(f"| {label} | {figures(file, key, 100)} | {figures(data, key, 100)} |")
     for key, label in MEASURES.items():
@@ -474,13 +572,12 @@ def weaknesses(weights: PretrainedWeights) -> list[str]:
         f"may be added (data: {figures(data, 'hydrogens_assumed', 100)} %).",
         "- The network is not equivariant: the likelihood of a molecule depends slightly on its "
         f"orientation. Stereoisomers cannot be selected.{mirror}",
-        "- H, C, N, O and F, 3 to 29 atoms, neutral closed-shell minima of B3LYP as in QM9: no "
-        "ions, no larger molecules; other numbers of atoms are extrapolated.",
+        f"- {family_of(weights).limits}",
         "- The model has no condition: it cannot sample for a property.",
     ]
 
 
-def table(weights: dict[str, PretrainedWeights], columns: tuple[str, ...]) -> str:
+def table(family: Family, weights: dict[str, PretrainedWeights], columns: tuple[str, ...]) -> str:
     """The table of a page: samples of the pretrained weights, the paper's, and the data."""
     lines = [
         f"| | trained | {' | '.join(RATES[key] for key in columns)} | FCD |",
@@ -491,12 +588,12 @@ def table(weights: dict[str, PretrainedWeights], columns: tuple[str, ...]) -> st
         cells = [figures(file, key, 100) for key in columns] + [figures(file, "fcd")]
         length = f"{passes(one):.0f} epochs, {duration(training)} on {training['hardware']}"
         lines.append(f"| `{one.name}` | {length} | {' | '.join(cells)} |")
-    for loss, values in PAPER.items():
+    for loss, values in family.paper.items():
         cells = [f"{values[key]:g}" if key in values else "" for key in columns]
         lines.append(f"| paper, {loss} | 3000 epochs, GPU | {' | '.join(cells)} | |")
-    data = report(weights[DEFAULT])["reference"]
+    data = report(next(iter(weights.values())))["reference"]
     cells = [figures(data, key, 100) for key in columns] + [figures(data, "fcd")]
-    lines.append(f"| QM9 itself (test) | | {' | '.join(cells)} |")
+    lines.append(f"| {family.data} itself (test) | | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -544,6 +641,13 @@ def loss_in_words(config: dict[str, Any]) -> str:
         f"energy, {springs['family']} springs (c = {springs['scale']:.4g}) on "
         f"{loss['edges']['kind']} edges, {weight}"
     )
+
+
+def batch_in_words(config: dict[str, Any]) -> str:
+    training = config["training"]
+    if training["batch_size"] is not None:
+        return str(training["batch_size"])
+    return f"{training['pairs_per_batch']:,} pairs of atoms"
 
 
 def stored(weights: PretrainedWeights) -> str:

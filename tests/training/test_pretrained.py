@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -142,6 +143,7 @@ def measuring():
     sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location("measure_weights", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for its names
     spec.loader.exec_module(module)
     sys.path.remove(str(path.parent))
     return module
@@ -157,11 +159,14 @@ def test_texts_are_those_of_what_was_measured(measuring):
         found = report["files"][0]["metrics"]["molecule_stability"]
         assert f"{100 * found['value']:.1f} [" in head["summary"]
         assert found["interval"][0] < found["value"] < found["interval"][1]
-        assert sum(report["by_unstable_atoms"]) == report["files"][0]["molecules"] == 10_000
-        assert report["by_unstable_atoms"][0] == round(1e4 * found["value"])
-    for page, columns in measuring.TABLES.items():
-        text = (ROOT / page).read_text("utf-8")
-        assert measuring.with_table(text, measuring.table(weights, columns)) == text
+        count = measuring.family_of(one).samples
+        assert sum(report["by_unstable_atoms"]) == report["files"][0]["molecules"] == count
+        assert report["by_unstable_atoms"][0] == round(count * found["value"])
+    for family, members in measuring.families(weights).items():
+        for page, columns in family.tables.items():
+            text = (ROOT / page).read_text("utf-8")
+            table = measuring.table(family, members, columns)
+            assert measuring.with_table(text, table) == text
 
 
 def test_every_way_of_sampling_is_measured(measuring):
@@ -176,7 +181,8 @@ def test_every_way_of_sampling_is_measured(measuring):
 def test_measuring_continues_where_it_was(measuring, tmp_path, monkeypatch, molecules):
     """Files that are there are not drawn again, and their note says how they were drawn."""
     one = pretrained_weights()[DEFAULT]
-    monkeypatch.setattr(measuring, "SAMPLES", 3)
+    family = dataclasses.replace(measuring.family_of(one), samples=3)
+    monkeypatch.setitem(measuring.FAMILIES, "qm9", family)
     path = measuring.draw_file(one, tmp_path, CPU, "ddim", "log", 2, 3)
     note = measuring.note_of(path)
     assert (note["sampler"], note["spacing"], note["steps"]) == ("ddim", "log", 2)
@@ -188,6 +194,6 @@ def test_measuring_continues_where_it_was(measuring, tmp_path, monkeypatch, mole
     with MoleculeFile(path) as all_three, MoleculeFile(fewer) as two:
         assert np.array_equal(two.load().positions, all_three.slice(0, 2).positions)
         assert two.provenance == all_three.provenance
-    found = measuring.faults(path)
+    found = measuring.faults(path, family.bins)
     assert sum(found["by_unstable_atoms"]) == 3
     assert sum(row["molecules"] for row in found["by_size"]) == 3
