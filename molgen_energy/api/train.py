@@ -242,7 +242,7 @@ def _prepared(
             if is_main():
                 _check_new(run)
         task = system.task(settings, target, progress)
-        total = total_steps(task.config.training, task.batches_per_epoch)
+        total = total_steps(task.config.training, task.starts)
         yield TrainingRun(run, system, task, total, progress_of_run)
 
 
