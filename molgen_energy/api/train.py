@@ -27,6 +27,7 @@ from molgen_energy.systems.registry import (
 )
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.devices import choose_device
+from molgen_energy.training.initial import initialise
 from molgen_energy.training.loop import (
     TrainingCallback,
     TrainingCost,
@@ -71,7 +72,7 @@ def train(
     batch_size: int | None = None,
     lr: float | None = None,
     seed: int | None = None,
-    init: str | PathLike[str] | None = None,
+    initial_weights: str | PathLike[str] | None = None,
     changes: Mapping[str, Any] | None = None,
     device: str = "auto",
     output: str | PathLike[str] | None = None,
@@ -94,9 +95,9 @@ def train(
         Length of the run; set one of them.
     batch_size, lr, seed
         Values of the section `training`.
-    init
-        A run, a checkpoint, or the name of pretrained weights to start from; by default random
-        weights.
+    initial_weights
+        A run, a checkpoint, or the name of pretrained weights to start from, also of other
+        elements; by default random weights.
     changes
         Other values by dotted key, such as ``{"model.layers": 6}``.
     device
@@ -126,7 +127,7 @@ def train(
     TrainingFailedError
         Training diverged or ran out of memory.
     """
-    given = _given(data, loss, springs, edges, steps, epochs, batch_size, lr, seed, init)
+    given = _given(data, loss, springs, edges, steps, epochs, batch_size, lr, seed, initial_weights)
     with _prepared(config, given, changes, device, output, resume, progress) as run:
         if run.finished >= run.steps:
             assert run.progress is not None
@@ -157,7 +158,7 @@ def estimate_training(
     ----------
     options
         `data`, `loss`, `springs`, `edges`, `steps`, `epochs`, `batch_size`, `lr`, `seed` and
-        `init` of `train`.
+        `initial_weights` of `train`.
 
     Returns
     -------
@@ -187,7 +188,7 @@ def _given(
     batch_size: int | None = None,
     lr: float | None = None,
     seed: int | None = None,
-    init: str | PathLike[str] | None = None,
+    initial_weights: str | PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """The options that are not None, by the dotted keys of the configuration."""
     options = {
@@ -197,7 +198,9 @@ def _given(
         "training.batch_size": batch_size,
         "training.lr": lr,
         "training.seed": seed,
-        "training.initial_weights": None if init is None else _initial_weights(Path(init)),
+        "training.initial_weights": (
+            None if initial_weights is None else _initial_weights(Path(initial_weights))
+        ),
         "training.steps": steps,
         "training.epochs": epochs,
         "data.path": None if data is None else str(Path(data)),
@@ -242,7 +245,13 @@ def _prepared(
             if is_main():
                 _check_new(run)
         task = system.task(settings, target, progress)
-        total = total_steps(task.config.training, task.starts)
+        try:
+            if resume is None:
+                initialise(task)
+            total = total_steps(task.config.training, task.starts)
+        except BaseException:
+            task.close()
+            raise
         yield TrainingRun(run, system, task, total, progress_of_run)
 
 
@@ -293,7 +302,7 @@ def _check_resumable(
 
 def _initial_weights(name: Path) -> str:
     """The value of `training.initial_weights` for a name."""
-    found = checkpoint_name(resolve_checkpoint(name, "--init"))
+    found = checkpoint_name(resolve_checkpoint(name, "--from"))
     return portable_path(Path(found)) if Path(found).is_absolute() else found
 
 

@@ -100,9 +100,9 @@ def command(
         rich_help_panel=_WHAT,
         help="HDF5 file of `preprocess`; default: that of the configuration.",
     ),
-    init: Path | None = typer.Option(
+    initial_weights: Path | None = typer.Option(
         None,
-        "--init",
+        "--from",
         metavar="RUN|NAME",
         rich_help_panel=_WHAT,
         autocompletion=checkpoints,
@@ -172,7 +172,7 @@ def command(
         "batch_size": batch_size,
         "lr": lr,
         "seed": seed,
-        "init": init,
+        "initial_weights": initial_weights,
         "changes": parse_assignments(assignments),
         "device": device,
         "output": output,
@@ -252,6 +252,8 @@ def _show_cost(cost: TrainingCost) -> None:
 
 
 def _announce(run: TrainingRun) -> None:
+    from molgen_energy.training.initial import describe_initial_weights
+
     task, samples = run.task, run.system.samples
     data = task.state["data"]
     parameters = sum(p.numel() for p in task.model.parameters())
@@ -260,6 +262,9 @@ def _announce(run: TrainingRun) -> None:
     say(f"model   {run.system.describe(task.config, parameters)}, on {task.device}")
     shared = f", shared by {world_size()} processes" if world_size() > 1 else ""
     length = counted(run.steps, "steps")
+    initial = describe_initial_weights(task.state)
+    if initial:
+        say(f"from    {initial}")
     size = counted(task.config.training.batch_size or 0, samples)
     if (pairs := task.config.training.pairs_per_batch) is not None:
         mean = data["training_samples"] / task.starts[1]

@@ -72,6 +72,14 @@ class Field:
             )
 
     @property
+    def channel_names(self) -> tuple[str, ...]:
+        """What each channel means, unique in a layout; channels of two data sets are the same if
+        their names are."""
+        if self.channels == 1:
+            return (self.name,)
+        return tuple(f"{self.name} {number}" for number in range(1, self.channels + 1))
+
+    @property
     def columns(self) -> frozenset[str]:
         """Optional columns of the data that `encode` reads."""
         return frozenset({self.name})
@@ -130,6 +138,11 @@ class Layout:
 
     def __contains__(self, name: str) -> bool:
         return name in self.fields
+
+    def channel_names(self, domain: Domain) -> tuple[str, ...]:
+        """What each channel of a domain's tensor means."""
+        fields = (field for field in self.fields.values() if field.domain == domain)
+        return tuple(name for field in fields for name in field.channel_names)
 
     def shape(self, domain: Domain, mask: Tensor) -> tuple[int, ...]:
         """Shape of a domain's tensor for a mask (B, N)."""

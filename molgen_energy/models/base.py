@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -11,6 +11,25 @@ from torch import Tensor, nn
 
 from molgen_energy.config import Layers, PositiveFloat, PositiveInt, Section
 from molgen_energy.diffusion.state import Layout, State, pairs_inside
+
+
+class ChannelAxis(NamedTuple):
+    """An axis of a parameter with one entry for each channel of inputs or outputs."""
+
+    axis: int
+    names: tuple[str, ...]
+    """Of the channels, each once."""
+
+
+def input_channels(layer: str, names: Sequence[str]) -> dict[str, ChannelAxis]:
+    """The channels of the inputs of a linear layer, by name of the parameter."""
+    return {f"{layer}.weight": ChannelAxis(1, tuple(names))}
+
+
+def output_channels(layer: str, names: Sequence[str]) -> dict[str, ChannelAxis]:
+    """The channels of the outputs of a linear layer, by name of the parameter."""
+    axis = ChannelAxis(0, tuple(names))
+    return {f"{layer}.weight": axis, f"{layer}.bias": axis}
 
 
 class Denoiser(nn.Module, ABC):
@@ -36,6 +55,24 @@ class Denoiser(nn.Module, ABC):
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.layout = layout
+
+    @classmethod
+    def channel_axes(
+        cls, layout: Layout, condition: Sequence[str] = ()
+    ) -> Mapping[str, ChannelAxis]:
+        """The parameters with an axis of channels, by name, of the network for a layout.
+
+        Training on molecules of other elements can then start from the weights of this network. By
+        default none is known, and weights fit the same channels alone.
+
+        Parameters
+        ----------
+        layout
+            Fields of the states; `Layout.channel_names` names their channels.
+        condition
+            Names of the K channels of a condition; empty without a condition.
+        """
+        return {}
 
     @abstractmethod
     def forward(
@@ -134,3 +171,11 @@ def add_condition(h: Tensor, embedding: nn.Linear | None, condition: Tensor | No
     assert condition is not None
     bias: Tensor = embedding(condition)
     return h + bias[:, None]
+
+
+def atom_network_channels(
+    inputs: Sequence[str], outputs: Sequence[str], condition: Sequence[str]
+) -> dict[str, ChannelAxis]:
+    """`Denoiser.channel_axes` of a network with the linear layers `embed` and `readout`."""
+    axes = input_channels("embed", inputs) | output_channels("readout", outputs)
+    return axes | (input_channels("embed_condition", condition) if condition else {})

@@ -6,15 +6,19 @@ The E(3)-equivariant network of EDM (Hoogeboom et al., ICML 2022), after EGNN (S
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from molgen_energy.diffusion.state import Layout, State
 from molgen_energy.models.base import (
     AtomNetworkConfig,
+    ChannelAxis,
     Denoiser,
     Published,
     add_condition,
+    atom_network_channels,
     embed_condition,
     pair_mask,
 )
@@ -133,6 +137,13 @@ class EDM(Denoiser):
             EquivariantLayer(width, coordinate_range, normalization) for _ in range(layers)
         )
         self.readout = nn.Linear(width, features)
+
+    @classmethod
+    def channel_axes(
+        cls, layout: Layout, condition: Sequence[str] = ()
+    ) -> Mapping[str, ChannelAxis]:
+        features = layout.channel_names("atom")[3:]
+        return atom_network_channels((*features, "time"), features, condition)
 
     def forward(
         self,

@@ -6,6 +6,8 @@ width 256 and 9 layers make 3.56 M parameters.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,9 +15,11 @@ from torch.nn import functional as F
 from molgen_energy.diffusion.state import Layout, State
 from molgen_energy.models.base import (
     AtomNetworkConfig,
+    ChannelAxis,
     Denoiser,
     Published,
     add_condition,
+    atom_network_channels,
     embed_condition,
     pair_mask,
 )
@@ -122,6 +126,13 @@ class GDM(Denoiser):
             MessageLayer(width, normalization=normalization) for _ in range(layers)
         )
         self.readout = nn.Linear(width, channels)
+
+    @classmethod
+    def channel_axes(
+        cls, layout: Layout, condition: Sequence[str] = ()
+    ) -> Mapping[str, ChannelAxis]:
+        atoms = layout.channel_names("atom")
+        return atom_network_channels((*atoms, "time"), atoms, condition)
 
     def forward(
         self,

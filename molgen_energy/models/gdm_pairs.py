@@ -8,6 +8,8 @@ well.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,8 +17,10 @@ from torch.nn import functional as F
 from molgen_energy.diffusion.state import Layout, State
 from molgen_energy.models.base import (
     AtomNetworkConfig,
+    ChannelAxis,
     Denoiser,
     add_condition,
+    atom_network_channels,
     embed_condition,
     pair_mask,
 )
@@ -174,6 +178,13 @@ class GDMPairs(Denoiser):
         # Small, so that the first predictions are close to zero.
         nn.init.normal_(self.readout.weight, std=1e-3)
         nn.init.zeros_(self.readout.bias)
+
+    @classmethod
+    def channel_axes(
+        cls, layout: Layout, condition: Sequence[str] = ()
+    ) -> Mapping[str, ChannelAxis]:
+        atoms = layout.channel_names("atom")
+        return atom_network_channels(atoms, atoms, condition)
 
     def forward(
         self,

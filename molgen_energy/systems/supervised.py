@@ -20,6 +20,7 @@ from molgen_energy.distributed import all_reduce_sum, rank, world_size
 from molgen_energy.errors import InputError
 from molgen_energy.losses import AdaptiveSprings, LossConfig
 from molgen_energy.paths import expand_home, portable_path
+from molgen_energy.training.channels import FittedWeights
 from molgen_energy.training.checkpoint import Checkpoint
 
 _CHUNK = 1024  # samples in an evaluation without gradients
@@ -117,6 +118,10 @@ class SupervisedTask:
                 "fingerprint": file.fingerprint(),
             }
         }
+
+    def fit_weights(self, checkpoint: Checkpoint) -> FittedWeights:
+        """The EMA weights of a checkpoint, of the same names and shapes."""
+        return FittedWeights(checkpoint.tensors("ema", self.model))
 
     @property
     def starts(self) -> EpochStarts:

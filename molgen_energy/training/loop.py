@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from molgen_energy import __version__
-from molgen_energy.config import Config, TrainingConfig
+from molgen_energy.config import TrainingConfig
 from molgen_energy.data.batches import BatchIndex, EpochStarts
 from molgen_energy.distributed import all_reduce_sum, is_main, rank, world_size
 from molgen_energy.errors import InputError, TrainingFailedError
@@ -43,7 +43,6 @@ from molgen_energy.output import (
     remove,
     remove_leftovers,
 )
-from molgen_energy.paths import expand_home
 from molgen_energy.training.checkpoint import (
     Checkpoint,
     check_alike,
@@ -54,9 +53,9 @@ from molgen_energy.training.clipping import GradientClipper
 from molgen_energy.training.curves import write_curves
 from molgen_energy.training.devices import peak_memory
 from molgen_energy.training.ema import ExponentialMovingAverage
+from molgen_energy.training.initial import describe_initial_weights, initialise
 from molgen_energy.training.metrics import MetricsLog
 from molgen_energy.training.muon import Muon, hidden_matrices
-from molgen_energy.training.pretrained import resolve_checkpoint
 from molgen_energy.training.run import Run
 from molgen_energy.training.task import Task
 
@@ -198,7 +197,7 @@ def train(
     Raises
     ------
     InputError
-        The checkpoint does not fit the task, or streamed data is damaged.
+        The checkpoint or the initial weights do not fit the task, or streamed data is damaged.
     TrainingInterrupted
         SIGINT or SIGTERM stopped the run after a checkpoint.
     TrainingFailedError
@@ -206,6 +205,8 @@ def train(
         of the job ended.
     """
     with closing(task):
+        if not resume:
+            initialise(task)
         trainer = _Trainer(task, run, callback)
         made = not resume and is_main() and _make_folder(run)
         try:
@@ -268,8 +269,6 @@ class _Trainer:
     def start(self, resume: bool) -> None:
         if resume:
             self._restore(load_checkpoint(self.folder))
-        elif self.training.initial_weights is not None:
-            self._initialise(expand_home(self.training.initial_weights))
         if not is_main():
             return
         check_run_folder(self.folder)
@@ -288,6 +287,9 @@ class _Trainer:
             f"{f', {world_size()} processes' if world_size() > 1 else ''} "
             f"(molgen-energy {__version__}, torch {torch.__version__})"
         )
+        initial = describe_initial_weights(self.task.state)
+        if initial and not resume:
+            self._log(f"weights from {initial}")
 
     def _log(self, text: str) -> None:
         if not is_main() or self.lock is None:  # measuring a run does not write its folder
@@ -332,31 +334,6 @@ class _Trainer:
                     tensors[f"{name}/{key}"] = value
         return tensors
 
-    def _initialise(self, name: Path) -> None:
-        """Start from the EMA weights of a checkpoint.
-
-        Raises
-        ------
-        InputError
-            It is of another system, or its weights have another meaning or shape.
-        """
-        checkpoint = load_checkpoint(resolve_checkpoint(name, "--init"))
-        own = self.task.config
-        theirs = checkpoint.config_as(type(own))
-        differences = _different_values(theirs, own)
-        if differences:
-            raise InputError(
-                f"--init {name} was trained with {', '.join(differences)}; set the same values"
-            )
-        elements = checkpoint.state.get("elements")
-        if elements != self.task.state.get("elements"):
-            raise InputError(
-                f"--init {name} was trained on the elements {elements}, not "
-                f"{self.task.state['elements']}; set data.elements"
-            )
-        for model in (self.task.model, self.ema.model):
-            checkpoint.load_weights(model, "ema")
-
     def _restore(self, checkpoint: Checkpoint) -> None:
         theirs, ours = checkpoint.state.get("data") or {}, self.task.state["data"]
         if theirs.get("fingerprint") != ours["fingerprint"]:
@@ -365,6 +342,8 @@ class _Trainer:
                 f"{theirs.get('training_samples')} samples) than {ours['source']} "
                 f"({ours['training_samples']}); name its data with --data"
             )
+        if checkpoint.state.get("initial_weights") is not None:
+            self.task.state["initial_weights"] = checkpoint.state["initial_weights"]
         checkpoint.load_weights(self.task.model, "model")
         checkpoint.load_weights(self.ema.model, "ema")
         self._restore_optimizers(checkpoint)
@@ -657,17 +636,6 @@ class _Trainer:
                 skipped=at.skipped,
             )
         self._begin_row()
-
-
-def _different_values(theirs: Config, ours: Config) -> list[str]:
-    """The values, as `key=value`, that give weights a meaning and that ours do not have."""
-    theirs_by_key, ours_by_key = theirs.model_dump(mode="json"), ours.model_dump(mode="json")
-    return [
-        f"{section}.{key}={'null' if value is None else value}"
-        for section in ("model", "process", "scales", "condition")
-        for key, value in theirs_by_key.get(section, {}).items()
-        if key != "dropout" and ours_by_key.get(section, {}).get(key) != value
-    ]
 
 
 def _optimizers(

@@ -91,7 +91,7 @@ def checkpoint_name(path: Path) -> str:
 
 def write_checksums(folder: Path) -> None:
     """Write `SHA256SUMS` of the files that sampling reads, in the format of `sha256sum -c`."""
-    lines = [f"{_digest(folder / name)}  {name}\n" for name in CHECKED]
+    lines = [f"{file_digest(folder / name)}  {name}\n" for name in CHECKED]
     (folder / SUMS).write_text("".join(lines), encoding="ascii")
 
 
@@ -122,14 +122,15 @@ def verify_checksums(folder: Path) -> None:
         file = folder / name
         if has_part(file):
             check_memory(file.stat().st_size, f"reading {file}", again)
-        if not has_part(file) or _digest(file) != sums[name]:
+        if not has_part(file) or file_digest(file) != sums[name]:
             raise InputError(
                 f"{file} is not the file that was released (its SHA-256 is not the one in "
                 f"{SUMS}); {again}"
             )
 
 
-def _digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with file.open("rb") as content:
         while chunk := content.read(1 << 20):

@@ -56,6 +56,23 @@ class TrainingDataSummary(Schema):
     """Of the training data; a resumed run needs the same."""
 
 
+class InitialWeightsState(Schema):
+    """The weights that the run started from."""
+
+    origin: Annotated[str, Field(max_length=10_000)]
+    """Run and step of these weights."""
+    sha256: Digest
+    """Of their file, `ema.safetensors`."""
+    values: Count
+    """Numbers that were taken."""
+    drawn: Count
+    """Numbers that were random, of new channels."""
+    new: Annotated[list[str], Field(max_length=1000)]
+    """Channels that the weights did not have, such as elements."""
+    left_out: Annotated[list[str], Field(max_length=1000)]
+    """Channels of the weights that the run does not have."""
+
+
 class RunState(Schema):
     """The state of a checkpoint; systems may add keys."""
 
@@ -74,6 +91,8 @@ class RunState(Schema):
     """How far the run is."""
     data: TrainingDataSummary | None = None
     """The data of the run."""
+    initial_weights: InitialWeightsState | None = None
+    """The weights that the run started from, unless these were random."""
 
 
 State = TypeVar("State", bound=RunState)

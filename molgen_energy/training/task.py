@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from molgen_energy.config import Config
 from molgen_energy.data.batches import BatchIndex, EpochStarts
 from molgen_energy.losses import AdaptiveSprings
+from molgen_energy.training.channels import FittedWeights
+from molgen_energy.training.checkpoint import Checkpoint
 
 
 class Task(Protocol):
@@ -28,6 +30,18 @@ class Task(Protocol):
     `training_samples`, and the `fingerprint` of the training data."""
     loss_terms: tuple[str, ...]
     """Names of the parts of the loss: keys of `loss`, and columns of `metrics.csv`."""
+
+    def fit_weights(self, checkpoint: Checkpoint) -> FittedWeights:
+        """The EMA weights of a checkpoint, as tensors of `model`.
+
+        Configurations agree in `model`, `process` and `scales`, where there are such sections.
+
+        Raises
+        ------
+        InputError
+            They have another meaning. Names and shapes are checked afterwards.
+        """
+        ...
 
     @property
     def starts(self) -> EpochStarts:

@@ -54,7 +54,7 @@ def made(home) -> Path:
         run = project / "runs" / "first"
         train(config, data=project / "m.h5", output=run, device="cpu")
         second = project / "runs" / "second"
-        train(config, data=project / "m.h5", init=run, output=second, device="cpu")
+        train(config, data=project / "m.h5", initial_weights=run, output=second, device="cpu")
         for suffix in ("sdf", "xyz", "h5"):
             sample_to(project / f"s.{suffix}", 2, checkpoint=second, device="cpu")
         files = [project / name for name in ("a/m.xyz", "b/m.xyz", "s.h5", "s.sdf")]

@@ -184,7 +184,7 @@ def test_a_new_run_in_a_circle_of_links_is_one_line(here, tmp_path):
     for arguments in (
         ("train", "--steps", "1", "-o", "a"),
         ("train", "--resume", "a"),
-        ("train", "--init", "a"),
+        ("train", "--from", "a"),
         ("train", "--data", "a"),
         ("sample", "--checkpoint", "a"),
         ("sample", "--resume", "a"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import itertools
 import os
 import shutil
@@ -38,6 +39,7 @@ from molgen_energy.training import devices
 from molgen_energy.training.checkpoint import load_checkpoint, newest_run, save_checkpoint
 from molgen_energy.training.clipping import GradientClipper
 from molgen_energy.training.ema import ExponentialMovingAverage
+from molgen_energy.training.initial import initialise
 from molgen_energy.training.loop import (
     TrainingInterrupted,
     _step_seed,
@@ -613,12 +615,15 @@ def test_training_starts_from_the_weights_of_a_run(unbroken, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"training.initial_weights": "qm9_energy_"}, r"--init qm9_energy_ does not exist \(did"),
-        ({"process.prediction": "velocity"}, r"was trained with process\.prediction=noise; set"),
-        ({"scales.positions": 2.0}, r"was trained with scales\.positions=1\.0; set"),
-        ({"model.width": 24}, r"was trained with model\.width=\d+; set"),
+        ({"training.initial_weights": "qm9_energy_"}, r"--from qm9_energy_ does not exist \(did"),
+        (
+            {"process.prediction": "velocity"},
+            r"was trained with process\.prediction=noise \(here vel",
+        ),
+        ({"scales.positions": 2.0}, r"was trained with scales\.positions=1\.0 \(here 2\.0\); set"),
+        ({"model.width": 24}, r"was trained with model\.width=16 \(here 24\); set"),
         ({"model.normalization": 7.0}, r"was trained with model\.normalization="),
-        ({"data.elements": ["H", "C", "N", "O", "F", "S"]}, "was trained on the elements"),
+        ({"model.name": "edm"}, r"was trained with model\.name=gdm \(here edm\); set"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(unbroken, tmp_path, changes, message):
@@ -626,6 +631,46 @@ def test_weights_that_do_not_fit_are_refused(unbroken, tmp_path, changes, messag
     with pytest.raises(InputError, match=message):
         train(MoleculeTask(config, CPU), tmp_path / "run", Watcher())
     assert not (tmp_path / "run").exists()
+
+
+def test_training_starts_from_weights_of_other_elements(unbroken, tmp_path):
+    """State and log say which; a resumed run does not read them."""
+    old = tmp_path / "old"
+    shutil.copytree(unbroken, old)
+    elements = ["H", "C", "N", "O", "F", "P", "S"]
+    config = tiny(
+        training__initial_weights=str(old), training__steps=1, data__elements=elements,
+    )  # fmt: skip
+    run = tmp_path / "run"
+    train(MoleculeTask(config, CPU), run, Watcher())
+    taken = load_checkpoint(run).state["initial_weights"]
+    content = (old / "checkpoints" / "last" / "ema.safetensors").read_bytes()
+    assert taken["origin"] == "old, step 12"
+    assert taken["sha256"] == hashlib.sha256(content).hexdigest()
+    assert taken["new"] == ["elements P", "elements S"]
+    assert taken["drawn"] == 2 * (16 + 16 + 1)
+    lines = (run / "log.txt").read_text().splitlines()
+    assert lines[1].endswith("66 small random ones for elements P, S")
+    task = MoleculeTask(config, CPU)
+    initialise(task)
+    ours, theirs = task.model.state_dict(), weights(old, "ema")
+    kept = [*range(8), 10, 11]  # of positions, elements, nuclear charges, time
+    assert torch.equal(ours["embed.weight"][:, kept], theirs["embed.weight"])
+    assert torch.equal(ours["readout.bias"][[*range(8), 10]], theirs["readout.bias"])
+    shutil.rmtree(old)
+    resumed = config_of(run).replaced({"training.steps": 2})
+    train(MoleculeTask(resumed, CPU), run, Watcher(), resume=True)
+    assert load_checkpoint(run).state["initial_weights"] == taken
+
+
+def test_networks_that_do_not_name_their_channels_keep_them(unbroken, monkeypatch):
+    monkeypatch.setattr(GDM, "channel_axes", classmethod(lambda cls, layout, condition=(): {}))
+    initialise(MoleculeTask(tiny(training__initial_weights=str(unbroken)), CPU))
+    config = tiny(training__initial_weights=str(unbroken), data__elements=[*"HCNOF", "S"])
+    with pytest.raises(
+        InputError, match=r"other elements, .* model gdm does not name its channels"
+    ):
+        initialise(MoleculeTask(config, CPU))
 
 
 def test_validation_is_the_same_each_time(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from molgen_energy.config import Section
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.errors import InputError, unknown_name
+from molgen_energy.models.base import ChannelAxis
 
 _STORED = 1000  # training molecules whose properties a checkpoint holds, to draw conditions from
 
@@ -63,6 +65,14 @@ class PropertyCondition:
     def channels(self) -> int:
         """Channels of the condition, 2P."""
         return 2 * len(self.names)
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        """What each channel means, 2P."""
+        return (
+            *(f"condition {name}" for name in self.names),
+            *(_known(name) for name in self.names),
+        )
 
     @classmethod
     def fit(
@@ -146,6 +156,53 @@ class PropertyCondition:
                 raise InputError(unknown_name("condition", name, self.names))
         row = [wanted.get(name, float("nan")) for name in self.names]
         return torch.tensor(row, dtype=torch.float64).expand(count, -1)
+
+
+def _known(name: str) -> str:
+    """Name of the channel that says whether a property is known."""
+    return f"condition {name} known"
+
+
+def check_conditions(
+    theirs: PropertyCondition | None, own: PropertyCondition | None, where: Path
+) -> None:
+    """Raise `InputError` where a run cannot start from weights with another condition."""
+    if theirs is None:
+        return
+    if own is None:
+        raise InputError(
+            f"{where} has a condition on {', '.join(theirs.names)}; set condition.name=properties "
+            f"and condition.properties=[{', '.join(theirs.names)}]"
+        )
+    units = dict(zip(own.names, own.units, strict=True))
+    for name, unit in zip(theirs.names, theirs.units, strict=True):
+        if units.get(name, unit) != unit:
+            raise InputError(
+                f"{where} has the property {name} in {unit or 'no unit'}, the data in "
+                f"{units[name] or 'no unit'}; convert the data"
+            )
+
+
+def renormalised(
+    weight: Tensor, axis: ChannelAxis, theirs: PropertyCondition, own: PropertyCondition
+) -> Tensor:
+    """The weight of a linear layer for properties with other means and standard deviations.
+
+    A property v enters as z = (v − m)/s; from z' = (v − m')/s' of other data,
+    w·z = w·(s'/s)·z' + w·(m' − m)/s. The second term goes to the channel of known properties.
+    """
+    weight = weight.float().clone()
+    for name, mean, std in zip(theirs.names, theirs.mean, theirs.std, strict=True):
+        if name not in own.names or f"condition {name}" not in axis.names:
+            continue
+        other = own.names.index(name)
+        value, known = (
+            weight.select(axis.axis, axis.names.index(channel))
+            for channel in (f"condition {name}", _known(name))
+        )
+        known += value * ((own.mean[other] - mean) / std)
+        value *= own.std[other] / std
+    return weight
 
 
 CONDITIONS: dict[str, type[NoCondition] | type[PropertyCondition]] = {

@@ -20,7 +20,9 @@ from torch.nn import functional as F
 from molgen_energy.config import PositiveFloat, Section
 from molgen_energy.data.molecules import AROMATIC
 from molgen_energy.diffusion.state import Field, Layout
+from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError, unknown_name
+from molgen_energy.systems.molecules.state import MoleculeState
 
 
 class ScalesConfig(Section):
@@ -48,6 +50,15 @@ class MoleculeStatistics:
     """Lowest and highest formal charge."""
     aromatic: bool = False
     """Whether there are aromatic bonds."""
+
+    @classmethod
+    def of_state(cls, state: MoleculeState) -> MoleculeStatistics:
+        """Those of the training molecules of a checkpoint."""
+        elements = tuple(atomic_number(name) for name in state.elements)
+        if state.statistics is None:
+            return cls(elements)
+        low, high = state.statistics.charges
+        return cls(elements, (low, high), state.statistics.aromatic)
 
     def to_dict(self) -> dict[str, Any]:
         """In YAML types, without the elements, which checkpoints store by symbol."""
@@ -88,6 +99,10 @@ class Elements(MoleculeField):
     def build(cls, scale: float, statistics: MoleculeStatistics) -> Elements:
         elements = statistics.elements
         return cls("elements", "atom", len(elements), scale, discrete=True, elements=elements)
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        return tuple(f"elements {symbol(number)}" for number in self.elements)
 
     def encode(self, data: Mapping[str, Tensor]) -> Tensor:
         numbers = data["atomic_numbers"].long()
@@ -157,6 +172,10 @@ class Bonds(MoleculeField):
     def build(cls, scale: float, statistics: MoleculeStatistics) -> Bonds:
         orders = (0, 1, 2, 3, AROMATIC) if statistics.aromatic else (0, 1, 2, 3)
         return cls("bonds", "pair", len(orders), scale, "symmetric", discrete=True, orders=orders)
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        return tuple(f"bonds {order}" for order in self.orders)
 
     @property
     def columns(self) -> frozenset[str]:

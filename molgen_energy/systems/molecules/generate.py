@@ -15,7 +15,6 @@ from molgen_energy.diffusion.guidance import SamplingHook
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.diffusion.samplers import DEFAULT_SAMPLERS, build_sampler
 from molgen_energy.diffusion.temperature import Temperature
-from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError
 from molgen_energy.formats.limits import check_memory
 from molgen_energy.systems.molecules.condition import PropertyCondition
@@ -96,7 +95,7 @@ class MoleculeGenerator:
         what = f"a molecule of {most:,} atoms"
         check_memory(_BYTES_OF_PAIR * most**2, what, "choose smaller ones with --n-atoms")
         self.layout = build_layout(
-            self.config.model.fields, self.config.scales, _statistics_of(state)
+            self.config.model.fields, self.config.scales, MoleculeStatistics.of_state(state)
         )
         self.condition, self._condition = condition, None
         if state.condition is not None:
@@ -182,15 +181,6 @@ class MoleculeGenerator:
             self.model, random, self.layout, mask, condition, self.hook, advance
         )
         return _molecules(state.decode(), mask, properties)
-
-
-def _statistics_of(state: MoleculeState) -> MoleculeStatistics:
-    """Statistics of the training molecules, from the state of a checkpoint."""
-    elements = tuple(atomic_number(name) for name in state.elements)
-    if state.statistics is None:
-        return MoleculeStatistics(elements)
-    low, high = state.statistics.charges
-    return MoleculeStatistics(elements, (low, high), state.statistics.aromatic)
 
 
 def _molecules(

@@ -27,7 +27,7 @@ from molgen_energy.data.molecules import AROMATIC, Molecules, batch_by_size
 from molgen_energy.diffusion.geometry import rotated, rotations_from_quaternions
 from molgen_energy.diffusion.noise import RandomNumbers
 from molgen_energy.diffusion.objective import Objective, Terms, TimestepDistribution, Weights
-from molgen_energy.diffusion.state import Layout, State
+from molgen_energy.diffusion.state import DOMAINS, Layout, State
 from molgen_energy.distributed import (
     all_reduce_sum,
     broadcast,
@@ -43,7 +43,11 @@ from molgen_energy.models.base import Published
 from molgen_energy.paths import expand_home, portable_path
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.resources import bundled_sample
-from molgen_energy.systems.molecules.condition import PropertyCondition
+from molgen_energy.systems.molecules.condition import (
+    PropertyCondition,
+    check_conditions,
+    renormalised,
+)
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.fields import (
     MoleculeStatistics,
@@ -55,7 +59,10 @@ from molgen_energy.systems.molecules.loss_inputs import (
     table_bytes,
     with_required_bonds,
 )
+from molgen_energy.systems.molecules.state import MoleculeState
 from molgen_energy.systems.networks import build_network
+from molgen_energy.training.channels import FittedWeights, fit_weights
+from molgen_energy.training.checkpoint import Checkpoint
 from molgen_energy.training.devices import available_memory, lower_precision
 
 _SAMPLE = 100_000  # streamed molecules that means are taken over
@@ -260,6 +267,41 @@ class MoleculeTask:
                 inputs["features"] = inputs["features"].double()
             yield {"target": batch.data["positions"].double(), "mask": batch.mask, **inputs}
 
+    def fit_weights(self, checkpoint: Checkpoint) -> FittedWeights:
+        """The EMA weights of a checkpoint, with the channels of elements by their symbols.
+
+        Raises
+        ------
+        InputError
+            Conditions do not fit, or the network does not name its channels and these differ.
+        """
+        state = checkpoint.state_as(MoleculeState)
+        statistics = MoleculeStatistics.of_state(state)
+        layout = build_layout(self.config.model.fields, self.config.scales, statistics)
+        theirs = None
+        if state.condition is not None:
+            theirs = PropertyCondition.from_dict(state.condition.model_dump())
+        check_conditions(theirs, self._condition, checkpoint.path)
+        network = type(self.model)
+        assert issubclass(network, Denoiser)
+        axes, own_axes = (
+            network.channel_axes(fields, () if condition is None else condition.channel_names)
+            for fields, condition in ((layout, theirs), (self.layout, self._condition))
+        )
+        tensors = checkpoint.tensors("ema", self.model)
+        if not own_axes and not _same_channels(layout, theirs, self.layout, self._condition):
+            raise InputError(
+                f"{checkpoint.path} was trained on other elements, kinds of bonds or properties, "
+                f"and model {self.config.model.name} does not name its channels "
+                "(`Denoiser.channel_axes`); train on data with the same ones"
+            )
+        if theirs is not None and self._condition is not None:
+            for name, axis in axes.items():
+                if name in tensors:
+                    tensors[name] = renormalised(tensors[name], axis, theirs, self._condition)
+        own = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
+        return fit_weights(tensors, own, axes, own_axes, self.config.training.seed)
+
     def encode(self, batch: MoleculeBatch) -> State:
         """The state of a batch's molecules."""
         values = {name: field.encode(batch.data) for name, field in self.layout.fields.items()}
@@ -419,6 +461,18 @@ def _published(config: MoleculeConfig, key: str) -> Published:
         f"{key}: there is no published value for model {config.model.name} and loss "
         f"{loss.name}{variant}; set a number with --set {key}=…"
     )
+
+
+def _same_channels(
+    theirs: Layout,
+    their_condition: PropertyCondition | None,
+    own: Layout,
+    condition: PropertyCondition | None,
+) -> bool:
+    """Whether two networks have the same channels in the same places."""
+    fields = all(theirs.channel_names(domain) == own.channel_names(domain) for domain in DOMAINS)
+    properties = [None if c is None else c.names for c in (their_condition, condition)]
+    return fields and properties[0] == properties[1]
 
 
 def _required_columns(config: MoleculeConfig, file: MoleculeFile) -> frozenset[str]:
