@@ -44,6 +44,7 @@ from molgen_energy.systems.molecules.generate import MoleculeGenerator
 from molgen_energy.systems.molecules.sampling import sample_to_file
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.devices import choose_device
+from molgen_energy.training.initial import describe_initial_weights
 from molgen_energy.training.pretrained import DEFAULT, SUMS, PretrainedWeights, pretrained_weights
 
 ROOT = Path(__file__).parents[1]
@@ -475,6 +476,7 @@ def card(weights: PretrainedWeights) -> str:
         f"| loss on positions | {loss_in_words(config)} |",
         f"| data | {state_of(weights)['data']['source']}: {trained_on(weights):,} "
         f"{family.training} |",
+        *started(weights),
         f"| length | {config['training']['steps']:,} steps of {batch_in_words(config)}: "
         f"{seen(weights) / 1e6:.2f} million molecules, {epochs:.1f} passes |",
         f"| optimiser | Muon (matrices, {config['training']['muon_lr']:g}) and AdamW "
@@ -643,6 +645,12 @@ def loss_in_words(config: dict[str, Any]) -> str:
     )
 
 
+def started(weights: PretrainedWeights) -> list[str]:
+    """The row of the card for the weights that training started from, if there were any."""
+    described = describe_initial_weights(state_of(weights))
+    return [f"| start | {described} |"] if described else []
+
+
 def batch_in_words(config: dict[str, Any]) -> str:
     training = config["training"]
     if training["batch_size"] is not None:
@@ -695,7 +703,10 @@ def trained_on(weights: PretrainedWeights) -> int:
 
 
 def seen(weights: PretrainedWeights) -> int:
-    return int(state_of(weights)["progress"]["step"] * config_of(weights)["training"]["batch_size"])
+    state = state_of(weights)
+    if "molecules" in state["training"]:
+        return int(state["training"]["molecules"])
+    return int(state["progress"]["step"] * config_of(weights)["training"]["batch_size"])
 
 
 def passes(weights: PretrainedWeights) -> float:

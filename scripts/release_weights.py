@@ -17,14 +17,18 @@ from typing import Any
 import torch
 
 from molgen_energy.cli.console import exit_on_error, say
+from molgen_energy.data.batches import PairBudget, ResidentData
+from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.errors import InputError
 from molgen_energy.output import atomic_replace
+from molgen_energy.resources import bundled_sample
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.generate import MoleculeGenerator
 from molgen_energy.training.checkpoint import load_checkpoint, save_checkpoint
 from molgen_energy.training.pretrained import weights_directory, write_checksums
 
-KEPT = ("elements", "statistics", "size_histogram", "data", "condition")  # where there is one
+KEPT = ("elements", "statistics", "size_histogram", "data", "condition", "initial_weights")
+"""What is kept of the state, where it is there."""
 COLUMNS = ("step", "loss", "valid_loss", "lr", "seconds")
 
 
@@ -36,11 +40,27 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--hardware", required=True, help="what it was trained on, in words")
     parser.add_argument("--command", required=True, help="what it was trained with, as typed")
+    parser.add_argument("--data", type=Path, help="its data, if not where the run found them")
     parser.add_argument("--steps", type=int, default=100, help="to judge with, and the default")
     parser.add_argument("--spacing", default="quadratic", help="of the sampler's levels, likewise")
     parser.add_argument("--float32", action="store_true")
     with exit_on_error():
         release(parser.parse_args())
+
+
+def molecules_seen(config: MoleculeConfig, steps: int, data: Path | None) -> int:
+    """Training molecules in all batches of a run, whose data were in memory."""
+    training = config.training
+    if training.batch_size is not None:
+        return steps * training.batch_size
+    path = data or Path(config.data.path or bundled_sample())
+    with MoleculeFile(path) as file:
+        sizes = file.sizes(file.split_indices("train"))
+    assert training.pairs_per_batch is not None
+    batches = ResidentData(None, sizes, PairBudget(training.pairs_per_batch), training.seed)
+    last = batches.starts.epoch_of(steps)
+    rest = batches.epoch(last)[: steps - batches.starts[last]]
+    return last * len(sizes) + sum(map(len, rest))
 
 
 def release(arguments: argparse.Namespace) -> None:
@@ -59,6 +79,7 @@ def release(arguments: argparse.Namespace) -> None:
             "command": arguments.command,
             "hardware": arguments.hardware,
             "minutes": round(progress["seconds"] / 60, 1),
+            "molecules": molecules_seen(config, progress["step"], arguments.data),
         },
         **{name: checkpoint.state[name] for name in KEPT if name in checkpoint.state},
     }
