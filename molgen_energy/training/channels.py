@@ -16,7 +16,9 @@ from torch import Tensor
 from molgen_energy.models.base import ChannelAxis
 
 _SMALL = 0.01
-"""Standard deviation of new entries, relative to the root mean square of the parameter's others."""
+"""Standard deviation of new outputs, relative to the root mean square of the parameter's others.
+New inputs are as large as the others. With both small, training of the new channels begins at a
+saddle point: the error of five new elements fell by 4 % in 180 steps, and by 69 % with this."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,10 @@ def fit_weights(
 ) -> FittedWeights:
     """Weights for a network, from those of one with other channels.
 
-    Entries of channels that both have are equal. New ones are normal random numbers, a hundred
-    times smaller than the others; the parameters of a layer that only this network has are divided
-    by a hundred. The output for data without the new channels is therefore that of the other
-    network, but for the small values of such a layer.
+    Entries of channels that both have are equal. New ones are normal random numbers, for inputs as
+    large as the others and for outputs a hundred times smaller; the parameters of a layer that only
+    this network has are divided by a hundred. Where the new channels are zero, the output of the
+    others is therefore that of the other network, but for the small values of such a layer.
 
     Parameters
     ----------
@@ -92,7 +94,8 @@ def _with_channels(
     if there.axis != axis or tuple(tensor.shape) != expected:
         return None
     values = tensor.float()
-    fitted = _SMALL * float(values.square().mean().sqrt()) * torch.randn(shape, generator=generator)
+    scale = (_SMALL if axis == 0 else 1.0) * float(values.square().mean().sqrt())
+    fitted = scale * torch.randn(shape, generator=generator)
     both = [name for name in here.names if name in there.names]
     places = torch.tensor([here.names.index(name) for name in both], dtype=torch.long)
     sources = torch.tensor([there.names.index(name) for name in both], dtype=torch.long)

@@ -56,7 +56,7 @@ def describe_initial_weights(state: Mapping[str, Any]) -> str:
         return ""
     parts = [f"{taken['origin']}: {taken['values']:,} values"]
     if taken["drawn"]:
-        parts.append(f"{taken['drawn']:,} small random ones for {_grouped(taken['new'])}")
+        parts.append(f"{taken['drawn']:,} random ones for {_grouped(taken['new'])}")
     if taken["left_out"]:
         parts.append(f"without {_grouped(taken['left_out'])}")
     return ", ".join(parts)

@@ -154,3 +154,14 @@ def test_conditions_that_do_not_fit():
         check_conditions(THEIRS, None, where)
     with pytest.raises(InputError, match="the property gap in eV, the data in hartree; convert"):
         check_conditions(THEIRS, condition(("gap",), (0.0,), (1.0,), "hartree"), where)
+
+
+def test_new_inputs_are_as_large_as_the_others_and_new_outputs_small(molecules):
+    before, after = network("gdm", QM9, None), network("gdm", PERMUTED, None, seed=1)
+    axes, own = axes_of(before, None), axes_of(after, None)
+    fitted = fit_weights(before.state_dict(), after.state_dict(), axes, own, seed=3)
+    for key, (axis, names) in own.items():
+        new = torch.tensor([name not in axes[key].names for name in names])
+        values = fitted.tensors[key].movedim(axis, 0)
+        ratio = values[new].square().mean().sqrt() / values[~new].square().mean().sqrt()
+        assert (0.5 < ratio < 2) if axis == 1 else (0.001 < ratio < 0.1), key

@@ -650,7 +650,7 @@ def test_training_starts_from_weights_of_other_elements(unbroken, tmp_path):
     assert taken["new"] == ["elements P", "elements S"]
     assert taken["drawn"] == 2 * (16 + 16 + 1)
     lines = (run / "log.txt").read_text().splitlines()
-    assert lines[1].endswith("66 small random ones for elements P, S")
+    assert lines[1].endswith("66 random ones for elements P, S")
     task = MoleculeTask(config, CPU)
     initialise(task)
     ours, theirs = task.model.state_dict(), weights(old, "ema")
