@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from molgen_energy.errors import InputError
-from molgen_energy.formats.parts import check_part
 from molgen_energy.formats.declaration import shown
+from molgen_energy.formats.parts import check_part
 
 _MOST_BYTES = 64 << 20  # of one entry
 _MOST_ITEMS = 1_000_000  # of one list

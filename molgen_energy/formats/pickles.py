@@ -152,6 +152,15 @@ def _check_memory(size: int) -> None:
         raise PickleError("its next item takes more memory than is available; free some")
 
 
+def _unknown(code: bytes) -> PickleError:
+    """The error of an opcode; empty at the end of the file."""
+    if not code:
+        return PickleError(f"it is cut off; {_FETCH_AGAIN}")
+    return PickleError(
+        f"it is no pickle of protocol 2 to 5, or damaged (byte {code[0]:#04x}); {_FETCH_AGAIN}"
+    )
+
+
 class _Mark:
     """Where a list, tuple or mapping begins on the stack."""
 
@@ -243,7 +252,7 @@ class _Machine:
                 _check_memory(2 * _STEP)
             operation = ops.get(code)
             if operation is None:
-                self._unknown(code)
+                raise _unknown(code)
             try:
                 operation()
             except PickleError:
@@ -254,22 +263,13 @@ class _Machine:
                 yield
         self._result()
 
-    def _unknown(self, code: bytes) -> None:
-        if not code:
-            raise PickleError(f"it is cut off; {_FETCH_AGAIN}")
-        raise PickleError(
-            f"it is no pickle of protocol 2 to 5, or damaged (byte {code[0]:#04x}); {_FETCH_AGAIN}"
-        )
-
     def _forget(self) -> None:
         """Drop what the next item of the list does not refer to."""
         memo = self._memo
         for key in self._recent:
-            value = memo.get(key)
-            kind = type(value)
-            keep = kind in (_Named, _NumberType) or (
-                kind in (str, bytes) and len(value) <= _KEPT_TEXT
-            )
+            value: Any = memo.get(key)
+            short = isinstance(value, (str, bytes)) and len(value) <= _KEPT_TEXT
+            keep = short or isinstance(value, (_Named, _NumberType))
             if keep and self._kept < _MOST_KEPT:
                 self._kept += 1
             else:
@@ -610,7 +610,8 @@ def _reconstruct(machine: _Machine, arguments: tuple[Any, ...]) -> NDArray[Any]:
 def _set_array(target: NDArray[Any], state: Any) -> None:
     _, shape, kind, by_column, content = state
     array = _shaped(content, kind, shape)
-    target.__setstate__((1, array.shape, array.dtype, bool(by_column), content))  # type: ignore[attr-defined]
+    order: Any = bool(by_column)
+    target.__setstate__((1, array.shape, array.dtype, order, content))
 
 
 def _from_buffer(machine: _Machine, arguments: tuple[Any, ...]) -> NDArray[Any]:

@@ -122,7 +122,7 @@ class TorchFile:
         data = self._content[start : start + part.size]
         checksum = 0
         for k in range(0, part.size, _BLOCK):
-            checksum = zlib.crc32(data[k : k + _BLOCK], checksum)
+            checksum = zlib.crc32(data[k : k + _BLOCK].data, checksum)
         if len(data) != part.size or checksum != part.checksum:
             raise PickleError("it is cut off or damaged (a checksum differs); fetch it again")
         return data
