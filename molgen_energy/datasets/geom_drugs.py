@@ -21,7 +21,7 @@ from molgen_energy.datasets.base import RandomSplitDataset, option
 from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.datasets.screening import Screen, allowed_elements
 from molgen_energy.distributed import default_workers
-from molgen_energy.errors import MEND_OR_SKIP, InputError, unknown_name
+from molgen_energy.errors import MEND_OR_SKIP, InputError, counted, unknown_name
 from molgen_energy.output import display_path, named_path, real_path
 
 if TYPE_CHECKING:
@@ -231,9 +231,9 @@ class _Groups:
         if not self._shared:
             return []
         return [
-            f"the split of the layout is not by molecule: {self._shared:,} molecules, apart from "
-            "their stereochemistry, are in several splits, so that the test set is not "
-            "independent; --split-by random keeps them together"
+            f"the layout has {counted(self._shared, 'molecules')} in several splits, compared "
+            "without stereochemistry, so that its test set is not independent; --split-by random "
+            "keeps each in one"
         ]
 
 

@@ -214,7 +214,6 @@ class _Machine:
         self._held = 0
         self._checked = _STEP
         self._ended = False
-        self._ops = {code: getattr(self, f"_{name}") for code, name in _OPCODES.items()}
 
     def run(self) -> Any:
         """The object."""
@@ -242,7 +241,7 @@ class _Machine:
 
     def _steps(self) -> Iterator[None]:
         """Run opcode by opcode; pauses where a list may have grown."""
-        ops, read = self._ops, self._stream.read
+        read = self._stream.read
         while not self._ended:
             code = read(1)
             self._left -= 1
@@ -250,11 +249,11 @@ class _Machine:
             if self._held > self._checked:
                 self._checked = self._held + _STEP
                 _check_memory(2 * _STEP)
-            operation = ops.get(code)
+            operation = _OPERATIONS.get(code)
             if operation is None:
                 raise _unknown(code)
             try:
-                operation()
+                operation(self)
             except PickleError:
                 raise
             except (IndexError, TypeError, ValueError, KeyError, AttributeError, struct.error):
@@ -549,14 +548,19 @@ _OPCODES = {
     b"\x80": "proto", b"\x95": "frame", b".": "stop", b"(": "mark", b"0": "pop", b"1": "pop_mark",
     b"N": "none", b"\x88": "true", b"\x89": "false", b"J": "int4", b"K": "int1", b"M": "int2",
     b"\x8a": "long1", b"G": "float", b"\x8c": "text1", b"X": "text4", b"\x8d": "text8",
-    b"C": "bytes1", b"B": "bytes4", b"\x8e": "bytes8", b")": "empty_tuple", b"]": "empty_list",
-    b"}": "empty_dict", b"t": "tuple", b"\x85": "tuple1", b"\x86": "tuple2", b"\x87": "tuple3",
+    b"C": "bytes1", b"B": "bytes4", b"\x8e": "bytes8", b"\x96": "bytes8", b")": "empty_tuple",
+    b"]": "empty_list", b"}": "empty_dict", b"t": "tuple", b"\x85": "tuple1", b"\x86": "tuple2",
+    b"\x87": "tuple3",
     b"a": "append", b"e": "appends", b"s": "set_item", b"u": "set_items", b"q": "put1",
     b"r": "put4", b"\x94": "memoize", b"h": "get1", b"j": "get4", b"c": "global",
     b"\x93": "stack_global", b"R": "reduce", b"\x81": "new_object", b"b": "build",
     b"Q": "persistent",
 }  # fmt: skip
 """The names of methods of `_Machine` by opcode, as in Python's module pickletools."""
+
+_OPERATIONS: Mapping[bytes, Callable[[_Machine], None]] = {
+    code: getattr(_Machine, f"_{name}") for code, name in _OPCODES.items()
+}
 
 
 # What names in pickles stand for

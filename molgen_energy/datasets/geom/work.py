@@ -80,13 +80,13 @@ def _process(entry: Entry, rules: Rules) -> Found:
     molecules = [decoded[k] for k in chosen]
     elements = np.concatenate([molecule.atomic_numbers for molecule in molecules])
     if not rules.allowed[elements].all():
-        return Found(filtered="molecules left out with other elements")
+        return Found(filtered="left out with other elements")
     if max(map(len, molecules)) > rules.max_atoms:
-        return Found(filtered=f"molecules left out with more than {rules.max_atoms} atoms")
+        return Found(filtered=f"left out with more than {rules.max_atoms} atoms")
     if rules.clean:
         fault = next(filter(None, faults(Molecules.from_list(list(decoded.values())))), "")
         if fault:
-            return Found(filtered=f"molecules left out by the cleaning: {fault}")
+            return Found(filtered=f"left out by the cleaning: {fault}")
     return Found(molecules, chosen, _identity(molecules[0], entry.smiles))
 
 
