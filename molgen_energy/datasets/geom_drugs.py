@@ -32,6 +32,7 @@ _CONFORMERS = 200  # that a worker process takes at a time
 _TIMEOUT = 60.0  # s for one molecule
 _LAYOUT, _RANDOM, _SCAFFOLD = "layout", "random", "scaffold"
 _LABELS = 3
+_ELEMENTS = "H,B,C,N,O,F,Al,Si,P,S,Cl,As,Br,I,Hg,Bi"
 _ENERGY, _UNIT = "energy", "hartree"
 
 
@@ -48,7 +49,9 @@ class GeomDrugs(RandomSplitDataset):
     conformers: int = option(
         5, "Conformers of each molecule, those of lowest energy or the first; 0 keeps all."
     )
-    elements: str = option("H,B,C,N,O,F,Al,Si,P,S,Cl,As,Br,I,Hg,Bi", "The elements that may occur.")
+    elements: str | None = option(
+        None, "The elements that may occur; default: the 16 of GEOM-Drugs."
+    )
     max_atoms: int = option(181, "Largest number of atoms, hydrogens included.")
     clean: bool = option(
         False, "Leave out what the cleaning of GEOM-Drugs Revisited does; needs bonds."
@@ -78,7 +81,7 @@ class GeomDrugs(RandomSplitDataset):
     def check(self) -> None:
         """Raise `InputError` where an option has a bad value or the source is not recognised."""
         super().check()
-        allowed_elements(self.elements)
+        self._allowed()
         for flag, value, least in (
             ("--conformers", self.conformers, 0),
             ("--max-atoms", self.max_atoms, 1),
@@ -144,6 +147,9 @@ class GeomDrugs(RandomSplitDataset):
                 places.clear()
         log.notes += groups.notes()
 
+    def _allowed(self) -> NDArray[np.bool_]:
+        return allowed_elements(_ELEMENTS if self.elements is None else self.elements)
+
     @property
     def _source(self) -> Path:
         if self.source is None:
@@ -172,7 +178,7 @@ class GeomDrugs(RandomSplitDataset):
         rules = Rules(
             self._layout.decode,
             self.conformers,
-            allowed_elements(self.elements),
+            self._allowed(),
             self.max_atoms,
             self.clean,
         )
