@@ -81,17 +81,15 @@ class TorchFile:
 
     def load(self) -> Any:
         """The object, with tensors as read-only arrays."""
-        stream, size = self._pickle()
         try:
-            return read_pickle_with(stream, size, self._storage)
+            return read_pickle_with(*self._pickle(), self._storage)
         except PickleError as error:
             raise damaged_pickle(self.path, error) from None
 
     def items(self) -> Iterator[Any]:
         """The items of a list, one after another; any other object as one item."""
-        stream, size = self._pickle()
         try:
-            yield from iterate_pickle(stream, size, self._storage)
+            yield from iterate_pickle(*self._pickle(), self._storage)
         except PickleError as error:
             raise damaged_pickle(self.path, error) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator
@@ -22,8 +23,12 @@ from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.convert import to_rdkit
 from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.data.molecules import AROMATIC, Molecule, Molecules
+from molgen_energy.datasets.geom.layout import Entry
+from molgen_energy.datasets.geom.rdkit_pickles import decode_pickled
 from molgen_energy.datasets.geom.recognition import LAYOUTS, recognise
+from molgen_energy.datasets.geom.work import Part, Rules, lost, process
 from molgen_energy.errors import InputError
+from molgen_energy.workers import WorkerPool
 
 msgpack = pytest.importorskip("msgpack")
 
@@ -469,6 +474,23 @@ def test_bad_molecules_are_named_or_left_out(
     ]
 
 
+def test_a_crash_of_the_parser_is_a_bad_molecule() -> None:
+    """It ends a worker process, and this process lives on."""
+    part = Part([Entry("first", [3])], Rules(os._exit, 1, np.ones(256, bool), 181, False))
+    with WorkerPool(1, 60.0) as pool:
+        [(_, found)] = pool.map(process, [part], lost)
+    assert [one.failure for one in found] == ["the worker process died (exit code 3)"]
+
+
+def test_elements_that_there_are_not(sources: list[Source]) -> None:
+    """RDKit's bytes can hold any number."""
+    changed = Chem.RWMol(sources[0].conformers[0])
+    for number in (119, 200):
+        changed.GetAtomWithIdx(0).SetAtomicNum(number)
+        with pytest.raises(ValueError, match=f"atomic number {number}"):
+            decode_pickled(changed.ToBinary())
+
+
 def test_layouts_that_are_incomplete(
     tmp_path: Path, sources: list[Source], writers: dict[str, Writer]
 ) -> None:
@@ -545,8 +567,6 @@ class Hostile:
         self.command = command
 
     def __reduce__(self) -> Any:
-        import os
-
         return os.system, (self.command,)
 
 
@@ -556,11 +576,9 @@ def test_hostile_files_run_nothing(
     marker = tmp_path / "called"
     hostile = Hostile(f"touch {marker}")
 
-    def refused(
-        source: Path, message: str = "system'; only RDKit molecules", workers: int = 0
-    ) -> None:
+    def refused(source: Path, message: str = "system'; only RDKit molecules") -> None:
         with pytest.raises(InputError, match=message):
-            preprocess("geom-drugs", tmp_path / "a.h5", source=source, workers=workers)
+            preprocess("geom-drugs", tmp_path / "a.h5", source=source, workers=0)
 
     for name, file_name in (("midi", "val_data.pickle"), ("semlaflow", "val.smol")):
         folder = tmp_path / name
@@ -569,7 +587,7 @@ def test_hostile_files_run_nothing(
         replaced(folder / file_name, [hostile])
         refused(folder)
     replaced(tmp_path / "semlaflow/val.smol", [pickle.dumps(hostile)])
-    refused(tmp_path / "semlaflow", r"val\.smol: molecule 1: .*system'", workers=1)
+    refused(tmp_path / "semlaflow", r"val\.smol: molecule 1: .*system'")
     for name in ("jodo", "flowmol", "rdkit_folder"):
         (tmp_path / name).mkdir()
         writers[name](tmp_path / name, sources)

@@ -14,6 +14,7 @@ from typing import Any
 
 from molgen_energy.data.molecules import Molecule
 from molgen_energy.datasets.geom.layout import Entry, Layout, SplitFiles
+from molgen_energy.elements import ELEMENTS
 from molgen_energy.errors import InputError
 from molgen_energy.formats.pickles import PickledMolecule, iterate_pickle, pickle_file
 
@@ -97,4 +98,10 @@ def decode_pickled(content: Any) -> Molecule:
             molecule = Chem.Mol(content)  # type: ignore[call-overload] # its stubs lack it
         except (ValueError, RuntimeError, MemoryError):
             raise ValueError("RDKit cannot read a conformer, which is damaged") from None
-        return molecule_from_rdkit(molecule)
+        try:
+            found = molecule_from_rdkit(molecule)
+        except OverflowError:
+            raise ValueError("a conformer has an element or charge that there is not") from None
+    if found.atomic_numbers.max() > ELEMENTS:
+        raise ValueError(f"a conformer has the atomic number {found.atomic_numbers.max()}")
+    return found
