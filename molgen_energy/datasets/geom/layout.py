@@ -152,7 +152,7 @@ def arrays_to_molecule(
         An array is missing, has another shape, or holds what no molecule has.
     """
     places = _numbers("coordinates", positions, (None, 3))
-    with np.errstate(over="ignore"):  # infinity is refused by the screen
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity is refused by the screen
         places = places.astype(np.float32)
     count = len(places)
     if not 0 < count <= _MOST_ATOMS:
