@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import gzip
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import msgpack
 import numpy as np
+import torch
 import yaml
 from rdkit import Chem
 
@@ -123,6 +126,75 @@ def build(folder: Path) -> None:
     for source in ("sdf/v2000.sdf", "xyz/extended.xyz", "smiles/molecules.smi"):
         content = gzip.compress((folder / source).read_bytes(), mtime=0)
         (folder / "gzip" / f"{Path(source).name}.gz").write_bytes(content)
+    for name, write in (
+        ("pickle", _write_smol),
+        ("torch", _write_torch),
+        ("msgpack", _write_msgpack),
+        ("npy", _write_npy),
+    ):
+        with _inside(folder / name):
+            write(few)
+
+
+def _write_smol(molecules: Molecules) -> None:
+    """SemlaFlow's form of GEOM-Drugs: pickles inside a pickle."""
+    items = [
+        {
+            "coords": torch.tensor(one.positions),
+            "atomics": torch.tensor(one.atomic_numbers.astype(np.int64)),
+            "charges": torch.zeros(len(one), dtype=torch.long),
+            "bond_indices": torch.tensor(one.bond_index.astype(np.int64)),
+            "bond_types": torch.tensor(one.bond_order.astype(np.int64)),
+            "device": "cpu",
+            "id": one.smiles,
+        }
+        for one in molecules
+    ]
+    content = pickle.dumps([pickle.dumps(item, protocol=4) for item in items])
+    Path("train.smol").write_bytes(content)
+
+
+def _write_torch(molecules: Molecules) -> None:
+    """FlowMol's."""
+    assert molecules.bonds is not None
+    kinds = torch.tensor([(6, 1, 7, 8, 9).index(z) for z in molecules.atomic_numbers])
+
+    def ends(offsets: np.ndarray) -> torch.Tensor:
+        return torch.tensor(np.stack([offsets[:-1], offsets[1:]], 1).astype(np.int32))
+
+    arrays = {
+        "smiles": molecules.smiles.tolist(),
+        "positions": torch.tensor(molecules.positions),
+        "atom_types": torch.nn.functional.one_hot(kinds, 10).bool(),
+        "atom_charges": torch.zeros(len(kinds), dtype=torch.int32),
+        "bond_types": torch.tensor(molecules.bonds.order.astype(np.int32)),
+        "bond_idxs": torch.tensor(molecules.bonds.index.astype(np.int32)),
+        "node_idx_array": ends(molecules.offsets),
+        "edge_idx_array": ends(molecules.bonds.offsets),
+    }
+    torch.save(arrays, "train_data_processed.pt")
+
+
+def _write_msgpack(molecules: Molecules) -> None:
+    """GEOM's own."""
+    entries = {
+        one.smiles: {
+            "conformers": [
+                {
+                    "totalenergy": -40.5,
+                    "xyz": np.column_stack([one.atomic_numbers, one.positions]).tolist(),
+                }
+            ]
+        }
+        for one in molecules
+    }
+    Path("drugs_crude.msgpack").write_bytes(msgpack.packb(entries))
+
+
+def _write_npy(molecules: Molecules) -> None:
+    """EDM's."""
+    columns = (molecules.molecule_index, molecules.atomic_numbers, molecules.positions)
+    np.save("geom_drugs_30.npy", np.column_stack(columns).astype(np.float64))
 
 
 _SMILES = ("C", "O", "CO", "C=O", "N#C")

@@ -73,6 +73,10 @@ def _text_targets() -> list[Target]:
         Target("gzip", "extended.xyz.gz", _SAME_BYTES, [_preprocess("extended.xyz.gz")]),
         Target("gzip", "molecules.smi.gz", _SAME_BYTES,
                [_preprocess("smiles", "molecules.smi.gz", "--workers", "0", "--relax", "none")]),
+        *(Target(name, file, _BYTES,
+                 [_preprocess("geom-drugs", "--source", file, "--workers", "0")])
+          for name, file in (("pickle", "train.smol"), ("torch", "train_data_processed.pt"),
+                             ("msgpack", "drugs_crude.msgpack"), ("npy", "geom_drugs_30.npy"))),
         *(Target("npz", file, (*_SAME_BYTES, damaged_npz, declared_npz, damaged_npz, declared_npz),
                  [Command(("sample", "--checkpoint", "run", "--data", file, "-o", "out.h5"),
                           "out.h5")]) for file in ("couplings.npz", "packed.npz")),

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / ".venv"
 
-INSTALL = "pip install -c constraints.txt -e .[dev,docs,qm9,ccd,spins,fcd,posebusters,xtb]"
+INSTALL = "pip install -c constraints.txt -e .[dev,docs,qm9,ccd,geom,spins,fcd,posebusters,xtb]"
 
 # Every command is a module of the environment's Python.
 TASKS: dict[str, tuple[str, list[str]]] = {

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import pickle
 import re
 import runpy
 import shlex
@@ -104,6 +106,15 @@ def files(tmp_path_factory: pytest.TempPathFactory, sample_path: Path) -> Path:
     (folder / "mols").mkdir()
     for number, molecule in enumerate(molecules[:3]):
         (folder / "mols" / f"molecule_{number}.txt").write_text(Chem.MolToXYZBlock(molecule))
+    items = [(Chem.MolToSmiles(molecule), [molecule]) for molecule in molecules]
+    for name in ("rdkit_folder", "geom_raw"):
+        (folder / name).mkdir()
+    for split in ("train", "val", "test"):
+        (folder / f"geom_raw/{split}_data.pickle").write_bytes(pickle.dumps(items))
+    content = {"conformers": [{"totalenergy": -1.0, "rd_mol": molecules[0]}]}
+    (folder / "rdkit_folder/0.pickle").write_bytes(pickle.dumps(content))
+    summary = {items[0][0]: {"uniqueconfs": 1, "pickle_path": "0.pickle"}}
+    (folder / "rdkit_folder/summary_drugs.json").write_text(json.dumps(summary))
     molgen_energy.preprocess(str(folder / "mols.sdf"), folder / "mine.h5")
     small = {"model.layers": 1, "model.width": 32, "training.batch_size": 8}
     for name, extra in (
@@ -160,6 +171,8 @@ def shortened(arguments: list[str]) -> list[str]:
         short += ["--source", "original", "--split", "0.5,0.25,0.25"]
     if name == "preprocess" and words[0] == "ccd":
         short += ["--workers", "0", "--max-atoms", "9"]
+    if name == "preprocess" and words[0] == "geom-drugs":
+        short += ["--workers", "0"]
     if name == "preprocess" and words[0] in ("shapes", "spins") and "--count" not in words:
         short += ["--count", "8"]
     return [name, *short]

@@ -23,6 +23,7 @@ from molgen_energy.training.pretrained import pretrained_weights, verify_checksu
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "qm9": ("preprocess qm9", ("qm9pack",)),
     "ccd": ("preprocess ccd", ("biotite",)),
+    "geom": ("preprocess geom-drugs of drugs_crude.msgpack", ("msgpack",)),
     "tensorboard": ("curves of a run in TensorBoard", ("tensorboard",)),
     "fcd": ("evaluate --metrics fcd", ("fcd",)),
     "posebusters": ("evaluate --metrics posebusters", ("posebusters",)),

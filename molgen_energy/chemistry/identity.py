@@ -45,13 +45,30 @@ def identify(molecule: Molecule) -> Identity:
         try:
             Chem.SanitizeMol(built)
             incomplete = any(lacks_hydrogens(atom) for atom in built.GetAtoms())
-            heavy = Chem.RemoveHs(built)
-            smiles = Chem.MolToSmiles(heavy, isomericSmiles=False)
-            core = MurckoScaffold.GetScaffoldForMol(heavy)  # type: ignore[no-untyped-call]
-            scaffold = Chem.MolToSmiles(core, isomericSmiles=False)
+            smiles, scaffold = _names(built)
         except (ValueError, RuntimeError) as error:
             return Identity(fragments, failure=" ".join(str(error).split()))
     return Identity(fragments, incomplete, smiles, scaffold)
+
+
+def identify_smiles(text: str) -> Identity:
+    """Name the molecule of a SMILES, as `identify` does one with the same bonds."""
+    with rdBase.BlockLogs():
+        parsed = Chem.MolFromSmiles(text)
+        if parsed is None:
+            return Identity(failure="RDKit cannot parse its SMILES")
+        smiles, scaffold = _names(parsed)
+    return Identity(len(Chem.GetMolFrags(parsed)), False, smiles, scaffold)
+
+
+def _names(molecule: Chem.Mol) -> tuple[str, str]:
+    """Canonical SMILES and scaffold of a sanitised molecule."""
+    heavy = Chem.RemoveHs(molecule)
+    core = MurckoScaffold.GetScaffoldForMol(heavy)  # type: ignore[no-untyped-call]
+    return (
+        Chem.MolToSmiles(heavy, isomericSmiles=False),
+        Chem.MolToSmiles(core, isomericSmiles=False),
+    )
 
 
 def identify_all(molecules: Molecules) -> list[Identity]:

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +27,10 @@ from molgen_energy.formats.declaration import (
     shown,
 )
 from molgen_energy.formats.limits import check_memory
+from molgen_energy.formats.npy import read_header
 from molgen_energy.output import check_file
 
 _MEMBERS = 100  # arrays of an archive
-_HEADER = 10_000  # bytes, as NumPy allows
 _RATIO = 1032  # the most that a byte of deflate becomes
 _COPIES = 4  # of each array in memory at once, some in float64
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -99,7 +99,7 @@ def _array(
     if stored > path.stat().st_size or member.file_size > max(1, stored) * _RATIO:
         raise differs(f"{member.file_size:,} bytes declared and {stored:,} stored")
     with archive.open(member) as content:
-        shape, by_column, kind = _header(content)
+        shape, by_column, kind = read_header(content)
         if kind.kind not in "iuf" or kind.itemsize > 8:
             raise differs("objects, which are not read" if kind.hasobject else str(kind))
         if not _fits(shape, spec, sizes, format):
@@ -115,15 +115,6 @@ def _array(
         found = values.astype(spec.read_dtype)
     check_values(path, spec, found, remedy=format.remedy)
     return found
-
-
-def _header(content: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether columns come first, and type of an array."""
-    version = np.lib.format.read_magic(content)
-    if version != (1, 0):  # others, for structured types, read a header of any size
-        raise ValueError(f"version {version[0]}.{version[1]} of the .npy format")
-    shape, by_column, kind = np.lib.format.read_array_header_1_0(content, max_header_size=_HEADER)
-    return shape, by_column, kind
 
 
 def _fits(
