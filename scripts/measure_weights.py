@@ -43,6 +43,7 @@ from molgen_energy.systems.molecules.generate import MoleculeGenerator
 from molgen_energy.systems.molecules.sampling import sample_to_file
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.devices import choose_device
+from molgen_energy.training.initial import describe_initial_weights
 from molgen_energy.training.pretrained import DEFAULT, SUMS, PretrainedWeights, pretrained_weights
 
 ROOT = Path(__file__).parents[1]
@@ -383,6 +384,7 @@ def card(weights: PretrainedWeights) -> str:
         f"| loss on positions | {loss_in_words(config)} |",
         f"| data | {state_of(weights)['data']['source']}: {trained_on(weights):,} training "
         "molecules of EDM's split; no other molecule was seen |",
+        *started_from(weights),
         f"| length | {config['training']['steps']:,} steps of {config['training']['batch_size']}: "
         f"{seen(weights) / 1e6:.2f} million molecules, {epochs:.1f} passes |",
         f"| optimiser | Muon (matrices, {config['training']['muon_lr']:g}) and AdamW "
@@ -584,6 +586,15 @@ def loaded(path: Path) -> dict[str, Any]:
 def report(weights: PretrainedWeights) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((weights.path / "report.json").read_text(encoding="utf-8"))
     return found
+
+
+def started_from(weights: PretrainedWeights) -> list[str]:
+    """The row of the initial weights, if the run did not start from random ones."""
+    taken = state_of(weights).get("initial_weights")
+    if taken is None:
+        return []
+    text = describe_initial_weights({"initial_weights": taken})
+    return [f"| initial weights | {text}; SHA-256 `{taken['sha256']}` |"]
 
 
 def trained_on(weights: PretrainedWeights) -> int:

@@ -24,7 +24,14 @@ from molgen_energy.systems.molecules.generate import MoleculeGenerator
 from molgen_energy.training.checkpoint import load_checkpoint, save_checkpoint
 from molgen_energy.training.pretrained import weights_directory, write_checksums
 
-KEPT = ("elements", "statistics", "size_histogram", "data", "condition")  # where there is one
+KEPT = (
+    "elements",
+    "statistics",
+    "size_histogram",
+    "data",
+    "condition",
+    "initial_weights",
+)  # where there is one
 COLUMNS = ("step", "loss", "valid_loss", "lr", "seconds")
 
 
