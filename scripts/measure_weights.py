@@ -476,7 +476,7 @@ def card(weights: PretrainedWeights) -> str:
         f"| loss on positions | {loss_in_words(config)} |",
         f"| data | {state_of(weights)['data']['source']}: {trained_on(weights):,} "
         f"{family.training} |",
-        *started(weights),
+        *started_from(weights),
         f"| length | {config['training']['steps']:,} steps of {batch_in_words(config)}: "
         f"{seen(weights) / 1e6:.2f} million molecules, {epochs:.1f} passes |",
         f"| optimiser | Muon (matrices, {config['training']['muon_lr']:g}) and AdamW "
@@ -645,12 +645,6 @@ def loss_in_words(config: dict[str, Any]) -> str:
     )
 
 
-def started(weights: PretrainedWeights) -> list[str]:
-    """The row of the card for the weights that training started from, if there were any."""
-    described = describe_initial_weights(state_of(weights))
-    return [f"| start | {described} |"] if described else []
-
-
 def batch_in_words(config: dict[str, Any]) -> str:
     training = config["training"]
     if training["batch_size"] is not None:
@@ -696,6 +690,15 @@ def loaded(path: Path) -> dict[str, Any]:
 def report(weights: PretrainedWeights) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((weights.path / "report.json").read_text(encoding="utf-8"))
     return found
+
+
+def started_from(weights: PretrainedWeights) -> list[str]:
+    """The row of the initial weights, if the run did not start from random ones."""
+    taken = state_of(weights).get("initial_weights")
+    if taken is None:
+        return []
+    text = describe_initial_weights({"initial_weights": taken})
+    return [f"| initial weights | {text}; SHA-256 `{taken['sha256']}` |"]
 
 
 def trained_on(weights: PretrainedWeights) -> int:

@@ -62,6 +62,18 @@ def test_the_configuration_is_that_of_the_run(tmp_path, capsys):
         estimate_training(output="run")
 
 
+def test_a_dry_run_says_which_weights_it_takes(capsys):
+    train(changes=TINY, steps=1, output="run")
+    settings = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
+    elements = ["--set", "data.elements=[H,C,N,O,F,S,Cl]"]
+    with pytest.raises(SystemExit) as ended:
+        app(["train", "--steps", "1", "--from", "run", *settings, *elements, "--dry-run"])
+    assert not ended.value.code
+    said = capsys.readouterr().err
+    assert "from    run, step 1: " in said
+    assert "small random ones for elements S, Cl\n" in said
+
+
 def test_what_is_left_of_a_run(tmp_path):
     """Of a run that is resumed, only the steps that are left; the run stays as it is."""
     train(changes=TINY, steps=2, output="run")

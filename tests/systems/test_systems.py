@@ -199,6 +199,11 @@ def test_polygons_by_command(inside, tmp_path):
     assert "270 training polygons" in trained.stderr
     assert "exponential springs on complete edges" in trained.stderr
     inside("train", "--config", "shapes_energy", "--steps", "12", "-o", "b", *SMALL)
+    more = ("train", "--config", "shapes_energy", "--from", "runs/a", "--steps", "1", *SMALL)
+    assert "from    a, step 12: " in inside(*more, "-o", "c").stderr
+    inside("preprocess", "shapes", "--vertices", "6", "--count", "300", "-o", "six.h5")
+    refused = inside(*more, "--data", "six.h5", "-o", "d", code=2).stderr
+    assert "is a checkpoint of another model: 'network.4.bias' is (10,) in the file" in refused
     inside("sample")
     with h5py.File(tmp_path / "shapes_predicted.h5") as file:
         assert file["positions"].shape == (100, 5, 2)
