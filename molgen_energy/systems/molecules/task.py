@@ -555,14 +555,14 @@ def _in_memory(
     if available is None:
         return True
     atoms = sum(size * count for size, count in summary.size_histogram.items())
-    molecules, largest = summary.training_molecules, max(summary.size_histogram)
+    pairs = sum(size**2 * count for size, count in summary.size_histogram.items())
     # For each atom: position, element, charge, and about one bond. For each molecule: offset,
     # size, number in the file, and properties.
     bonds = "bonds" in columns or "bonds" in config.loss_requires
     per_atom = 13 + int("formal_charges" in columns) + 9 * int(bonds)
     per_molecule = 40 + 8 * sum("/" in name for name in columns)
-    needed = per_atom * atoms + per_molecule * molecules
-    needed += table_bytes(config.loss, molecules, largest)
+    needed = per_atom * atoms + per_molecule * summary.training_molecules
+    needed += table_bytes(config.loss, pairs)
     return needed <= _SMALL or 4 * needed * local_world_size() <= available
 
 
