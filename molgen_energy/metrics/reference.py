@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rdkit import rdBase
 
 from molgen_energy import __version__
+from molgen_energy.chemistry.descriptors import DESCRIPTORS
 from molgen_energy.chemistry.geometry import (
     GEOMETRY_TYPES,
     KINDS,
@@ -62,9 +63,12 @@ MAX_COMPARED = 10_000
 distances."""
 MAX_KEPT = 20_000
 """Number of molecules of the reference that sets of real molecules are drawn from."""
+MAX_STORED = 5000
+"""Number of values of a descriptor in a file of `Reference.save`."""
 
 _BUNDLED_SMILES = "qm9_train_smiles.txt.gz"
 _BUNDLED_STATISTICS = "qm9_test_statistics.h5"
+_COMPRESSED = {"compression": "gzip", "compression_opts": 9, "shuffle": True}
 _FREQUENT = 8  # types of each kind, without a list
 
 
@@ -118,6 +122,14 @@ STATISTICS = HDF5Format(
             "geometry/*/*", ("*",), "float", "values of a type, sorted by group; the group above "
             "is `bond length`, `angle` or `dihedral`", unit="Å or degrees", required=False,
             dtype="f4",
+            attributes=(
+                AttributeSpec("count", "integer", "values before some were drawn", low=0),
+                AttributeSpec("groups", "integer", "values of each group", low=0, shape=("G",)),
+            ),
+        ),
+        DatasetSpec(
+            "descriptors/*", ("*",), "float", "values of a descriptor, sorted by group",
+            required=False, dtype="f4",
             attributes=(
                 AttributeSpec("count", "integer", "values before some were drawn", low=0),
                 AttributeSpec("groups", "integer", "values of each group", low=0, shape=("G",)),
@@ -205,19 +217,17 @@ class Reference:
                 distances=json.dumps({k: _to_list(e) for k, e in distances.estimates.items()}),
                 by_type=json.dumps(distances.by_type),
             )  # fmt: skip
-            compressed = {"compression": "gzip", "compression_opts": 9, "shuffle": True}
             for kind, names in self.types.types.items():
                 for name in names:
-                    sample = self.distributions.values(kind, name)
-                    order = np.lexsort((sample.value, sample.group))
-                    data = file.create_dataset(
-                        f"geometry/{kind}/{name}", data=sample.value[order], **compressed
+                    _store_sample(
+                        file, f"geometry/{kind}/{name}", self.distributions.values(kind, name)
                     )
-                    data.attrs["count"] = sample.count
-                    data.attrs["groups"] = np.bincount(sample.group, minlength=JACKKNIFE_GROUPS)
+            for key, sample in self.distributions.descriptors.items():
+                digits = DESCRIPTORS[key].digits
+                _store_sample(file, f"descriptors/{key}", sample, digits, MAX_STORED)
             for key in ("sizes", "elements"):
                 counts = getattr(self.distributions, key)
-                file.create_dataset(key, data=counts, **compressed)
+                file.create_dataset(key, data=counts, **_COMPRESSED)
             moments = self.distributions.moments
             if moments is not None:
                 # Not those of every jackknife group: half a megabyte each.
@@ -225,7 +235,7 @@ class Reference:
                 upper = [part.covariance[np.triu_indices(len(part.mean))] for part in parts]
                 covariance = np.array(upper, np.float32)
                 file.create_dataset("fcd/mean", data=np.array([part.mean for part in parts]))
-                file.create_dataset("fcd/covariance", data=covariance, **compressed)
+                file.create_dataset("fcd/covariance", data=covariance, **_COMPRESSED)
                 file["fcd"].attrs["count"] = [part.count for part in parts]
             if isinstance(self.ranges, StoredRanges):
                 file["ranges/counts"] = self.ranges.counts
@@ -251,6 +261,11 @@ class Reference:
                 }
                 for kind in KINDS
             }
+            descriptors = {
+                key: _stored_sample(file, f"descriptors/{key}")
+                for key in DESCRIPTORS
+                if f"descriptors/{key}" in file
+            }
             moments = None
             if "fcd/mean" in file:
                 parts = zip(
@@ -266,7 +281,7 @@ class Reference:
                     ]
                 )
             distributions = Distributions(
-                geometry, file.read("sizes"), file.read("elements"), moments
+                geometry, file.read("sizes"), file.read("elements"), moments, descriptors
             )
             ranges = None
             if "ranges/counts" in file:
@@ -296,6 +311,23 @@ class Reference:
         )
         types = attributes["types"]
         return cls(evaluation.name, evaluation, distributions, distances, types, ranges)
+
+
+def _store_sample(
+    file: h5py.File,
+    name: str,
+    sample: ValueSample,
+    digits: int | None = None,
+    most: int | None = None,
+) -> None:
+    """Write values, sorted by jackknife group: rounded, and `most` at random, where given."""
+    value, group = sample.value[:most], sample.group[:most]  # their order is random
+    if digits is not None:
+        value = value.astype(np.float64).round(digits).astype(np.float32)
+    order = np.lexsort((value, group))
+    data = file.create_dataset(name, data=value[order], **_COMPRESSED)
+    data.attrs["count"] = sample.count
+    data.attrs["groups"] = np.bincount(group, minlength=JACKKNIFE_GROUPS)
 
 
 def _stored_sample(file: HDF5File, name: str) -> ValueSample:
