@@ -436,10 +436,19 @@ def _add_strain(
         evaluation.notes.append(f"{label} strain excludes: {text}")
 
 
-def is_over_regular(evaluation: MoleculeEvaluation, reference: MoleculeEvaluation) -> bool:
-    """Whether samples are more often stable than real data, with disjoint intervals."""
-    rate = evaluation.rates["molecule_stability"]
-    data = reference.rates["molecule_stability"]
+def is_over_regular(
+    evaluation: MoleculeEvaluation,
+    reference: MoleculeEvaluation,
+    key: str = "molecule_stability",
+) -> bool:
+    """Whether samples are more often stable than real data, with disjoint intervals.
+
+    Parameters
+    ----------
+    key
+        `molecule_stability` or `atom_stability`.
+    """
+    rate, data = evaluation.rates[key], reference.rates[key]
     if rate is None or data is None or rate.interval is None or data.interval is None:
         return False
     return evaluation.shares_stability(reference) and rate.interval[0] > data.interval[1]

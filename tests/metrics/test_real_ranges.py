@@ -12,6 +12,7 @@ from conftest import of_smiles
 from molgen_energy.chemistry.geometry import GeometryTypes, code_of
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
 from molgen_energy.metrics.accumulator import EvaluationAccumulator, ValueSample, hash_numbers
+from molgen_energy.metrics.bundled import BUNDLED
 from molgen_energy.metrics.checks.chunk import CheckSettings, check_chunk
 from molgen_energy.metrics.distances.comparison import (
     Comparison,
@@ -27,7 +28,7 @@ from molgen_energy.metrics.distances.real_ranges import (
     add_ranges,
 )
 from molgen_energy.metrics.molecule_values import MoleculeValues, TypeValues
-from molgen_energy.metrics.reference import Reference, bundled_reference
+from molgen_energy.metrics.reference import Reference
 from molgen_energy.metrics.statistics import Estimate, RealRange
 
 TYPES = GeometryTypes("a test", {"bond length": ("C1H",), "dihedral": ("C1C-C1C-C1C",)})
@@ -267,7 +268,7 @@ def alcohols(values: MoleculeValues) -> int:
 
 
 def test_the_bundled_ranges(tmp_path):
-    data = bundled_reference()
+    data = BUNDLED["qm9"].load()
     assert isinstance(data.ranges, StoredRanges)
     # 10,000 training molecules are real.
     for key in ("mmd_bond_length", "mmd_reference_dihedral", "wasserstein_angle", "fcd"):

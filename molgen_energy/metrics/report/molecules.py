@@ -42,6 +42,8 @@ from molgen_energy.workers import WorkerPool
 
 _BONDS_UNUSED = "with perceived bonds, though a file has its own"
 _BY_BONDS = ("strain", "posebusters")  # metrics whose published values are of given bonds
+_STABILITY = (("molecules", "molecule_stability"), ("atoms", "atom_stability"))
+_LOW_STABILITY = 0.9  # of real molecules; a table that refuses more is no measure of them
 _FAR = 5  # times the distance of as many real molecules, for a file that is as stable as they
 _MAX_FAILURES = 4
 
@@ -167,7 +169,7 @@ def molecule_report(results: MoleculeResults, open_pool: Callable[[], WorkerPool
         _evaluated_file(data, reference.distances, _own_notes(data), []),
         _settings(results),
         _summary(results),
-        results.notes,
+        [*results.notes, *_on_stability(data)],
         blocks,
         results.table,
     )
@@ -258,8 +260,12 @@ def _notes(evaluation: MoleculeEvaluation, results: MoleculeResults) -> list[str
     notes = _own_notes(evaluation)
     reference = results.reference.evaluation
     data = reference.rates["molecule_stability"]
-    if is_over_regular(evaluation, reference):
-        notes.append("more often stable than real data: over-regular, not better than the data")
+    above = [what for what, key in _STABILITY if is_over_regular(evaluation, reference, key)]
+    if above:
+        notes.append(
+            f"{' and '.join(above)} more often stable than those of real data: over-regular, not "
+            "better than the data"
+        )
     rate = evaluation.rates["molecule_stability"]
     as_stable = (
         evaluation.shares_stability(reference)
@@ -279,6 +285,22 @@ def _notes(evaluation: MoleculeEvaluation, results: MoleculeResults) -> list[str
         if names:
             notes.append(f"no {kind} of type {', '.join(names)}: not in the mean")
     return notes
+
+
+def _on_stability(data: MoleculeEvaluation) -> list[str]:
+    """What stability is worth where many real molecules are not stable."""
+    molecules, atoms = (data.rates[key] for _, key in _STABILITY)
+    if molecules is None or atoms is None or molecules.value is None or atoms.value is None:
+        return []
+    if molecules.value >= _LOW_STABILITY:
+        return []
+    given = data.bonds == BOND_DESCRIPTIONS["given"]
+    remedy = "another --valence" if given else "--bonds given, where a model generates bonds"
+    return [
+        f"with bonds {data.bonds} and valences {data.valence}, only {100 * molecules.value:.1f} % "
+        f"of {data.name}'s own molecules and {100 * atoms.value:.1f} % of their atoms are stable: "
+        f"stability above that means nothing; {remedy} says more"
+    ]
 
 
 def _own_notes(evaluation: MoleculeEvaluation) -> list[str]:
@@ -341,8 +363,9 @@ def _failures(evaluation: MoleculeEvaluation) -> list[str]:
 def _summary(results: MoleculeResults) -> str:
     checks = results.options.checks
     jodo = checks.counting == "jodo"
+    compared = f"compared with {results.reference_choice}; " if results.reference_choice else ""
     return (
-        f"bonds {results.samples[0].bonds}; valences {checks.valence}; "
+        f"{compared}bonds {results.samples[0].bonds}; valences {checks.valence}; "
         f"novelty against {results.novelty_against}; types: {results.reference.types.name}"
         + ("; angles as JODO lists them" if jodo else "")
     )
@@ -354,6 +377,7 @@ def _settings(results: MoleculeResults) -> list[Setting]:
     metrics = sorted(options.metrics)
     return [
         Setting("rdkit", "RDKit", rdBase.rdkitVersion),
+        Setting("reference_choice", "reference", results.reference_choice or "named or by default"),
         Setting("novelty_against", "novelty against", results.novelty_against),
         Setting("metrics", "metrics", metrics, ", ".join(metrics)),
         Setting("bonds", "bonds", checks.bonds, BOND_DESCRIPTIONS[checks.bonds]),
