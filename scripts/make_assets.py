@@ -175,7 +175,7 @@ def _training_molecules(
     workers: WorkerPool,
 ) -> MoleculeEvaluation:
     """The fast metrics of training molecules, with what sets of real molecules are drawn from."""
-    fast = replace(options, metrics=frozenset({"rates", "geometry", "composition", "fcd"}))
+    fast = replace(options, metrics=options.metrics - {"strain", "xtb", "posebusters"})
     source = FileSource(path, "train", limit=limit)
     fast = replace(with_types(fast, types), kept=source.size() or 0)
     return evaluate_source("training molecules", source, fast, None, workers)

@@ -31,6 +31,7 @@ _METRICS = (
     "geometry",
     "composition",
     "strain",
+    "descriptors",
     "fcd",
     "posebusters",
     "xtb",
@@ -115,8 +116,9 @@ def command(
         rich_help_panel=_WHAT,
         autocompletion=one_of(*_METRICS),
         metavar="NAMES",
-        help="Some of rates, geometry, composition, strain (these are the default) and fcd, "
-        "posebusters, xtb (each an extra to install): default,fcd adds one; or all.",
+        help="Some of rates, geometry, composition, strain (these are the default), descriptors "
+        "(rings, QED, logP, …) and fcd, posebusters, xtb (each an extra to install): default,fcd "
+        "adds one; or all.",
     ),
     bonds: str = typer.Option(
         "auto",

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from molgen_energy.chemistry.anomalies import KINDS as ANOMALIES
 from molgen_energy.chemistry.anomalies import TYPES
+from molgen_energy.chemistry.descriptors import DESCRIPTORS, has_sa_score
 from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS
 from molgen_energy.chemistry.valence import has_valence
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
@@ -50,12 +51,18 @@ from molgen_energy.metrics.checks.strain import (
     strain_mmff,
     strain_xtb,
 )
-from molgen_energy.metrics.distances.comparison import Comparison, Distributions
+from molgen_energy.metrics.distances.comparison import MIN_MOLECULES, Comparison, Distributions
 from molgen_energy.metrics.distances.fcd import ChemNet
 from molgen_energy.metrics.molecule_table import MoleculeTable
 from molgen_energy.metrics.options import BOND_DESCRIPTIONS, EvaluationOptions, install_command
 from molgen_energy.metrics.sources import ChunkSource
-from molgen_energy.metrics.statistics import Clusters, Estimate, Rate, median_interval
+from molgen_energy.metrics.statistics import (
+    Clusters,
+    Estimate,
+    Rate,
+    jackknife_interval,
+    median_interval,
+)
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.workers import WorkerPool
 
@@ -187,6 +194,8 @@ def evaluate_source(
             f"geometry excludes {counted(counts.without_geometry, 'molecules')} with more than "
             f"{MAX_NEIGHBOURS} bonds at an atom"
         )
+    if settings.descriptors:
+        evaluation.estimates |= descriptor_means(accumulator)
     evaluation.rates |= {"stereocentres_r": None, "posebusters": None}
     _add_subset_metrics(evaluation, options, workers, table)
     evaluation.worst = (
@@ -226,7 +235,9 @@ def collect_smiles_hashes(
 ) -> NDArray[np.uint64]:
     """Sorted hashes of the SMILES that `evaluate_source` would compute, for novelty."""
     smiles = DistinctHashes()
-    settings = replace(settings, type_codes={}, whole_smiles=False, names_only=True)
+    settings = replace(
+        settings, type_codes={}, whole_smiles=False, descriptors=False, names_only=True
+    )
     for chunk, checks in check_chunks(source.chunks(), settings, workers):
         smiles.add(checks.smiles)
         if counter is not None:
@@ -347,6 +358,35 @@ def _add_subset_metrics(
         evaluation.posebusters_failures = Counter(
             name for one in checks for name, passed in one.items() if not passed
         )
+
+
+def descriptor_means(accumulator: EvaluationAccumulator) -> dict[str, Estimate]:
+    """Means of the descriptors of complete molecules, with jackknife intervals."""
+    found = {}
+    columns = zip(accumulator.descriptor_counts.T, accumulator.descriptor_sums.T, strict=True)
+    for (key, descriptor), (counts, sums) in zip(DESCRIPTORS.items(), columns, strict=True):
+        total = int(counts.sum())
+        if not total:
+            absent = key == "sa_score" and not has_sa_score()
+            note = "RDKit without Contrib/SA_Score" if absent else "no complete molecules"
+            found[mean_key(key)] = Estimate(None, note=note)
+            continue
+        mean = float(sums.sum()) / total
+        without = [
+            (sums.sum() - s) / (total - n)
+            for s, n in zip(sums, counts, strict=True)
+            if 0 < n < total
+        ]
+        interval = None
+        if total >= MIN_MOLECULES and len(without) > 1 and max(without) > min(without):
+            interval = jackknife_interval(mean, without, descriptor.least)
+        found[mean_key(key)] = Estimate(mean, interval, total)
+    return found
+
+
+def mean_key(descriptor: str) -> str:
+    """The key of a descriptor's mean."""
+    return f"mean_{descriptor}"
 
 
 def _subset_chunks(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from rdkit import rdBase
 
 from molgen_energy import __version__
+from molgen_energy.chemistry.descriptors import DESCRIPTORS
 from molgen_energy.chemistry.geometry import (
     GEOMETRY_TYPES,
     KINDS,
@@ -39,6 +41,7 @@ from molgen_energy.metrics.accumulator import (
 from molgen_energy.metrics.distances.comparison import Comparison, Distributions, compare
 from molgen_energy.metrics.distances.fcd import FEATURES, Gaussian, Moments
 from molgen_energy.metrics.distances.real_ranges import (
+    DESCRIPTOR_KEYS,
     FCD_KEYS,
     RealRanges,
     ResampledRanges,
@@ -62,7 +65,10 @@ MAX_COMPARED = 10_000
 distances."""
 MAX_KEPT = 20_000
 """Number of molecules of the reference that sets of real molecules are drawn from."""
+MAX_STORED = 5000
+"""Number of values of a descriptor in a file of `Reference.save`."""
 
+_COMPRESSED = {"compression": "gzip", "compression_opts": 9, "shuffle": True}
 _FREQUENT = 8  # types of each kind, without a list
 FREQUENT_TYPES = f"the {_FREQUENT} most frequent of each kind"
 """Name of the list of types that a reference chooses itself."""
@@ -115,6 +121,14 @@ def _datasets(bonds: str) -> tuple[DatasetSpec, ...]:
         DatasetSpec(
             f"{bonds}/geometry/*/*", ("*",), "float", "values of a type, sorted by group; the "
             "group above is `bond length`, `angle` or `dihedral`", unit="Å or degrees",
+            required=False, dtype="f4",
+            attributes=(
+                AttributeSpec("count", "integer", "values before some were drawn", low=0),
+                AttributeSpec("groups", "integer", "values of each group", low=0, shape=("G",)),
+            ),
+        ),
+        DatasetSpec(
+            f"{bonds}/descriptors/*", ("*",), "float", "values of a descriptor, sorted by group",
             required=False, dtype="f4",
             attributes=(
                 AttributeSpec("count", "integer", "values before some were drawn", low=0),
@@ -279,7 +293,6 @@ class Reference:
             distances=json.dumps({k: _to_list(e) for k, e in distances.estimates.items()}),
             by_type=json.dumps(distances.by_type),
         )
-        compressed = {"compression": "gzip", "compression_opts": 9, "shuffle": True}
         for kind, names in self.types.types.items():
             for name in names:
                 sample = self.distributions.values(kind, name)
@@ -287,15 +300,13 @@ class Reference:
                 if compact:  # zeros at the end of the mantissa
                     steps = np.float32(2 ** _ROUNDED_BITS[kind])
                     value = (np.round(value * steps) / steps).astype(np.float32)
-                order = np.lexsort((value, sample.group))
-                data = group.create_dataset(
-                    f"geometry/{kind}/{name}", data=value[order], **compressed
-                )
-                data.attrs["count"] = sample.count
-                data.attrs["groups"] = np.bincount(sample.group, minlength=JACKKNIFE_GROUPS)
+                _store_sample(group, f"geometry/{kind}/{name}", sample, value)
+        for key, sample in self.distributions.descriptors.items():
+            rounded = sample.value[:MAX_STORED].astype(np.float64).round(DESCRIPTORS[key].digits)
+            _store_sample(group, f"descriptors/{key}", sample, rounded)
         for key in ("sizes", "elements"):
             counts = getattr(self.distributions, key)
-            group.create_dataset(key, data=counts, **compressed)
+            group.create_dataset(key, data=counts, **_COMPRESSED)
         moments = self.distributions.moments
         if moments is not None:
             # Not those of every jackknife group: half a megabyte each.
@@ -303,7 +314,7 @@ class Reference:
             upper = [part.covariance[np.triu_indices(len(part.mean))] for part in parts]
             covariance = np.array(upper, np.float16 if compact else np.float32)
             group.create_dataset("fcd/mean", data=np.array([part.mean for part in parts]))
-            group.create_dataset("fcd/covariance", data=covariance, **compressed)
+            group.create_dataset("fcd/covariance", data=covariance, **_COMPRESSED)
             group["fcd"].attrs["count"] = [part.count for part in parts]
         if isinstance(self.ranges, StoredRanges):
             group["ranges/counts"] = self.ranges.counts
@@ -361,6 +372,11 @@ class Reference:
             }
             for kind in KINDS
         }
+        descriptors = {
+            key: _stored_sample(file, f"{mode}/descriptors/{key}")
+            for key in DESCRIPTORS
+            if f"{mode}/descriptors/{key}" in file
+        }
         moments = None
         if f"{mode}/fcd/mean" in file:
             parts = zip(
@@ -376,7 +392,11 @@ class Reference:
                 ]
             )
         distributions = Distributions(
-            geometry, file.read(f"{mode}/sizes"), file.read(f"{mode}/elements"), moments
+            geometry,
+            file.read(f"{mode}/sizes"),
+            file.read(f"{mode}/elements"),
+            moments,
+            descriptors,
         )
         ranges = None
         if f"{mode}/ranges/counts" in file:
@@ -407,11 +427,15 @@ class Reference:
         )  # fmt: skip
 
     def _without_energies(self) -> Reference:
-        """Without what depends on bond orders that are not those of geometry: energies and FCD."""
-        distributions = replace(self.distributions, moments=None)
+        """Without what depends on bond orders that are not those of geometry.
+
+        These are energies, descriptors and FCD.
+        """
+        distributions = replace(self.distributions, moments=None, descriptors={})
+        left_out = {*FCD_KEYS, *DESCRIPTOR_KEYS}
+        estimates = self.distances.estimates.items()
         distances = replace(
-            self.distances,
-            estimates={k: e for k, e in self.distances.estimates.items() if k not in FCD_KEYS},
+            self.distances, estimates={k: e for k, e in estimates if k not in left_out}
         )
         evaluation = replace(self.evaluation, estimates={}, distributions=distributions)
         return replace(
@@ -425,6 +449,17 @@ def _stored_rates(rates: Mapping[str, Rate | None]) -> dict[str, list[float] | N
 
 def _loaded_rates(stored: _StoredRates) -> dict[str, Rate | None]:
     return {key: None if value is None else Rate(*value) for key, value in stored.items()}
+
+
+def _store_sample(
+    group: h5py.Group, name: str, sample: ValueSample, value: NDArray[np.floating[Any]]
+) -> None:
+    """Write numbers (V,), the first or all of a sample, sorted by jackknife group."""
+    of_value = sample.group[: len(value)]
+    order = np.lexsort((value, of_value))
+    data = group.create_dataset(name, data=value[order].astype(np.float32), **_COMPRESSED)
+    data.attrs["count"] = sample.count
+    data.attrs["groups"] = np.bincount(of_value, minlength=JACKKNIFE_GROUPS)
 
 
 def _stored_sample(file: HDF5File, name: str) -> ValueSample:

@@ -9,10 +9,15 @@ from typing import Any
 
 from rdkit import rdBase
 
+from molgen_energy.chemistry.descriptors import DESCRIPTORS
 from molgen_energy.chemistry.geometry import KINDS, PERIODS, UNITS
 from molgen_energy.errors import counted
 from molgen_energy.metrics.distances.comparison import Comparison, distance_key
-from molgen_energy.metrics.molecule_evaluation import MoleculeEvaluation, is_over_regular
+from molgen_energy.metrics.molecule_evaluation import (
+    MoleculeEvaluation,
+    is_over_regular,
+    mean_key,
+)
 from molgen_energy.metrics.options import (
     BOND_DESCRIPTIONS,
     EXTRAS,
@@ -76,6 +81,21 @@ def _geometry_rows() -> tuple[MetricRow, ...]:
     return (*by_mmd, *by_reference, *by_wasserstein)
 
 
+def _descriptor_rows() -> tuple[tuple[MetricRow, ...], tuple[MetricRow, ...]]:
+    """Means, and distances of the distributions."""
+    means = tuple(
+        MetricRow(mean_key(key), d.label, d.meaning, d.unit, "descriptors")
+        for key, d in DESCRIPTORS.items()
+    )
+    distances = tuple(
+        MetricRow(distance_key("wasserstein", key), f"{d.label}, Wasserstein",
+            "first Wasserstein distance of the distributions", d.unit, "descriptors")
+        for key, d in DESCRIPTORS.items()
+    )  # fmt: skip
+    return means, distances
+
+
+_DESCRIPTOR_MEANS, _DESCRIPTOR_DISTANCES = _descriptor_rows()
 _ON_SUBSETS = "energy and plausibility"
 _DISTANCES = (
     *_geometry_rows(),
@@ -105,6 +125,8 @@ _SECTIONS = {
             "stable, valid, connected, no hydrogens missing"),
     ),
     "distance from the data": _DISTANCES,
+    "descriptors, mean over complete molecules": _DESCRIPTOR_MEANS,
+    "descriptors, distance from the data": _DESCRIPTOR_DISTANCES,
     _ON_SUBSETS: (
         MetricRow("strain_energy", "MMFF94 strain",
             "energy lost on relaxation, median over complete molecules", "kcal/mol", "strain"),
@@ -136,7 +158,7 @@ def molecule_report(results: MoleculeResults, open_pool: Callable[[], WorkerPool
         _evaluated_file(e, e.comparison, _notes(e, results), _failures(e)) for e in results.samples
     ]
     blocks: list[ReportBlock] = []
-    if {"geometry", "composition"} & results.options.metrics:
+    if {"geometry", "composition", "descriptors"} & results.options.metrics:
         blocks.append(distributions_block(results))
     blocks.append(gallery_block(results, open_pool))
     return Report(
@@ -294,7 +316,7 @@ def _own_notes(evaluation: MoleculeEvaluation) -> list[str]:
 def _far_distances(evaluation: MoleculeEvaluation) -> list[str]:
     """Distances that are several times those of as many real molecules."""
     far = []
-    for row in _DISTANCES:
+    for row in (*_DISTANCES, *_DESCRIPTOR_DISTANCES):
         ours = evaluation.comparison.estimates.get(row.key)
         if ours is None or ours.value is None or ours.interval is None or ours.real is None:
             continue
