@@ -12,11 +12,14 @@ from rdkit import rdBase
 from molgen_energy.chemistry.descriptors import DESCRIPTORS
 from molgen_energy.chemistry.geometry import KINDS, PERIODS, UNITS
 from molgen_energy.errors import counted
+from molgen_energy.metrics.checks.posebusters import CHECKS as POSEBUSTERS
 from molgen_energy.metrics.distances.comparison import Comparison, distance_key
 from molgen_energy.metrics.molecule_evaluation import (
     MoleculeEvaluation,
     is_over_regular,
     mean_key,
+    posebusters_key,
+    relaxation_keys,
 )
 from molgen_energy.metrics.options import (
     BOND_DESCRIPTIONS,
@@ -57,6 +60,8 @@ class MetricRow:
     meaning: str
     unit: str = ""
     metric: str = "rates"
+    always: bool = True
+    """Whether it is shown, with a hint, if an extra is missing or its metric was not chosen."""
 
 
 def _geometry_rows() -> tuple[MetricRow, ...]:
@@ -95,6 +100,21 @@ def _descriptor_rows() -> tuple[tuple[MetricRow, ...], tuple[MetricRow, ...]]:
     return means, distances
 
 
+def _relaxation_rows(metric: str, method: str) -> tuple[MetricRow, ...]:
+    energy, mean, distance, *changes = relaxation_keys(metric)
+    return (
+        MetricRow(energy, f"{method} strain",
+            "energy lost on relaxation, median over complete molecules", "kcal/mol", metric),
+        MetricRow(mean, f"{method} strain, mean", "as published by GEOM-Drugs Revisited",
+            "kcal/mol", metric, always=False),
+        MetricRow(distance, f"{method} relaxation RMSD",
+            "of all atoms after superposition, median", "Å", metric),
+        *(MetricRow(key, f"{method} relaxation, {kind}s",
+            "mean absolute change, over those of all molecules", UNITS[kind], metric, always=False)
+          for key, kind in zip(changes, KINDS, strict=True)),
+    )  # fmt: skip
+
+
 _DESCRIPTOR_MEANS, _DESCRIPTOR_DISTANCES = _descriptor_rows()
 _ON_SUBSETS = "energy and plausibility"
 _DISTANCES = (
@@ -128,18 +148,17 @@ _SECTIONS = {
     "descriptors, mean over complete molecules": _DESCRIPTOR_MEANS,
     "descriptors, distance from the data": _DESCRIPTOR_DISTANCES,
     _ON_SUBSETS: (
-        MetricRow("strain_energy", "MMFF94 strain",
-            "energy lost on relaxation, median over complete molecules", "kcal/mol", "strain"),
-        MetricRow("strain_rmsd", "MMFF94 relaxation RMSD",
-            "of all atoms after superposition, median", "Å", "strain"),
-        MetricRow("xtb_energy", "GFN2-xTB strain",
-            "energy lost on relaxation, median over complete molecules", "kcal/mol", "xtb"),
-        MetricRow("xtb_rmsd", "GFN2-xTB relaxation RMSD",
-            "of all atoms after superposition, median", "Å", "xtb"),
+        *_relaxation_rows("strain", "MMFF94"),
+        *_relaxation_rows("xtb", "GFN2-xTB"),
         MetricRow("stereocentres_r", "R among stereocentres",
             "the rest is S; 50 % if mirror images are equally frequent", "%", "geometry"),
         MetricRow("posebusters", "PoseBusters",
             "molecules that pass every check except the energy ratio", "%", "posebusters"),
+    ),
+    "PoseBusters by check, %": tuple(
+        MetricRow(posebusters_key(check), check.replace("_", " "), meaning, "", "posebusters",
+            always=False)
+        for check, meaning in POSEBUSTERS.items()
     ),
 }  # fmt: skip
 
@@ -199,7 +218,10 @@ def _sections(results: MoleculeResults) -> list[ReportSection]:
 
 
 def _applies(row: MetricRow, results: MoleculeResults) -> bool:
-    return row.metric in results.options.metrics or row.metric in EXTRAS
+    chosen = row.metric in results.options.available
+    return chosen or (
+        row.always and (row.metric in results.options.metrics or row.metric in EXTRAS)
+    )
 
 
 def _hint(metric: str, options: EvaluationOptions) -> str:
@@ -251,6 +273,15 @@ def _details(evaluation: MoleculeEvaluation, distances: Comparison) -> dict[str,
             {"reason": reason, "count": count, "first_record": accumulator.first_records[reason]}
             for reason, count in accumulator.invalid_reasons.most_common()
         ],
+        "relaxation_changes": {
+            metric: {
+                kind: {
+                    name: {"mean": mean, "count": count} for name, (mean, count) in types.items()
+                }
+                for kind, types in kinds.items()
+            }
+            for metric, kinds in evaluation.relaxation_changes.items()
+        },
         "posebusters_failures": dict(Counter(evaluation.posebusters_failures).most_common()),
     }
 
