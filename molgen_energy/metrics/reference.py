@@ -72,7 +72,7 @@ _COMPRESSED = {"compression": "gzip", "compression_opts": 9, "shuffle": True}
 _FREQUENT = 8  # types of each kind, without a list
 FREQUENT_TYPES = f"the {_FREQUENT} most frequent of each kind"
 """Name of the list of types that a reference chooses itself."""
-_ROUNDED_BITS = {"bond length": 11, "angle": 5, "dihedral": 5}
+_ROUNDED_BITS = {"bond length": 12, "angle": 5, "dihedral": 5}
 _MODES = ("perceived", "given")  # choices of bonds whose statistics a file can have
 
 _Stored = tuple[float | None, tuple[float, float] | None, int, str]  # an estimate
@@ -257,7 +257,7 @@ class Reference:
             Of the same molecules, by choice of bonds (`perceived`, `given`, `single`) and table of
             valences.
         compact
-            Round lengths to 2⁻¹¹ Å, angles and dihedrals to 2⁻⁵ degrees, and covariances to half
+            Round lengths to 2⁻¹² Å, angles and dihedrals to 2⁻⁵ degrees, and covariances to half
             precision: a quarter of the size.
         """
         with (

@@ -262,7 +262,7 @@ def _check_bundled(
     asked = data.types.types if chosen is None else chosen.types
     frequent = types != "frequent" or data.types.name == FREQUENT_TYPES
     if asked != data.types.types or not frequent:
-        restriction = f"contain only geometry types of their own ({data.types.name})"
+        restriction = f"contain no other geometry types than {data.types.name}"
     elif options.checks.counting != "once":
         restriction = "count every angle once"
     if restriction:

@@ -410,7 +410,7 @@ def test_options_that_the_bundled_statistics_cannot_serve(samples, sample_path, 
     jodo = replace(EVERYTHING_FAST, checks=CheckSettings(counting="jodo"))
     with pytest.raises(InputError, match="count every angle once; name real molecules"):
         run([samples], options=jodo)
-    with pytest.raises(InputError, match="contain only QM9's geometry types"):
+    with pytest.raises(InputError, match="of QM9 contain no other geometry types than qm9; name"):
         run([samples], types="geom")
     with pytest.raises(InputError, match="unknown list of types 'qm8'"):
         run([samples], types="qm8")
