@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from conftest import of_smiles
 from rdkit import Chem
-from rdkit.Chem import Descriptors, rdMolTransforms
+from rdkit.Chem import AllChem, Descriptors, rdMolTransforms
 from scipy.stats import t, wasserstein_distance
 
 import molgen_energy as mg
 from molgen_energy.chemistry.bonds import perceive
-from molgen_energy.chemistry.convert import to_rdkit
+from molgen_energy.chemistry.convert import from_rdkit, to_rdkit
 from molgen_energy.chemistry.descriptors import DESCRIPTORS
 from molgen_energy.chemistry.geometry import KINDS, GeometryTypes
 from molgen_energy.chemistry.rdkit import build
-from molgen_energy.chemistry.relaxation import relax_mmff
+from molgen_energy.chemistry.relaxation import Relaxed, relax_mmff
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
 from molgen_energy.metrics import molecule_evaluation
 from molgen_energy.metrics.accumulator import (
@@ -27,9 +27,9 @@ from molgen_energy.metrics.accumulator import (
     EvaluationAccumulator,
     jackknife_group,
 )
+from molgen_energy.metrics.checks import strain
 from molgen_energy.metrics.checks.chunk import CheckSettings, check_chunk
 from molgen_energy.metrics.checks.posebusters import CHECKS
-from molgen_energy.metrics.checks.strain import strain_mmff
 from molgen_energy.metrics.distances.comparison import Comparison, Distributions, compare
 from molgen_energy.metrics.evaluation import evaluate_molecules
 from molgen_energy.metrics.molecule_evaluation import MoleculeEvaluation, descriptor_means
@@ -199,7 +199,7 @@ def test_changes_on_relaxation():
     molecules = perceive(Molecules.from_list([of_smiles("C"), of_smiles("CC(C)=O")]))
     shift = np.random.default_rng(3).normal(0, 0.05, molecules.positions.shape)
     molecules = replace(molecules, positions=(molecules.positions + shift).astype("f4"))
-    _, found = strain_mmff(MoleculeChunk(np.arange(2), molecules))
+    _, found = strain.strain_mmff(MoleculeChunk(np.arange(2), molecules))
     built = build(molecules[1], positions=True)
     before = Chem.Conformer(built.GetConformer())
     Chem.SanitizeMol(built)
@@ -214,6 +214,29 @@ def test_changes_on_relaxation():
         changes = found.changes[kind]
         assert changes.number.sum() == len(chains)
         assert changes.total.sum() == pytest.approx(expected, rel=0.02)
+
+
+def test_xtb_takes_the_sum_of_the_formal_charges(monkeypatch):
+    """Also of an ion of one atom, which has no bonds to change."""
+    charges = []
+
+    def relax(numbers, positions, charge):
+        charges.append(charge)
+        return Relaxed(positions + 0.1 * len(charges), 2.0)
+
+    monkeypatch.setattr(strain, "relax_xtb", relax)
+    built = [
+        Chem.AddHs(Chem.MolFromSmiles(s)) for s in ("CC(=O)[O-]", "[Ca+2]", "[NH3+]CC(=O)[O-]")
+    ]
+    for molecule in built:
+        AllChem.EmbedMolecule(molecule, randomSeed=1)
+    found = strain.strain_xtb(MoleculeChunk(np.arange(3), from_rdkit(built)))
+    assert charges == [-1, 2, 0]
+    for relaxation, molecule in zip(found, built, strict=True):
+        assert (relaxation.strain, relaxation.rmsd) == (2.0, pytest.approx(0, abs=2e-3))
+        lengths = relaxation.changes["bond length"]
+        assert lengths.number.sum() == molecule.GetNumBonds()
+        assert lengths.total.sum() == pytest.approx(0, abs=1e-4)
 
 
 def test_the_interval_of_a_ratio_against_bootstrap(rng):
