@@ -71,7 +71,7 @@ def test_a_dry_run_says_which_weights_it_takes(capsys):
     assert not ended.value.code
     said = capsys.readouterr().err
     assert "from    run, step 1: " in said
-    assert "small random ones for elements S, Cl\n" in said
+    assert "random ones for elements S, Cl\n" in said
 
 
 def test_what_is_left_of_a_run(tmp_path):
