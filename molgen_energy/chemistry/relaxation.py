@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from rdkit import Chem
 from rdkit.Chem import rdForceFieldHelpers
 
+from molgen_energy.chemistry.descent import SIZES, descend
+
 _MAX_STEPS_MMFF = 5000
 _MAX_STEPS_XTB = 500
 _MAX_FORCE_XTB = 0.05  # eV/Å
@@ -41,7 +43,8 @@ def relax_mmff(molecule: Chem.Mol, conformer: int = -1) -> Relaxed:
         raise ValueError("no MMFF94 parameters")
     field.Initialize()
     before = field.CalcEnergy()
-    if field.Minimize(maxIts=_MAX_STEPS_MMFF) != 0:
+    found = molecule.GetNumAtoms() in SIZES and descend(field, molecule, conformer)
+    if not found and field.Minimize(maxIts=_MAX_STEPS_MMFF) != 0:
         raise ValueError(f"not converged after {_MAX_STEPS_MMFF} steps of MMFF94")
     positions = np.array(field.Positions(), np.float64).reshape(-1, 3)
     return Relaxed(positions, before - field.CalcEnergy())

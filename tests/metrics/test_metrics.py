@@ -525,6 +525,13 @@ def test_interval_of_the_median(rng):
     assert median_interval(np.arange(5.0)) is None
 
 
+@pytest.mark.parametrize("count", [1, 5, 6, 7, 100, 1001])
+def test_interval_of_the_median_is_that_of_scipy(rng, count):
+    values = rng.normal(size=count)
+    low, high = stats.quantile_test(values, p=0.5).confidence_interval(0.95)
+    assert median_interval(values) == (None if np.isnan([low, high]).any() else (low, high))
+
+
 def test_over_regular(molecules):
     data = rates_of(molecules)
     better = rates_of(molecules)

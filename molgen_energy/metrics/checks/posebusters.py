@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import logging
 import warnings
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
-from rdkit import rdBase
+from rdkit import Chem, rdBase
 
 from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS, build, max_neighbours
 from molgen_energy.data.molecules import MoleculeChunk
+from molgen_energy.metrics.checks.bounds import check_bounds
 
 # The energy check embeds many conformers, which takes more than a second for each molecule.
 _EXCLUDED = "energy_ratio"
+_BOUNDS = "distance_geometry"
+
+
+class _Module(NamedTuple):
+    """One of PoseBusters' functions, and the names of its checks by those of its results."""
+
+    run: Callable[[Chem.Mol], Mapping[str, Any]]
+    names: dict[str, str]
 
 
 CHECKS = {
@@ -34,13 +44,34 @@ CHECKS = {
 
 
 @cache
-def _posebusters() -> Any:
-    from posebusters import PoseBusters
+def _modules() -> list[_Module]:
+    """What PoseBusters' configuration for single molecules lists.
 
-    checker = PoseBusters(config="mol")
-    modules = [m for m in checker.config["modules"] if m["function"] != _EXCLUDED]
-    checker.config["modules"] = modules
-    return checker
+    The functions are called without the class, whose data frames take as long as they do.
+    """
+    from posebusters import PoseBusters
+    from posebusters.posebusters import module_dict
+
+    modules = []
+    for module in PoseBusters(config="mol").config["modules"]:
+        if module["function"] == _EXCLUDED:
+            continue
+        parameters = module.get("parameters", {})
+        run = partial(_results, module_dict[module["function"]], parameters)
+        if module["function"] == _BOUNDS:
+            run = partial(check_bounds, parameters=parameters)
+        renamed = module.get("rename_outputs", {})
+        chosen = module.get("chosen_binary_test_output", [])
+        names = {key: renamed.get(key, key).lower().replace(" ", "_") for key in chosen}
+        modules.append(_Module(run, names))
+    return modules
+
+
+def _results(
+    function: Callable[..., dict[str, Any]], parameters: dict[str, Any], molecule: Chem.Mol
+) -> Mapping[str, Any]:
+    results: Mapping[str, Any] = function(mol_pred=molecule, **parameters)["results"]
+    return results
 
 
 def run_posebusters(chunk: MoleculeChunk) -> list[dict[str, bool]]:
@@ -59,9 +90,13 @@ def _checks(chunk: MoleculeChunk, k: int) -> dict[str, bool]:
         return {"sanitization": False}
     # PoseBusters sends RDKit's messages to Python's logging; the checks contain the same.
     logging.getLogger("rdkit").setLevel(logging.CRITICAL)
+    built, found = build(molecule, positions=True), {}
     with rdBase.BlockLogs(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        table = _posebusters().bust([build(molecule, positions=True)], None, None)
-    row = table.iloc[0]
-    # A check that did not run because an earlier one failed is NaN: it counts as failed.
-    return {str(name): passed is True or passed is np.True_ for name, passed in row.items()}
+        for module in _modules():
+            results = module.run(built)
+            for key, name in module.names.items():
+                # One that did not run because an earlier one failed is NaN: it counts as failed.
+                passed = results.get(key)
+                found[name] = passed is True or passed is np.True_
+    return found

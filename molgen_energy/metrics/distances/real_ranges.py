@@ -279,10 +279,10 @@ def ranges_of_draws(draws: dict[str, NDArray[np.float64]]) -> dict[str, RealRang
         if len(values) >= 100:
             low, high = np.quantile(values, [0.025, 0.975]).tolist()
         else:
-            from scipy.stats import t
+            from scipy.special import stdtrit
 
             spread = float(np.std(values, ddof=1)) * math.sqrt(1 + 1 / len(values))
-            half = float(t.ppf(0.975, len(values) - 1)) * spread
+            half = float(stdtrit(len(values) - 1, 0.975)) * spread
             low, high = middle - half, middle + half
         found[key] = RealRange(middle, (low, high))
     return found
