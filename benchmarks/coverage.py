@@ -24,13 +24,14 @@ from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
 from molgen_energy.distributed import default_workers
 from molgen_energy.metrics.accumulator import JACKKNIFE_GROUPS, EvaluationAccumulator
+from molgen_energy.metrics.bundled import BUNDLED
 from molgen_energy.metrics.checks.chunk import ChunkChecks, smiles_hash
 from molgen_energy.metrics.distances.comparison import Comparison, Distributions, compare
 from molgen_energy.metrics.distances.fcd import FEATURES, Moments, activations
 from molgen_energy.metrics.distances.real_ranges import add_ranges
 from molgen_energy.metrics.molecule_evaluation import check_chunks
 from molgen_energy.metrics.options import EvaluationOptions, with_types
-from molgen_energy.metrics.reference import Reference, bundled_reference
+from molgen_energy.metrics.reference import Reference
 from molgen_energy.metrics.statistics import Estimate
 from molgen_energy.workers import WorkerPool
 
@@ -51,7 +52,7 @@ def main() -> None:
         some = file.load("train")
     rng = np.random.default_rng(0)
     some = some.select(rng.permutation(len(some))[: arguments.molecules])
-    reference = bundled_reference()
+    reference = BUNDLED["qm9"].load()
     shown = Table(title=f"% of files, cut from {len(some):,} molecules")
     shown.add_column("distance", no_wrap=True)
     columns: list[dict[str, str]] = []

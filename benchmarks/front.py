@@ -50,13 +50,13 @@ from molgen_energy.data.shards import shards_folder
 from molgen_energy.distributed import default_workers
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.metrics.accumulator import JACKKNIFE_GROUPS
+from molgen_energy.metrics.bundled import BUNDLED
 from molgen_energy.metrics.checks.chunk import CheckSettings
 from molgen_energy.metrics.distances.comparison import Distributions, compare
 from molgen_energy.metrics.distances.fcd import ChemNet
 from molgen_energy.metrics.evaluation import PRELOAD
 from molgen_energy.metrics.molecule_evaluation import check_chunks
 from molgen_energy.metrics.options import install_command, is_missing, parse_metrics
-from molgen_energy.metrics.reference import bundled_reference
 from molgen_energy.metrics.sources import FileSource
 from molgen_energy.output import atomic_replace, atomic_write, check_writable
 from molgen_energy.resources import asset
@@ -482,7 +482,7 @@ def fcd_of_equal(smiles: Iterable[str], count: int) -> Measured:
     net.add([distinct[k] for k in chosen])
     none = np.zeros((JACKKNIFE_GROUPS, 1), np.int64)
     source = Distributions({}, none, none, net.finish())
-    found = compare(source, bundled_reference().distributions, None, composition=False)
+    found = compare(source, BUNDLED["qm9"].load().distributions, None, composition=False)
     estimate = found.estimates["fcd"]
     assert estimate.value is not None and estimate.interval is not None
     return Measured(estimate.value, *estimate.interval)

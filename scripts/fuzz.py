@@ -36,7 +36,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import Pipe, get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +53,8 @@ from rich.table import Table
 
 import molgen_energy
 from molgen_energy.cli import app
-from molgen_energy.metrics import reference, results
+from molgen_energy.metrics.bundled import BUNDLED, DEFAULT_REFERENCE, BundledReference
+from molgen_energy.metrics.reference import Reference
 
 SECONDS = 20
 MEMORY = 2 << 30
@@ -155,12 +156,26 @@ def prepare(corpus: Path, targets: Sequence[Target]) -> dict[tuple[str, Command]
     if _in_child(lambda: fuzz_corpus.build(corpus)):
         raise RuntimeError("the files to damage could not be written")
     # What does not depend on the mutants is read once.
-    hashes, statistics = results.bundled_training_hashes(), results.bundled_reference()
-    results.bundled_training_hashes = lambda: hashes
-    results.bundled_reference = lambda: statistics
+    qm9 = BUNDLED[DEFAULT_REFERENCE]
+    BUNDLED[qm9.name] = _Loaded(**vars(qm9), reference=qm9.load(), hashes=qm9.training_hashes())
     gc.freeze()  # so that collections in forked processes do not copy memory
     jobs = {(target.format, command) for target in targets for command in target.commands}
     return {(name, command): baseline(corpus / name, command) for name, command in sorted(jobs)}
+
+
+@dataclass(frozen=True)
+class _Loaded(BundledReference):
+    """A bundled reference that was read."""
+
+    reference: Reference | None = None
+    """None reads the file."""
+    hashes: Any = None
+
+    def load(self, bonds: str = "perceived", valence: str | None = None) -> Reference:
+        return self.reference or super().load(bonds, valence)
+
+    def training_hashes(self, bonds: str = "perceived") -> Any:
+        return self.hashes
 
 
 def _import_all() -> None:
@@ -201,8 +216,9 @@ def _call(command: Command) -> None:
     """Run a command in this process; raises `SystemExit`."""
     if command.statistics is not None:
         path = str(Path(command.statistics).absolute())
-        reference._BUNDLED_STATISTICS = path
-        results.bundled_reference = reference.bundled_reference
+        BUNDLED[DEFAULT_REFERENCE] = replace(
+            BUNDLED[DEFAULT_REFERENCE], statistics=path, reference=None
+        )
     app([*command.arguments])
 
 

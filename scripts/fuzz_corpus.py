@@ -25,7 +25,8 @@ from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.data.splits import SPLITS
 from molgen_energy.datasets.smiles import SmilesFiles
-from molgen_energy.metrics.options import EvaluationOptions, with_types
+from molgen_energy.metrics.molecule_evaluation import hash_smiles
+from molgen_energy.metrics.options import EvaluationOptions, with_bonds, with_types
 from molgen_energy.metrics.reference import evaluate_reference
 from molgen_energy.resources import asset
 from molgen_energy.systems.base import NoCallback
@@ -80,12 +81,15 @@ def build(folder: Path) -> None:
     with _inside(folder / "statistics"):
         _write_text(Path("molecules.sdf"), molecules)
         options = EvaluationOptions(frozenset({"rates", "geometry", "composition"}))
+        options = with_bonds(options, "given")  # as of the samples
         with WorkerPool(0) as workers:
             reference = evaluate_reference(
                 folder / "molecules/molecules.h5", "some", with_types(options, QM9_TYPES),
                 QM9_TYPES, None, workers,
             )  # fmt: skip
-        reference.save(Path("statistics.h5"), "some molecules of QM9")
+        reference.training, reference.probes = hash_smiles(["C", "O"]), ["[H]O[H]"]
+        rates = {"given": {"strict": reference.evaluation.rates}}
+        reference.save(Path("statistics.h5"), "some molecules of QM9", rates=rates)
     with _inside(folder / "run"):
         shutil.copy(folder / "molecules/molecules.h5", ".")
         _train("quick", "molecules.h5")

@@ -1,12 +1,14 @@
-"""Make the files of `assets/` that are derived from QM9.
+"""Make the files of `assets/` that are derived from QM9 and from CCD.
 
-Needs the extras qm9, fcd, posebusters and xtb.
+Needs the extras qm9, ccd, fcd, posebusters and xtb.
 
-python scripts/make_assets.py
+    python scripts/make_assets.py
+    python scripts/make_assets.py --only ccd --ccd ccd.h5
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import importlib.util
 import re
@@ -15,29 +17,36 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from rdkit import rdBase
 
 from molgen_energy.chemistry.bonds import perceive
-from molgen_energy.chemistry.geometry import QM9_TYPES
+from molgen_energy.chemistry.geometry import QM9_TYPES, GeometryTypes
 from molgen_energy.chemistry.rdkit import sanitize
-from molgen_energy.data.hdf5 import MoleculeWriter
+from molgen_energy.chemistry.valence import VALENCE_MODELS
+from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.datasets import qm9
+from molgen_energy.datasets.ccd import ChemicalComponents
 from molgen_energy.distributed import default_workers
+from molgen_energy.metrics.bundled import BUNDLED, choose_probes
 from molgen_energy.metrics.distances.real_ranges import StoredRanges
-from molgen_energy.metrics.molecule_evaluation import evaluate_source
+from molgen_energy.metrics.molecule_evaluation import MoleculeEvaluation, evaluate_source
 from molgen_energy.metrics.options import (
     METRIC_GROUPS,
     EvaluationOptions,
     is_missing,
+    with_bonds,
     with_types,
 )
 from molgen_energy.metrics.reference import (
-    bundled_training_hashes,
+    Reference,
     evaluate_reference,
+    frequent_types,
     resampled_ranges,
 )
 from molgen_energy.metrics.sources import FileSource
+from molgen_energy.metrics.statistics import Rate
 from molgen_energy.resources import asset
 from molgen_energy.workers import WorkerPool
 
@@ -53,12 +62,28 @@ DRAWS, FCD_DRAWS = 1000, 32
 
 
 def main() -> None:
-    write_uncharacterised()
-    molecules = qm9.read_qm9(None)
-    split = qm9.split_of_edm()
-    write_sample(molecules, split)
-    write_training_smiles(molecules.select(np.flatnonzero(split == 0)))
-    write_test_statistics()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=("qm9", "ccd"), help="make the files of one data set")
+    parser.add_argument("--ccd", type=Path, help="CCD as `preprocess ccd` makes it by default")
+    arguments = parser.parse_args()
+    missing = [name for name in METRIC_GROUPS if is_missing(name)]
+    assert not missing, f"install the extras {missing} first"
+    if arguments.only != "ccd":
+        write_uncharacterised()
+        molecules = qm9.read_qm9(None)
+        split = qm9.split_of_edm()
+        write_sample(molecules, split)
+        write_training_smiles(molecules.select(np.flatnonzero(split == 0)))
+        write_qm9_statistics()
+    if arguments.only != "qm9":
+        with tempfile.TemporaryDirectory() as folder:
+            path = arguments.ccd
+            if path is None:
+                path = Path(folder) / "ccd.h5"
+                ChemicalComponents().make(path)
+            write_ccd_statistics(path)
 
 
 def write_uncharacterised() -> None:
@@ -97,26 +122,93 @@ def write_training_smiles(molecules: Molecules) -> None:
         file.write(text.encode())
 
 
-def write_test_statistics() -> None:
-    """Statistics of QM9's test split, the default reference."""
+def write_qm9_statistics() -> None:
+    """Statistics of QM9's test split, the default reference, with perceived bonds."""
     options = EvaluationOptions(metrics=frozenset(METRIC_GROUPS))
-    missing = [name for name in METRIC_GROUPS if is_missing(name)]
-    assert not missing, f"install the extras {missing} first"
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        WorkerPool(default_workers(), timeout=120) as workers,
-    ):
+    training = BUNDLED["qm9"].training_hashes()
+    with tempfile.TemporaryDirectory() as folder, _pool() as workers:
         path = Path(folder) / "qm9.h5"
         qm9.QM9().make(path)
-        training = bundled_training_hashes()
         reference = evaluate_reference(path, "QM9 test", options, QM9_TYPES, training, workers)
-        fast = EvaluationOptions(frozenset({"rates", "geometry", "composition", "fcd"}))
-        fast = replace(with_types(fast, QM9_TYPES), kept=TRAINING)
-        source = FileSource(path, "train", limit=TRAINING)
-        other = evaluate_source("training molecules", source, fast, None, workers)
-        real = resampled_ranges([reference.evaluation, other], QM9_TYPES)
-        reference.ranges = StoredRanges.of(real, RANGES, DRAWS, FCD_DRAWS)
-        reference.save(asset("qm9_test_statistics.h5"), "QM9 (qm9pack), test split of EDM")
+        other = _training_molecules(path, options, QM9_TYPES, TRAINING, workers)
+        _add_ranges(reference, other)
+        rates = {"perceived": _rates(path, "perceived", training, workers)}
+    source = "QM9 (qm9pack), test split of EDM"
+    reference.save(asset("qm9_test_statistics.h5"), source, rates=rates)
+
+
+def write_ccd_statistics(path: Path) -> None:
+    """Statistics of CCD's test split, with given and with perceived bonds.
+
+    Rates are there for every table of valences, also with single bonds.
+    """
+    references: list[Reference] = []
+    rates: dict[str, dict[str, dict[str, Rate | None]]] = {}
+    test = FileSource(path, "test")
+    with _pool() as workers:
+        for bonds in ("given", "perceived"):
+            options = EvaluationOptions(metrics=frozenset(METRIC_GROUPS), bonds=bonds)
+            options = with_bonds(options, bonds)
+            types = frequent_types(test, options, workers)
+            other = _training_molecules(path, options, types, None, workers)
+            training = other.accumulator.smiles.hashes
+            reference = evaluate_reference(path, "CCD test", options, types, training, workers)
+            _add_ranges(reference, other)
+            reference.training, reference.probes = training, _probes(path, bonds)
+            references.append(reference)
+            rates[bonds] = _rates(path, bonds, training, workers)
+        rates["single"] = _rates(path, "single", None, workers)
+    with MoleculeFile(path) as file:
+        source = f"{file.source}, test split by scaffold"
+    references[0].save(asset("ccd_test_statistics.h5"), source, references[1:], rates, compact=True)
+
+
+def _pool() -> WorkerPool:
+    return WorkerPool(default_workers(), timeout=300)
+
+
+def _training_molecules(
+    path: Path,
+    options: EvaluationOptions,
+    types: GeometryTypes,
+    limit: int | None,
+    workers: WorkerPool,
+) -> MoleculeEvaluation:
+    """The fast metrics of training molecules, with what sets of real molecules are drawn from."""
+    fast = replace(options, metrics=options.metrics - {"strain", "xtb", "posebusters"})
+    source = FileSource(path, "train", limit=limit)
+    fast = replace(with_types(fast, types), kept=source.size() or 0)
+    return evaluate_source("training molecules", source, fast, None, workers)
+
+
+def _add_ranges(reference: Reference, other: MoleculeEvaluation) -> None:
+    real = resampled_ranges([reference.evaluation, other], reference.types)
+    reference.ranges = StoredRanges.of(real, RANGES, DRAWS, FCD_DRAWS)
+
+
+def _rates(
+    path: Path, bonds: str, training: NDArray[np.uint64] | None, workers: WorkerPool
+) -> dict[str, dict[str, Rate | None]]:
+    """Rates of the test split by each table of valences."""
+    found: dict[str, dict[str, Rate | None]] = {}
+    for valence in VALENCE_MODELS:
+        options = EvaluationOptions(frozenset({"rates"}), bonds=bonds, valence=valence)
+        options = with_types(with_bonds(options, bonds), None)
+        source = FileSource(path, "test")
+        evaluation = evaluate_source(valence, source, options, training, workers)
+        rates = evaluation.accumulator.counts.rates()
+        found[valence] = {key: rate for key, rate in rates.items() if rate is not None}
+    return found
+
+
+def _probes(path: Path, bonds: str) -> list[str]:
+    """SMILES of some training molecules, as `evaluate` names them."""
+    with MoleculeFile(path) as file:
+        some = file.read(file.split_indices("train")[:2000:4], ["bonds", "formal_charges"])
+    if bonds == "perceived":
+        some = perceive(some)
+    names = {sanitize(molecule).smiles for molecule in some}
+    return choose_probes(name for name in names if name is not None)
 
 
 if __name__ == "__main__":

@@ -53,16 +53,16 @@ def evaluate(
         and a conformer each. Files are SDF or XYZ, also gzip, or HDF5. A folder or a pattern
         (`mol_*.xyz`) is one set of SDF or XYZ files. An HDF5 file names its physical system.
     reference
-        File of real molecules to compare with, its test split if it has one. Default: bundled
-        statistics of QM9's test split.
+        File of real molecules to compare with, its test split if it has one; or the name of
+        statistics that ship with the package: `qm9` or `ccd`, of their test splits. Default: those
+        of the data that the samples' network was trained on, which its samples name, else `qm9`.
     train
         File of training molecules for novelty, its training split if it has one. Default: the
-        training split of the reference, or QM9's training molecules. A reference without splits
-        has no novelty.
+        training split of the reference. A reference without splits has no novelty.
     metrics
         Names of metrics, as a sequence or separated by commas: `rates`, `geometry`, `composition`,
-        `strain` (the default), `fcd`, `posebusters`, `xtb` (each an extra to install), `default`,
-        or `all`.
+        `strain` (the default), `descriptors`, `fcd`, `posebusters`, `xtb` (the last three each an
+        extra to install), `default`, or `all`.
     bonds
         Bonds of all checks: `given` in the input; `perceived` from distances; `single`, the same
         but all taken as single for validity, SMILES and connectivity; or `auto` (default), given

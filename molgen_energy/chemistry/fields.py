@@ -21,9 +21,12 @@ BONDS = "bonds"
 """The field is `given` where a molecule has bonds, `perceived` where they come from distances."""
 UNITS = "property_units"
 GROUP = "group"
+TRAINED_ON = "trained_on"
+"""The data that the network of samples was trained on, in words."""
+CREATED_BY = "created_by"
 
 _ORIGIN = (
-    "created_by", "checkpoint", "seed", "sampler", "steps", "spacing", "eta",
+    CREATED_BY, "checkpoint", TRAINED_ON, "seed", "sampler", "steps", "spacing", "eta",
     "sampling_temperature", "sampling_temperature_of", "sampling_temperature_range",
     "sampling_final_noise", "config",
 )  # fmt: skip
@@ -142,7 +145,7 @@ def data_fields(molecule: Molecule) -> dict[str, str | float]:
 
 def provenance(fields: Mapping[str, str]) -> dict[str, str]:
     """How this package made a file, from the fields of its first record; empty for other files."""
-    if not fields.get("created_by", "").startswith(_CREATOR):
+    if not fields.get(CREATED_BY, "").startswith(_CREATOR):
         return {}
     return {name: fields[name] for name in _ORIGIN if name in fields}
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,26 +107,51 @@ def measure(
     """
     graph = _Graph(molecules)
     positions = molecules.positions.astype(np.float64)
-    molecule_of_atom = molecules.molecule_index
     found = {}
     for kind in kinds:
-        if kind == "bond length":
-            atoms, orders = graph.bonds()
-            values = _lengths(positions[atoms])
-        elif kind == "angle":
-            atoms, orders = graph.angles_at_ends() if counting == "jodo" else graph.angles()
-            values = _angles(positions[atoms])
-        else:
-            atoms, orders = graph.dihedrals(rings_of_three=counting == "jodo")
-            values = _dihedrals(positions[atoms])
-        molecule = molecule_of_atom[atoms[:, 0]]
-        code = _codes(molecules.atomic_numbers[atoms], orders)
-        with np.errstate(over="ignore"):
-            kept = values.astype(np.float32)
-        defined = np.isfinite(kept)
-        ascending = np.flatnonzero(defined)[np.argsort(molecule[defined], kind="stable")]
-        found[kind] = Measured(code[ascending], kept[ascending], molecule[ascending])
+        atoms, orders = graph.terms(kind, counting)
+        found[kind] = _measured(molecules, atoms, orders, _VALUES[kind](positions[atoms]))
     return found
+
+
+def absolute_changes(
+    molecules: Molecules, positions: NDArray[np.floating[Any]]
+) -> dict[str, Measured]:
+    """By how much every length, angle and dihedral changes if atoms move to positions (ΣN, 3).
+
+    Dihedrals about a bond at an atom of a triple bond are left out, since linear angles leave them
+    undefined: the rule of GEOM-Drugs Revisited (F. Nikitin et al., arXiv 2505.00169).
+    """
+    graph = _Graph(molecules)
+    before, after = molecules.positions.astype(np.float64), positions.astype(np.float64)
+    found = {}
+    for kind in KINDS:
+        atoms, orders = graph.terms(kind)
+        if kind == "dihedral":
+            kept = ~graph.at_triple_bond[atoms[:, 1:3]].any(axis=1)
+            atoms, orders = atoms[kept], orders[kept]
+        values = _VALUES[kind]
+        change = np.abs(values(after[atoms]) - values(before[atoms]))
+        if kind in PERIODS:
+            change = np.minimum(change, PERIODS[kind] - change)
+        found[kind] = _measured(molecules, atoms, orders, change)
+    return found
+
+
+def _measured(
+    molecules: Molecules,
+    atoms: NDArray[np.int64],
+    orders: NDArray[np.int64],
+    values: NDArray[np.float64],
+) -> Measured:
+    """The finite values (V,) of bonded atoms (V, K), by molecule."""
+    molecule = molecules.molecule_index[atoms[:, 0]]
+    code = _codes(molecules.atomic_numbers[atoms], orders)
+    with np.errstate(over="ignore"):
+        kept = values.astype(np.float32)
+    defined = np.isfinite(kept)
+    ascending = np.flatnonzero(defined)[np.argsort(molecule[defined], kind="stable")]
+    return Measured(code[ascending], kept[ascending], molecule[ascending])
 
 
 class _Graph:
@@ -152,6 +177,24 @@ class _Graph:
         counts = np.bincount(start, minlength=len(molecules.atomic_numbers))
         self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._count = counts.astype(np.int64)
+
+    @property
+    def at_triple_bond(self) -> NDArray[np.bool_]:
+        """Whether an atom has a triple bond, (ΣN,)."""
+        found = np.zeros(len(self._count), bool)
+        triple = self._order == 3
+        found[self._begin[triple]] = found[self._end[triple]] = True
+        return found
+
+    def terms(
+        self, kind: str, counting: str = "once"
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Atoms (V, K) and orders (V, K-1) of a kind of geometry."""
+        if kind == "bond length":
+            return self.bonds()
+        if kind == "angle":
+            return self.angles_at_ends() if counting == "jodo" else self.angles()
+        return self.dihedrals(rings_of_three=counting == "jodo")
 
     def bonds(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Atoms (E, 2) and orders (E, 1)."""
@@ -232,6 +275,9 @@ def _dihedrals(points: NDArray[np.float64]) -> NDArray[np.float64]:
     undefined = (np.abs(left).max(axis=1) == 0) | (np.abs(right).max(axis=1) == 0)
     degrees: NDArray[np.float64] = np.degrees(np.arctan2(sine, cosine))
     return np.where(undefined, np.nan, degrees)
+
+
+_VALUES = {"bond length": _lengths, "angle": _angles, "dihedral": _dihedrals}
 
 
 def _codes(elements: NDArray[np.uint8], orders: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -178,6 +178,12 @@ def sanitize(
         )
 
 
+def aromatic_orders(molecule: Molecule) -> NDArray[np.uint8]:
+    """Orders of the bonds in aromatic form, (E,), see `BondForms`."""
+    with rdBase.BlockLogs():
+        return _forms(molecule, None).aromatic
+
+
 def short_smiles(smiles: str) -> str:
     """A canonical SMILES of RDKit with its hydrogens implicit.
 

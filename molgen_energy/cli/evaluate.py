@@ -31,6 +31,7 @@ _METRICS = (
     "geometry",
     "composition",
     "strain",
+    "descriptors",
     "fcd",
     "posebusters",
     "xtb",
@@ -40,6 +41,7 @@ molgen-energy evaluate samples.sdf
 molgen-energy evaluate mine.sdf theirs.xyz --report report
 molgen-energy evaluate samples.sdf --metrics default,posebusters
 """
+_REFERENCES = ("qm9", "ccd")  # names of `BUNDLED`, the default first
 _OUTPUTS = ("files", "report", "json_file", "per_molecule", "overwrite")  # no options of the API
 _STDOUT = Path("-")
 
@@ -68,16 +70,18 @@ def command(
         None,
         "--reference",
         rich_help_panel=_DATA,
-        metavar="FILE",
-        help="Real molecules to compare with; default: QM9's test split.",
+        metavar="FILE|NAME",
+        autocompletion=one_of(*_REFERENCES),
+        help="Real molecules to compare with, or statistics of a test split that ship: "
+        f"{', '.join(_REFERENCES)}. Default: those of the data that the samples' network was "
+        f"trained on, else {_REFERENCES[0]}.",
     ),
     train: str | None = typer.Option(
         None,
         "--train",
         rich_help_panel=_DATA,
         metavar="FILE",
-        help="Training molecules, for novelty; default: the training split of "
-        "--reference, or QM9's 100,000.",
+        help="Training molecules, for novelty; default: those of --reference.",
     ),
     report: Path | None = typer.Option(
         None,
@@ -112,8 +116,9 @@ def command(
         rich_help_panel=_WHAT,
         autocompletion=one_of(*_METRICS),
         metavar="NAMES",
-        help="Some of rates, geometry, composition, strain (these are the default) and fcd, "
-        "posebusters, xtb (each an extra to install): default,fcd adds one; or all.",
+        help="Some of rates, geometry, composition, strain (these are the default), descriptors "
+        "(rings, QED, logP, …) and fcd, posebusters, xtb (each an extra to install): default,fcd "
+        "adds one; or all.",
     ),
     bonds: str = typer.Option(
         "auto",

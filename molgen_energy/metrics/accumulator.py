@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molgen_energy.chemistry.anomalies import AnomalyCounts
+from molgen_energy.chemistry.descriptors import DESCRIPTORS
 from molgen_energy.data.molecules import Molecule, MoleculeChunk
 from molgen_energy.metrics.checks.chunk import ChunkChecks, smiles_hash
 from molgen_energy.metrics.molecule_values import KeptMolecules, MoleculeValues, TypeValues
@@ -265,6 +266,16 @@ class EvaluationAccumulator:
         default_factory=lambda: np.zeros((JACKKNIFE_GROUPS, _ELEMENTS), np.int64)
     )
     """Histogram of atomic numbers, (groups, 119)."""
+    descriptors: dict[str, ValueSample] = field(default_factory=dict)
+    """By key; only those that were computed."""
+    descriptor_counts: NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros((JACKKNIFE_GROUPS, len(DESCRIPTORS)), np.int64)
+    )
+    """Number of molecules with each descriptor, (groups, D)."""
+    descriptor_sums: NDArray[np.float64] = field(
+        default_factory=lambda: np.zeros((JACKKNIFE_GROUPS, len(DESCRIPTORS)))
+    )
+    """Sums of their descriptors, (groups, D)."""
     unstable_valences: Counter[tuple[str, int]] = field(default_factory=Counter)
     """Number of unstable atoms by element with charge and sum of bond orders."""
     invalid_reasons: Counter[str] = field(default_factory=Counter)
@@ -301,6 +312,7 @@ class EvaluationAccumulator:
         self.unstable_valences.update(checks.unstable_valences)
         self._add_failures(checks)
         self.add_geometry(checks)
+        self._add_descriptors(checks)
         if self.kept:
             self.kept_molecules.add(_values_of(checks))
         self._add_to_subsets(checks)
@@ -352,6 +364,19 @@ class EvaluationAccumulator:
                 part = slice(start, stop)
                 sample.add(values.value[part], key[part], group[part])
 
+    def _add_descriptors(self, checks: ChunkChecks) -> None:
+        values = checks.descriptors
+        known = np.isfinite(values)
+        if not known.any():
+            return
+        key, group = hash_numbers(checks.chunk.records), jackknife_group(checks.chunk.independent)
+        np.add.at(self.descriptor_counts, group, known)
+        np.add.at(self.descriptor_sums, group, np.where(known, values, 0))
+        for name, value, has in zip(DESCRIPTORS, values.T, known.T, strict=True):
+            if has.any():
+                sample = self.descriptors.setdefault(name, ValueSample())
+                sample.add(value[has], key[has], group[has])
+
     def _add_to_subsets(self, checks: ChunkChecks) -> None:
         chunk, molecules = checks.chunk, checks.chunk.molecules
         self.random_molecules.add(chunk, np.ones(len(chunk), bool))
@@ -400,7 +425,9 @@ def _values_of(checks: ChunkChecks) -> MoleculeValues:
             for code in np.unique(values.code).tolist()
         }
     independent = hash_numbers(checks.chunk.independent)
-    return MoleculeValues.of(checks.chunk.molecules, hash_numbers(records), independent, geometry)
+    return MoleculeValues.of(
+        checks.chunk.molecules, hash_numbers(records), independent, geometry, checks.descriptors
+    )
 
 
 def _failure_category(checks: ChunkChecks, k: int) -> str:

@@ -50,7 +50,7 @@ def evaluate_molecules(
         Connections to other processes of the job, which do part of the work.
     """
     options = make_options(metrics, bonds, valence, angles, subset, skip_bad)
-    table = MoleculeTable() if per_molecule else None
+    table = MoleculeTable("descriptors" in options.metrics) if per_molecule else None
     count = default_workers() if workers is None else workers
     with WorkerPool(count, timeout, peers, PRELOAD) as pool:
         results = evaluate_inputs(inputs, reference, train, types, options, pool, progress, table)

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from molgen_energy.chemistry.anomalies import KINDS as ANOMALIES
 from molgen_energy.chemistry.anomalies import TYPES
+from molgen_energy.chemistry.descriptors import DESCRIPTORS, has_sa_score
+from molgen_energy.chemistry.geometry import KINDS, type_name
 from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS
 from molgen_energy.chemistry.valence import has_valence
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
@@ -43,19 +45,29 @@ from molgen_energy.metrics.checks.chunk import (
     check_chunk_without_rdkit,
     smiles_hash,
 )
+from molgen_energy.metrics.checks.posebusters import CHECKS as POSEBUSTERS
 from molgen_energy.metrics.checks.posebusters import posebusters_failed, run_posebusters
 from molgen_energy.metrics.checks.strain import (
     Relaxation,
+    TypeChanges,
     relaxation_failed,
     strain_mmff,
     strain_xtb,
 )
-from molgen_energy.metrics.distances.comparison import Comparison, Distributions
+from molgen_energy.metrics.distances.comparison import MIN_MOLECULES, Comparison, Distributions
 from molgen_energy.metrics.distances.fcd import ChemNet
 from molgen_energy.metrics.molecule_table import MoleculeTable
 from molgen_energy.metrics.options import BOND_DESCRIPTIONS, EvaluationOptions, install_command
 from molgen_energy.metrics.sources import ChunkSource
-from molgen_energy.metrics.statistics import Clusters, Estimate, Rate, median_interval
+from molgen_energy.metrics.statistics import (
+    Clusters,
+    Estimate,
+    Mean,
+    Rate,
+    jackknife_interval,
+    median_interval,
+    ratio_interval,
+)
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.workers import WorkerPool
 
@@ -91,6 +103,10 @@ class MoleculeEvaluation:
     worst: list[WorstRecord] = field(default_factory=list)
     provenance: dict[str, str] = field(default_factory=dict)
     posebusters_failures: Counter[str] = field(default_factory=Counter)
+    relaxation_changes: dict[str, dict[str, dict[str, tuple[float, int]]]] = field(
+        default_factory=dict
+    )
+    """Mean absolute change and number of each geometry type, by metric and kind of geometry."""
     path: Path | None = None
 
     def shares_stability(self, other: MoleculeEvaluation) -> bool:
@@ -187,6 +203,8 @@ def evaluate_source(
             f"geometry excludes {counted(counts.without_geometry, 'molecules')} with more than "
             f"{MAX_NEIGHBOURS} bonds at an atom"
         )
+    if settings.descriptors:
+        evaluation.estimates |= descriptor_means(accumulator)
     evaluation.rates |= {"stereocentres_r": None, "posebusters": None}
     _add_subset_metrics(evaluation, options, workers, table)
     evaluation.worst = (
@@ -226,7 +244,9 @@ def collect_smiles_hashes(
 ) -> NDArray[np.uint64]:
     """Sorted hashes of the SMILES that `evaluate_source` would compute, for novelty."""
     smiles = DistinctHashes()
-    settings = replace(settings, type_codes={}, whole_smiles=False, names_only=True)
+    settings = replace(
+        settings, type_codes={}, whole_smiles=False, descriptors=False, names_only=True
+    )
     for chunk, checks in check_chunks(source.chunks(), settings, workers):
         smiles.add(checks.smiles)
         if counter is not None:
@@ -314,7 +334,7 @@ def _add_subset_metrics(
         if metric not in options.metrics:
             continue
         if metric not in options.available:
-            for key in (f"{metric}_energy", f"{metric}_rmsd"):
+            for key in relaxation_keys(metric):
                 estimates[key] = Estimate(None, note=install_command(metric))
             continue
         relaxations: list[Relaxation] = []
@@ -344,9 +364,41 @@ def _add_subset_metrics(
         if table is not None:
             table.add_posebusters(numbers, checks)
         evaluation.rates["posebusters"] = Rate(sum(all(c.values()) for c in checks), len(checks))
+        for check in set().union(*checks) & set(POSEBUSTERS):
+            passed = sum(one.get(check, False) for one in checks)
+            evaluation.rates[posebusters_key(check)] = Rate(passed, len(checks))
         evaluation.posebusters_failures = Counter(
             name for one in checks for name, passed in one.items() if not passed
         )
+
+
+def descriptor_means(accumulator: EvaluationAccumulator) -> dict[str, Estimate]:
+    """Means of the descriptors of complete molecules, with jackknife intervals."""
+    found = {}
+    columns = zip(accumulator.descriptor_counts.T, accumulator.descriptor_sums.T, strict=True)
+    for (key, descriptor), (counts, sums) in zip(DESCRIPTORS.items(), columns, strict=True):
+        total = int(counts.sum())
+        if not total:
+            absent = key == "sa_score" and not has_sa_score()
+            note = "RDKit without Contrib/SA_Score" if absent else "no complete molecules"
+            found[mean_key(key)] = Estimate(None, note=note)
+            continue
+        mean = float(sums.sum()) / total
+        without = [
+            (sums.sum() - s) / (total - n)
+            for s, n in zip(sums, counts, strict=True)
+            if 0 < n < total
+        ]
+        interval = None
+        if total >= MIN_MOLECULES and len(without) > 1 and max(without) > min(without):
+            interval = jackknife_interval(mean, without, descriptor.least)
+        found[mean_key(key)] = Estimate(mean, interval, total)
+    return found
+
+
+def mean_key(descriptor: str) -> str:
+    """The key of a descriptor's mean."""
+    return f"mean_{descriptor}"
 
 
 def _subset_chunks(
@@ -367,6 +419,17 @@ def _share_of_r(centres: list[Stereocentres]) -> Rate:
     return clusters.unmarked()
 
 
+def relaxation_keys(metric: str) -> tuple[str, ...]:
+    """Keys of the estimates of `strain` or `xtb`."""
+    kinds = (kind.replace(" ", "_") for kind in KINDS)
+    return tuple(f"{metric}_{name}" for name in ("energy", "energy_mean", "rmsd", *kinds))
+
+
+def posebusters_key(check: str) -> str:
+    """The key of the rate of one check of PoseBusters."""
+    return f"posebusters_{check}"
+
+
 def _add_strain(
     evaluation: MoleculeEvaluation,
     metric: str,
@@ -376,15 +439,22 @@ def _add_strain(
 ) -> None:
     failures = Counter(r.reason for r in relaxations if r.strain is None)
     finished = [(r.strain, r.rmsd) for r in relaxations if r.strain is not None]
-    for key, column in (("energy", 0), ("rmsd", 1)):
-        values = np.array([pair[column] for pair in finished], np.float64)
-        if len(values):
-            median, interval = float(np.median(values)), median_interval(values)
-            estimate = Estimate(median, interval, len(values))
-        else:
-            note = failures.most_common(1)[0][0] if failures else "no complete molecules"
-            estimate = Estimate(None, note=note)
-        evaluation.estimates[f"{metric}_{key}"] = estimate
+    if finished:
+        energy, distance = np.array(finished, np.float64).T
+        estimates = [
+            Estimate(float(np.median(energy)), median_interval(energy), len(energy)),
+            Estimate(float(energy.mean()), Mean.of(energy).interval, len(energy)),
+            Estimate(float(np.median(distance)), median_interval(distance), len(distance)),
+        ]
+        changes = [r.changes for r in relaxations if r.changes is not None]
+        estimates += [_mean_change([each[kind] for each in changes]) for kind in KINDS]
+        evaluation.relaxation_changes[metric] = {
+            kind: _changes_by_type(kind, [each[kind] for each in changes]) for kind in KINDS
+        }
+    else:
+        note = failures.most_common(1)[0][0] if failures else "no complete molecules"
+        estimates = [Estimate(None, note=note)] * len(relaxation_keys(metric))
+    evaluation.estimates |= dict(zip(relaxation_keys(metric), estimates, strict=True))
     pairs = zip(relaxations, records, strict=True)
     ranked = sorted(((r.strain, n) for r, n in pairs if r.strain is not None), reverse=True)
     evaluation.worst += [
@@ -396,10 +466,44 @@ def _add_strain(
         evaluation.notes.append(f"{label} strain excludes: {text}")
 
 
-def is_over_regular(evaluation: MoleculeEvaluation, reference: MoleculeEvaluation) -> bool:
-    """Whether samples are more often stable than real data, with disjoint intervals."""
-    rate = evaluation.rates["molecule_stability"]
-    data = reference.rates["molecule_stability"]
+def _mean_change(molecules: list[TypeChanges]) -> Estimate:
+    """Mean over the lengths, angles or dihedrals of all molecules."""
+    sums = np.array([each.total.sum() for each in molecules], np.float64)
+    counts = np.array([each.number.sum() for each in molecules], np.int64)
+    if not counts.sum():
+        return Estimate(None, note="no such geometry")
+    return Estimate(
+        float(sums.sum() / counts.sum()), ratio_interval(sums, counts), int((counts > 0).sum())
+    )
+
+
+def _changes_by_type(kind: str, molecules: list[TypeChanges]) -> dict[str, tuple[float, int]]:
+    """Mean and number of each type, the most frequent first."""
+    if not molecules:
+        return {}
+    codes, place = np.unique(np.concatenate([m.code for m in molecules]), return_inverse=True)
+    total = np.bincount(place, np.concatenate([m.total for m in molecules]), len(codes))
+    number = np.bincount(place, np.concatenate([m.number for m in molecules]), len(codes))
+    order = np.argsort(-number, kind="stable")
+    return {
+        type_name(kind, int(codes[k])): (float(total[k] / number[k]), int(number[k]))
+        for k in order.tolist()
+    }
+
+
+def is_over_regular(
+    evaluation: MoleculeEvaluation,
+    reference: MoleculeEvaluation,
+    key: str = "molecule_stability",
+) -> bool:
+    """Whether samples are more often stable than real data, with disjoint intervals.
+
+    Parameters
+    ----------
+    key
+        `molecule_stability` or `atom_stability`.
+    """
+    rate, data = evaluation.rates[key], reference.rates[key]
     if rate is None or data is None or rate.interval is None or data.interval is None:
         return False
     return evaluation.shares_stability(reference) and rate.interval[0] > data.interval[1]

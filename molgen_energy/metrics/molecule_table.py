@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from molgen_energy.chemistry.descriptors import DESCRIPTORS
 from molgen_energy.metrics.accumulator import failure_reasons
 from molgen_energy.metrics.checks.chunk import ChunkChecks
 from molgen_energy.metrics.checks.strain import Relaxation
@@ -48,6 +49,7 @@ class MoleculeTable:
     - `reason`: the checks that it fails, in words;
     - `strain_energy` (kcal/mol), `strain_rmsd` (Å), `strain_reason`, why there is none; with the
       metric `xtb` the same with `xtb_`: of the random subset, else empty;
+    - with the metric `descriptors` each of them, empty for a molecule that is not complete;
     - with the metric `posebusters` of its random subset `posebusters`, whether all its checks pass,
       and `posebusters_…`, each check.
 
@@ -55,14 +57,18 @@ class MoleculeTable:
     the rows of more than about 300,000 molecules are in a temporary file.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, descriptors: bool = False) -> None:
         self._spool = SpooledTemporaryFile(_IN_MEMORY, "w+", encoding="utf-8", newline="")
         self._writer = csv.writer(self._spool)
         self._pending: list[tuple[Any, ...]] = []
         self._last = 0  # record of `_pending`
         self._files: list[str] = []
         self._count = 0
+        self._described = descriptors
         self._columns: dict[str, type] = dict(_CHECKED)
+        if descriptors:
+            self._columns |= dict.fromkeys(DESCRIPTORS, float)
+        self._in_rows = len(self._columns)
         self._later: dict[tuple[int, int], dict[str, Any]] = {}
 
     def __len__(self) -> int:
@@ -93,7 +99,13 @@ class MoleculeTable:
         if novel is not None:
             known = zip(valid, novel.tolist(), strict=True)
             fresh = [is_novel if is_valid else None for is_valid, is_novel in known]
-        self._pending += zip(
+        described: list[list[str]] = [[]] * len(valid)
+        if self._described:
+            described = [
+                [_text(None if np.isnan(number) else number) for number in row]
+                for row in checks.descriptors.tolist()
+            ]
+        rows = zip(
             [len(self._files) - 1] * len(valid),
             records.tolist(),
             checks.short_smiles,
@@ -107,6 +119,7 @@ class MoleculeTable:
             ["; ".join(failure_reasons(checks, k)) for k in range(len(valid))],
             strict=True,
         )
+        self._pending += [(*row, *more) for row, more in zip(rows, described, strict=True)]
         self._count += len(valid)
 
     def add_relaxations(
@@ -137,7 +150,7 @@ class MoleculeTable:
     def _rows(self) -> Iterator[list[str]]:
         """The rows as text, with empty text for None."""
         self._flush()
-        later = list(self._columns)[len(_CHECKED) :]
+        later = list(self._columns)[self._in_rows :]
         self._spool.seek(0)
         for row in csv.reader(self._spool):
             number, record = int(row[0]), int(row[1])

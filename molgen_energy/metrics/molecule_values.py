@@ -34,6 +34,8 @@ class MoleculeValues:
     """Number of atoms of each element, (M, 119)."""
     geometry: dict[str, dict[int, TypeValues]]
     """By kind and code of the type."""
+    descriptors: NDArray[np.float32]
+    """`molgen_energy.chemistry.descriptors.DESCRIPTORS`, (M, D); NaN where there are none."""
 
     def __len__(self) -> int:
         return len(self.key)
@@ -45,13 +47,14 @@ class MoleculeValues:
         key: NDArray[np.uint64],
         independent: NDArray[np.uint64],
         geometry: dict[str, dict[int, TypeValues]],
+        descriptors: NDArray[np.float32],
     ) -> MoleculeValues:
         """Values of molecules, with a random number and `independent` of each, (M,)."""
         count = len(molecules)
         place = molecules.molecule_index * _ELEMENTS + molecules.atomic_numbers
         elements = np.bincount(place, minlength=count * _ELEMENTS).reshape(count, _ELEMENTS)
         sizes = molecules.sizes.astype(np.int64)
-        return cls(key, independent, sizes, elements.astype(np.int32), geometry)
+        return cls(key, independent, sizes, elements.astype(np.int32), geometry, descriptors)
 
     @classmethod
     def join(cls, parts: list[MoleculeValues]) -> MoleculeValues:
@@ -79,6 +82,7 @@ class MoleculeValues:
             np.concatenate([part.sizes for part in parts]),
             np.concatenate([part.elements for part in parts]),
             geometry,
+            np.concatenate([part.descriptors for part in parts]),
         )
 
     def smallest(self, count: int) -> MoleculeValues:
@@ -99,6 +103,7 @@ class MoleculeValues:
             self.sizes[chosen],
             self.elements[chosen],
             geometry,
+            self.descriptors[chosen],
         )
 
 

@@ -11,7 +11,9 @@ from molgen_energy.chemistry.valence import VALENCE_MODELS
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.metrics.checks.chunk import CheckSettings
 
-METRIC_GROUPS = ("rates", "geometry", "composition", "strain", "fcd", "posebusters", "xtb")
+METRIC_GROUPS = (
+    "rates", "geometry", "composition", "strain", "descriptors", "fcd", "posebusters", "xtb",
+)  # fmt: skip
 """Names for `metrics`, beside `default` and `all`; rates are always computed."""
 DEFAULT_METRICS = ("rates", "geometry", "composition", "strain")
 EXTRAS = {"fcd": ("fcd",), "posebusters": ("posebusters",), "xtb": ("tblite", "ase")}
@@ -124,6 +126,11 @@ def with_types(options: EvaluationOptions, types: GeometryTypes | None) -> Evalu
     if types is not None:
         codes = {k: tuple(code_of(k, name) for name in names) for k, names in types.types.items()}
     whole_smiles = "fcd" in options.available
-    aromatic = types is None or types.aromatic
-    checks = replace(options.checks, type_codes=codes, aromatic=aromatic, whole_smiles=whole_smiles)
+    checks = replace(
+        options.checks,
+        type_codes=codes,
+        aromatic=types is None or types.aromatic,
+        whole_smiles=whole_smiles,
+        descriptors="descriptors" in options.metrics,
+    )
     return replace(options, checks=checks)

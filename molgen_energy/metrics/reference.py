@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rdkit import rdBase
 
 from molgen_energy import __version__
+from molgen_energy.chemistry.descriptors import DESCRIPTORS
 from molgen_energy.chemistry.geometry import (
     GEOMETRY_TYPES,
     KINDS,
@@ -37,24 +38,26 @@ from molgen_energy.metrics.accumulator import (
     EvaluationAccumulator,
     ValueSample,
 )
-from molgen_energy.metrics.checks.chunk import CheckSettings
 from molgen_energy.metrics.distances.comparison import Comparison, Distributions, compare
 from molgen_energy.metrics.distances.fcd import FEATURES, Gaussian, Moments
-from molgen_energy.metrics.distances.real_ranges import RealRanges, ResampledRanges, StoredRanges
+from molgen_energy.metrics.distances.real_ranges import (
+    DESCRIPTOR_KEYS,
+    FCD_KEYS,
+    RealRanges,
+    ResampledRanges,
+    StoredRanges,
+)
 from molgen_energy.metrics.molecule_evaluation import (
     MoleculeEvaluation,
     ProgressCounter,
     check_chunks,
-    collect_smiles_hashes,
     evaluate_source,
-    hash_smiles,
 )
 from molgen_energy.metrics.molecule_values import MoleculeValues
-from molgen_energy.metrics.options import EvaluationOptions, with_types
+from molgen_energy.metrics.options import BOND_DESCRIPTIONS, EvaluationOptions, with_types
 from molgen_energy.metrics.sources import FileSource
 from molgen_energy.metrics.statistics import Estimate, Rate
 from molgen_energy.output import atomic_replace
-from molgen_energy.resources import asset, bundled_sample
 from molgen_energy.workers import WorkerPool
 
 MAX_COMPARED = 10_000
@@ -62,19 +65,133 @@ MAX_COMPARED = 10_000
 distances."""
 MAX_KEPT = 20_000
 """Number of molecules of the reference that sets of real molecules are drawn from."""
+MAX_STORED = 5000
+"""Number of values of a descriptor in a file of `Reference.save`."""
 
-_BUNDLED_SMILES = "qm9_train_smiles.txt.gz"
-_BUNDLED_STATISTICS = "qm9_test_statistics.h5"
+_COMPRESSED = {"compression": "gzip", "compression_opts": 9, "shuffle": True}
 _FREQUENT = 8  # types of each kind, without a list
-
+FREQUENT_TYPES = f"the {_FREQUENT} most frequent of each kind"
+"""Name of the list of types that a reference chooses itself."""
+_ROUNDED_BITS = {"bond length": 12, "angle": 5, "dihedral": 5}
+_MODES = ("perceived", "given")  # choices of bonds whose statistics a file can have
 
 _Stored = tuple[float | None, tuple[float, float] | None, int, str]  # an estimate
+_StoredRates = dict[str, tuple[int, int, float] | None]
+
+
+def _attributes(bonds: str) -> tuple[AttributeSpec, ...]:
+    """Of the group of one choice of bonds."""
+    return (
+        AttributeSpec("molecules", "integer", "how many there are", low=0, of=bonds),
+        AttributeSpec("valence", "text", "table of valences of `rates`", of=bonds),
+        AttributeSpec(
+            "types", "json", "types of bond lengths, angles and dihedrals", json=GeometryTypes,
+            of=bonds,
+        ),
+        AttributeSpec(
+            "rates", "json", "count, total and design effect of each rate", json=_StoredRates,
+            of=bonds,
+        ),
+        AttributeSpec(
+            "measures", "json", "value, interval, count and note of each mean",
+            json=dict[str, _Stored], of=bonds,
+        ),
+        AttributeSpec(
+            "distances", "json", "value, interval, count and note of each distance",
+            json=dict[str, _Stored], of=bonds,
+        ),
+        AttributeSpec(
+            "by_type", "json", "MMD and Wasserstein distance of each type",
+            json=dict[str, dict[str, tuple[float, float]]], of=bonds,
+        ),
+        AttributeSpec(
+            "count", "integer", "molecules of each half", required=False, low=1, shape=("H",),
+            of=f"{bonds}/fcd",
+        ),
+        AttributeSpec(
+            "probes", "json", "SMILES of training molecules, to try another version of RDKit",
+            required=False, json=list[str], of=bonds,
+        ),
+    )  # fmt: skip
+
+
+def _datasets(bonds: str) -> tuple[DatasetSpec, ...]:
+    """Of the group of one choice of bonds."""
+    return (
+        DatasetSpec(
+            f"{bonds}/geometry/*/*", ("*",), "float", "values of a type, sorted by group; the "
+            "group above is `bond length`, `angle` or `dihedral`", unit="Å or degrees",
+            required=False, dtype="f4",
+            attributes=(
+                AttributeSpec("count", "integer", "values before some were drawn", low=0),
+                AttributeSpec("groups", "integer", "values of each group", low=0, shape=("G",)),
+            ),
+        ),
+        DatasetSpec(
+            f"{bonds}/descriptors/*", ("*",), "float", "values of a descriptor, sorted by group",
+            required=False, dtype="f4",
+            attributes=(
+                AttributeSpec("count", "integer", "values before some were drawn", low=0),
+                AttributeSpec("groups", "integer", "values of each group", low=0, shape=("G",)),
+            ),
+        ),
+        DatasetSpec(
+            f"{bonds}/sizes", ("G", "*"), "integer", "molecules of 0, 1, 2 … atoms", low=0,
+            required=False, required_with=bonds,
+        ),
+        DatasetSpec(
+            f"{bonds}/elements", ("G", ELEMENTS + 1), "integer",
+            "atoms of atomic number 0 to 118", low=0, required=False, required_with=bonds,
+        ),
+        DatasetSpec(
+            f"{bonds}/fcd/mean", ("H", FEATURES), "float", "mean of the activations of ChemNet",
+            required=False, required_with=f"{bonds}/fcd",
+        ),
+        DatasetSpec(
+            f"{bonds}/fcd/covariance", ("H", FEATURES * (FEATURES + 1) // 2), "float",
+            "upper triangle of their covariance", required=False, required_with=f"{bonds}/fcd",
+            dtype="f4",
+        ),
+        DatasetSpec(
+            f"{bonds}/ranges/counts", ("C",), "integer", "numbers of molecules, ascending",
+            required=False, required_with=f"{bonds}/ranges", low=1,
+        ),
+        DatasetSpec(
+            f"{bonds}/ranges/quantiles/*", ("C", 3), "float", "quantiles 2.5, 50 and 97.5 % of a "
+            "distance of so many real molecules; NaN where undefined", required=False,
+            finite=False,
+        ),
+        DatasetSpec(
+            f"{bonds}/training", ("*",), "integer", "hashes of the SMILES of training molecules, "
+            "ascending", required=False, low=0, dtype="u8",
+        ),
+    )  # fmt: skip
+
+
+def _relations(bonds: str) -> tuple[Relation, ...]:
+    """Of the group of one choice of bonds."""
+    return (
+        Relation(
+            "numbers that ascend", (f"{bonds}/ranges/counts",),
+            lambda counts: np.diff(counts) <= 0, at_opening=True,
+        ),
+        Relation(
+            f"as many atoms as in '{bonds}/elements'", (f"{bonds}/sizes", f"{bonds}/elements"),
+            lambda sizes, elements: sizes @ np.arange(sizes.shape[1]) != elements.sum(axis=1),
+            at_opening=True,
+        ),
+        Relation(
+            "numbers that ascend", (f"{bonds}/training",),
+            lambda hashes: hashes[1:] <= hashes[:-1], at_opening=True,
+        ),
+    )  # fmt: skip
+
 
 STATISTICS = HDF5Format(
     None,
     "Statistics of a reference",
-    "What samples are compared with: statistics of real molecules. The package brings those of "
-    "QM9's test split.",
+    "What samples are compared with: statistics of real molecules, with perceived bonds, given "
+    "ones, or both. The package brings those of QM9's and of CCD's test split.",
     schema=None,
     sizes={
         "G": Size("groups of molecules, of which the jackknife leaves out one at a time"),
@@ -86,76 +203,14 @@ STATISTICS = HDF5Format(
         AttributeSpec("source", "text", "what the molecules are", required=False),
         AttributeSpec("created_by", "text", "program and version", required=False),
         AttributeSpec("rdkit", "text", "version of RDKit", required=False),
-        AttributeSpec("molecules", "integer", "how many there are", low=0),
-        AttributeSpec("bonds", "text", "where bonds come from"),
-        AttributeSpec("valence", "text", "table of valences, `edm` without it", required=False),
         AttributeSpec(
-            "types", "json", "types of bond lengths, angles and dihedrals", json=GeometryTypes
+            "rates", "json", "by choice of bonds and table of valences: count, total and design "
+            "effect of each rate", required=False, json=dict[str, dict[str, _StoredRates]],
         ),
-        AttributeSpec(
-            "rates", "json", "count, total and design effect of each rate",
-            json=dict[str, tuple[int, int, float] | None],
-        ),
-        AttributeSpec(
-            "measures", "json", "value, interval, count and note of each mean",
-            json=dict[str, _Stored],
-        ),
-        AttributeSpec(
-            "distances", "json", "value, interval, count and note of each distance",
-            json=dict[str, _Stored],
-        ),
-        AttributeSpec(
-            "by_type", "json", "MMD and Wasserstein distance of each type",
-            json=dict[str, dict[str, tuple[float, float]]],
-        ),
-        AttributeSpec(
-            "count", "integer", "molecules of each half", required=False, low=1, shape=("H",),
-            of="fcd",
-        ),
+        *(spec for bonds in _MODES for spec in _attributes(bonds)),
     ),
-    datasets=(
-        DatasetSpec(
-            "geometry/*/*", ("*",), "float", "values of a type, sorted by group; the group above "
-            "is `bond length`, `angle` or `dihedral`", unit="Å or degrees", required=False,
-            dtype="f4",
-            attributes=(
-                AttributeSpec("count", "integer", "values before some were drawn", low=0),
-                AttributeSpec("groups", "integer", "values of each group", low=0, shape=("G",)),
-            ),
-        ),
-        DatasetSpec("sizes", ("G", "*"), "integer", "molecules of 0, 1, 2 … atoms", low=0),
-        DatasetSpec(
-            "elements", ("G", ELEMENTS + 1), "integer", "atoms of atomic number 0 to 118", low=0
-        ),
-        DatasetSpec(
-            "fcd/mean", ("H", FEATURES), "float", "mean of the activations of ChemNet",
-            required=False, required_with="fcd",
-        ),
-        DatasetSpec(
-            "fcd/covariance", ("H", FEATURES * (FEATURES + 1) // 2), "float",
-            "upper triangle of their covariance", required=False, required_with="fcd",
-            dtype="f4",
-        ),
-        DatasetSpec(
-            "ranges/counts", ("C",), "integer", "numbers of molecules, ascending",
-            required=False, required_with="ranges", low=1,
-        ),
-        DatasetSpec(
-            "ranges/quantiles/*", ("C", 3), "float", "quantiles 2.5, 50 and 97.5 % of a distance "
-            "of so many real molecules; NaN where undefined", required=False, finite=False,
-        ),
-    ),
-    relations=(
-        Relation(
-            "numbers that ascend", ("ranges/counts",), lambda counts: np.diff(counts) <= 0,
-            at_opening=True,
-        ),
-        Relation(
-            "as many atoms as in 'elements'", ("sizes", "elements"),
-            lambda sizes, elements: sizes @ np.arange(sizes.shape[1]) != elements.sum(axis=1),
-            at_opening=True,
-        ),
-    ),
+    datasets=tuple(spec for bonds in _MODES for spec in _datasets(bonds)),
+    relations=tuple(relation for bonds in _MODES for relation in _relations(bonds)),
     remedy="install molgen-energy again",
 )  # fmt: skip
 """The declaration of `Reference.save`."""
@@ -175,16 +230,36 @@ class Reference:
     types: GeometryTypes
     ranges: RealRanges | None = None
     """The range of each distance for as many real molecules as a file has."""
+    training: NDArray[np.uint64] | None = None
+    """Sorted hashes of the SMILES of training molecules, with the same choice of bonds."""
+    probes: list[str] = field(default_factory=list)
+    """Some of these SMILES, which tell whether another version of RDKit writes the same ones."""
+    rdkit: str = rdBase.rdkitVersion
+    """The version that wrote them."""
 
-    def save(self, path: Path, source: str) -> None:
+    def save(
+        self,
+        path: Path,
+        source: str,
+        others: Sequence[Reference] = (),
+        rates: Mapping[str, Mapping[str, Mapping[str, Rate | None]]] | None = None,
+        compact: bool = False,
+    ) -> None:
         """Write to an HDF5 file for `load`.
 
         Parameters
         ----------
         source
             Description of the molecules, stored with them.
+        others
+            Statistics of the same molecules with other bonds.
+        rates
+            Of the same molecules, by choice of bonds (`perceived`, `given`, `single`) and table of
+            valences.
+        compact
+            Round lengths to 2⁻¹² Å, angles and dihedrals to 2⁻⁵ degrees, and covariances to half
+            precision: a quarter of the size.
         """
-        evaluation, distances = self.evaluation, self.distances
         with (
             atomic_replace(path) as output,
             output.temporary.open("w+b") as raw,
@@ -195,46 +270,72 @@ class Reference:
                 source=source,
                 created_by=f"molgen-energy {__version__}",
                 rdkit=rdBase.rdkitVersion,
-                molecules=evaluation.molecules,
-                bonds=evaluation.bonds,
-                valence=evaluation.valence,
-                types=json.dumps(vars(self.types)),
-                rates=json.dumps({k: None if r is None else [r.count, r.total, r.effect]
-                                  for k, r in evaluation.rates.items()}),
-                measures=json.dumps({k: _to_list(e) for k, e in evaluation.estimates.items()}),
-                distances=json.dumps({k: _to_list(e) for k, e in distances.estimates.items()}),
-                by_type=json.dumps(distances.by_type),
-            )  # fmt: skip
-            compressed = {"compression": "gzip", "compression_opts": 9, "shuffle": True}
-            for kind, names in self.types.types.items():
-                for name in names:
-                    sample = self.distributions.values(kind, name)
-                    order = np.lexsort((sample.value, sample.group))
-                    data = file.create_dataset(
-                        f"geometry/{kind}/{name}", data=sample.value[order], **compressed
-                    )
-                    data.attrs["count"] = sample.count
-                    data.attrs["groups"] = np.bincount(sample.group, minlength=JACKKNIFE_GROUPS)
-            for key in ("sizes", "elements"):
-                counts = getattr(self.distributions, key)
-                file.create_dataset(key, data=counts, **compressed)
-            moments = self.distributions.moments
-            if moments is not None:
-                # Not those of every jackknife group: half a megabyte each.
-                parts = moments.halves() or [moments.gaussian()]
-                upper = [part.covariance[np.triu_indices(len(part.mean))] for part in parts]
-                covariance = np.array(upper, np.float32)
-                file.create_dataset("fcd/mean", data=np.array([part.mean for part in parts]))
-                file.create_dataset("fcd/covariance", data=covariance, **compressed)
-                file["fcd"].attrs["count"] = [part.count for part in parts]
-            if isinstance(self.ranges, StoredRanges):
-                file["ranges/counts"] = self.ranges.counts
-                for key, quantiles in self.ranges.ranges.items():
-                    file[f"ranges/quantiles/{key}"] = quantiles
+            )
+            if rates is not None:
+                file.attrs["rates"] = json.dumps(
+                    {
+                        bonds: {valence: _stored_rates(each) for valence, each in tables.items()}
+                        for bonds, tables in rates.items()
+                    }
+                )
+            for reference in (self, *others):
+                given = reference.evaluation.bonds == BOND_DESCRIPTIONS["given"]
+                reference._write(file.create_group("given" if given else "perceived"), compact)
+
+    def _write(self, group: h5py.Group, compact: bool) -> None:
+        evaluation, distances = self.evaluation, self.distances
+        group.attrs.update(
+            molecules=evaluation.molecules,
+            valence=evaluation.valence,
+            types=json.dumps(vars(self.types)),
+            rates=json.dumps(_stored_rates(evaluation.rates)),
+            measures=json.dumps({k: _to_list(e) for k, e in evaluation.estimates.items()}),
+            distances=json.dumps({k: _to_list(e) for k, e in distances.estimates.items()}),
+            by_type=json.dumps(distances.by_type),
+        )
+        for kind, names in self.types.types.items():
+            for name in names:
+                sample = self.distributions.values(kind, name)
+                value = sample.value
+                if compact:  # zeros at the end of the mantissa
+                    steps = np.float32(2 ** _ROUNDED_BITS[kind])
+                    value = (np.round(value * steps) / steps).astype(np.float32)
+                _store_sample(group, f"geometry/{kind}/{name}", sample, value)
+        for key, sample in self.distributions.descriptors.items():
+            rounded = sample.value[:MAX_STORED].astype(np.float64).round(DESCRIPTORS[key].digits)
+            _store_sample(group, f"descriptors/{key}", sample, rounded)
+        for key in ("sizes", "elements"):
+            counts = getattr(self.distributions, key)
+            group.create_dataset(key, data=counts, **_COMPRESSED)
+        moments = self.distributions.moments
+        if moments is not None:
+            # Not those of every jackknife group: half a megabyte each.
+            parts = moments.halves() or [moments.gaussian()]
+            upper = [part.covariance[np.triu_indices(len(part.mean))] for part in parts]
+            covariance = np.array(upper, np.float16 if compact else np.float32)
+            group.create_dataset("fcd/mean", data=np.array([part.mean for part in parts]))
+            group.create_dataset("fcd/covariance", data=covariance, **_COMPRESSED)
+            group["fcd"].attrs["count"] = [part.count for part in parts]
+        if isinstance(self.ranges, StoredRanges):
+            group["ranges/counts"] = self.ranges.counts
+            for key, quantiles in self.ranges.ranges.items():
+                group[f"ranges/quantiles/{key}"] = quantiles
+        if self.training is not None:
+            group.create_dataset("training", data=self.training)
+            group.attrs["probes"] = json.dumps(self.probes)
 
     @classmethod
-    def load(cls, path: Path) -> Reference:
+    def load(cls, path: Path, bonds: str = "perceived", valence: str | None = None) -> Reference:
         """Read a file of `save`.
+
+        Parameters
+        ----------
+        bonds
+            `perceived`, `given` or `single`. A file without given bonds gives perceived ones, and
+            the other way round. With `single` there are rates, geometry and composition only.
+        valence
+            The table of valences that stability is by; None, and a table that the file does not
+            have, is that of its `rates`.
 
         Raises
         ------
@@ -242,60 +343,123 @@ class Reference:
             The file is missing, or not as `STATISTICS` declares.
         """
         with open_hdf5(path, STATISTICS) as file:
-            attributes = file.attributes
-            geometry = {
-                kind: {
-                    code_of(kind, name.rpartition("/")[2]): _stored_sample(file, name)
-                    for name in file.specs
-                    if name.startswith(f"geometry/{kind}/")
-                }
-                for kind in KINDS
-            }
-            moments = None
-            if "fcd/mean" in file:
-                parts = zip(
-                    file.read("fcd/mean"),
-                    file.read("fcd/covariance"),
-                    attributes["fcd/count"],
-                    strict=True,
-                )
-                moments = Moments.of_gaussians(
-                    [
-                        Gaussian(mean, _symmetric(part, len(mean)), int(count))
-                        for mean, part, count in parts
-                    ]
-                )
-            distributions = Distributions(
-                geometry, file.read("sizes"), file.read("elements"), moments
-            )
-            ranges = None
-            if "ranges/counts" in file:
-                prefix = "ranges/quantiles/"
-                quantiles = {
-                    name.removeprefix(prefix): file.read(name)
-                    for name in file.specs
-                    if name.startswith(prefix)
-                }
-                ranges = StoredRanges(file.read("ranges/counts"), quantiles)
-        rates = {
-            key: None if value is None else Rate(*value)
-            for key, value in attributes["rates"].items()
+            mode = "given" if bonds == "given" else "perceived"
+            if f"{mode}/sizes" not in file:
+                mode = next((other for other in _MODES if f"{other}/sizes" in file), mode)
+            if f"{mode}/sizes" not in file:
+                raise file.error(f"lacks the groups {' and '.join(_MODES)}", colon=False)
+            found = cls._read(file, mode)
+            by_valence = file.attributes.get("rates", {}).get(bonds, {})
+            if valence is not None and valence in by_valence:
+                if bonds == "single":
+                    found = found._without_energies()
+                evaluation = found.evaluation
+                evaluation.rates |= _loaded_rates(by_valence[valence])
+                evaluation.bonds, evaluation.valence = BOND_DESCRIPTIONS[bonds], valence
+            return found
+
+    @classmethod
+    def _read(cls, file: HDF5File, mode: str) -> Reference:
+        """The statistics of one choice of bonds."""
+        attributes = {
+            name.removeprefix(f"{mode}/"): value for name, value in file.attributes.items()
         }
+        geometry = {
+            kind: {
+                code_of(kind, name.rpartition("/")[2]): _stored_sample(file, name)
+                for name in file.specs
+                if name.startswith(f"{mode}/geometry/{kind}/")
+            }
+            for kind in KINDS
+        }
+        descriptors = {
+            key: _stored_sample(file, f"{mode}/descriptors/{key}")
+            for key in DESCRIPTORS
+            if f"{mode}/descriptors/{key}" in file
+        }
+        moments = None
+        if f"{mode}/fcd/mean" in file:
+            parts = zip(
+                file.read(f"{mode}/fcd/mean"),
+                file.read(f"{mode}/fcd/covariance"),
+                attributes["fcd/count"],
+                strict=True,
+            )
+            moments = Moments.of_gaussians(
+                [
+                    Gaussian(mean, _symmetric(part, len(mean)), int(count))
+                    for mean, part, count in parts
+                ]
+            )
+        distributions = Distributions(
+            geometry,
+            file.read(f"{mode}/sizes"),
+            file.read(f"{mode}/elements"),
+            moments,
+            descriptors,
+        )
+        ranges = None
+        if f"{mode}/ranges/counts" in file:
+            prefix = f"{mode}/ranges/quantiles/"
+            quantiles = {
+                name.removeprefix(prefix): file.read(name)
+                for name in file.specs
+                if name.startswith(prefix)
+            }
+            ranges = StoredRanges(file.read(f"{mode}/ranges/counts"), quantiles)
+        training = file.read(f"{mode}/training") if f"{mode}/training" in file else None
         evaluation = MoleculeEvaluation(
-            str(attributes["name"]),
+            str(file.attributes["name"]),
             int(attributes["molecules"]),
-            rates,
+            _loaded_rates(attributes["rates"]),
             {key: Estimate(*value) for key, value in attributes["measures"].items()},
             distributions,
-            bonds=str(attributes["bonds"]),
-            valence=str(attributes.get("valence", "edm")),
+            bonds=BOND_DESCRIPTIONS[mode],
+            valence=str(attributes["valence"]),
         )
         distances = Comparison(
             {key: Estimate(*value) for key, value in attributes["distances"].items()},
             attributes["by_type"],
         )
-        types = attributes["types"]
-        return cls(evaluation.name, evaluation, distributions, distances, types, ranges)
+        return cls(
+            evaluation.name, evaluation, distributions, distances, attributes["types"], ranges,
+            training, attributes.get("probes", []), str(file.attributes.get("rdkit", "")),
+        )  # fmt: skip
+
+    def _without_energies(self) -> Reference:
+        """Without what depends on bond orders that are not those of geometry.
+
+        These are energies, descriptors and FCD.
+        """
+        distributions = replace(self.distributions, moments=None, descriptors={})
+        left_out = {*FCD_KEYS, *DESCRIPTOR_KEYS}
+        estimates = self.distances.estimates.items()
+        distances = replace(
+            self.distances, estimates={k: e for k, e in estimates if k not in left_out}
+        )
+        evaluation = replace(self.evaluation, estimates={}, distributions=distributions)
+        return replace(
+            self, evaluation=evaluation, distributions=distributions, distances=distances
+        )
+
+
+def _stored_rates(rates: Mapping[str, Rate | None]) -> dict[str, list[float] | None]:
+    return {k: None if r is None else [r.count, r.total, r.effect] for k, r in rates.items()}
+
+
+def _loaded_rates(stored: _StoredRates) -> dict[str, Rate | None]:
+    return {key: None if value is None else Rate(*value) for key, value in stored.items()}
+
+
+def _store_sample(
+    group: h5py.Group, name: str, sample: ValueSample, value: NDArray[np.floating[Any]]
+) -> None:
+    """Write numbers (V,), the first or all of a sample, sorted by jackknife group."""
+    of_value = sample.group[: len(value)]
+    order = np.lexsort((value, of_value))
+    data = group.create_dataset(name, data=value[order].astype(np.float32), **_COMPRESSED)
+    data.attrs["count"] = sample.count
+    data.attrs["groups"] = np.bincount(of_value, minlength=JACKKNIFE_GROUPS)
 
 
 def _stored_sample(file: HDF5File, name: str) -> ValueSample:
@@ -318,11 +482,6 @@ def _symmetric(upper: NDArray[np.float32], size: int) -> NDArray[np.float64]:
     matrix[np.triu_indices(size)] = upper
     symmetric: NDArray[np.float64] = matrix + np.triu(matrix, 1).T
     return symmetric
-
-
-def bundled_reference() -> Reference:
-    """The bundled statistics of QM9's test split (EDM's split, 13,083 molecules)."""
-    return Reference.load(asset(_BUNDLED_STATISTICS))
 
 
 def evaluate_reference(
@@ -425,7 +584,7 @@ def frequent_types(
         counts = {type_name(kind, code): sample.count for code, sample in by_type.items()}
         ranked = sorted(counts, key=lambda name: (-counts[name], name))
         chosen[kind] = tuple(ranked[:_FREQUENT])
-    return GeometryTypes(f"the {_FREQUENT} most frequent of each kind", chosen)
+    return GeometryTypes(FREQUENT_TYPES, chosen)
 
 
 def select_types(name: str | None, reference: Path | None) -> GeometryTypes | None:
@@ -436,7 +595,7 @@ def select_types(name: str | None, reference: Path | None) -> GeometryTypes | No
     name
         `qm9`, `geom` or `frequent`; None takes QM9's list for QM9 and else the most frequent types.
     reference
-        The reference file; None is the bundled QM9.
+        The reference file; None if it is bundled, whose types are its own without a name.
 
     Raises
     ------
@@ -444,28 +603,10 @@ def select_types(name: str | None, reference: Path | None) -> GeometryTypes | No
         The name is unknown.
     """
     if name is None:
-        is_qm9 = reference is None or FileSource(reference).is_qm9()
+        is_qm9 = reference is not None and FileSource(reference).is_qm9()
         return GEOMETRY_TYPES["qm9"] if is_qm9 else None
     if name == "frequent":
         return None
     if name not in GEOMETRY_TYPES:
         raise InputError(unknown_name("list of types", name, [*GEOMETRY_TYPES, "frequent"]))
     return GEOMETRY_TYPES[name]
-
-
-def bundled_training_hashes() -> NDArray[np.uint64] | None:
-    """Sorted hashes of the bundled SMILES of QM9's 100,000 training molecules.
-
-    Canonical SMILES can change between versions of RDKit. With another version than the list was
-    written with, the SMILES of the bundled sample are computed again, and None is returned unless
-    the list contains them.
-    """
-    with gzip.open(asset(_BUNDLED_SMILES), "rt", encoding="utf-8") as file:
-        version, *smiles = file.read().splitlines()
-    hashes = hash_smiles(smiles)
-    if version != f"# RDKit {rdBase.rdkitVersion}":
-        train = FileSource(bundled_sample(), split="train")
-        again = collect_smiles_hashes(train, CheckSettings(), WorkerPool(0))
-        if not np.isin(again, hashes).all():
-            return None
-    return hashes

@@ -13,6 +13,13 @@ from numpy.typing import NDArray
 from molgen_energy.chemistry.geometry import GeometryTypes
 from molgen_energy.elements import symbol
 from molgen_energy.errors import InputError, counted
+from molgen_energy.metrics.bundled import (
+    BUNDLED,
+    DEFAULT_REFERENCE,
+    BundledReference,
+    bundled_by_data,
+    bundled_of,
+)
 from molgen_energy.metrics.distances.comparison import compare
 from molgen_energy.metrics.distances.real_ranges import add_ranges
 from molgen_energy.metrics.molecule_evaluation import (
@@ -24,10 +31,9 @@ from molgen_energy.metrics.molecule_evaluation import (
 from molgen_energy.metrics.molecule_table import MoleculeTable
 from molgen_energy.metrics.options import EvaluationOptions, with_bonds, with_types
 from molgen_energy.metrics.reference import (
+    FREQUENT_TYPES,
     MAX_COMPARED,
     Reference,
-    bundled_reference,
-    bundled_training_hashes,
     evaluate_reference,
     has_train_and_test,
     select_types,
@@ -37,7 +43,6 @@ from molgen_energy.output import display_names
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.workers import WorkerPool
 
-_BUNDLED_TRAINING = "QM9's 100,000 training molecules (bundled)"
 _MANY_FILES = 8
 _SIMILAR = 1.2  # files whose numbers of molecules differ by at most this factor
 _NO_TRAINING = "nothing"
@@ -59,6 +64,8 @@ class MoleculeResults:
     options: EvaluationOptions
     novelty_against: str
     """Description of the training molecules."""
+    reference_choice: str = ""
+    """Why a bundled reference was chosen; empty if it was named, or is the default."""
     bonds_unused: bool = False
     """Whether a file has bonds of its own that were not checked."""
     notes: list[str] = field(default_factory=list)
@@ -83,10 +90,11 @@ def evaluate_inputs(
         Paths of SDF, XYZ or HDF5 files, folders or patterns; or RDKit molecules with a conformer
         each, which make one set.
     reference
-        File of real molecules; None takes the bundled statistics of QM9's test split.
+        File of real molecules, or name of a bundled reference; None takes the bundled reference of
+        the data that the samples come from, else that of QM9.
     train
         File of training molecules for novelty; None takes the training split of the reference, or
-        the bundled SMILES of QM9.
+        the bundled ones.
     types
         Name of a list of geometry types, see `molgen_energy.metrics.reference.select_types`.
     options
@@ -104,10 +112,20 @@ def evaluate_inputs(
         A file cannot be read, or a molecule cannot be evaluated; the message names the record.
     """
     sources, names = _open_sources(inputs, options)
+    bundled = None if reference is None else bundled_of(reference)
+    if bundled is not None:
+        reference = None
     for path in filter(None, (reference, train)):
         FileSource(path)  # a wrong file name should not fail after minutes
     chosen = select_types(types, reference)
     notes: list[str] = []
+    choice = ""
+    if reference is None and bundled is None:
+        bundled, notes = bundled_by_data(source.origin for source in sources)
+        if bundled is None:
+            bundled = BUNDLED[DEFAULT_REFERENCE]
+        else:
+            choice = f"{bundled.title}, which the files name as their data"
     options = _resolve_bonds(options, dict(zip(names, sources, strict=True)), notes)
     if len(sources) > _MANY_FILES:
         notes.append(
@@ -117,12 +135,13 @@ def evaluate_inputs(
     train = train or _training_split(reference)
     counter = ProgressCounter(progress, _total(sources, reference, train))
     training_hashes, novelty_against = _training_hashes(
-        train, reference, options, workers, counter, notes
+        train, reference, bundled, options, workers, counter, notes
     )
-    if reference is None:
-        data = bundled_reference()
-        _check_bundled(data, chosen, options)
+    if bundled is not None:
+        data = bundled.load(options.checks.bonds, options.checks.valence)
+        _check_bundled(bundled, data, types, chosen, options)
     else:
+        assert reference is not None
         reference_options = _options_for(FileSource(reference, "test"), options)
         name = display_names([reference])[0]
         data = evaluate_reference(
@@ -153,7 +172,7 @@ def evaluate_inputs(
             "unbiased and extrapolated rows, or each distance with its range of real molecules"
         )
     unused = options.checks.bonds != "given" and any(s.given_bonds.some for s in sources)
-    return MoleculeResults(samples, data, options, novelty_against, unused, notes, table)
+    return MoleculeResults(samples, data, options, novelty_against, choice, unused, notes, table)
 
 
 def _resolve_bonds(
@@ -230,26 +249,33 @@ def _total(
 
 
 def _check_bundled(
-    data: Reference, chosen: GeometryTypes | None, options: EvaluationOptions
+    bundled: BundledReference,
+    data: Reference,
+    types: str | None,
+    chosen: GeometryTypes | None,
+    options: EvaluationOptions,
 ) -> None:
     """Raise if the bundled statistics do not have what the options ask of them."""
     if "geometry" not in options.metrics:
         return
     restriction = ""
-    if chosen is None or chosen.types != data.types.types:
-        restriction = "contain only QM9's geometry types"
+    asked = data.types.types if chosen is None else chosen.types
+    frequent = types != "frequent" or data.types.name == FREQUENT_TYPES
+    if asked != data.types.types or not frequent:
+        restriction = f"contain no other geometry types than {data.types.name}"
     elif options.checks.counting != "once":
         restriction = "count every angle once"
     if restriction:
         raise InputError(
-            f"the bundled statistics of QM9 {restriction}; name real molecules with --reference "
-            "(all of QM9: molgen-energy preprocess qm9)"
+            f"the bundled statistics of {bundled.title} {restriction}; name real molecules with "
+            f"--reference (all of {bundled.title}: {bundled.made_by})"
         )
 
 
 def _training_hashes(
     train: Path | None,
     reference: Path | None,
+    bundled: BundledReference | None,
     options: EvaluationOptions,
     workers: WorkerPool,
     counter: ProgressCounter,
@@ -274,21 +300,23 @@ def _training_hashes(
         name = display_names([reference])[0]
         notes.append(f"novelty is n/a: {name} has no training split; pass --train")
         return None, _NO_TRAINING
-    if options.checks.bonds == "single":
+    bundled = bundled or BUNDLED["qm9"]
+    bonds = options.checks.bonds
+    if bonds == "single":
         notes.append(
-            "novelty is n/a: the bundled SMILES of QM9 were computed with perceived bonds; pass "
+            f"novelty is n/a: the bundled SMILES of {bundled.title} are not of single bonds; pass "
             "the training molecules with --train"
         )
         return None, _NO_TRAINING
-    if options.checks.bonds == "given":
+    if bonds == "given" and bundled.name == "qm9":
         notes.append(f"novelty: QM9 has no bonds, {_NOVELTY_OF_PERCEIVED}")
-    bundled = bundled_training_hashes()
-    if bundled is None:
+    known = bundled.training_hashes(bonds)
+    if known is None:
         notes.append(
             "novelty is n/a: this version of RDKit writes other canonical SMILES than the one that "
-            "wrote the bundled list; pass --train qm9.h5"
+            f"wrote the bundled list; pass --train {bundled.name}.h5"
         )
-    return bundled, _BUNDLED_TRAINING
+    return known, bundled.training
 
 
 def _compare_with(

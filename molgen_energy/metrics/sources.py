@@ -98,6 +98,22 @@ class FileSource:
         with MoleculeFile(self.path) as file:
             return GivenBonds(True, None) if "bonds" in file.columns else NO_BONDS
 
+    @cached_property
+    def origin(self) -> dict[str, str]:
+        """How the file was made, from its first record or attributes; empty where it is unknown.
+
+        Raises
+        ------
+        InputError
+            The first record is bad, and `skip_bad` is false.
+        """
+        if self.is_hdf5:
+            with MoleculeFile(self.path) as file:
+                return file.provenance
+        reader = MoleculeReader(self.path, self.skip_bad)
+        next(iter(reader), None)
+        return provenance(reader.fields)
+
     def is_qm9(self) -> bool:
         """Whether the file was made from QM9."""
         if not self.is_hdf5:
@@ -167,6 +183,14 @@ class RDKitSource:
     def size(self) -> int:
         """Number of molecules."""
         return len(self._molecules)
+
+    @cached_property
+    def origin(self) -> dict[str, str]:
+        """How the first molecule was made, from its properties; empty where it is unknown."""
+        first = next((m for m in self._molecules if m is not None), None)
+        if first is None:
+            return {}
+        return provenance({k: str(v) for k, v in first.GetPropsAsDict(False, False).items()})
 
     @cached_property
     def given_bonds(self) -> GivenBonds:

@@ -145,6 +145,23 @@ class Mean:
         return self.value - _Z * self.error, self.value + _Z * self.error
 
 
+def ratio_interval(
+    sums: NDArray[np.float64], counts: NDArray[np.int64]
+) -> tuple[float, float] | None:
+    """95 % interval of Σ sums / Σ counts over independent molecules (M,); None for fewer than two.
+
+    The ratio estimator of W. G. Cochran, *Sampling Techniques*, 3rd ed., section 6.3. Numbers that
+    are not negative are assumed: the lower bound is at least zero.
+    """
+    molecules, total = len(counts), counts.sum()
+    if molecules < 2 or not total:
+        return None
+    ratio = float(sums.sum() / total)
+    squares = float(((sums - ratio * counts) ** 2).sum())
+    half = _Z * math.sqrt(molecules / (molecules - 1) * squares) / float(total)
+    return max(0.0, ratio - half), ratio + half
+
+
 def median_interval(values: NDArray[np.float64]) -> tuple[float, float] | None:
     """95 % interval of the median of numbers (V,) from order statistics; None for fewer than six.
 

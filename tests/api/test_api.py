@@ -40,6 +40,7 @@ def test_sample_returns_rdkit_molecules():
         assert 5 <= molecule.GetNumAtoms() <= 9
         assert np.isfinite(molecule.GetConformer().GetPositions()).all()
         assert molecule.GetProp("bonds") == "perceived"
+        assert molecule.GetProp("trained_on") == "QM9 (qm9pack)"  # chooses the reference
     again = molgen_energy.sample(3, **options)
     for one, other in zip(drawn, again, strict=True):
         assert np.array_equal(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import of_smiles
+from rdkit import Chem
 from rdkit.Chem import rdMolTransforms
 
 from molgen_energy.chemistry.bonds import perceive
@@ -15,6 +17,7 @@ from molgen_energy.chemistry.geometry import (
     GEOM_TYPES,
     KINDS,
     QM9_TYPES,
+    absolute_changes,
     code_of,
     measure,
     type_name,
@@ -73,6 +76,50 @@ def test_geometry_against_rdkit(molecules):
         assert sum(ours.values()) == sum(expected[kind].values())
         different = sum((ours - expected[kind]).values())
         assert different <= 0.004 * sum(ours.values())
+
+
+def test_changes_against_rdkit(rng):
+    """Nitrile and alkyne have no dihedral about a bond at an atom of the triple bond."""
+    start = perceive(Molecules.from_list([of_smiles("CC#CCC(O)C#N"), of_smiles("CC(=O)NC")]))
+    moved = start.positions + rng.normal(0, 0.4, start.positions.shape).astype("f4")
+    measured = absolute_changes(start, moved)
+    expected: dict[str, list[tuple[int, int, float]]] = {kind: [] for kind in KINDS}
+    for number, molecule in enumerate(start):
+        atoms = slice(start.offsets[number], start.offsets[number + 1])
+        pair = [build(molecule, True), build(replace(molecule, positions=moved[atoms]), True)]
+        before, after = (built.GetConformer() for built in pair)
+        functions = {
+            "bond length": rdMolTransforms.GetBondLength,
+            "angle": rdMolTransforms.GetAngleDeg,
+            "dihedral": rdMolTransforms.GetDihedralDeg,
+        }
+        # A bond between atoms without a triple bond, neither of them at an end.
+        middle = pair[0].GetSubstructMatches(Chem.MolFromSmarts("[!$(*#*)&!D1]~[!$(*#*)&!D1]"))
+        chains = {
+            "bond length": "*~*",
+            "angle": "*~*~*",
+            "dihedral": "*~*~*~*",
+        }
+        for kind, smarts in chains.items():
+            for chain in pair[0].GetSubstructMatches(Chem.MolFromSmarts(smarts)):
+                if kind == "dihedral" and not {chain[1:3], chain[2:0:-1]} & set(middle):
+                    continue
+                change = abs(functions[kind](after, *chain) - functions[kind](before, *chain))
+                types = [pair[0].GetAtomWithIdx(k).GetSymbol() for k in chain]
+                orders = [
+                    int(pair[0].GetBondBetweenAtoms(i, j).GetBondType())
+                    for i, j in itertools.pairwise(chain)
+                ]
+                ends = zip(orders, itertools.pairwise(types), strict=True)
+                name = "-".join(f"{a}{order}{b}" for order, (a, b) in ends)
+                if kind == "dihedral":
+                    change = min(change, 360 - change)
+                expected[kind].append((number, code_of(kind, name), change))
+    for kind, found in measured.items():
+        ours = zip(found.molecule.tolist(), found.code.tolist(), found.value.tolist(), strict=True)
+        ours, theirs = sorted(ours), sorted(expected[kind])
+        assert [row[:2] for row in ours] == [row[:2] for row in theirs]
+        assert [row[2] for row in ours] == pytest.approx([row[2] for row in theirs], abs=2e-3)
 
 
 def test_dihedrals_are_signed():

@@ -15,6 +15,7 @@ from molgen_energy.chemistry.valence import VALENCE_MODELS
 from molgen_energy.cli import app, evaluate, sample, train
 from molgen_energy.diffusion.samplers import SAMPLERS
 from molgen_energy.losses import EDGES, LOSSES, SPIN_LOSSES, SPRINGS
+from molgen_energy.metrics.bundled import BUNDLED, DEFAULT_REFERENCE
 from molgen_energy.metrics.options import BOND_CHOICES, METRIC_GROUPS
 from molgen_energy.systems.datasets import DATASETS
 
@@ -96,6 +97,8 @@ def test_names_in_texts_and_completion_are_those_of_the_registries():
     assert set(train._EDGES) == set(EDGES)
     assert set(sample._SAMPLERS) == set(SAMPLERS)
     assert set(evaluate._METRICS) == {*METRIC_GROUPS, "default", "all"}
+    assert list(evaluate._REFERENCES) == list(BUNDLED)
+    assert evaluate._REFERENCES[0] == DEFAULT_REFERENCE
     completed = {
         option.name: option for option in options(LEAVES["evaluate"]) if option.metavar == "NAME"
     }

@@ -435,23 +435,28 @@ def test_bytes_flipped_anywhere(tmp_path, content):
 
 
 def narrower_sizes(file):
-    sizes = file["sizes"][:, :-1]
-    del file["sizes"]
-    file["sizes"] = sizes
+    sizes = file["perceived/sizes"][:, :-1]
+    del file["perceived/sizes"]
+    file["perceived/sizes"] = sizes
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda f: f.attrs.__setitem__("rates", '{"a": [1, 2]}'), "'rates': expected JSON of"),
-        (lambda f: f.attrs.__delitem__("types"), "lacks the attribute 'types'"),
-        (lambda f: f.attrs.__setitem__("molecules", -1), "'molecules': expected an integer of at"),
-        (lambda f: f["fcd"].attrs.__setitem__("count", [1, 2, 3]), "'fcd/mean': expected .* H = 3"),
-        (lambda f: f["fcd"].__delitem__("mean"), "lacks the data set 'fcd/mean'"),
-        (lambda f: f["geometry/angle/C1C-C1H"].attrs.__setitem__("groups", [1] * 10),
-         "'groups' of 'geometry/angle/C1C-C1H': expected 20000 in all"),
-        (lambda f: f["ranges/counts"].__setitem__(3, 1), "record 3: .* numbers that ascend"),
-        (narrower_sizes, "'sizes': expected as many atoms as in 'elem"),
+        (lambda f: f["perceived"].attrs.__setitem__("rates", '{"a": [1, 2]}'),
+         "'rates' of 'perceived': expected JSON of"),
+        (lambda f: f["perceived"].attrs.__delitem__("types"), "lacks the attribute 'types' of"),
+        (lambda f: f["perceived"].attrs.__setitem__("molecules", -1), "'molecules' of .* at"),
+        (lambda f: f["perceived/fcd"].attrs.__setitem__("count", [1, 2, 3]),
+         "'perceived/fcd/mean': expected .* H = 3"),
+        (lambda f: f["perceived/fcd"].__delitem__("mean"),
+         "lacks the data set 'perceived/fcd/mean'"),
+        (lambda f: f["perceived/geometry/angle/C1C-C1H"].attrs.__setitem__("groups", [1] * 10),
+         "'groups' of 'perceived/geometry/angle/C1C-C1H': expected 20000 in all"),
+        (lambda f: f["perceived/ranges/counts"].__setitem__(3, 1),
+         "record 3: .* numbers that ascend"),
+        (lambda f: f.move("perceived", "elsewhere"), "lacks the groups perceived and given"),
+        (narrower_sizes, "'perceived/sizes': expected as many atoms as in 'perceived/elem"),
     ],
 )  # fmt: skip
 def test_statistics(tmp_path, edit, message):

@@ -40,6 +40,7 @@ from molgen_energy.metrics.accumulator import (
     ValueSample,
     hash_numbers,
 )
+from molgen_energy.metrics.bundled import BUNDLED
 from molgen_energy.metrics.checks.chunk import CheckSettings, check_chunk
 from molgen_energy.metrics.checks.strain import rmsd, strain_mmff
 from molgen_energy.metrics.distances.comparison import Distributions, compare
@@ -51,7 +52,7 @@ from molgen_energy.metrics.options import (
     parse_metrics,
     with_types,
 )
-from molgen_energy.metrics.reference import Reference, bundled_reference, evaluate_reference
+from molgen_energy.metrics.reference import Reference, evaluate_reference
 from molgen_energy.metrics.report.model import Report
 from molgen_energy.metrics.report.molecules import molecule_report
 from molgen_energy.metrics.report.table import metric_text, real_text, tables
@@ -353,7 +354,7 @@ def test_intervals_of_distances_cover(molecules):
 
 def test_the_bundled_reference_is_the_test_split(sample_path):
     """800 of its 13,083 molecules are at hand: what they give must fit."""
-    data = bundled_reference()
+    data = BUNDLED["qm9"].load()
     assert data.evaluation.molecules == 13_083
     assert data.distributions.sizes.sum() == 13_083
     assert data.evaluation.rates["molecule_stability"].value == pytest.approx(0.952, abs=0.002)
@@ -409,7 +410,7 @@ def test_options_that_the_bundled_statistics_cannot_serve(samples, sample_path, 
     jodo = replace(EVERYTHING_FAST, checks=CheckSettings(counting="jodo"))
     with pytest.raises(InputError, match="count every angle once; name real molecules"):
         run([samples], options=jodo)
-    with pytest.raises(InputError, match="contain only QM9's geometry types"):
+    with pytest.raises(InputError, match="of QM9 contain no other geometry types than qm9; name"):
         run([samples], types="geom")
     with pytest.raises(InputError, match="unknown list of types 'qm8'"):
         run([samples], types="qm8")

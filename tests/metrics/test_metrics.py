@@ -23,6 +23,7 @@ from molgen_energy.chemistry.valence import (
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
+from molgen_energy.metrics.bundled import BUNDLED
 from molgen_energy.metrics.checks.chunk import CheckSettings, check_chunk
 from molgen_energy.metrics.molecule_evaluation import (
     evaluate_source,
@@ -36,7 +37,6 @@ from molgen_energy.metrics.options import (
     make_options,
     parse_metrics,
 )
-from molgen_energy.metrics.reference import bundled_training_hashes
 from molgen_energy.metrics.sources import FileSource
 from molgen_energy.metrics.statistics import Clusters, Rate, median_interval
 from molgen_energy.workers import WorkerPool
@@ -545,7 +545,7 @@ def test_over_regular(molecules):
 
 
 def test_bundled_training_smiles(sample_path):
-    training = bundled_training_hashes()
+    training = BUNDLED["qm9"].training_hashes()
     assert training is not None
     assert 90_000 < len(training) < 100_000
     novelty = {
@@ -561,12 +561,12 @@ def test_bundled_training_smiles(sample_path):
 def test_bundled_smiles_of_another_rdkit(monkeypatch):
     """Another version is believed only if it names the sample as the list does."""
     monkeypatch.setattr("rdkit.rdBase.rdkitVersion", "1999.01.1")
-    assert bundled_training_hashes() is not None
+    assert BUNDLED["qm9"].training_hashes() is not None
     monkeypatch.setattr(
-        "molgen_energy.metrics.reference.collect_smiles_hashes",
+        "molgen_energy.metrics.bundled.collect_smiles_hashes",
         lambda *arguments: hash_smiles(["named otherwise"]),
     )
-    assert bundled_training_hashes() is None
+    assert BUNDLED["qm9"].training_hashes() is None
 
 
 def test_names_of_metrics():

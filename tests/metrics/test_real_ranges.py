@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from conftest import of_smiles
 
+from molgen_energy.chemistry.descriptors import DESCRIPTORS
 from molgen_energy.chemistry.geometry import GeometryTypes, code_of
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
 from molgen_energy.metrics.accumulator import EvaluationAccumulator, ValueSample, hash_numbers
+from molgen_energy.metrics.bundled import BUNDLED
 from molgen_energy.metrics.checks.chunk import CheckSettings, check_chunk
 from molgen_energy.metrics.distances.comparison import (
     Comparison,
@@ -27,9 +29,10 @@ from molgen_energy.metrics.distances.real_ranges import (
     add_ranges,
 )
 from molgen_energy.metrics.molecule_values import MoleculeValues, TypeValues
-from molgen_energy.metrics.reference import Reference, bundled_reference
+from molgen_energy.metrics.reference import Reference
 from molgen_energy.metrics.statistics import Estimate, RealRange
 
+RINGS, LOGP = (list(DESCRIPTORS).index(name) for name in ("rings", "logp"))
 TYPES = GeometryTypes("a test", {"bond length": ("C1H",), "dihedral": ("C1C-C1C-C1C",)})
 
 
@@ -130,7 +133,11 @@ def molecule_values(count, rng) -> MoleculeValues:
     elements = np.zeros((count, 119), np.int32)
     elements[:, [1, 6]] = rng.integers(1, 12, (count, 2))
     key = np.arange(count).astype("u8")
-    return MoleculeValues(key, key, elements.sum(axis=1), elements, geometry)
+    descriptors = np.full((count, len(DESCRIPTORS)), np.nan, np.float32)
+    complete = rng.random(count) < 0.8
+    descriptors[complete, RINGS] = rng.poisson(1.5, complete.sum())
+    descriptors[complete, LOGP] = rng.normal(2, 1, complete.sum())
+    return MoleculeValues(key, key, elements.sum(axis=1), elements, geometry, descriptors)
 
 
 def distributions_of(values: MoleculeValues, molecules) -> Distributions:
@@ -149,7 +156,12 @@ def distributions_of(values: MoleculeValues, molecules) -> Distributions:
     elements = np.zeros((10, 119), int)
     np.add.at(sizes, (group[molecules], values.sizes[molecules]), 1)
     np.add.at(elements, group[molecules], values.elements[molecules])
-    return Distributions(geometry, sizes, elements)
+    descriptors = {}
+    for name, column in (("rings", RINGS), ("logp", LOGP)):
+        value = values.descriptors[:, column]
+        inside = np.isfinite(value) & (group < 10)
+        descriptors[name] = ValueSample.of(value[inside], group[inside], int(inside.sum()))
+    return Distributions(geometry, sizes, elements, descriptors=descriptors)
 
 
 @pytest.mark.parametrize(("count", "reference"), [(60, 500), (200, 500)])
@@ -165,8 +177,35 @@ def test_ranges_against_direct_subsets(rng, count, reference):
         source = distributions_of(values, order[:count])
         target = distributions_of(values, order[count : count + reference])
         for key, estimate in compare(source, target, TYPES).estimates.items():
-            direct[key].append(estimate.value)
+            if key in direct:
+                direct[key].append(estimate.value)
     assert len(drawn) == 8
+    check_draws(drawn, direct, real, count)
+
+
+def test_ranges_of_descriptors_against_direct_subsets(rng):
+    """Sets and references are of molecules that have descriptors."""
+    values = molecule_values(1000, rng)
+    real = ResampledRanges(values, np.zeros((0, FEATURES), np.float32), 600, 0, None)
+    described = np.flatnonzero(np.isfinite(values.descriptors).any(axis=1))
+    reference = int((described < 600).sum())
+    drawn = real.draw_descriptors(60, 400)
+    assert set(drawn) == {"wasserstein_rings", "wasserstein_logp"}
+    direct: dict[str, list[float]] = {key: [] for key in drawn}
+    for _ in range(60):
+        order = rng.permutation(described)
+        source = distributions_of(values, order[:60])
+        target = distributions_of(values, order[60 : 60 + reference])
+        found = compare(source, target, None, composition=False).estimates
+        assert {estimate.count for estimate in found.values()} == {60}
+        for key, estimate in found.items():
+            direct[key].append(estimate.value)
+    check_draws(drawn, direct, real, 60)
+    assert real.limits("wasserstein_logp")[1] < real.limits("sizes")[1]
+
+
+def check_draws(drawn, direct, real, count):
+    """Mean, spread and range of draws against distances of sets, each computed as of a file."""
     for key, found in drawn.items():
         error = np.std(direct[key]) / math.sqrt(60)
         assert found.mean() == pytest.approx(np.mean(direct[key]), abs=4 * error), key
@@ -224,10 +263,12 @@ def test_stored_ranges_between_their_sizes(rng):
     assert stored.limits("fcd") == (1, 0)
     assert stored.limits("mmd_dihedral") == (20, 320)
     assert stored.at("mmd_dihedral", 321) is None
+    assert stored.limits("wasserstein_logp") == (20, 320)
+    direct = real.draw(160, 400) | real.draw_descriptors(160, 400)
     for key in stored.ranges:
         found = stored.at(key, 160)
         assert isinstance(found, RealRange)
-        expected = real.draw(160, 400)[key]
+        expected = direct[key]
         width = np.ptp(np.quantile(expected, [0.025, 0.975]))
         assert found.median == pytest.approx(np.median(expected), abs=0.25 * width), key
         assert np.ptp(found.interval) == pytest.approx(width, rel=0.4), key
@@ -267,7 +308,7 @@ def alcohols(values: MoleculeValues) -> int:
 
 
 def test_the_bundled_ranges(tmp_path):
-    data = bundled_reference()
+    data = BUNDLED["qm9"].load()
     assert isinstance(data.ranges, StoredRanges)
     # 10,000 training molecules are real.
     for key in ("mmd_bond_length", "mmd_reference_dihedral", "wasserstein_angle", "fcd"):

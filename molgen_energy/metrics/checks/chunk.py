@@ -20,6 +20,7 @@ from molgen_energy.chemistry.anomalies import (
 )
 from molgen_energy.chemistry.anomalies import KINDS as ANOMALIES
 from molgen_energy.chemistry.bonds import perceive
+from molgen_energy.chemistry.descriptors import DESCRIPTORS, describe
 from molgen_energy.chemistry.geometry import KINDS, measure
 from molgen_energy.chemistry.rdkit import (
     MAX_NEIGHBOURS,
@@ -53,6 +54,8 @@ class CheckSettings:
     """Whether to compute SMILES of whole molecules, which FCD needs."""
     short_smiles: bool = False
     """Whether to write SMILES with implicit hydrogens too."""
+    descriptors: bool = False
+    """Whether to compute the descriptors of complete molecules."""
     names_only: bool = False
     """Whether only validity and SMILES are needed; stability is then undefined."""
 
@@ -97,6 +100,9 @@ class ChunkChecks:
     anomalies: Anomalies
     """What is probably a fault of the file. Molecules with coincident atoms are invalid, and these
     atoms are unstable."""
+    descriptors: NDArray[np.float32]
+    """`DESCRIPTORS` of complete molecules, (M, D); NaN elsewhere and where they were not
+    requested."""
 
     @cached_property
     def unstable_atoms(self) -> NDArray[np.int64]:
@@ -144,6 +150,7 @@ def _check(chunk: MoleculeChunk, settings: CheckSettings, failure: str | None) -
         typed, as_given = aromatic if settings.aromatic else kekule, checked
     anomalies = find_anomalies(as_given)
     coincident, results = _fail_coincident(as_given, anomalies, results)
+    complete = np.array([r.valid and r.fragments == 1 for r in results], bool)
     return ChunkChecks(
         chunk=MoleculeChunk(chunk.records, checked),
         unstable=unstable | coincident,
@@ -161,7 +168,16 @@ def _check(chunk: MoleculeChunk, settings: CheckSettings, failure: str | None) -
         geometry=_geometry(MoleculeChunk(chunk.records, typed), overbonded, settings),
         without_geometry=int(overbonded.sum()),
         anomalies=anomalies,
+        descriptors=_describe_all(checked, complete & settings.descriptors),
     )
+
+
+def _describe_all(molecules: Molecules, chosen: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Descriptors of the chosen molecules (M,), (M, D); NaN of the others."""
+    found = np.full((len(molecules), len(DESCRIPTORS)), np.nan, np.float32)
+    for k in np.flatnonzero(chosen).tolist():
+        found[k] = describe(molecules[k])
+    return found
 
 
 def _fail_coincident(

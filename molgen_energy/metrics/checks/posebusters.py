@@ -27,6 +27,22 @@ class _Module(NamedTuple):
     names: dict[str, str]
 
 
+CHECKS = {
+    "mol_pred_loaded": "it can be read",
+    "sanitization": "RDKit sanitises it",
+    "inchi_convertible": "it has an InChI",
+    "all_atoms_connected": "one fragment",
+    "no_radicals": "no atom has radical electrons",
+    "bond_lengths": "within 25 % of the bounds of distance geometry",
+    "bond_angles": "1,3-distances within 25 % of the bounds of distance geometry",
+    "internal_steric_clash": "other distances above 70 % of the lower bound of distance geometry",
+    "aromatic_ring_flatness": "atoms within 0.25 Å of a plane",
+    "non-aromatic_ring_non-flatness": "rings of six with an atom at least 0.05 Å from the plane",
+    "double_bond_flatness": "neighbours within 0.25 Å of a plane",
+}
+"""What a molecule passes, by the name of the check; heavy atoms alone count."""
+
+
 @cache
 def _modules() -> list[_Module]:
     """What PoseBusters' configuration for single molecules lists.

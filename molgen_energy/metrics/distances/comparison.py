@@ -28,7 +28,7 @@ MIN_MOLECULES = 2 * JACKKNIFE_GROUPS
 
 @dataclass
 class Distributions:
-    """Geometry, composition and FCD moments of a set of molecules, by jackknife group."""
+    """Geometry, composition, descriptors and FCD moments of molecules, by jackknife group."""
 
     geometry: GeometrySamples
     sizes: NDArray[np.int64]
@@ -36,6 +36,8 @@ class Distributions:
     elements: NDArray[np.int64]
     """Histogram of atomic numbers, (groups, 119)."""
     moments: Moments | None = None
+    descriptors: dict[str, ValueSample] = field(default_factory=dict)
+    """By key; empty where they were not computed."""
 
     @property
     def groups(self) -> list[int]:
@@ -59,12 +61,21 @@ class Distributions:
             for kind, by_type in self.geometry.items()
         }
         kept = included[:, None]
-        return Distributions(geometry, self.sizes * kept, self.elements * kept)
+        descriptors = {key: part.select(included) for key, part in self.descriptors.items()}
+        return Distributions(
+            geometry, self.sizes * kept, self.elements * kept, descriptors=descriptors
+        )
 
     @classmethod
     def of(cls, accumulator: EvaluationAccumulator, moments: Moments | None) -> Distributions:
         """The distributions that were accumulated from a file."""
-        return cls(accumulator.geometry, accumulator.sizes, accumulator.elements, moments)
+        return cls(
+            accumulator.geometry,
+            accumulator.sizes,
+            accumulator.elements,
+            moments,
+            accumulator.descriptors,
+        )
 
 
 @dataclass
@@ -123,6 +134,14 @@ def compare(
             without = [whole - ours[g] for g in source.groups]
             values = [distance_of(counts, theirs) for counts in (whole, *without) if counts.sum()]
             result.estimates[key] = _with_jackknife(values, molecules)
+    for key, sample in source.descriptors.items():
+        other = target.descriptors.get(key)
+        if other is not None:
+            groups = np.unique(sample.group).tolist()
+            values = wasserstein_leave_groups_out(sample.value, sample.group, other.value, groups)
+            result.estimates[distance_key("wasserstein", key)] = _with_jackknife(
+                values, sample.count
+            )
     if source.moments is not None and target.moments is not None:
         result.estimates |= compare_moments(source.moments, target.moments)
     return result
@@ -165,7 +184,8 @@ _DISTANCES = {"mmd": _mmd, "mmd_reference": _mmd_reference, "wasserstein": _wass
 
 
 def distance_key(label: str, kind: str) -> str:
-    """The key of a distance (`mmd`, `mmd_reference`, `wasserstein`) of a kind of geometry."""
+    """The key of a distance (`mmd`, `mmd_reference`, `wasserstein`) of a kind of geometry or, for
+    `wasserstein`, a descriptor."""
     return f"{label}_{kind.replace(' ', '_')}"
 
 

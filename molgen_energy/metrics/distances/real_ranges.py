@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from molgen_energy.chemistry.descriptors import DESCRIPTORS
 from molgen_energy.chemistry.geometry import PERIODS, GeometryTypes, code_of
 from molgen_energy.metrics.accumulator import JACKKNIFE_GROUPS, MAX_VALUES
 from molgen_energy.metrics.distances.comparison import (
@@ -30,6 +31,8 @@ from molgen_energy.metrics.statistics import RealRange
 
 FCD_KEYS = ("fcd", "fcd_infinite")
 """Distances whose size is the number of distinct valid molecules."""
+DESCRIPTOR_KEYS = tuple(distance_key("wasserstein", key) for key in DESCRIPTORS)
+"""Distances whose size is the number of molecules with descriptors, the complete ones."""
 
 _BLOCKS = 100  # parts of all real molecules that draws are made of
 _DRAWS = 200
@@ -84,6 +87,9 @@ class StoredRanges:
         for count in counts:
             parts = [real.draw(count, 100, seed) for seed in range(draws // 100)]
             values = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+            if count <= real.limits(DESCRIPTOR_KEYS[0])[1]:
+                parts = [real.draw_descriptors(count, 100, seed) for seed in range(draws // 100)]
+                values |= {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             if count <= real.limits(FCD_KEYS[0])[1]:
                 values |= real.draw_fcd(count, fcd_draws)
             found.append(ranges_of_draws(values))
@@ -120,15 +126,18 @@ class ResampledRanges:
     reference_activations: int
     types: GeometryTypes | None
     """Geometry types to compare; None skips geometry."""
-    _found: dict[tuple[bool, int], dict[str, RealRange]] = field(default_factory=dict)
+    _found: dict[tuple[str, int], dict[str, RealRange]] = field(default_factory=dict)
 
     def limits(self, key: str) -> tuple[int, int]:
         """The smallest and the largest number of molecules with a range."""
         if key in FCD_KEYS:
             total, reference = len(self.activations), self.reference_activations
         else:
-            total, reference = len(self.molecules), self.reference
-            if len(np.unique(self.molecules.independent)) < 2 * MIN_MOLECULES:
+            chosen = np.arange(len(self.molecules))
+            if key in DESCRIPTOR_KEYS:
+                chosen = self._described
+            total, reference = len(chosen), int((chosen < self.reference).sum())
+            if len(np.unique(self.molecules.independent[chosen])) < 2 * MIN_MOLECULES:
                 return 1, 0
         most = total - reference
         if 4 * reference > total:
@@ -140,14 +149,16 @@ class ResampledRanges:
         low, high = self.limits(key)
         if not low <= count <= high:
             return None
-        of_fcd = key in FCD_KEYS
-        if (of_fcd, count) not in self._found:
-            if of_fcd:
-                ranges = ranges_of_draws(self.draw_fcd(count, _FCD_DRAWS))
-            else:
-                ranges = ranges_of_draws(self.draw(count, _DRAWS))
-            self._found[of_fcd, count] = ranges
-        return self._found[of_fcd, count].get(key)
+        if key in FCD_KEYS:
+            draw, draws = self.draw_fcd, _FCD_DRAWS
+        else:
+            draw, draws = self.draw, _DRAWS
+            if key in DESCRIPTOR_KEYS:
+                draw = self.draw_descriptors
+        name = draw.__name__
+        if (name, count) not in self._found:
+            self._found[name, count] = ranges_of_draws(draw(count, draws))
+        return self._found[name, count].get(key)
 
     def draw(self, count: int, draws: int, seed: int = 0) -> dict[str, NDArray[np.float64]]:
         """Distances of random sets of `count` real molecules from random references, (draws,).
@@ -177,6 +188,34 @@ class ResampledRanges:
         found["sizes"] = np.abs(difference.cumsum(axis=1)).sum(axis=1)
         difference = plan.difference(plan.sums(self.molecules.elements.astype(np.float64)))
         found["elements"] = np.abs(difference).sum(axis=1) / 2
+        return found
+
+    @cached_property
+    def _described(self) -> NDArray[np.int64]:
+        """The molecules with descriptors."""
+        return np.flatnonzero(np.isfinite(self.molecules.descriptors).any(axis=1))
+
+    def draw_descriptors(
+        self, count: int, draws: int, seed: int = 0
+    ) -> dict[str, NDArray[np.float64]]:
+        """Distances of the descriptors of random sets from random references, (draws,).
+
+        As `draw`, of molecules that have descriptors.
+        """
+        rng = np.random.default_rng(seed)
+        chosen = self._described
+        reference = int((chosen < self.reference).sum())
+        count, others = _sizes_of_draws(count, reference, len(chosen))
+        plan = _Plan.random(self.molecules.independent[chosen], count, others, draws, rng)
+        columns = self.molecules.descriptors[chosen].T
+        found = {}
+        for key, values in zip(DESCRIPTOR_KEYS, columns, strict=True):
+            known = np.flatnonzero(np.isfinite(values))
+            if len(known):
+                of_set = known[plan.is_first[known]]
+                value = np.concatenate([values[of_set], values[known]])
+                row = np.concatenate([plan.block[of_set], plan.number + plan.block[known]])
+                found[key] = _draw_wasserstein(value, row, plan)
         return found
 
     def draw_fcd(self, count: int, draws: int, seed: int = 0) -> dict[str, NDArray[np.float64]]:
@@ -299,6 +338,11 @@ class _Plan:
         return cls(block, rank < first, source, target)
 
     @property
+    def number(self) -> int:
+        """How many blocks there are."""
+        return int(self.source.shape[1])
+
+    @property
     def shares(self) -> tuple[float, float]:
         """Share of all blocks in a set and in a reference."""
         return float(np.mean(self.source[0] >= 0)), float(np.mean(self.target[0] >= 0))
@@ -351,7 +395,7 @@ def _draw_type(
     chance = rng.random(len(block))
     of_set = is_first & (chance * max(1, is_first.sum()) * share[0] < MAX_VALUES)
     of_reference = chance * len(block) * share[1] < MAX_VALUES
-    number = plan.source.shape[1]
+    number = plan.number
     value = np.concatenate([values.value[of_set], values.value[of_reference]])
     row = np.concatenate([block[of_set], number + block[of_reference]])
     groups = plan.groups
@@ -361,17 +405,23 @@ def _draw_type(
     sums = smoothed @ groups.transpose(0, 2, 1)
     sizes = groups @ np.bincount(row, minlength=2 * number)
     ours = (np.arange(2 * JACKKNIFE_GROUPS) < JACKKNIFE_GROUPS).astype(np.float64)
-    place = np.linspace(0, len(value) - 1, _PLACES).astype(np.int64)
-    edges = np.unique(np.sort(value)[place]).astype(np.float64)
-    column = np.searchsorted(edges, value)
-    counts = np.bincount(row * len(edges) + column, minlength=2 * number * len(edges))
-    shares = plan.difference(counts.reshape(2 * number, -1).astype(np.float64))
-    difference = shares.cumsum(axis=1)
     return {
         "mmd": mmd_of_sums(sums, sizes, ours, 1 - ours, biased=True),
         "mmd_reference": mmd_of_sums(sums, sizes, ours, 1 - ours),
-        "wasserstein": _transport(difference, np.diff(edges), period),
+        "wasserstein": _draw_wasserstein(value, row, plan, period),
     }
+
+
+def _draw_wasserstein(
+    value: NDArray[np.float32], row: NDArray[np.int64], plan: _Plan, period: float | None = None
+) -> NDArray[np.float64]:
+    """The first Wasserstein distance in each draw, (D,), of numbers of the rows of blocks, (V,)."""
+    place = np.linspace(0, len(value) - 1, _PLACES).astype(np.int64)
+    edges = np.unique(np.sort(value)[place]).astype(np.float64)
+    column = np.searchsorted(edges, value)
+    counts = np.bincount(row * len(edges) + column, minlength=2 * plan.number * len(edges))
+    shares = plan.difference(counts.reshape(2 * plan.number, -1).astype(np.float64))
+    return _transport(shares.cumsum(axis=1), np.diff(edges), period)
 
 
 def _transport(

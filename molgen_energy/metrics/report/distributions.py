@@ -11,6 +11,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from molgen_energy.chemistry.descriptors import DESCRIPTORS
 from molgen_energy.chemistry.geometry import KINDS, UNITS
 from molgen_energy.elements import symbol
 from molgen_energy.metrics.distances.comparison import Distributions
@@ -85,6 +86,9 @@ def histograms(results: MoleculeResults) -> dict[str, list[Histogram]]:
             groups[f"{kind}s"] = [plot for plot in plots if plot is not None]
     if "composition" in metrics:
         groups["composition"] = [_sizes(every), _elements(every)]
+    if "descriptors" in metrics:
+        drawn = [_descriptor(every, key) for key in DESCRIPTORS]
+        groups["descriptors"] = [plot for plot in drawn if plot is not None]
     return {title: plots for title, plots in groups.items() if plots}
 
 
@@ -103,6 +107,28 @@ def _geometry(every: list[Distributions], kind: str, name: str) -> Histogram | N
     edges = np.linspace(low, high, _BINS + 1, dtype=np.float64)
     shares = [_shares(v, edges) for v in (reference, *files)]
     return Histogram(name, edges, shares[0], shares[1:], UNITS[kind])
+
+
+def _descriptor(every: list[Distributions], key: str) -> Histogram | None:
+    reference, *files = [
+        d.descriptors[key].value if key in d.descriptors else np.zeros(0, np.float32) for d in every
+    ]
+    present = [v for v in (reference, *files) if len(v)]
+    if not present:
+        return None
+    whole = DESCRIPTORS[key].digits == 0
+    low = min(float(v.min() if whole else np.quantile(v, 0.002)) for v in present)
+    high = max(float(np.quantile(v, 0.998)) for v in present)
+    if whole:
+        # Bins of one or more whole numbers, each centred on them.
+        step = max(1, round((high - low) / _BINS))
+        edges = np.arange(low - 0.5, high + 0.5 + step, step, dtype=np.float64)
+    else:
+        margin = 0.05 * (high - low) or 0.01 * max(1.0, abs(high))
+        edges = np.linspace(low - margin, high + margin, _BINS + 1, dtype=np.float64)
+    shares = [_shares(v, edges) for v in (reference, *files)]
+    label, unit = DESCRIPTORS[key].label, DESCRIPTORS[key].unit
+    return Histogram(label, edges, shares[0], shares[1:], unit)
 
 
 def _shares(values: NDArray[np.float32], edges: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -9,10 +9,18 @@ from typing import Any
 
 from rdkit import rdBase
 
+from molgen_energy.chemistry.descriptors import DESCRIPTORS
 from molgen_energy.chemistry.geometry import KINDS, PERIODS, UNITS
 from molgen_energy.errors import counted
+from molgen_energy.metrics.checks.posebusters import CHECKS as POSEBUSTERS
 from molgen_energy.metrics.distances.comparison import Comparison, distance_key
-from molgen_energy.metrics.molecule_evaluation import MoleculeEvaluation, is_over_regular
+from molgen_energy.metrics.molecule_evaluation import (
+    MoleculeEvaluation,
+    is_over_regular,
+    mean_key,
+    posebusters_key,
+    relaxation_keys,
+)
 from molgen_energy.metrics.options import (
     BOND_DESCRIPTIONS,
     EXTRAS,
@@ -37,6 +45,8 @@ from molgen_energy.workers import WorkerPool
 
 _BONDS_UNUSED = "with perceived bonds, though a file has its own"
 _BY_BONDS = ("strain", "posebusters")  # metrics whose published values are of given bonds
+_STABILITY = (("molecules", "molecule_stability"), ("atoms", "atom_stability"))
+_LOW_STABILITY = 0.9  # of real molecules; a table that refuses more is no measure of them
 _FAR = 5  # times the distance of as many real molecules, for a file that is as stable as they
 _MAX_FAILURES = 4
 
@@ -50,6 +60,8 @@ class MetricRow:
     meaning: str
     unit: str = ""
     metric: str = "rates"
+    always: bool = True
+    """Whether it is shown, with a hint, if an extra is missing or its metric was not chosen."""
 
 
 def _geometry_rows() -> tuple[MetricRow, ...]:
@@ -74,6 +86,36 @@ def _geometry_rows() -> tuple[MetricRow, ...]:
     return (*by_mmd, *by_reference, *by_wasserstein)
 
 
+def _descriptor_rows() -> tuple[tuple[MetricRow, ...], tuple[MetricRow, ...]]:
+    """Means, and distances of the distributions."""
+    means = tuple(
+        MetricRow(mean_key(key), d.label, d.meaning, d.unit, "descriptors")
+        for key, d in DESCRIPTORS.items()
+    )
+    distances = tuple(
+        MetricRow(distance_key("wasserstein", key), f"{d.label}, Wasserstein",
+            "first Wasserstein distance of the distributions", d.unit, "descriptors")
+        for key, d in DESCRIPTORS.items()
+    )  # fmt: skip
+    return means, distances
+
+
+def _relaxation_rows(metric: str, method: str) -> tuple[MetricRow, ...]:
+    energy, mean, distance, *changes = relaxation_keys(metric)
+    return (
+        MetricRow(energy, f"{method} strain",
+            "energy lost on relaxation, median over complete molecules", "kcal/mol", metric),
+        MetricRow(mean, f"{method} strain, mean", "as published by GEOM-Drugs Revisited",
+            "kcal/mol", metric, always=False),
+        MetricRow(distance, f"{method} relaxation RMSD",
+            "of all atoms after superposition, median", "Å", metric),
+        *(MetricRow(key, f"{method} relaxation, {kind}s",
+            "mean absolute change, over those of all molecules", UNITS[kind], metric, always=False)
+          for key, kind in zip(changes, KINDS, strict=True)),
+    )  # fmt: skip
+
+
+_DESCRIPTOR_MEANS, _DESCRIPTOR_DISTANCES = _descriptor_rows()
 _ON_SUBSETS = "energy and plausibility"
 _DISTANCES = (
     *_geometry_rows(),
@@ -103,19 +145,20 @@ _SECTIONS = {
             "stable, valid, connected, no hydrogens missing"),
     ),
     "distance from the data": _DISTANCES,
+    "descriptors, mean over complete molecules": _DESCRIPTOR_MEANS,
+    "descriptors, distance from the data": _DESCRIPTOR_DISTANCES,
     _ON_SUBSETS: (
-        MetricRow("strain_energy", "MMFF94 strain",
-            "energy lost on relaxation, median over complete molecules", "kcal/mol", "strain"),
-        MetricRow("strain_rmsd", "MMFF94 relaxation RMSD",
-            "of all atoms after superposition, median", "Å", "strain"),
-        MetricRow("xtb_energy", "GFN2-xTB strain",
-            "energy lost on relaxation, median over complete molecules", "kcal/mol", "xtb"),
-        MetricRow("xtb_rmsd", "GFN2-xTB relaxation RMSD",
-            "of all atoms after superposition, median", "Å", "xtb"),
+        *_relaxation_rows("strain", "MMFF94"),
+        *_relaxation_rows("xtb", "GFN2-xTB"),
         MetricRow("stereocentres_r", "R among stereocentres",
             "the rest is S; 50 % if mirror images are equally frequent", "%", "geometry"),
         MetricRow("posebusters", "PoseBusters",
             "molecules that pass every check except the energy ratio", "%", "posebusters"),
+    ),
+    "PoseBusters by check, %": tuple(
+        MetricRow(posebusters_key(check), check.replace("_", " "), meaning, "", "posebusters",
+            always=False)
+        for check, meaning in POSEBUSTERS.items()
     ),
 }  # fmt: skip
 
@@ -134,7 +177,7 @@ def molecule_report(results: MoleculeResults, open_pool: Callable[[], WorkerPool
         _evaluated_file(e, e.comparison, _notes(e, results), _failures(e)) for e in results.samples
     ]
     blocks: list[ReportBlock] = []
-    if {"geometry", "composition"} & results.options.metrics:
+    if {"geometry", "composition", "descriptors"} & results.options.metrics:
         blocks.append(distributions_block(results))
     blocks.append(gallery_block(results, open_pool))
     return Report(
@@ -145,7 +188,7 @@ def molecule_report(results: MoleculeResults, open_pool: Callable[[], WorkerPool
         _evaluated_file(data, reference.distances, _own_notes(data), []),
         _settings(results),
         _summary(results),
-        results.notes,
+        [*results.notes, *_on_stability(data)],
         blocks,
         results.table,
     )
@@ -175,7 +218,10 @@ def _sections(results: MoleculeResults) -> list[ReportSection]:
 
 
 def _applies(row: MetricRow, results: MoleculeResults) -> bool:
-    return row.metric in results.options.metrics or row.metric in EXTRAS
+    chosen = row.metric in results.options.available
+    return chosen or (
+        row.always and (row.metric in results.options.metrics or row.metric in EXTRAS)
+    )
 
 
 def _hint(metric: str, options: EvaluationOptions) -> str:
@@ -227,6 +273,15 @@ def _details(evaluation: MoleculeEvaluation, distances: Comparison) -> dict[str,
             {"reason": reason, "count": count, "first_record": accumulator.first_records[reason]}
             for reason, count in accumulator.invalid_reasons.most_common()
         ],
+        "relaxation_changes": {
+            metric: {
+                kind: {
+                    name: {"mean": mean, "count": count} for name, (mean, count) in types.items()
+                }
+                for kind, types in kinds.items()
+            }
+            for metric, kinds in evaluation.relaxation_changes.items()
+        },
         "posebusters_failures": dict(Counter(evaluation.posebusters_failures).most_common()),
     }
 
@@ -236,8 +291,12 @@ def _notes(evaluation: MoleculeEvaluation, results: MoleculeResults) -> list[str
     notes = _own_notes(evaluation)
     reference = results.reference.evaluation
     data = reference.rates["molecule_stability"]
-    if is_over_regular(evaluation, reference):
-        notes.append("more often stable than real data: over-regular, not better than the data")
+    above = [what for what, key in _STABILITY if is_over_regular(evaluation, reference, key)]
+    if above:
+        notes.append(
+            f"{' and '.join(above)} more often stable than those of real data: over-regular, not "
+            "better than the data"
+        )
     rate = evaluation.rates["molecule_stability"]
     as_stable = (
         evaluation.shares_stability(reference)
@@ -259,6 +318,22 @@ def _notes(evaluation: MoleculeEvaluation, results: MoleculeResults) -> list[str
     return notes
 
 
+def _on_stability(data: MoleculeEvaluation) -> list[str]:
+    """What stability is worth where many real molecules are not stable."""
+    molecules, atoms = (data.rates[key] for _, key in _STABILITY)
+    if molecules is None or atoms is None or molecules.value is None or atoms.value is None:
+        return []
+    if molecules.value >= _LOW_STABILITY:
+        return []
+    given = data.bonds == BOND_DESCRIPTIONS["given"]
+    remedy = "another --valence" if given else "--bonds given, where a model generates bonds"
+    return [
+        f"with bonds {data.bonds} and valences {data.valence}, only {100 * molecules.value:.1f} % "
+        f"of {data.name}'s own molecules and {100 * atoms.value:.1f} % of their atoms are stable: "
+        f"stability above that means nothing; {remedy} says more"
+    ]
+
+
 def _own_notes(evaluation: MoleculeEvaluation) -> list[str]:
     notes = [*evaluation.notes]
     timed_out = evaluation.accumulator.counts.timed_out
@@ -272,7 +347,7 @@ def _own_notes(evaluation: MoleculeEvaluation) -> list[str]:
 def _far_distances(evaluation: MoleculeEvaluation) -> list[str]:
     """Distances that are several times those of as many real molecules."""
     far = []
-    for row in _DISTANCES:
+    for row in (*_DISTANCES, *_DESCRIPTOR_DISTANCES):
         ours = evaluation.comparison.estimates.get(row.key)
         if ours is None or ours.value is None or ours.interval is None or ours.real is None:
             continue
@@ -319,8 +394,9 @@ def _failures(evaluation: MoleculeEvaluation) -> list[str]:
 def _summary(results: MoleculeResults) -> str:
     checks = results.options.checks
     jodo = checks.counting == "jodo"
+    compared = f"compared with {results.reference_choice}; " if results.reference_choice else ""
     return (
-        f"bonds {results.samples[0].bonds}; valences {checks.valence}; "
+        f"{compared}bonds {results.samples[0].bonds}; valences {checks.valence}; "
         f"novelty against {results.novelty_against}; types: {results.reference.types.name}"
         + ("; angles as JODO lists them" if jodo else "")
     )
@@ -332,6 +408,7 @@ def _settings(results: MoleculeResults) -> list[Setting]:
     metrics = sorted(options.metrics)
     return [
         Setting("rdkit", "RDKit", rdBase.rdkitVersion),
+        Setting("reference_choice", "reference", results.reference_choice or "named or by default"),
         Setting("novelty_against", "novelty against", results.novelty_against),
         Setting("metrics", "metrics", metrics, ", ".join(metrics)),
         Setting("bonds", "bonds", checks.bonds, BOND_DESCRIPTIONS[checks.bonds]),

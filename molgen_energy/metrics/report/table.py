@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from molgen_energy.metrics.report.model import EvaluatedFile, MetricValue, Report, ReportColumn
 
 _UNLIMITED = 100_000  # characters in a line
+_MAX_BEFORE = 6  # digits before the point; larger numbers have an exponent
 _NAME = 26  # characters of a file's name in a line of a narrow table
 
 
@@ -218,4 +219,10 @@ def real_text(metric: MetricValue | None) -> str:
 def _rounded(value: float, interval: Sequence[float]) -> tuple[str, list[str]]:
     """A number and its bounds, which have as many digits as it takes to tell them apart."""
     digits = next((d for d in (2, 3, 4) if len({f"{x:.{d}g}" for x in interval}) > 1), 2)
-    return f"{value:.{digits + 1}g}", [f"{number:.{digits}g}" for number in interval]
+    return _digits(value, digits + 1), [_digits(number, digits) for number in interval]
+
+
+def _digits(number: float, digits: int) -> str:
+    """A number with significant digits, and all those before the decimal point."""
+    before = len(f"{abs(number):.0f}")
+    return f"{number:.0f}" if digits < before <= _MAX_BEFORE else f"{number:.{digits}g}"

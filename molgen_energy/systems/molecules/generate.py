@@ -113,6 +113,7 @@ class MoleculeGenerator:
         checkpoint.load_weights(self.model, "ema")
         self.model.to(device).eval()
         self.checkpoint, self.device, self.seed, self.hook = checkpoint, device, seed, hook
+        self.trained_on = "" if state.data is None else state.data.source
         self.n_atoms, self.low_precision = sizes, low_precision
         histogram = (
             state.size_histogram

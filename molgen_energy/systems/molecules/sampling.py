@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from molgen_energy import __version__
+from molgen_energy.chemistry.fields import TRAINED_ON
 from molgen_energy.chemistry.molfiles import MoleculeTextWriter, count_records
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules, batch_by_size
@@ -141,6 +142,7 @@ def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> Sa
         "weights": generator.fingerprint(),
         "checkpoint": checkpoint_name(path),
         "origin": generator.checkpoint.origin,
+        "trained_on": generator.trained_on,
         "version": __version__,
         "units": generator.units,
     }
@@ -165,8 +167,9 @@ def _open_shards(output: Path, job: SamplingJob, resume: bool) -> MoleculeShards
     # Batches are cut as when the job began, on any device.
     begun = shards.job
     size = begun.batch_size if job.batch_size is None else job.batch_size
-    as_begun = {"batch_size": size, "window": begun.window, "pairs": begun.pairs}
-    job = job.model_copy(update=as_begun | {"units": begun.units})
+    as_begun: dict[str, Any] = {"batch_size": size, "window": begun.window, "pairs": begun.pairs}
+    as_begun |= {"units": begun.units, "trained_on": begun.trained_on}
+    job = job.model_copy(update=as_begun)
     try:
         check_same(begun, job, output)
     except InputError:
@@ -339,6 +342,7 @@ def _writer(
     origin = {
         "created_by": f"molgen-energy {job.version}",
         "checkpoint": job.origin,
+        **({TRAINED_ON: job.trained_on} if job.trained_on else {}),
         "seed": str(job.seed),
         "sampler": job.sampler,
         "steps": str(job.steps),

@@ -62,6 +62,8 @@ class SamplingJob(Manifest):
     origin: Text
     """Run and step of the weights, for the file of molecules."""
     # Options with a default may be missing in the manifest of an earlier version.
+    trained_on: Annotated[str, Field(max_length=10_000)] = ""
+    """The data that the network was trained on, in words."""
     temperature: Finite = 1.0
     """Factor of noise or score."""
     temperature_of: Text = "noise"

@@ -11,7 +11,7 @@ import torch
 
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.convert import to_rdkit
-from molgen_energy.chemistry.fields import BONDS
+from molgen_energy.chemistry.fields import BONDS, CREATED_BY, TRAINED_ON
 from molgen_energy.data.hdf5 import MOLECULES, MoleculeFile
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.errors import counted
@@ -111,11 +111,15 @@ class MoleculeSystem(System):
     def read_samples(self, path: Path) -> list[Any]:
         """RDKit molecules with conformers; without bonds in the file, bonds are perceived."""
         with MoleculeFile(path) as file:
-            molecules = file.load()
+            molecules, origin = file.load(), file.provenance
         perceived = molecules.bonds is None
         samples = to_rdkit(perceive(molecules) if perceived else molecules)
-        for molecule in samples:  # the field that the records of an SDF have
-            molecule.SetProp(BONDS, "perceived" if perceived else "given")
+        # Fields that the records of an SDF have.
+        fields = {name: origin[name] for name in (CREATED_BY, TRAINED_ON) if name in origin}
+        fields[BONDS] = "perceived" if perceived else "given"
+        for molecule in samples:
+            for name, text in fields.items():
+                molecule.SetProp(name, text)
         return samples
 
     def sampling_options(self, output: Path) -> Mapping[str, Any]:
