@@ -174,6 +174,10 @@ class LossConfig(Section):
         """Name of the loss whose published learning rates and weights hold for this one."""
         return self.name
 
+    extensive: ClassVar[bool] = False
+    """Whether the loss of a molecule grows with its number of atoms, as an energy does, rather than
+    being a mean over them."""
+
     @property
     def variant(self) -> str | None:
         """What published learning rates and weights depend on besides the name, if anything."""

@@ -45,6 +45,7 @@ Scale = float | str
 class SpringsBetweenAtomsConfig(LossConfig):
     """Settings of a loss with springs between atoms."""
 
+    extensive: ClassVar[bool] = True
     springs: SpringsConfig = SpringsConfig()
     edges: EdgesConfig = EdgesConfig()
     springs_at: str

@@ -104,11 +104,16 @@ class Denoiser(nn.Module, ABC):
         """
 
 
+PUBLISHED_ATOMS = 18.03
+"""Mean number of atoms of QM9's training molecules, which published weights are for."""
+
+
 class Published(NamedTuple):
     """Published learning rate and weight of the loss on positions, the values of `auto`.
 
-    The weight is for springs of mean 1 over all pairs, and for errors of features averaged over
-    real atoms.
+    The weight is for springs of mean 1 over all pairs, for errors of features averaged over real
+    atoms, and for molecules of the size of QM9's. An energy grows with the number of atoms, errors
+    of features do not: with larger molecules its weight is smaller, see `PUBLISHED_ATOMS`.
     """
 
     lr: float

@@ -86,7 +86,7 @@ class ObjectiveConfig(Section):
 
     position_weight: PositiveOrAuto = "auto"
     """w of the loss on positions; `auto` is the published one, for the energy converted to the
-    springs and edges of the run."""
+    springs, edges and mean number of atoms of the run."""
     field_weights: dict[str, Annotated[float, Option(ge=0, allow_inf_nan=False)]] = Option(
         default_factory=dict
     )

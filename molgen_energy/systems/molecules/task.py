@@ -39,7 +39,7 @@ from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.losses import AdaptiveSprings, PositionLoss
 from molgen_energy.models import Denoiser
-from molgen_energy.models.base import Published
+from molgen_energy.models.base import PUBLISHED_ATOMS, Published
 from molgen_energy.paths import expand_home, portable_path
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.resources import bundled_sample
@@ -152,7 +152,7 @@ class MoleculeTask:
             )
             self._train, self._valid = self._open(config, file, columns, progress)
             # Processes on different machines must agree.
-            self.config: MoleculeConfig = broadcast(self._resolve_auto(config))
+            self.config: MoleculeConfig = broadcast(self._resolve_auto(config, _mean_atoms(summary)))
             if self.config.training.low_precision is True:
                 lower_precision(device)
             if not config.data.in_memory:
@@ -231,8 +231,8 @@ class MoleculeTask:
         molecules = file.read(in_valid[ascending], columns).select(np.argsort(ascending))
         return train, split(molecules, in_valid, None, progress=progress)
 
-    def _resolve_auto(self, config: MoleculeConfig) -> MoleculeConfig:
-        """Replace every `auto` by its value.
+    def _resolve_auto(self, config: MoleculeConfig, mean_atoms: float) -> MoleculeConfig:
+        """Replace every `auto` by its value; training molecules have `mean_atoms` on average.
 
         For streamed data, means are taken over at most about 100,000 training molecules, in runs of
         the file that the seed chooses.
@@ -247,6 +247,8 @@ class MoleculeTask:
         config = config.model_copy(update={"loss": resolved.config})
         if objective.position_weight == "auto":
             weight = _published(config, "objective.position_weight").position_weight
+            if config.loss.extensive:
+                weight *= PUBLISHED_ATOMS / mean_atoms
             changes["objective.position_weight"] = weight / resolved.stiffness
         if objective.weighting == "auto":
             clean = getattr(config.process, "prediction", None) == "clean"
@@ -448,6 +450,12 @@ def _build_objective(config: MoleculeConfig, layout: Layout) -> Objective:
         section.self_condition_probability,
         terms,
     )
+
+
+def _mean_atoms(summary: DatasetSummary) -> float:
+    """Mean number of atoms of the training molecules."""
+    atoms = sum(size * count for size, count in summary.size_histogram.items())
+    return atoms / summary.training_molecules
 
 
 def _published(config: MoleculeConfig, key: str) -> Published:
