@@ -3,6 +3,7 @@
 python benchmarks/evaluate.py                      # the bundled sample, repeated
 python benchmarks/evaluate.py --data qm9.h5        # ten thousand different molecules
 python benchmarks/evaluate.py --data qm9.h5 --million
+python benchmarks/evaluate.py --drugs ccd.h5       # a thousand molecules of 40 to 50 atoms
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 import time
 import tracemalloc
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rdkit import Chem, RDLogger
@@ -32,7 +34,8 @@ from molgen_energy.resources import bundled_sample
 
 _KINDS = (None, Chem.BondType.SINGLE, Chem.BondType.DOUBLE, Chem.BondType.TRIPLE)
 
-# Run in a process of its own, which says what it took: its workers' peak and its own, in MB.
+# Run in a process of its own, which says what it took: seconds, seconds of all processors, its own
+# peak and that of its largest worker, in MB.
 _CHILD = """
 import json, resource, sys, time
 from molgen_energy.cli import main
@@ -43,9 +46,9 @@ try:
 except SystemExit as end:
     assert not end.code, end.code
 seconds = time.perf_counter() - start
-peak = [resource.getrusage(who).ru_maxrss / 1024
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-print(json.dumps([seconds, *peak]), file=sys.stderr)
+used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+busy = sum(each.ru_utime + each.ru_stime for each in used)
+print(json.dumps([seconds, busy, *(each.ru_maxrss / 1024 for each in used)]), file=sys.stderr)
 """
 
 
@@ -56,7 +59,12 @@ def main() -> None:
     parser.add_argument("--naive", type=int, default=1_000, help="molecules for the plain way")
     parser.add_argument("--workers", type=int, default=default_workers())
     parser.add_argument("--million", action="store_true", help="files of up to 1,000,000 molecules")
+    parser.add_argument("--drugs", type=Path, help="only the table of this file, such as ccd.h5")
     arguments = parser.parse_args()
+    if arguments.drugs is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            drugs(arguments.drugs, arguments.workers, Path(folder))
+        return
     molecules = load(arguments.data, arguments.molecules)
     with tempfile.TemporaryDirectory() as folder:
         rates(molecules, arguments.naive, arguments.workers, Path(folder))
@@ -101,8 +109,17 @@ def naive(molecules: Molecules) -> tuple[int, int]:
     return stable, valid
 
 
-def evaluated(*arguments: object) -> tuple[float, float, float]:
-    """Seconds, and the peak memory of the process and of its largest worker, in MB."""
+class Measured(NamedTuple):
+    """What a command took."""
+
+    seconds: float
+    busy: float  # seconds of all processors, which other programs on a machine hardly change
+    peak: float  # MB
+    worker: float  # MB of the largest worker
+
+
+def evaluated(*arguments: object) -> Measured:
+    """What `evaluate` takes in a process of its own."""
     import json
 
     done = subprocess.run(
@@ -111,7 +128,7 @@ def evaluated(*arguments: object) -> tuple[float, float, float]:
         text=True,
         check=True,
     )
-    return tuple(json.loads(done.stderr.splitlines()[-1]))
+    return Measured(*json.loads(done.stderr.splitlines()[-1]))
 
 
 def rates(molecules: Molecules, few: int, workers: int, folder: Path) -> None:
@@ -131,7 +148,7 @@ def rates(molecules: Molecules, few: int, workers: int, folder: Path) -> None:
     shown.add_row("plain loops, one process", f"{plain:.1f}", f"{count / plain:,.0f}", "1", "", "")
     for path in paths:
         for metrics in ("rates", "rates,geometry,composition", "rates,geometry,composition,strain"):
-            seconds, peak, each = evaluated(path, "--metrics", metrics, "--workers", workers)
+            seconds, _, peak, each = evaluated(path, "--metrics", metrics, "--workers", workers)
             shown.add_row(
                 f"{path.suffix[1:]}: {metrics}",
                 f"{seconds:.1f}",
@@ -140,6 +157,36 @@ def rates(molecules: Molecules, few: int, workers: int, folder: Path) -> None:
                 f"{peak:.0f}",
                 f"{each:.0f}",
             )
+    Console(width=120).print(shown)
+
+
+def drugs(path: Path, workers: int, folder: Path) -> None:
+    """Whole commands on molecules of the size of drugs, of the test split of a file with bonds."""
+    with MoleculeFile(path) as file:
+        test = file.load("test")
+    fitting = np.flatnonzero((test.sizes >= 40) & (test.sizes <= 50))
+    chosen = np.sort(np.random.default_rng(0).permutation(fitting)[:1000])
+    sdf = folder / "drugs.sdf"
+    with MoleculeTextWriter(sdf, {}) as text:
+        text.append(test.select(chosen))
+    shown = Table(title=f"{len(chosen):,} molecules of 40 to 50 atoms, SDF, {workers} workers")
+    for title in ("", "s", "s of processors", "MB", "MB a worker"):
+        shown.add_column(title, justify="right")
+    cases: dict[str, tuple[object, ...]] = {
+        "rates": ("--metrics", "rates"),
+        "defaults": (),
+        "defaults, posebusters": ("--metrics", "default,posebusters"),
+        f"defaults, --reference {path.name}": ("--reference", path),
+    }
+    for name, options in cases.items():
+        took = evaluated(sdf, "--workers", workers, *options)
+        shown.add_row(
+            name,
+            f"{took.seconds:.1f}",
+            f"{took.busy:.1f}",
+            f"{took.peak:.0f}",
+            f"{took.worker:.0f}",
+        )
     Console(width=120).print(shown)
 
 
@@ -188,7 +235,7 @@ def growth(molecules: Molecules, workers: int, folder: Path) -> None:
         with MoleculeWriter(path, source="benchmark") as writer:
             for _ in range(count // len(molecules)):
                 writer.append(molecules)
-        seconds, peak, each = evaluated(path, "--workers", workers)
+        seconds, _, peak, each = evaluated(path, "--workers", workers)
         shown.add_row(
             f"{count:,}", f"{seconds:.0f}", f"{count / seconds:,.0f}", f"{peak:.0f}", f"{each:.0f}"
         )

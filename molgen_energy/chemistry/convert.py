@@ -40,7 +40,9 @@ def molecule_from_rdkit(molecule: Chem.Mol, conformer: int = -1) -> Molecule:
         0 or one of a query. Such a bond has no order that a model could learn or a valence check
         could count, and leaving it out would change the molecule.
     """
-    atoms = [(atom.GetAtomicNum(), atom.GetFormalCharge()) for atom in molecule.GetAtoms()]
+    # In half the time of `GetAtoms`.
+    each = map(molecule.GetAtomWithIdx, range(molecule.GetNumAtoms()))
+    atoms = [(atom.GetAtomicNum(), atom.GetFormalCharge()) for atom in each]
     numbers = [number for number, _ in atoms]
     if 0 in numbers:
         query = molecule.GetAtomWithIdx(numbers.index(0)).GetSymbol()
@@ -66,10 +68,9 @@ def molecule_from_rdkit(molecule: Chem.Mol, conformer: int = -1) -> Molecule:
 
 
 def _bonds(molecule: Chem.Mol) -> Iterable[Chem.Bond]:
-    """The bonds in their order; the iterator of RDKit takes quadratic time."""
+    """The bonds in their order; by their numbers it takes quadratic time."""
     if molecule.GetNumBonds() <= _MANY_BONDS:
-        bonds: Iterable[Chem.Bond] = molecule.GetBonds()
-        return bonds
+        return map(molecule.GetBondWithIdx, range(molecule.GetNumBonds()))
     of_atoms = (bond for atom in molecule.GetAtoms() for bond in atom.GetBonds())
     return [bond for _, bond in sorted({bond.GetIdx(): bond for bond in of_atoms}.items())]
 

@@ -9,8 +9,8 @@ from rdkit.Chem.Scaffolds import MurckoScaffold
 
 from molgen_energy.chemistry.rdkit import (
     MAX_NEIGHBOURS,
+    any_lacks_hydrogens,
     build,
-    lacks_hydrogens,
     max_neighbours,
 )
 from molgen_energy.data.molecules import Molecule, Molecules
@@ -44,7 +44,7 @@ def identify(molecule: Molecule) -> Identity:
     with rdBase.BlockLogs():
         try:
             Chem.SanitizeMol(built)
-            incomplete = any(lacks_hydrogens(atom) for atom in built.GetAtoms())
+            incomplete = any_lacks_hydrogens(built)
             heavy = Chem.RemoveHs(built)
             smiles = Chem.MolToSmiles(heavy, isomericSmiles=False)
             core = MurckoScaffold.GetScaffoldForMol(heavy)  # type: ignore[no-untyped-call]

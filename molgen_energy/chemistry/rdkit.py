@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from rdkit import Chem, rdBase
+from rdkit.Chem import rdqueries
 
 from molgen_energy.data.molecules import AROMATIC, Molecule, Molecules
 
@@ -87,7 +89,7 @@ def build(molecule: Molecule, positions: bool = False) -> Chem.RWMol:
     """
     built = Chem.RWMol()
     for number in molecule.atomic_numbers.tolist():
-        built.AddAtom(Chem.Atom(number))
+        built.AddAtom(_atom(number))
     if molecule.formal_charges is not None:
         for k in np.flatnonzero(molecule.formal_charges).tolist():
             built.GetAtomWithIdx(k).SetFormalCharge(int(molecule.formal_charges[k]))
@@ -102,6 +104,12 @@ def build(molecule: Molecule, positions: bool = False) -> Chem.RWMol:
         conformer.Set3D(True)
         built.AddConformer(conformer)
     return built
+
+
+@cache
+def _atom(number: int) -> Chem.Atom:
+    """An atom of an element, which `AddAtom` copies."""
+    return Chem.Atom(number)
 
 
 def max_neighbours(molecule: Molecule) -> int:
@@ -146,7 +154,7 @@ def sanitize(
     with rdBase.BlockLogs():
         try:
             Chem.SanitizeMol(built)
-            missing = any(lacks_hydrogens(atom) for atom in built.GetAtoms())
+            missing = any_lacks_hydrogens(built)
             largest = built
             if fragments > 1:  # `GetMolFrags(asMols=True)` takes an hour for 20,000 fragments
                 largest = build(_part(molecule, max(parts, key=len)))
@@ -190,6 +198,17 @@ def lacks_hydrogens(atom: Chem.Atom) -> bool:
     return bool(atom.GetTotalNumHs() > 0 or atom.GetNumRadicalElectrons() > 0)
 
 
+def any_lacks_hydrogens(molecule: Chem.Mol) -> bool:
+    """Whether `lacks_hydrogens` holds for an atom of a sanitised molecule; in C++ throughout."""
+    return any(molecule.GetAtomsMatchingQuery(query) for query in _lacking())
+
+
+@cache
+def _lacking() -> tuple[Chem.QueryAtom, ...]:
+    hydrogens = Chem.AtomFromSmarts("[!h0]")
+    return hydrogens, rdqueries.NumRadicalElectronsGreaterQueryAtom(0)
+
+
 def _crowded_atoms(molecule: Molecule) -> tuple[int, ...]:
     assert molecule.bond_index is not None
     bonds = np.bincount(molecule.bond_index.ravel(), minlength=len(molecule))
@@ -216,7 +235,7 @@ def _unstable_atoms(
     if sanitized is not None:
         if hydrogens_missing:
             unstable |= {a.GetIdx() for a in sanitized.GetAtoms() if lacks_hydrogens(a)}
-        charges = [atom.GetFormalCharge() for atom in sanitized.GetAtoms()]
+        charges = [sanitized.GetAtomWithIdx(k).GetFormalCharge() for k in range(len(molecule))]
         given = molecule.formal_charges
         if charges == ([0] * len(charges) if given is None else given.tolist()):
             return tuple(sorted(unstable))
@@ -272,7 +291,8 @@ def _forms(molecule: Molecule, sanitized: Chem.Mol | None) -> BondForms:
 
 def _orders(molecule: Chem.Mol) -> NDArray[np.uint8]:
     # The clean-up of organometallic compounds makes dative bonds of single ones.
-    return np.array([ORDERS.get(bond.GetBondType(), 1) for bond in molecule.GetBonds()], np.uint8)
+    bonds = map(molecule.GetBondWithIdx, range(molecule.GetNumBonds()))
+    return np.array([ORDERS.get(bond.GetBondType(), 1) for bond in bonds], np.uint8)
 
 
 def _as_they_are(molecule: Molecule) -> BondForms:
