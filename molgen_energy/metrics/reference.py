@@ -68,7 +68,6 @@ MAX_KEPT = 20_000
 MAX_STORED = 5000
 """Number of values of a descriptor in a file of `Reference.save`."""
 
-_COMPRESSED = {"compression": "gzip", "compression_opts": 9, "shuffle": True}
 _FREQUENT = 8  # types of each kind, without a list
 FREQUENT_TYPES = f"the {_FREQUENT} most frequent of each kind"
 """Name of the list of types that a reference chooses itself."""
@@ -306,7 +305,7 @@ class Reference:
             _store_sample(group, f"descriptors/{key}", sample, rounded)
         for key in ("sizes", "elements"):
             counts = getattr(self.distributions, key)
-            group.create_dataset(key, data=counts, **_COMPRESSED)
+            _compress(group, key, counts)
         moments = self.distributions.moments
         if moments is not None:
             # Not those of every jackknife group: half a megabyte each.
@@ -314,14 +313,14 @@ class Reference:
             upper = [part.covariance[np.triu_indices(len(part.mean))] for part in parts]
             covariance = np.array(upper, np.float16 if compact else np.float32)
             group.create_dataset("fcd/mean", data=np.array([part.mean for part in parts]))
-            group.create_dataset("fcd/covariance", data=covariance, **_COMPRESSED)
+            _compress(group, "fcd/covariance", covariance)
             group["fcd"].attrs["count"] = [part.count for part in parts]
         if isinstance(self.ranges, StoredRanges):
             group["ranges/counts"] = self.ranges.counts
             for key, quantiles in self.ranges.ranges.items():
                 group[f"ranges/quantiles/{key}"] = quantiles
         if self.training is not None:
-            group.create_dataset("training", data=self.training)
+            _compress(group, "training", self.training)
             group.attrs["probes"] = json.dumps(self.probes)
 
     @classmethod
@@ -451,13 +450,23 @@ def _loaded_rates(stored: _StoredRates) -> dict[str, Rate | None]:
     return {key: None if value is None else Rate(*value) for key, value in stored.items()}
 
 
+def _compress(group: h5py.Group, name: str, values: NDArray[Any]) -> h5py.Dataset:
+    """Write an array in one chunk, since the index of several takes kilobytes."""
+    if not values.size:
+        return group.create_dataset(name, data=values)
+    return group.create_dataset(
+        name, data=values, chunks=values.shape, compression="gzip", compression_opts=9,
+        shuffle=True,
+    )  # fmt: skip
+
+
 def _store_sample(
     group: h5py.Group, name: str, sample: ValueSample, value: NDArray[np.floating[Any]]
 ) -> None:
     """Write numbers (V,), the first or all of a sample, sorted by jackknife group."""
     of_value = sample.group[: len(value)]
     order = np.lexsort((value, of_value))
-    data = group.create_dataset(name, data=value[order].astype(np.float32), **_COMPRESSED)
+    data = _compress(group, name, value[order].astype(np.float32))
     data.attrs["count"] = sample.count
     data.attrs["groups"] = np.bincount(of_value, minlength=JACKKNIFE_GROUPS)
 
