@@ -126,7 +126,7 @@ def test_an_interrupted_run_continues(tmp_path, monkeypatch):
     preprocess(path, tmp_path / "whole.h5", workers=0)
     embedded: list[str] = []
 
-    def interrupted(item: Embedding) -> conformers_module.Embedded:
+    def interrupted(item: Embedding) -> conformers_module.Conformers:
         embedded.append(item.smiles)
         if len(embedded) == 4:
             raise KeyboardInterrupt
