@@ -67,7 +67,7 @@ def main() -> None:
     order = rng.permutation(len(molecules))
     faults(molecules)
     few = order[: options.stereo]
-    stereochemistry(MoleculeChunk(records[few], molecules.select(few)), rng)
+    stereochemistry(MoleculeChunk(records[few], molecules.select(few)))
     some = molecules.select(order[: options.mmff])
     by_mmff = relaxed(some, "mmff94", options.workers)
     report(some, by_mmff, "MMFF94", len(molecules), rng)
@@ -92,12 +92,18 @@ def faults(molecules: Molecules) -> None:
     near = {tuple(sorted(pair)) for pair in Neighbours(bare).edges.tolist()}
     given = {tuple(sorted(pair)) for pair in molecules.atoms_of_bonds().tolist()}
     owner = molecules.molecule_index
+    partners: dict[int, set[int]] = {}
+    for i, j in given:
+        partners.setdefault(i, set()).add(j)
+        partners.setdefault(j, set()).add(i)
+    clashes = {(i, j) for i, j in near - given if not partners[i] & partners[j]}
     kinds = {
         f"bonds off the sum of covalent radii by more than {TOLERANCE:.0%}": (
             (bonds > TOLERANCE).sum(), len(bonds), (~lengths_fit(molecules)).sum(),
         ),
         f"bonds longer than {BOND} times the sum": owners(given - near, owner, len(bonds)),
         f"pairs without a bond below {BOND} times the sum": owners(near - given, owner, None),
+        "of these, with no common neighbour": owners(clashes, owner, None),
         "pairs below half of the sum": (
             None, None, find_anomalies(molecules).kinds["overlapping"].sum()
         ),
@@ -116,7 +122,7 @@ def owners(
     return len(found), total, len({int(owner[i]) for i, _ in found})
 
 
-def stereochemistry(chunk: MoleculeChunk, rng: np.random.Generator) -> None:
+def stereochemistry(chunk: MoleculeChunk) -> None:
     """Print how often R, S, E and Z of the coordinates are those of the dictionary."""
     block = BinaryCIFFile.read(dictionary_path()).block
     atoms, bonds = block["chem_comp_atom"], block["chem_comp_bond"]
@@ -224,8 +230,7 @@ def interval(
 def ratio(values: NDArray[np.float64], axis: int = 0) -> NDArray[np.float64]:
     """Sum of the first column over that of the second."""
     first, second = values.sum(axis=axis)
-    found: NDArray[np.float64] = first / second if second else np.float64(np.nan)
-    return found
+    return np.asarray(first / second if second else np.nan)
 
 
 def report(
