@@ -57,13 +57,16 @@ def page() -> str:
     for declared in FORMATS.values():
         parts.append(f"## {declared.title}\n\n{declared.purpose}\n")
         if isinstance(declared, YAMLFormat):
-            base = declared.schema.__mro__[1]
-            shared = base.model_fields if base in described else {}
+            bases = declared.schema.__mro__[1:]
+            base = next(base for base in bases if base in described)
+            shared = base.model_fields
+            rows = list(keys(declared.schema, without=shared))
             if shared:
-                parts.append(f"{', '.join(f'`{name}`' for name in shared)} as above, and:\n")
-            rows = keys(declared.schema, without=shared)
-            parts.append(table(("key", "value", "required", "meaning"), rows))
-            described.add(base)
+                names = ", ".join(f"`{name}`" for name in shared)
+                parts.append(f"{names} as above{', and:' if rows else '.'}\n")
+            if rows:
+                parts.append(table(("key", "value", "required", "meaning"), rows))
+            described.update(bases)
             continue
         parts.append(sizes(declared.sizes.items()))
         if isinstance(declared, NpzFormat):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from molgen_energy.data.hdf5 import MOLECULES
+from molgen_energy.datasets.ccd_shards import COMPONENT_MANIFEST
 from molgen_energy.datasets.smiles_shards import SMILES_MANIFEST
 from molgen_energy.formats.declaration import HDF5Format
 from molgen_energy.formats.npz import NpzFormat
@@ -27,5 +28,6 @@ FORMATS: dict[str, HDF5Format | NpzFormat | YAMLFormat] = {
     "state-spins": SPIN_STATE,
     "manifest-sample": SAMPLING_MANIFEST,
     "manifest-smiles": SMILES_MANIFEST,
+    "manifest-ccd": COMPONENT_MANIFEST,
     "manifest-spins": SPIN_MANIFEST,
 }

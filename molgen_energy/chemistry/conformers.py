@@ -1,4 +1,4 @@
-"""Conformers of SMILES: embedded by ETKDG, relaxed by a force field or GFN2-xTB.
+"""Conformers of SMILES by ETKDG, and the relaxation of conformers by a force field or GFN2-xTB.
 
 ETKDG: S. Riniker, G. A. Landrum, J. Chem. Inf. Model. 55, 2562 (2015), version 3: S. Wang et al.,
 J. Chem. Inf. Model. 60, 2044 (2020), by RDKit. Relaxation:
@@ -16,12 +16,14 @@ from rdkit import Chem, rdBase
 from rdkit.Chem import rdDistGeom
 
 from molgen_energy.chemistry.anomalies import Neighbours
-from molgen_energy.chemistry.convert import molecule_from_rdkit
+from molgen_energy.chemistry.convert import as_positions, molecule_from_rdkit
+from molgen_energy.chemistry.rdkit import build
 from molgen_energy.chemistry.relaxation import relax_mmff, relax_xtb
 from molgen_energy.data.molecules import Molecule, Molecules
-from molgen_energy.errors import InputError
+from molgen_energy.errors import InputError, unknown_name
 
 RELAXATIONS = ("mmff94", "gfn2-xtb", "none")
+_SHORT = {"mmff": "mmff94", "xtb": "gfn2-xtb"}
 _LONGEST = 2000  # characters of a SMILES
 
 
@@ -43,17 +45,39 @@ class Embedding:
 
 
 @dataclass(frozen=True)
-class Embedded:
+class GivenConformer:
+    """A molecule with bonds and formal charges whose conformer is to be relaxed."""
+
+    name: str
+    molecule: Molecule
+    relaxation: str
+    """One of `RELAXATIONS`."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Conformers:
     """Conformers of a molecule, or why there are none."""
 
     conformers: tuple[Molecule, ...] = ()
+    energies: tuple[float, ...] = ()
+    """kcal/mol that each given conformer lost on relaxation; none where it was embedded."""
     failure: str = ""
     lost: bool = False
     """Whether the time limit, or the death of the process, is the reason."""
 
 
+def relaxation_named(name: str) -> str:
+    """One of `RELAXATIONS`, of its name or a short one, `mmff` or `xtb`."""
+    return _SHORT.get(name, name)
+
+
 def check_relaxation(name: str) -> None:
-    """Raise `InputError` where what a relaxation needs is not installed."""
+    """Raise `InputError` where there is no such relaxation, or what it needs is not installed."""
+    if name not in RELAXATIONS:
+        raise InputError(unknown_name("--relax", name, RELAXATIONS))
     if name == "gfn2-xtb" and not all(map(importlib.util.find_spec, ("ase", "tblite"))):
         raise InputError("--relax gfn2-xtb needs `pip install 'molgen-energy[xtb]'`")
 
@@ -113,7 +137,7 @@ def _parse_error(smiles: str) -> str:
     return f"RDKit cannot parse '{smiles}' as a SMILES"
 
 
-def embed(item: Embedding) -> Embedded:
+def embed(item: Embedding) -> Conformers:
     """Conformers of a SMILES that `parse_smiles` accepts; the same on every machine and process.
 
     All specified stereochemistry is that of the SMILES.
@@ -123,8 +147,37 @@ def embed(item: Embedding) -> Embedded:
             molecule, _ = parse_smiles(item.smiles)
             conformers = tuple(_conformers(molecule, item))
         except (ValueError, RuntimeError) as error:
-            return Embedded(failure=" ".join(str(error).split()))
-    return Embedded(conformers)
+            return Conformers(failure=_reason(error))
+    return Conformers(conformers)
+
+
+def relax(item: GivenConformer) -> Conformers:
+    """The conformer at a minimum of the force field or of GFN2-xTB; fails as `embed` does.
+
+    All stereocentres and double bonds keep the stereochemistry that the given positions have.
+    """
+    given = item.molecule
+    built = build(given, positions=True)
+    with rdBase.BlockLogs():
+        try:
+            Chem.SanitizeMol(built)
+            Chem.AssignStereochemistryFrom3D(built)
+            if item.relaxation == "mmff94":
+                energy = _relaxed_mmff(built, -1)
+                positions = as_positions(built.GetConformer().GetPositions())
+                found = replace(given, positions=positions)
+            else:
+                found, energy = _relaxed_xtb(built, given)
+                built.GetConformer().SetPositions(found.positions.astype(np.float64))
+            if not _has_stereochemistry(built, -1):
+                raise ValueError("it becomes another stereoisomer")
+        except (ValueError, RuntimeError) as error:
+            return Conformers(failure=_reason(error))
+    return Conformers((found,), (energy,))
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _conformers(molecule: Chem.Mol, item: Embedding) -> list[Molecule]:
@@ -139,10 +192,13 @@ def _conformers(molecule: Chem.Mol, item: Embedding) -> list[Molecule]:
     found = []
     for k in ids:
         if item.relaxation == "mmff94":
-            _relaxed_mmff(molecule, k)
+            try:
+                _relaxed_mmff(molecule, k)
+            except ValueError as error:
+                raise ValueError(f"{error}; try --relax gfn2-xtb or none") from error
         conformer = molecule_from_rdkit(molecule, k)
         if item.relaxation == "gfn2-xtb":
-            conformer = _relaxed_xtb(molecule, conformer)
+            conformer, _ = _relaxed_xtb(molecule, conformer)
             molecule.GetConformer(k).SetPositions(conformer.positions.astype(np.float64))
         if not _has_stereochemistry(molecule, k):
             raise ValueError(f"a conformer of '{item.smiles}' is another stereoisomer")
@@ -150,18 +206,16 @@ def _conformers(molecule: Chem.Mol, item: Embedding) -> list[Molecule]:
     return found
 
 
-def _relaxed_mmff(molecule: Chem.Mol, conformer: int) -> None:
-    """Move a conformer to a minimum of MMFF94; `ValueError` where there is none."""
-    if molecule.GetNumAtoms() == 1:
-        return
-    try:
-        relax_mmff(molecule, conformer)
-    except ValueError as error:
-        raise ValueError(f"{error}; try --relax gfn2-xtb or none") from error
+def _relaxed_mmff(molecule: Chem.Mol, conformer: int) -> float:
+    """Move a conformer to a minimum of MMFF94; the energy lost, `ValueError` without a minimum."""
+    return 0.0 if molecule.GetNumAtoms() == 1 else relax_mmff(molecule, conformer).energy
 
 
-def _relaxed_xtb(molecule: Chem.Mol, conformer: Molecule) -> Molecule:
-    """A conformer at a minimum of GFN2-xTB; `ValueError` where there is none or bonds changed."""
+def _relaxed_xtb(molecule: Chem.Mol, conformer: Molecule) -> tuple[Molecule, float]:
+    """A conformer at a minimum of GFN2-xTB, and the energy lost.
+
+    `ValueError` where there is no minimum or bonds change.
+    """
     unpaired = sum(atom.GetNumRadicalElectrons() for atom in molecule.GetAtoms())
     charge = Chem.GetFormalCharge(molecule)
     found = relax_xtb(conformer.atomic_numbers, conformer.positions, charge, unpaired)
@@ -171,7 +225,7 @@ def _relaxed_xtb(molecule: Chem.Mol, conformer: Molecule) -> Molecule:
     assert relaxed.bond_index is not None
     if near != {tuple(sorted(pair)) for pair in relaxed.bond_index.tolist()}:
         raise ValueError("its bonds change on relaxation by GFN2-xTB")
-    return relaxed
+    return relaxed, found.energy
 
 
 def _has_stereochemistry(molecule: Chem.Mol, conformer: int) -> bool:

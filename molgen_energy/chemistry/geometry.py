@@ -250,6 +250,18 @@ def _ranges(
     return np.repeat(keys, counts), numbers
 
 
+def rmsd(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Root-mean-square deviation of atoms (N, 3) after optimal superposition.
+
+    W. Kabsch, Acta Crystallographica A 32, 922 (1976).
+    """
+    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+    u, s, v = np.linalg.svd(a.T @ b)
+    s[-1] *= np.sign(np.linalg.det(u @ v)) or 1.0
+    squared = (a**2).sum() + (b**2).sum() - 2 * s.sum()
+    return float(np.sqrt(max(0.0, squared) / len(a)))
+
+
 def _lengths(points: NDArray[np.float64]) -> NDArray[np.float64]:
     """(V, 2, 3) → (V,)."""
     lengths: NDArray[np.float64] = np.linalg.norm(points[:, 1] - points[:, 0], axis=1)

@@ -161,11 +161,12 @@ class MoleculeDataset(Dataset):
                 writer.append(molecules)
             survey.check(log)
             writer.set_split(self.split_labels(writer.count, survey.all_groups()))
+        counts = (f"{number:,} {what}" for what, number in (+log.counts).items())
         return PreprocessResult(
             output,
             self.samples,
             split_counts(output),
-            "; ".join([survey.summary(), *(f"{n:,} {what}" for what, n in (+log.counts).items())]),
+            "; ".join([survey.summary(), *log.facts, *counts]),
             tuple(log.skipped),
             log.skipped_count,
             (*log.notes, *screen.notes(), *survey.warnings()),

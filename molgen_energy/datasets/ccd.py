@@ -7,8 +7,10 @@ and *model*, as in a crystal structure. Read from the copy inside the package bi
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,24 +18,32 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from molgen_energy import __version__
 from molgen_energy.data.molecules import (
     Bonds,
     MoleculeChunk,
     Molecules,
+    gather_ragged,
     offsets_from_sizes,
 )
-from molgen_energy.datasets.base import RandomSplitDataset, option
+from molgen_energy.datasets.base import PreprocessResult, RandomSplitDataset, option
 from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.datasets.screening import Screen, allowed_elements
 from molgen_energy.distributed import default_workers
 from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError, unknown_name
+from molgen_energy.output import remove
+from molgen_energy.progress import ProgressCallback, no_progress
 
 if TYPE_CHECKING:
+    from molgen_energy.chemistry.conformers import GivenConformer
     from molgen_energy.chemistry.identity import Identity
+    from molgen_energy.datasets.ccd_shards import ComponentManifest
+    from molgen_energy.datasets.conformers import Computed
 
 _CHUNK = 200  # molecules that a worker process takes at a time
-_TIMEOUT = 60.0  # s for one molecule
+_TIMEOUT = 60.0  # s for the chemistry of one molecule, without relaxation
+_SHARDS = {"mmff94": 100, "gfn2-xtb": 10}  # molecules: some seconds and a minute of work
 _COORDINATES = {"ideal": "pdbx_model_Cartn_{}_ideal", "model": "model_Cartn_{}"}
 _SPLITS = ("scaffold", "random")
 _ORDERS = {"SING": 1, "DOUB": 2, "TRIP": 3}
@@ -41,7 +51,11 @@ _ORDERS = {"SING": 1, "DOUB": 2, "TRIP": 3}
 
 @dataclass(frozen=True, kw_only=True)
 class ChemicalComponents(RandomSplitDataset):
-    """CCD: 46,000 drug-like ligands of the Protein Data Bank, with bonds and formal charges."""
+    """CCD: 46,000 drug-like ligands of the Protein Data Bank, with bonds and formal charges.
+
+    Relaxed molecules are kept in FILE.shards. After an interruption the same command continues
+    there.
+    """
 
     name = "ccd"
     output = "ccd.h5"
@@ -57,6 +71,19 @@ class ChemicalComponents(RandomSplitDataset):
     keep_incomplete: bool = option(
         False, "Keep components that lack hydrogens or have unpaired electrons."
     )
+    clean: bool = option(
+        False,
+        "Leave out molecules that the cleaning of GEOM-Drugs Revisited would: of several "
+        "fragments, or with a bond far from the sum of covalent radii.",
+    )
+    relax: str = option(
+        "none",
+        "Move the molecules to a minimum: mmff94 (or mmff), gfn2-xtb (or xtb; extra `xtb`), none.",
+    )
+    keep_unrelaxed: bool = option(
+        False, "Keep molecules that cannot be relaxed, with the coordinates that they have."
+    )
+    timeout: float = option(600.0, "Most seconds for the relaxation of one molecule.")
     split_by: str = option(
         "scaffold",
         "scaffold: molecules with the same ring system stay in one split; random: those that "
@@ -68,13 +95,24 @@ class ChemicalComponents(RandomSplitDataset):
         None, "Worker processes, 0 for none; default: one for each processor."
     )
 
+    def __post_init__(self) -> None:
+        from molgen_energy.chemistry.conformers import relaxation_named
+
+        object.__setattr__(self, "relax", relaxation_named(self.relax))
+
     def source_name(self) -> str:
-        """The dictionary, and which of its coordinates."""
-        return f"Chemical Component Dictionary of the wwPDB (biotite), {self.coordinates}"
+        """The dictionary, which of its coordinates, and their relaxation."""
+        relaxed = "" if self.relax == "none" else f", {self.relax}"
+        return f"Chemical Component Dictionary of the wwPDB (biotite), {self.coordinates}{relaxed}"
 
     def check(self) -> None:
         """Raise `InputError` where an option has a bad value or biotite is missing."""
+        from molgen_energy.chemistry.conformers import check_relaxation
+
         super().check()
+        check_relaxation(self.relax)
+        if not self.timeout > 0:
+            raise InputError(f"--timeout {self.timeout:g}: expected seconds above 0")
         allowed_elements(self.elements)
         if self.coordinates not in _COORDINATES:
             raise InputError(unknown_name("--coordinates", self.coordinates, _COORDINATES))
@@ -93,14 +131,38 @@ class ChemicalComponents(RandomSplitDataset):
         """Components with two atoms in one place are left out."""
         return Screen(skip_bad=True)
 
+    def make(self, output: Path, progress: ProgressCallback = no_progress) -> PreprocessResult:
+        """Write the molecules; relaxation continues from what is in FILE.shards."""
+        from molgen_energy.data.shards import shards_folder
+
+        result = super().make(output, progress)
+        if self.relax != "none":
+            remove(shards_folder(output))
+        return result
+
     def chunks(self, log: DatasetLog) -> Iterator[MoleculeChunk]:
         """The components that pass the filters, in the order of their identifiers."""
+        from molgen_energy.chemistry.cleaning import FAULTS, lengths_fit
+
+        components = read_components(dictionary_path(), self.coordinates)
+        log.locate = lambda number: f"component {components.names[number - 1]}"
+        found = self._identified(components, log)
+        if self.relax != "none":
+            found = self._relaxed(list(found), components.names, log)
+        for chunk in found:
+            if self.clean:  # its other tests are among the filters
+                fits = lengths_fit(chunk.molecules)
+                log.counts[f"left out by cleaning: {FAULTS[2]}"] += int((~fits).sum())
+                chunk = chunk.select(np.flatnonzero(fits))
+            if len(chunk):
+                yield chunk
+
+    def _identified(self, components: Components, log: DatasetLog) -> Iterator[MoleculeChunk]:
+        """The components that pass the filters, with SMILES and groups."""
         from molgen_energy.chemistry.identity import identify_all
         from molgen_energy.workers import WorkerPool
 
-        components = read_components(dictionary_path(), self.coordinates)
         chosen = self._passing(components, log)
-        log.locate = lambda number: f"component {components.names[number - 1]}"
         parts = (
             components.molecules.select(chosen[k : k + _CHUNK])
             for k in range(0, len(chosen), _CHUNK)
@@ -129,6 +191,66 @@ class ChemicalComponents(RandomSplitDataset):
                     ),
                 )
 
+    def _relaxed(
+        self, chunks: list[MoleculeChunk], names: NDArray[np.str_], log: DatasetLog
+    ) -> Iterator[MoleculeChunk]:
+        """The molecules at minima; those that fail are counted, and left out or kept as given."""
+        from molgen_energy.chemistry.conformers import GivenConformer, relax
+        from molgen_energy.chemistry.relaxation_changes import RelaxationChanges
+        from molgen_energy.datasets.conformers import ConformerWork
+
+        if not chunks:
+            return
+        records = np.concatenate([chunk.records for chunk in chunks])
+        molecules = Molecules.concatenate([chunk.molecules for chunk in chunks])
+        bare = replace(molecules, smiles=None, groups=None)  # what relaxation needs
+
+        def given(number: int) -> GivenConformer:
+            return GivenConformer(
+                f"component {names[records[number] - 1]}", bare[number], self.relax
+            )
+
+        def shard_name(part: Sequence[int]) -> str:
+            return _shard_name(bare.select(np.array(part)))
+
+        def fits(part: Sequence[int], found: Computed) -> bool:
+            return _is_relaxed(bare.select(np.array(part)), found)
+
+        changes, size = RelaxationChanges(), _SHARDS[self.relax]
+        parts = [
+            range(start, min(start + size, len(molecules)))
+            for start in range(0, len(molecules), size)
+        ]
+        work = ConformerWork(
+            self._manifest(), given, relax, shard_name, self.timeout, self.workers, fits
+        )
+        done = "kept unrelaxed" if self.keep_unrelaxed else "left out"
+        with closing(work.run(parts, log)) as results:
+            for part, found in results:
+                before = molecules.select(np.array(part))
+                positions = before.positions.copy()
+                if found.molecules is not None and found.energies is not None:
+                    atoms, _ = gather_ragged(before.offsets, found.which)
+                    positions[atoms] = found.molecules.positions
+                    changes.add(before.select(found.which), found.molecules, found.energies)
+                for _, reason in found.failures:
+                    log.counts[f"{done}: {reason}"] += 1
+                chunk = MoleculeChunk(records[list(part)], replace(before, positions=positions))
+                yield chunk if self.keep_unrelaxed else chunk.select(found.which)
+        if len(changes):
+            log.facts.append(f"relaxed by {self.relax}: {changes.summary()}")
+
+    def _manifest(self) -> ComponentManifest:
+        """What relaxed molecules depend on, besides those that are given."""
+        from rdkit import rdBase
+
+        from molgen_energy.data.shards import FORMAT
+        from molgen_energy.datasets.ccd_shards import ComponentManifest
+
+        return ComponentManifest(
+            format=FORMAT, relax=self.relax, rdkit=rdBase.rdkitVersion, version=__version__
+        )
+
     def _group(self, one: Identity) -> str:
         """Molecules of the same group stay in one split; those without a ring have no scaffold."""
         return (one.scaffold if self.split_by == "scaffold" else "") or one.smiles
@@ -137,7 +259,7 @@ class ChemicalComponents(RandomSplitDataset):
         """Whether a component passes what RDKit tells; counts one that does not."""
         if one.failure:
             log.counts["left out as RDKit refuses their valences"] += 1
-        elif one.fragments > 1 and not self.keep_fragments:
+        elif one.fragments > 1 and (self.clean or not self.keep_fragments):
             log.counts["left out with several fragments"] += 1
         elif one.incomplete and not self.keep_incomplete:
             log.counts["left out for missing hydrogens or unpaired electrons"] += 1
@@ -244,6 +366,27 @@ def read_components(path: Path, coordinates: str = "ideal") -> Components:
                 offsets_from_sizes(np.bincount(component, minlength=len(names))),
             ),
         ),
+    )
+
+
+def _shard_name(molecules: Molecules) -> str:
+    """Of some molecules when they are relaxed: changes with their atoms, bonds and positions."""
+    digest = hashlib.sha256()
+    for name, values in molecules.to_arrays().items():
+        digest.update(f"{name} {values.shape};".encode() + values.tobytes())
+    return f"{digest.hexdigest()[:24]}.shard"
+
+
+def _is_relaxed(given: Molecules, found: Computed) -> bool:
+    """Whether conformers are some of the given molecules, with energies and other positions."""
+    if found.molecules is None:
+        return True
+    if found.energies is None or not (np.diff(found.which) > 0).all():
+        return False
+    expected, there = (m.to_arrays() for m in (given.select(found.which), found.molecules))
+    return bool(np.isfinite(found.molecules.positions).all()) and all(
+        name == "positions" or np.array_equal(values, there.get(name, np.zeros(0)))
+        for name, values in expected.items()
     )
 
 

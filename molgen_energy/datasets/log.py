@@ -28,6 +28,8 @@ class DatasetLog:
         """Names a record by its number."""
         self.notes: list[str] = []
         """What may be wrong, apart from the molecules themselves."""
+        self.facts: list[str] = []
+        """What the summary says of the molecules."""
         self.counts: Counter[str] = Counter()
         """How many records were left out or changed by an option, by what the summary says."""
 

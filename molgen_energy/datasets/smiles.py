@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molgen_energy import __version__
-from molgen_energy.data.molecules import MoleculeChunk, Molecules, Property
+from molgen_energy.data.molecules import MoleculeChunk, Property
 from molgen_energy.datasets.base import (
     PreprocessResult,
     ScreenedDataset,
@@ -27,21 +27,19 @@ from molgen_energy.datasets.base import (
 )
 from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.datasets.screening import foreign_elements, foreign_reason
-from molgen_energy.distributed import default_workers
-from molgen_energy.errors import MEND_OR_SKIP, InputError, unknown_name
+from molgen_energy.errors import MEND_OR_SKIP, InputError
 from molgen_energy.output import check_file, display_path, named_path, remove
 from molgen_energy.progress import ProgressCallback, no_progress
 
 if TYPE_CHECKING:
-    from molgen_energy.chemistry.conformers import Embedded, Embedding
+    from molgen_energy.chemistry.conformers import Embedding
     from molgen_energy.chemistry.fields import FieldSelection
     from molgen_energy.chemistry.molfiles.lines import Lines
-    from molgen_energy.data.shards import ShardFolder
+    from molgen_energy.datasets.conformers import Computed
     from molgen_energy.datasets.smiles_shards import SmilesManifest
 
 _SUFFIXES = (".smi", ".smiles", ".csv", ".tsv")
 _CHUNK = 100  # molecules in a shard: some seconds of work
-_COMMAND = "preprocess smiles"
 _SHOWN = 200  # characters of a header
 
 
@@ -86,7 +84,7 @@ class SmilesFiles(ScreenedDataset):
         "hold numbers in the first rows; '' keeps none.",
     )
     conformers: int = option(1, "Conformers of each molecule; they stay in one split.")
-    relax: str = option("mmff94", "mmff94, gfn2-xtb (extra `xtb`), or none.")
+    relax: str = option("mmff94", "mmff94 (or mmff), gfn2-xtb (or xtb; extra `xtb`), or none.")
     timeout: float = option(60.0, "Most seconds for one molecule.")
     workers: int | None = option(
         None, "Worker processes, 0 for none; default: one for each processor."
@@ -95,7 +93,10 @@ class SmilesFiles(ScreenedDataset):
     seed: int = option(0, "Seed of conformers and split.")
 
     def __post_init__(self) -> None:
+        from molgen_energy.chemistry.conformers import relaxation_named
+
         object.__setattr__(self, "files", tuple(map(named_path, self.files)))
+        object.__setattr__(self, "relax", relaxation_named(self.relax))
 
     def default_output(self) -> Path:
         """Named after the first file."""
@@ -110,7 +111,7 @@ class SmilesFiles(ScreenedDataset):
 
     def check(self) -> None:
         """Raise `InputError` where an option has a bad value or a file is missing."""
-        from molgen_energy.chemistry.conformers import RELAXATIONS, check_relaxation
+        from molgen_energy.chemistry.conformers import check_relaxation
 
         super().check()
         for path in self.files:
@@ -124,8 +125,6 @@ class SmilesFiles(ScreenedDataset):
             raise InputError(f"--timeout {self.timeout:g}: expected seconds above 0")
         if self.workers is not None and self.workers < 0:
             raise InputError(f"--workers {self.workers}: expected 0 or more")
-        if self.relax not in RELAXATIONS:
-            raise InputError(unknown_name("--relax", self.relax, RELAXATIONS))
         check_relaxation(self.relax)
 
     def make(self, output: Path, progress: ProgressCallback = no_progress) -> PreprocessResult:
@@ -138,43 +137,18 @@ class SmilesFiles(ScreenedDataset):
 
     def chunks(self, log: DatasetLog) -> Iterator[MoleculeChunk]:
         """The conformers of all files, in order."""
-        from molgen_energy.data.shards import ShardFolder, check_unchanged, shards_folder
-        from molgen_energy.datasets.smiles_shards import SmilesManifest
+        from molgen_energy.chemistry.conformers import embed
+        from molgen_energy.datasets.conformers import ConformerWork
 
         records = list(self._records(log))
         self._report_repeated(records, log)
         parts = [records[k : k + _CHUNK] for k in range(0, len(records), _CHUNK)]
-        manifest = self._manifest()
-        if not shards_folder(log.output).exists():
-            ShardFolder.begin(log.output, manifest)
-        with ShardFolder(log.output, _COMMAND, SmilesManifest, lead=True) as shards:
-            check_unchanged(shards.manifest, manifest, shards.folder, "preprocess")
-            names = [_shard_name(part) for part in parts]
-            missing = {k for k in range(len(parts)) if _stored(shards, names[k], parts[k]) is None}
-            stored = len(parts) - len(missing)
-            done = 0
-            try:
-                with closing(self._embed(r for k in sorted(missing) for r in parts[k])) as results:
-                    for k, part in enumerate(parts):
-                        if k in missing:
-                            arrays = _arrays([next(results) for _ in part])
-                            if not arrays["lost"].any():  # another try may have more time
-                                shards.store(names[k], arrays)
-                                stored += 1
-                        else:
-                            found = _stored(shards, names[k], part)
-                            if found is None:  # by another program, since the folder is locked
-                                raise InputError(
-                                    f"{shards.folder / names[k]} was changed while it was read; "
-                                    "run the same command again"
-                                )
-                            arrays = found
-                        done += len(part)
-                        log.progress(done, len(records))
-                        yield from self._chunk(part, arrays, log)
-            finally:
-                if not stored:
-                    shards.remove()
+        work = ConformerWork(
+            self._manifest(), self._embedding, embed, _shard_name, self.timeout, self.workers
+        )
+        with closing(work.run(parts, log)) as results:
+            for part, found in results:
+                yield from self._chunk(part, found, log)
 
     def _manifest(self) -> SmilesManifest:
         """What the conformers depend on, besides the SMILES."""
@@ -192,45 +166,30 @@ class SmilesFiles(ScreenedDataset):
             version=__version__,
         )
 
-    def _embed(self, records: Iterable[_Record]) -> Generator[Embedded, None, None]:
-        """Results in order; the same whatever the number of processes."""
-        from molgen_energy.chemistry.conformers import Embedded, Embedding, embed
-        from molgen_energy.workers import WorkerPool
+    def _embedding(self, record: _Record) -> Embedding:
+        from molgen_energy.chemistry.conformers import Embedding
 
-        def lost(item: Embedding, reason: str) -> Embedded:
-            return Embedded(failure=f"{reason}; --timeout allows more", lost=True)
-
-        items = (
-            Embedding(r.name, r.smiles, self._seed_of(r), self.conformers, self.relax)
-            for r in records
-        )
-        workers = default_workers() if self.workers is None else self.workers
-        preload = ["molgen_energy.chemistry.conformers"]
-        with WorkerPool(workers, self.timeout, preload=preload) as pool:
-            for _, result in pool.map(embed, items, lost):
-                yield result
+        seed = self._seed_of(record)
+        return Embedding(record.name, record.smiles, seed, self.conformers, self.relax)
 
     def _seed_of(self, record: _Record) -> int:
         """Of the conformers of a record: 31 bits, as RDKit takes them."""
         return int(np.random.SeedSequence([self.seed, record.number]).generate_state(1)[0] >> 1)
 
     def _chunk(
-        self, part: list[_Record], arrays: dict[str, NDArray[Any]], log: DatasetLog
+        self, part: Sequence[_Record], found: Computed, log: DatasetLog
     ) -> Iterator[MoleculeChunk]:
         """The conformers of some records with their columns, if there are any."""
-        failures = json.loads(arrays["failures"].tobytes())
-        for k, reason in failures:
+        for k, reason in found.failures:
             self._skip(part[k].name, reason, log)
-        which = arrays["which"]
-        if not len(which):
+        if found.molecules is None:
             return
-        molecules = Molecules.from_arrays(arrays)
         units = part[0].columns["units"]
-        chosen = [part[k] for k in which.tolist()]
+        chosen = [part[k] for k in found.which.tolist()]
         yield MoleculeChunk(
             np.array([record.number for record in chosen], np.int64),
             replace(
-                molecules,
+                found.molecules,
                 smiles=np.array([record.smiles for record in chosen], object),
                 groups=np.array([record.group for record in chosen], np.int64),
                 properties={
@@ -364,42 +323,7 @@ def _check_elements(molecule: Any, allowed: NDArray[np.bool_]) -> None:
         raise ValueError(foreign_reason(names, allowed))
 
 
-def _shard_name(part: list[_Record]) -> str:
+def _shard_name(part: Sequence[_Record]) -> str:
     """Of the conformers of some records: changes with their SMILES and numbers."""
     text = json.dumps([(record.number, record.smiles) for record in part])
     return f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.shard"
-
-
-def _stored(
-    shards: ShardFolder[SmilesManifest], name: str, part: list[_Record]
-) -> dict[str, NDArray[Any]] | None:
-    """The conformers of some records from their shard; None if it is missing or damaged."""
-    from molgen_energy.datasets.smiles_shards import SHAPES
-
-    arrays = shards.load(name, SHAPES)
-    if arrays is None:
-        return None
-    which, records = arrays["which"], range(len(part))
-    try:
-        failures = json.loads(arrays["failures"].tobytes())
-        sound = all(type(k) is int and k in records and type(text) is str for k, text in failures)
-        if len(which):
-            molecules = Molecules.from_arrays(arrays)
-            molecules.check()
-            sound &= len(molecules) == len(which) and bool(np.isin(which, records).all())
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    return arrays if sound else None
-
-
-def _arrays(results: list[Embedded]) -> dict[str, NDArray[Any]]:
-    """Conformers of some records, the record of each, and failures as JSON."""
-    failures = [(k, result.failure) for k, result in enumerate(results) if result.failure]
-    sizes = [len(result.conformers) for result in results]
-    found = [conformer for result in results for conformer in result.conformers]
-    return {
-        **(Molecules.from_list(found).to_arrays() if found else {}),
-        "which": np.repeat(np.arange(len(results)), sizes),
-        "failures": np.frombuffer(json.dumps(failures).encode(), np.uint8),
-        "lost": np.array([result.lost for result in results]),
-    }

@@ -1,4 +1,4 @@
-"""The declaration of the shards of a file of conformers."""
+"""The declaration of the shards of `preprocess smiles`; what is in them: `datasets.conformers`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from molgen_energy.data.molecules import SHAPES as MOLECULES
-from molgen_energy.data.shards import Manifest
-from molgen_energy.formats.tensors import Shapes
+from molgen_energy.datasets.conformers import ConformerManifest
 from molgen_energy.formats.yaml import YAMLFormat
 
-_OPTIONAL = {f"{name.removesuffix('?')}?": shape for name, shape in MOLECULES.items()}
-SHAPES: Shapes = {
-    **_OPTIONAL,  # none without a conformer
-    "which": ("int64", ("conformers",)),
-    "failures": ("uint8", ("bytes",)),
-    "lost": ("bool", ("records",)),
-}
-"""Of the arrays of a shard: conformers, the record of each, and failures as JSON."""
 
-
-class SmilesManifest(Manifest):
+class SmilesManifest(ConformerManifest):
     """The options of `preprocess smiles` that conformers depend on, besides the SMILES."""
 
     command: Literal["preprocess smiles"] = "preprocess smiles"
@@ -30,10 +19,6 @@ class SmilesManifest(Manifest):
     """Of the conformers."""
     conformers: Annotated[int, Field(ge=1)]
     """Of each molecule."""
-    relax: str
-    """The relaxation."""
-    rdkit: str
-    """Version of RDKit."""
 
 
 SMILES_MANIFEST = YAMLFormat(

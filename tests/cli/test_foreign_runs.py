@@ -20,6 +20,7 @@ from molgen_energy.api.sample import sample_to
 from molgen_energy.api.train import train
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.data.shards import ShardFolder, shards_folder
+from molgen_energy.datasets.ccd_shards import ComponentManifest
 from molgen_energy.datasets.smiles_shards import SmilesManifest
 from molgen_energy.errors import InputError
 from molgen_energy.formats import limits
@@ -571,13 +572,15 @@ def test_manifests_of_other_commands(tmp_path):
         couplings="uniform", size=4, count=3, boundary="open", seed=0, version="1", format=2
     )
     smiles = SmilesManifest(seed=0, conformers=1, relax="none", rdkit="1", version="1", format=2)
+    relaxed = ComponentManifest(relax="mmff94", rdkit="1", version="1", format=2)
     bad = {
+        "preprocess ccd": (relaxed, {"relax": None, "rdkit": 3, "seed": 0}),
         "preprocess spins": (solved, {"size": 1, "boundary": "closed", "count": "3", "seed": None}),
         "preprocess smiles": (smiles, {"conformers": 0, "relax": 3, "rdkit": KeyError, "x": 1}),
     }
     for command, (manifest, changes) in bad.items():
         for key, value in changes.items():
-            output = tmp_path / f"{key}.h5"
+            output = tmp_path / f"{command}-{key}.h5"
             ShardFolder.begin(output, manifest)
             with ShardFolder(output, command, type(manifest), lead=False) as shards:
                 assert shards.manifest == manifest

@@ -2,92 +2,23 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from components import SMILES, dictionary
 from rdkit import Chem
 from rdkit.Chem import AllChem
 
 from molgen_energy import preprocess
+from molgen_energy.chemistry.cleaning import faults
 from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.datasets import ccd
 from molgen_energy.errors import InputError
 
-pdbx = pytest.importorskip("biotite.structure.io.pdbx")
-
-SMILES = {
-    "BNZ": "c1ccccc1",
-    "TOL": "Cc1ccccc1",
-    "GLY": "[NH3+]CC(=O)[O-]",
-    "LAC": "C[C@H](O)C(=O)O",
-    "DLA": "C[C@@H](O)C(=O)O",
-    "OLD": "CCO",
-    "GAP": "CCN",
-    "SEL": "C[Se]C",
-    "SAL": "CC(=O)[O-].[Na+]",
-    "ION": "[Cl-]",
-    "RAD": "C[CH]C",
-}
-ORDERS = {1.0: "SING", 2.0: "DOUB", 3.0: "TRIP"}
-
-
-def dictionary(folder: Path, smiles: dict[str, str]) -> Path:
-    """A dictionary of these molecules: OLD is obsolete, the last atom of GAP has no coordinates."""
-    about: dict[str, list[Any]] = {"id": list(smiles), "pdbx_release_status": []}
-    atoms: dict[str, list[Any]] = {
-        name: []
-        for name in ("comp_id", "atom_id", "type_symbol", "charge", "x", "y", "z", "missing")
-    }
-    bonds: dict[str, list[Any]] = {
-        name: [] for name in ("comp_id", "atom_id_1", "atom_id_2", "value_order")
-    }
-    for name, text in smiles.items():
-        about["pdbx_release_status"].append("OBS" if name == "OLD" else "REL")
-        molecule = Chem.AddHs(Chem.MolFromSmiles(text))
-        AllChem.EmbedMolecule(molecule, randomSeed=1)
-        Chem.Kekulize(molecule, clearAromaticFlags=True)
-        places = molecule.GetConformer().GetPositions()
-        for atom in molecule.GetAtoms():
-            k = atom.GetIdx()
-            last = name == "GAP" and k == molecule.GetNumAtoms() - 1
-            values = (name, f"A{k}", atom.GetSymbol().upper(), atom.GetFormalCharge(), *places[k])
-            for column, value in zip(atoms, (*values, last), strict=True):
-                atoms[column].append(value)
-        for bond in molecule.GetBonds():
-            ends = (f"A{bond.GetBeginAtomIdx()}", f"A{bond.GetEndAtomIdx()}")
-            for column, value in zip(
-                bonds, (name, *ends, ORDERS[bond.GetBondTypeAsDouble()]), strict=True
-            ):
-                bonds[column].append(value)
-    mask = np.where(atoms.pop("missing"), pdbx.MaskValue.MISSING, pdbx.MaskValue.PRESENT)
-    places_of = {axis: np.array(atoms.pop(axis)) for axis in "xyz"}
-    columns: dict[str, Any] = {name: np.array(values) for name, values in atoms.items()}
-    for axis, values in places_of.items():
-        columns[f"pdbx_model_Cartn_{axis}_ideal"] = pdbx.BinaryCIFColumn(
-            values, mask.astype(np.uint8)
-        )
-        columns[f"model_Cartn_{axis}"] = values + 1
-    block = pdbx.BinaryCIFBlock(
-        {
-            "chem_comp": pdbx.BinaryCIFCategory(
-                {name: np.array(values) for name, values in about.items()}
-            ),
-            "chem_comp_atom": pdbx.BinaryCIFCategory(columns),
-            "chem_comp_bond": pdbx.BinaryCIFCategory(
-                {name: np.array(values) for name, values in bonds.items()}
-            ),
-        }
-    )
-    path = folder / "components.bcif"
-    file = pdbx.BinaryCIFFile({"components": block})
-    stream = io.BytesIO()
-    file.write(stream)
-    path.write_bytes(stream.getvalue())
-    return path
+pytest.importorskip("biotite")
 
 
 @pytest.fixture
@@ -108,8 +39,9 @@ def heavy(smiles: str) -> str:
 
 def test_components_are_what_their_smiles_say(use: Callable[[dict[str, str]], Path]) -> None:
     output = use(SMILES)
-    result = preprocess("ccd", output, workers=0)
+    result = preprocess("ccd", output, workers=0, clean=True)
     kept = ["BNZ", "DLA", "GLY", "LAC", "TOL"]  # in the order of identifiers
+    assert result.count == len(kept)
     with MoleculeFile(output) as file:
         molecules = file.load()
     assert molecules.smiles is not None
@@ -139,6 +71,7 @@ def test_components_are_what_their_smiles_say(use: Callable[[dict[str, str]], Pa
         "2 left out with other elements",
         "1 left out with fewer than 5 atoms",
         "1 left out for missing hydrogens or unpaired electrons",
+        "1 left out by cleaning: a bond is too long",
     ):
         assert count in result.summary
 
@@ -149,7 +82,7 @@ def test_filters_are_options(use: Callable[[dict[str, str]], Path]) -> None:
         "ccd",
         output,
         workers=0,
-        elements="H,C,N,O,Na,Se,Cl",
+        elements="H,C,N,O,F,Na,Se,Cl",
         min_atoms=1,
         coordinates="model",
         keep_obsolete=True,
@@ -160,6 +93,12 @@ def test_filters_are_options(use: Callable[[dict[str, str]], Path]) -> None:
     assert "left out" not in result.summary
     fewer = preprocess("ccd", output, workers=0, max_atoms=12, elements="H,C,N,O,Na")
     assert "1 left out with several fragments" in fewer.summary
+    cleaned = preprocess(
+        "ccd", output, workers=0, elements="H,C,N,O,F,Na", clean=True, keep_fragments=True
+    )
+    assert "1 left out with several fragments" in cleaned.summary
+    with MoleculeFile(output) as file:
+        assert faults(file.load()) == [""] * cleaned.count
     assert "1 left out with more than 12 atoms" in fewer.summary  # toluene
 
 
@@ -169,7 +108,7 @@ def test_scaffolds_and_stereoisomers_stay_in_one_split(
     output = use(SMILES)
     groups = {}
     for by in ("scaffold", "random"):
-        preprocess("ccd", output, workers=0, split_by=by)
+        preprocess("ccd", output, workers=0, split_by=by, clean=True)
         with MoleculeFile(output) as file:
             found = file.load().groups
             assert found is not None
@@ -200,6 +139,8 @@ def test_processes_do_not_matter(use: Callable[[dict[str, str]], Path]) -> None:
         ({"min_atoms": 9, "max_atoms": 8}, "--min-atoms 9"),
         ({"workers": -1}, "--workers"),
         ({"elements": "C,Qq"}, "Qq"),
+        ({"relax": "mmf"}, "unknown --relax 'mmf'; did you mean 'mmff94'"),
+        ({"relax": "mmff", "timeout": 0}, "--timeout 0"),
     ],
 )
 def test_bad_options(

@@ -126,7 +126,7 @@ def test_an_interrupted_run_continues(tmp_path, monkeypatch):
     preprocess(path, tmp_path / "whole.h5", workers=0)
     embedded: list[str] = []
 
-    def interrupted(item: Embedding) -> conformers_module.Embedded:
+    def interrupted(item: Embedding) -> conformers_module.Conformers:
         embedded.append(item.smiles)
         if len(embedded) == 4:
             raise KeyboardInterrupt
@@ -195,7 +195,7 @@ def test_relaxation_by_xtb(tmp_path):
     from tblite.ase import TBLite
 
     preprocess(smi(tmp_path / "a.smi", ("CO", "[NH4+]")), tmp_path / "a.h5", workers=0,
-               relax="gfn2-xtb")  # fmt: skip
+               relax="xtb")  # fmt: skip
     for molecule in loaded(tmp_path / "a.h5"):
         atoms = Atoms(molecule.atomic_numbers, molecule.positions.astype(float))
         charge = int(molecule.formal_charges.sum())

@@ -27,7 +27,7 @@ from rich.console import Console
 
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.convert import molecule_from_rdkit
-from molgen_energy.chemistry.geometry import KINDS, QM9_TYPES, code_of
+from molgen_energy.chemistry.geometry import KINDS, QM9_TYPES, code_of, rmsd
 from molgen_energy.chemistry.molfiles import MoleculeTextWriter
 from molgen_energy.chemistry.rdkit import build
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
@@ -42,7 +42,7 @@ from molgen_energy.metrics.accumulator import (
 )
 from molgen_energy.metrics.bundled import BUNDLED
 from molgen_energy.metrics.checks.chunk import CheckSettings, check_chunk
-from molgen_energy.metrics.checks.strain import rmsd, strain_mmff
+from molgen_energy.metrics.checks.strain import strain_mmff
 from molgen_energy.metrics.distances.comparison import Distributions, compare
 from molgen_energy.metrics.distances.mmd import mmd
 from molgen_energy.metrics.molecule_evaluation import evaluate_source

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rdkit import Chem, rdBase
 
-from molgen_energy.chemistry.geometry import absolute_changes
+from molgen_energy.chemistry.geometry import absolute_changes, rmsd
 from molgen_energy.chemistry.rdkit import aromatic_orders, build
 from molgen_energy.chemistry.relaxation import Relaxed, relax_mmff, relax_xtb
 from molgen_energy.data.molecules import Molecule, MoleculeChunk
@@ -111,15 +111,3 @@ def _relax_mmff(molecule: Molecule) -> Relaxed:
 def _relax_xtb(molecule: Molecule) -> Relaxed:
     charge = 0 if molecule.formal_charges is None else int(molecule.formal_charges.sum())
     return relax_xtb(molecule.atomic_numbers, molecule.positions, charge)
-
-
-def rmsd(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Root-mean-square deviation of atoms (N, 3) after optimal superposition.
-
-    W. Kabsch, Acta Crystallographica A 32, 922 (1976).
-    """
-    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
-    u, s, v = np.linalg.svd(a.T @ b)
-    s[-1] *= np.sign(np.linalg.det(u @ v)) or 1.0
-    squared = (a**2).sum() + (b**2).sum() - 2 * s.sum()
-    return float(np.sqrt(max(0.0, squared) / len(a)))

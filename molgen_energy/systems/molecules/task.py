@@ -152,7 +152,8 @@ class MoleculeTask:
             )
             self._train, self._valid = self._open(config, file, columns, progress)
             # Processes on different machines must agree.
-            self.config: MoleculeConfig = broadcast(self._resolve_auto(config, _mean_atoms(summary)))
+            resolved = self._resolve_auto(config, _mean_atoms(summary))
+            self.config: MoleculeConfig = broadcast(resolved)
             if self.config.training.low_precision is True:
                 lower_precision(device)
             if not config.data.in_memory:
