@@ -6,7 +6,7 @@ import csv
 import importlib
 import math
 import runpy
-import subprocess
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -338,31 +338,34 @@ def test_a_fraction_keeps_the_other_splits(losses, sample_path, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_one_command_trains_and_compares(sample_path, tmp_path):
+def test_one_command_trains_and_compares(losses, sample_path, tmp_path, monkeypatch, capfd):
     """Two losses, and nothing is trained or drawn again by the same command."""
-    command = [
-        sys.executable, str(FOLDER / "compare_losses.py"), "springs", "--rows", "mse,constant",
+    words = [
+        "compare_losses.py", "springs", "--rows", "mse,constant",
         "--seeds", "0", "--config", "quick", "--data", str(sample_path), "--steps", "2",
         "--set", "model.layers=1", "--set", "model.width=8", "--set", "training.warmup_steps=0",
         "--jobs", "2", "--device", "cpu", "--work", str(tmp_path / "work"), "--front",
         "-n 3 --steps 2 --temperatures 1 --metrics rates --workers 0",
     ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", words)
+    handler = signal.getsignal(signal.SIGTERM)
 
-    def run():
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done
+    def said() -> str:
+        try:
+            losses.main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return capfd.readouterr().err
 
-    first = run()
-    assert "2 runs, 0 of them finished" in first.stderr
-    assert "is on no curve" in first.stderr
+    first = said()
+    assert "2 runs, 0 of them finished" in first
+    assert "is on no curve" in first
     runs = [path for path in (tmp_path / "work" / "runs").iterdir() if path.is_dir()]
     assert [load_checkpoint(path).state["progress"]["step"] for path in runs] == [2, 2]
     samples = sorted((tmp_path / "work" / "fronts").glob("*.h5"))
     assert len(samples) == 2
     written = [path.stat().st_mtime_ns for path in samples]
-    second = run()
-    assert "2 runs, 2 of them finished" in second.stderr
+    assert "2 runs, 2 of them finished" in said()
     assert [path.stat().st_mtime_ns for path in samples] == written
     assert (tmp_path / "work" / "springs.png").exists()
     with (tmp_path / "work" / "springs.csv").open(newline="") as file:

@@ -265,8 +265,8 @@ def test_preprocess_takes_folders_and_patterns(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", [("",), ("/",)])
-def test_bad_names_end_in_one_line(cli, arguments):
-    done = cli("preprocess", *arguments, code=2)
+def test_bad_names_end_in_one_line(cli_here, arguments):
+    done = cli_here("preprocess", *arguments, code=2)
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
 

@@ -274,8 +274,8 @@ def test_a_dataset_of_ones_own(tmp_path, monkeypatch):
         preprocess("waters", split="0.5,0.1,0.1")
 
 
-def test_options_belong_to_their_dataset(cli, tmp_path):
+def test_options_belong_to_their_dataset(cli_here, tmp_path):
     (tmp_path / "a.xyz").write_text(WATER.format(""))
-    assert "no such option" in cli("preprocess", "a.xyz", "--source", "x", code=2).stderr
-    assert "no such option" in cli("preprocess", "qm9", "--elements", "C", code=2).stderr
-    assert "1 molecule written" in cli("preprocess", "--seed", "3", "a.xyz").stderr
+    assert "no such option" in cli_here("preprocess", "a.xyz", "--source", "x", code=2).stderr
+    assert "no such option" in cli_here("preprocess", "qm9", "--elements", "C", code=2).stderr
+    assert "1 molecule written" in cli_here("preprocess", "--seed", "3", "a.xyz").stderr
