@@ -169,6 +169,17 @@ def test_a_step_weighs_the_gradient_of_its_batch(tmp_path):
     assert float(row["loss"]) == pytest.approx(values.mean().item(), rel=1e-5)
 
 
+def test_processes_share_batches_of_any_number():
+    """Three processes have the losses of one, also of a batch of two molecules."""
+    task = MoleculeTask(tiny(**BY_PAIRS | {"training__pairs_per_batch": 800}), CPU)
+    batches = {len(batch): batch for batch in task.epoch(0)}
+    for count in (2, max(batches)):
+        whole = task.loss(task.model, batches[count], 1)["loss"]
+        for rank in range(min(3, count)):
+            part = task.loss(task.model, batches[count], 1, rank, 3)["loss"]
+            torch.testing.assert_close(part, whole[rank::3])
+
+
 def test_a_budget_that_fits_is_named(tmp_path):
     task = MoleculeTask(tiny(**BY_PAIRS), CPU)
     original, failed = task.loss, []
