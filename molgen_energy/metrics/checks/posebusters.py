@@ -57,11 +57,11 @@ def _modules() -> list[_Module]:
         if module["function"] == _EXCLUDED:
             continue
         parameters = module.get("parameters", {})
-        run: Callable[[Chem.Mol], Mapping[str, Any]] = partial(
-            _results, module_dict[module["function"]], parameters
-        )
+        run: Callable[[Chem.Mol], Mapping[str, Any]]
         if module["function"] == _BOUNDS:
             run = partial(check_bounds, parameters=parameters)
+        else:
+            run = partial(_results, module_dict[module["function"]], parameters)
         renamed = module.get("rename_outputs", {})
         chosen = module.get("chosen_binary_test_output", [])
         names = {key: renamed.get(key, key).lower().replace(" ", "_") for key in chosen}
