@@ -339,6 +339,11 @@ def _compare_with(
         evaluation.notes.append(
             f"{reference.name} has no {names}; compare with molecules like yours by --reference"
         )
+    if "descriptors" in options.metrics and not reference.distributions.descriptors:
+        evaluation.notes.append(
+            f"the statistics of {reference.name} have no descriptors to compare with; name real "
+            "molecules by --reference"
+        )
     evaluation.comparison = compare(
         evaluation.distributions,
         reference.distributions,

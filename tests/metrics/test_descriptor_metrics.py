@@ -188,6 +188,14 @@ def test_a_mean_without_spread_or_molecules_has_no_interval(monkeypatch):
     assert "Contrib/SA_Score" in descriptor_means(EvaluationAccumulator(0))["mean_sa_score"].note
 
 
+def test_a_reference_without_descriptors_is_named(files):
+    options = make_options("descriptors", "single")
+    results = evaluate_inputs([files[0][0]], None, None, None, options, HERE)
+    assert any("have no descriptors" in note for note in results.samples[0].notes)
+    assert results.samples[0].estimates["mean_qed"].value > 0.2
+    assert "wasserstein_qed" not in results.samples[0].comparison.estimates
+
+
 def test_without_the_metric_no_descriptors_are_computed(files):
     report = mg.evaluate(files[0][0], metrics="rates", workers=0)
     assert report.files[0].metrics["mean_qed"] is None

@@ -57,7 +57,9 @@ def _modules() -> list[_Module]:
         if module["function"] == _EXCLUDED:
             continue
         parameters = module.get("parameters", {})
-        run = partial(_results, module_dict[module["function"]], parameters)
+        run: Callable[[Chem.Mol], Mapping[str, Any]] = partial(
+            _results, module_dict[module["function"]], parameters
+        )
         if module["function"] == _BOUNDS:
             run = partial(check_bounds, parameters=parameters)
         renamed = module.get("rename_outputs", {})
