@@ -3,7 +3,13 @@
 python benchmarks/streaming.py --data qm9.h5 --molecules 5000000 --output big.h5
 
 Makes the file by repeating the data's molecules (1.3 GB for five million of QM9; one that is there
-is taken as it is), then trains the same small model from it and from the data themselves. Linux.
+is taken as it is), then trains the same small model from it and from the data themselves. With
+--noise each copy has other positions, as conformers have. Drug-like molecules:
+
+    python benchmarks/streaming.py --data ccd.h5 --molecules 1000000 --output big.h5 \\
+        --noise 0.1 --pairs-per-batch 124000
+
+Linux.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +43,15 @@ def peak():  # MB; what getrusage says may be the parent's
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024
 
-changes, run, per_window, windows = json.loads(sys.argv[1])
+changes, run, window, windows = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 imported, start = peak(), time.perf_counter()
 task = MoleculeTask(load_config("quick").replaced(changes), torch.device("cpu"))
 started, prepared = time.perf_counter() - start, peak()
+molecules = task.state["data"]["training_samples"]
+per_window = round(window * task.starts[1] / molecules)  # steps
+changes["training.steps"] = changes["training.validate_every"] = per_window * windows
+task.config = task.config.replaced(changes)
 rows = []
 
 class Windows:
@@ -62,7 +73,7 @@ batches = task.epoch(0)[: per_window * windows]
 print(json.dumps({
     "rows": rows, "imported": imported, "prepared": prepared, "peak": peak(), "start": started,
     "padding": padding(batches), "windows": len({batch.window for batch in batches}),
-    "molecules": task.state["data"]["training_samples"],
+    "molecules": molecules,
 }))
 """
 
@@ -74,27 +85,33 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the large file")
     parser.add_argument("--window", type=int, default=8192)
     parser.add_argument("--windows", type=int, default=6, help="how many to train on")
+    parser.add_argument("--noise", type=float, default=0.0, help="Å, of the copies' positions")
+    parser.add_argument("--pairs-per-batch", type=int, help="instead of 64 molecules")
     arguments = parser.parse_args()
     if not arguments.output.exists():
         start = time.perf_counter()
-        repeat(arguments.data, arguments.molecules, arguments.output)
+        repeat(arguments.data, arguments.molecules, arguments.output, arguments.noise)
         print(f"{arguments.molecules:,} molecules written in {time.perf_counter() - start:.0f} s")
     reading(arguments.output)
     results = {
-        "streamed": trained(arguments.output, False, arguments.window, arguments.windows),
-        "resident": trained(arguments.data, True, arguments.window, arguments.windows),
+        "streamed": trained(arguments.output, False, arguments),
+        "resident": trained(arguments.data, True, arguments),
     }
-    show(results, arguments.window)
+    show(results, arguments)
 
 
-def repeat(source: Path, count: int, target: Path) -> None:
+def repeat(source: Path, count: int, target: Path, noise: float) -> None:
     """Write a file of so many molecules with the source's molecules and split, over and over."""
+    random = np.random.default_rng(0)
     with MoleculeFile(source) as file, MoleculeWriter(target, source="benchmark") as writer:
         while writer.count < count:
             for start in range(0, len(file), 20_000):
                 stop = min(start + 20_000, len(file), start + count - writer.count)
                 if stop > start:
-                    writer.append(file.read(np.arange(start, stop)))
+                    molecules = file.read(np.arange(start, stop))
+                    shape = molecules.positions.shape
+                    moved = noise * random.standard_normal(shape, np.float32)
+                    writer.append(replace(molecules, positions=molecules.positions + moved))
         writer.set_split(np.resize(file.split, count))
 
 
@@ -121,21 +138,20 @@ def reading(path: Path) -> None:
     )
 
 
-def trained(path: Path, in_memory: bool, window: int, windows: int) -> dict:
+def trained(path: Path, in_memory: bool, arguments: argparse.Namespace) -> dict:
     """What a process says that trains on so many windows."""
-    per_window = window // 64
+    pairs = arguments.pairs_per_batch
     changes = {
         "data.path": str(path),
         "data.in_memory": in_memory,
-        "data.window": window,
+        "data.window": arguments.window,
         "model.layers": 2,
         "model.width": 32,
-        "training.steps": per_window * windows,
-        "training.validate_every": per_window * windows,
-        "training.checkpoint_every": per_window * windows,
-    }
+        "training.checkpoint_every": 10**9,
+        "training.lr": 1e-3,
+    } | ({} if pairs is None else {"training.pairs_per_batch": pairs})
     with tempfile.TemporaryDirectory() as folder:
-        given = json.dumps([changes, f"{folder}/run", per_window, windows])
+        given = json.dumps([changes, f"{folder}/run", arguments.window, arguments.windows])
         done = subprocess.run(
             [sys.executable, "-c", _CHILD, given], stdout=subprocess.PIPE, text=True, check=True
         )
@@ -146,9 +162,12 @@ def rates(molecules: int, seconds: float, waited: float, busy: float) -> list[st
     return [f"{molecules / seconds:,.0f}", f"{molecules / busy:,.0f}", f"{waited / seconds:.1%}"]
 
 
-def show(results: dict[str, dict], window: int) -> None:
+def show(results: dict[str, dict], arguments: argparse.Namespace) -> None:
     """Print throughput by window, and memory."""
-    shown = Table(title=f"windows of {window:,} molecules, GDM 2×32, batches of 64, one thread")
+    window, pairs = arguments.window, arguments.pairs_per_batch
+    batch = "64" if pairs is None else f"{pairs:,} pairs"
+    title = f"windows of {window:,} molecules, GDM 2×32, batches of {batch}, one thread"
+    shown = Table(title=title)
     shown.add_column("window")
     for name in results:
         shown.add_column(f"{name}, molecules/s", justify="right")

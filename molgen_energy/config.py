@@ -207,11 +207,18 @@ class DataConfig(Section):
 
 
 class TrainingConfig(Section):
-    """Optimisation. Exactly one of `steps` and `epochs` sets the length."""
+    """Optimisation. Exactly one of `steps` and `epochs` sets the length.
+
+    Either `batch_size` or `pairs_per_batch` sets the size of batches.
+    """
 
     steps: PositiveInt | None = None
     epochs: PositiveInt | None = None
-    batch_size: PositiveInt = 64
+    batch_size: PositiveInt | None = 64
+    """Samples in a batch; null where `pairs_per_batch` is set."""
+    pairs_per_batch: PositiveInt | None = None
+    """Pairs of atoms in a batch of molecules, B·N² with padding; a larger molecule is a batch of
+    its own."""
     lr: PositiveFloat | Auto = "auto"
     """`auto` takes the published value for the model and the loss, where there is one."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -231,6 +238,20 @@ class TrainingConfig(Section):
     log_every: PositiveInt = 50
     validate_every: PositiveInt = 1000
     checkpoint_every: PositiveInt = 1000
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_default_size(cls, values: Any) -> Any:
+        """Pairs replace the default number of samples."""
+        if isinstance(values, Mapping) and values.get("pairs_per_batch") is not None:
+            return {"batch_size": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _one_size(self) -> TrainingConfig:
+        if (self.batch_size is None) == (self.pairs_per_batch is None):
+            raise ValueError("set exactly one of batch_size and pairs_per_batch, the other to null")
+        return self
 
 
 class Config(Section):
@@ -301,11 +322,12 @@ class Config(Section):
         values = self.model_dump(exclude_unset=True)
         for key in sorted(changes, key=lambda key: not key.endswith(".name")):
             _assign(type(self), values, key, changes[key])
-        # Of the two ways to set the length, the changed one holds.
-        if "training.steps" in changes and "training.epochs" not in changes:
-            values["training"]["epochs"] = None
-        if "training.epochs" in changes and "training.steps" not in changes:
-            values["training"]["steps"] = None
+        # Of two ways to set the length, or the size of batches, the changed one holds.
+        for pair in (("steps", "epochs"), ("batch_size", "pairs_per_batch")):
+            for changed, other in (pair, pair[::-1]):
+                given = changes.get(f"training.{changed}")
+                if given is not None and f"training.{other}" not in changes:
+                    values["training"][other] = None
         return _validated(type(self), values, _OPTIONS)
 
 

@@ -15,7 +15,9 @@ from molgen_energy.config import (
     config_names,
     parse_assignments,
 )
+from molgen_energy.data.batches import EpochStarts
 from molgen_energy.errors import InputError
+from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.registry import load_config
 from molgen_energy.training.loop import total_steps
 
@@ -24,7 +26,7 @@ from molgen_energy.training.loop import total_steps
 def test_every_shipped_config_is_whole(name):
     config = load_config(name)
     assert config.name == name
-    assert total_steps(config.training, 10) > 0
+    assert total_steps(config.training, EpochStarts(10)) > 0
     assert load_config(name) == config
 
 
@@ -90,6 +92,8 @@ def test_assignments():
             r"unknown config key 'condition\.dropout' \(valid: condition\.name",
         ),
         ("training.steps=1e19", r"training\.steps: .*less than 9223372036854776000"),
+        ("training.batch_size=null", r"exactly one of batch_size and pairs_per_batch"),
+        ("training.pairs_per_batch=0", r"training\.pairs_per_batch: .*greater than 0"),
         ("training.lr=fast", r"training\.lr: "),
         ("training.lr=-1", r"training\.lr: .*greater than 0"),
         ("training.lr=.nan", r"training\.lr: "),
@@ -103,6 +107,18 @@ def test_assignments():
 def test_bad_values_are_named(text, message):
     with pytest.raises(InputError, match=message):
         load_config("quick").replaced(parse_assignments([text]))
+
+
+def test_pairs_or_molecules_set_the_size_of_batches():
+    config = load_config("quick")
+    by_pairs = config.replaced({"training.pairs_per_batch": 9000})
+    assert (by_pairs.training.batch_size, by_pairs.training.pairs_per_batch) == (None, 9000)
+    assert by_pairs.replaced({"training.batch_size": 64}) == config
+    assert config.replaced({"training.pairs_per_batch": None}) == config
+    alone = MoleculeConfig.of(RawConfig("a", {"name": "a", "training": {"pairs_per_batch": 9}}))
+    assert alone.training.batch_size is None
+    with pytest.raises(InputError, match=r"training: .*exactly one of batch_size and pairs_per"):
+        config.replaced({"training.pairs_per_batch": 9, "training.batch_size": 9})
 
 
 @pytest.mark.parametrize(

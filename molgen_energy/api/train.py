@@ -248,7 +248,7 @@ def _prepared(
         try:
             if resume is None:
                 initialise(task)
-            total = total_steps(task.config.training, task.batches_per_epoch)
+            total = total_steps(task.config.training, task.starts)
         except BaseException:
             task.close()
             raise

@@ -261,12 +261,15 @@ def _announce(run: TrainingRun) -> None:
     say(f"data    {data['source']}: {count}")
     say(f"model   {run.system.describe(task.config, parameters)}, on {task.device}")
     shared = f", shared by {world_size()} processes" if world_size() > 1 else ""
-    batch = task.config.training.batch_size
     length = counted(run.steps, "steps")
     initial = describe_initial_weights(task.state)
     if initial:
         say(f"from    {initial}")
-    say(f"length  {length} of {counted(batch, samples)}{shared}")
+    size = counted(task.config.training.batch_size or 0, samples)
+    if (pairs := task.config.training.pairs_per_batch) is not None:
+        mean = data["training_samples"] / task.starts[1]
+        size = f"at most {pairs:,} pairs of atoms, {mean:,.3g} {samples} on average"
+    say(f"length  {length} of {size}{shared}")
     say(f"run     {run.folder}")
 
 

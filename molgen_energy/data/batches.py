@@ -9,11 +9,12 @@ the molecules in it.
 
 from __future__ import annotations
 
+import bisect
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, Protocol, TypeVar, overload
 
 import numpy as np
@@ -22,13 +23,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from molgen_energy.data.hdf5 import MoleculeFile
-from molgen_energy.data.molecules import Molecules
+from molgen_energy.data.molecules import Molecules, batch_by_size
 from molgen_energy.data.splits import SPLITS
 
 _BATCHES_PER_BLOCK = 32
 _RUN = 4096  # most molecules of a run: few enough to mix well, enough to read fast
 _RUNS_PER_WINDOW = 32  # at least, where batches are small enough
 _BLOCK = 1 << 20  # molecules whose split is read at once
+
+
+@dataclass(frozen=True)
+class PairBudget:
+    """Size of batches of at most so many pairs of atoms, B·N², instead of so many molecules.
+
+    Batches of larger molecules hold fewer of them, so that all take about the same memory and time.
+    A molecule with more pairs is a batch of its own.
+    """
+
+    pairs: int
+
+    def expected(self, sizes: NDArray[np.int64]) -> int:
+        """About how many molecules of these sizes make a batch, if it is not padded."""
+        return max(1, int(self.pairs / np.mean(np.square(sizes, dtype=np.float64))))
+
+
+BatchSize = int | PairBudget
+"""Molecules in a batch, or a bound of their pairs of atoms."""
 
 Window = TypeVar("Window")
 Window_co = TypeVar("Window_co", covariant=True)
@@ -44,23 +64,27 @@ class BatchIndex:
         Their numbers within the window, (B,).
     sizes
         Their numbers of atoms, (B,), known without the window.
+    weight
+        Of the mean of their losses: 1, but for a `PairBudget` the number of molecules over its mean
+        in the epoch. With it a molecule of a large batch counts as much as one of a small batch.
     """
 
     window: int
     which: NDArray[np.int64]
     sizes: NDArray[np.int64]
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.which)
 
     def shard(self, rank: int, world: int) -> BatchIndex:
         """The shard of process `rank` of `world`; empty with more processes than molecules."""
-        return BatchIndex(self.window, self.which[rank::world], self.sizes[rank::world])
+        return replace(self, which=self.which[rank::world], sizes=self.sizes[rank::world])
 
     def largest(self, count: int) -> BatchIndex:
         """The `count` largest molecules of the batch."""
         order = np.argsort(-self.sizes, kind="stable")[:count]
-        return BatchIndex(self.window, self.which[order], self.sizes[order])
+        return replace(self, which=self.which[order], sizes=self.sizes[order])
 
 
 @dataclass(frozen=True)
@@ -178,10 +202,44 @@ class DeviceMolecules:
         return torch.cat([molecule[None], pairs.t()]), self._bond_order[rows]
 
 
+class EpochStarts:
+    """The number of batches before each epoch, which is the step at which the epoch begins.
+
+    Parameters
+    ----------
+    batches
+        Of every epoch; or a function that counts those of one epoch, which is called for all epochs
+        up to the one in question, once each.
+    """
+
+    def __init__(self, batches: int | Callable[[int], int]) -> None:
+        self._batches = batches
+        self._starts = [0]
+
+    def __getitem__(self, epoch: int) -> int:
+        """The first step of an epoch."""
+        if isinstance(self._batches, int):
+            return epoch * self._batches
+        while len(self._starts) <= epoch:
+            self._count(self._batches)
+        return self._starts[epoch]
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch of a step, both from 0."""
+        if isinstance(self._batches, int):
+            return step // self._batches
+        while self._starts[-1] <= step:
+            self._count(self._batches)
+        return bisect.bisect_right(self._starts, step) - 1
+
+    def _count(self, batches: Callable[[int], int]) -> None:
+        self._starts.append(self._starts[-1] + batches(len(self._starts) - 1))
+
+
 class TrainingData(Protocol[Window_co]):
     """Batches of training molecules, epoch by epoch."""
 
-    batches_per_epoch: int
+    starts: EpochStarts
     seconds_waited: float
     """Seconds that `window` has waited for data, including the first window."""
 
@@ -212,17 +270,24 @@ class ResidentData(Generic[Window]):
     """
 
     def __init__(
-        self, window: Window, sizes: NDArray[np.int64], batch_size: int, seed: int
+        self, window: Window, sizes: NDArray[np.int64], batch_size: BatchSize, seed: int
     ) -> None:
         self._window, self._sizes = window, sizes
         self._batch_size, self._seed = batch_size, seed
-        self.batches_per_epoch = batches_per_epoch(len(sizes), batch_size)
+        if isinstance(batch_size, PairBudget):
+            self.starts = EpochStarts(lambda epoch: len(self._batches(epoch)))
+        else:
+            self.starts = EpochStarts(batches_per_epoch(len(sizes), batch_size))
         self.seconds_waited = 0.0
+
+    def _batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        return epoch_batches(self._sizes, self._batch_size, self._seed, epoch)
 
     def epoch(self, epoch: int) -> list[BatchIndex]:
         """The batches of an epoch: every training molecule once, by seed and `epoch` alone."""
-        batches = epoch_batches(self._sizes, self._batch_size, self._seed, epoch)
-        return [BatchIndex(0, which, self._sizes[which]) for which in batches]
+        batches = self._batches(epoch)
+        mean = _mean_batch(self._batch_size, len(self._sizes), len(batches))
+        return _indices(0, batches, self._sizes, mean)
 
     def window(self, number: int) -> Window:
         """All molecules."""
@@ -254,7 +319,7 @@ class StreamedData(Generic[Window]):
         (M,) each, and `check_cancelled`, which raises once the window is not needed any more.
         Called in the reading thread.
     molecules
-        Most molecules of a window; at least a batch.
+        Most molecules of a window; at least a batch of a number of molecules.
     batch_size, seed
         Size of the batches, and seed of their order.
     columns
@@ -269,18 +334,22 @@ class StreamedData(Generic[Window]):
         ],
         *,
         molecules: int,
-        batch_size: int,
+        batch_size: BatchSize,
         seed: int,
         columns: Collection[str] = (),
     ) -> None:
         self._file, self._make, self._columns = file, make, columns
         self._batch_size, self._seed = batch_size, seed
-        # All runs except the last are whole batches, so every epoch has the same number of batches
-        # for any combination of runs, and no window ends with a small batch.
-        self._run = batch_size * max(1, min(_RUN, molecules // _RUNS_PER_WINDOW) // batch_size)
-        self._starts, total = self._cut()
-        self._windows = -(-(len(self._starts) - 1) // max(1, molecules // self._run))
-        self.batches_per_epoch = batches_per_epoch(total, batch_size)
+        # All runs except the last are whole batches of a number of molecules, so every epoch has
+        # the same number of these for any combination of runs, and no window ends with a small one.
+        whole = batch_size if isinstance(batch_size, int) else 1
+        self._run = whole * max(1, min(_RUN, molecules // _RUNS_PER_WINDOW) // whole)
+        self._cuts, self._total = self._cut()
+        self._windows = -(-(len(self._cuts) - 1) // max(1, molecules // self._run))
+        if isinstance(batch_size, PairBudget):
+            self.starts = EpochStarts(lambda epoch: sum(self._counts(epoch)))
+        else:
+            self.starts = EpochStarts(batches_per_epoch(self._total, batch_size))
         self.seconds_waited = 0.0
         self._present: tuple[int, Window] | None = None
         self._following: tuple[int, Future[Window]] | None = None
@@ -301,7 +370,7 @@ class StreamedData(Generic[Window]):
         """Training molecules of ascending runs: numbers in the file and among all of training."""
         numbers, ranks = [], []
         for run in runs.tolist():
-            begin, end = self._starts[run], self._starts[run + 1]
+            begin, end = self._cuts[run], self._cuts[run + 1]
             split = self._file.split[begin:end]
             members = begin + np.flatnonzero(split == SPLITS.index("train"))
             numbers.append(members)
@@ -311,7 +380,7 @@ class StreamedData(Generic[Window]):
     def _shuffled(self, stream: int, epoch: int) -> NDArray[np.int64]:
         """All runs in a random order, which differs from that of batches by the stream."""
         rng = np.random.default_rng([self._seed, epoch, stream])
-        return rng.permutation(len(self._starts) - 1)
+        return rng.permutation(len(self._cuts) - 1)
 
     def _runs(self, epoch: int) -> list[NDArray[np.int64]]:
         """The runs of each window of an epoch, ascending within the window."""
@@ -323,21 +392,35 @@ class StreamedData(Generic[Window]):
         epoch, place = divmod(window, self._windows)
         return self._members(self._runs(epoch)[place])
 
-    def _batches(self, window: int) -> list[BatchIndex]:
+    def _batches(self, window: int) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
+        """The batches of a window, and the sizes of its molecules."""
         sizes = self._file.sizes(self._content(window)[0])
-        batches = epoch_batches(sizes, self._batch_size, self._seed, window)
-        return [BatchIndex(window, which, sizes[which]) for which in batches]
+        return epoch_batches(sizes, self._batch_size, self._seed, window), sizes
+
+    def _counts(self, epoch: int) -> list[int]:
+        """The number of batches of each window of an epoch."""
+        if isinstance(self._batch_size, PairBudget):
+            return [len(self._batches(window)[0]) for window in self._windows_of(epoch)]
+        last, whole = len(self._cuts) - 2, self._run // self._batch_size
+        # Batches that the last run lacks.
+        short = (last + 1) * whole - batches_per_epoch(self._total, self._batch_size)
+        return [len(runs) * whole - short * int(runs[-1] == last) for runs in self._runs(epoch)]
+
+    def _windows_of(self, epoch: int) -> range:
+        return range(epoch * self._windows, (epoch + 1) * self._windows)
 
     def epoch(self, epoch: int) -> Sequence[BatchIndex]:
         """The batches of an epoch: every training molecule once, by seed and `epoch` alone.
 
-        Batches of a window are made when the first of them is used; nothing is read.
+        Batches of a window are made when the first of them is used; no molecules are read.
         """
-        last, whole = len(self._starts) - 2, self._run // self._batch_size
-        short = (last + 1) * whole - self.batches_per_epoch  # batches that the last run lacks
-        counts = [len(runs) * whole - short * int(runs[-1] == last) for runs in self._runs(epoch)]
-        first = epoch * self._windows
-        return _BatchSequence(self._batches, range(first, first + self._windows), counts)
+        counts = self._counts(epoch)
+        mean = _mean_batch(self._batch_size, self._total, sum(counts))
+
+        def make(window: int) -> list[BatchIndex]:
+            return _indices(window, *self._batches(window), mean)
+
+        return _BatchSequence(make, self._windows_of(epoch), counts)
 
     def window(self, number: int) -> Window:
         """The molecules that batches of this window index; starts reading the next window.
@@ -431,7 +514,7 @@ def batches_per_epoch(molecules: int, batch_size: int) -> int:
 
 
 def epoch_batches(
-    sizes: NDArray[np.int64], batch_size: int, seed: int, epoch: int
+    sizes: NDArray[np.int64], batch_size: BatchSize, seed: int, epoch: int
 ) -> list[NDArray[np.int64]]:
     """Every molecule once in random batches of similar size; depends on seed and epoch alone.
 
@@ -441,14 +524,38 @@ def epoch_batches(
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(sizes))
-    block = batch_size * _BATCHES_PER_BLOCK
-    # Blocks hold a whole number of batches, so only the epoch's last batch can be smaller.
+    count = batch_size.expected(sizes) if isinstance(batch_size, PairBudget) else batch_size
+    block = count * _BATCHES_PER_BLOCK
+    # Blocks hold a whole number of batches of a number of molecules, so only the epoch's last one
+    # can be smaller. With a budget of pairs, that of the largest molecules of a block can be.
     batches = []
     for start in range(0, len(order), block):
         members = order[start : start + block]
-        members = members[np.argsort(sizes[members], kind="stable")]
-        batches += [members[k : k + batch_size] for k in range(0, len(members), batch_size)]
+        batches += [members[which] for which in _by_size(sizes[members], batch_size)]
     return [batches[k] for k in rng.permutation(len(batches))]
+
+
+def _by_size(sizes: NDArray[np.int64], batch_size: BatchSize) -> Iterable[NDArray[np.int64]]:
+    """Every molecule once, by ascending size, in batches."""
+    if isinstance(batch_size, PairBudget):
+        return batch_by_size(sizes, batch_size.pairs)
+    order = np.argsort(sizes, kind="stable")
+    return [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
+
+
+def _mean_batch(batch_size: BatchSize, molecules: int, batches: int) -> float | None:
+    """Mean molecules of a batch if their numbers differ; None if not, but for the last batch."""
+    return molecules / batches if isinstance(batch_size, PairBudget) else None
+
+
+def _indices(
+    window: int, batches: list[NDArray[np.int64]], sizes: NDArray[np.int64], mean: float | None
+) -> list[BatchIndex]:
+    """Batches of a window, with weights in proportion to their numbers unless `mean` is None."""
+    return [
+        BatchIndex(window, which, sizes[which], 1.0 if mean is None else len(which) / mean)
+        for which in batches
+    ]
 
 
 class Padding(NamedTuple):

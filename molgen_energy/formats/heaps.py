@@ -14,6 +14,7 @@ from pathlib import Path
 
 _HEAP = b"GCOL\x01\0\0\0"  # signature, version and three zeros
 _HEADER = 16  # bytes, of a heap and of an object in it
+_STRETCH = 1 << 26  # bytes that are mapped into memory at once
 _SIZE = slice(8, 16)  # of a heap or an object; the index of an object is in its first two bytes
 
 
@@ -32,11 +33,15 @@ def _damaged_heap(path: Path, *_: int) -> int | None:
         if not os.fstat(file.fileno()).st_size:
             return None
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            place = content.find(_HEAP)
-            while place >= 0:
-                if not _is_whole(content, place):
-                    return place
-                place = content.find(_HEAP, place + 1)
+            for start in range(0, len(content), _STRETCH):
+                end = start + _STRETCH + len(_HEAP) - 1
+                place = content.find(_HEAP, start, end)
+                while place >= 0:
+                    if not _is_whole(content, place):
+                        return place
+                    place = content.find(_HEAP, place + 1, end)
+                if hasattr(mmap, "MADV_DONTNEED"):  # else the whole file counts as our memory
+                    content.madvise(mmap.MADV_DONTNEED, start, min(_STRETCH, len(content) - start))
     return None
 
 

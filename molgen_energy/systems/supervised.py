@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from molgen_energy.config import Config
 from molgen_energy.data.arrays import ArrayFile
-from molgen_energy.data.batches import BatchIndex, batches_per_epoch, epoch_batches
+from molgen_energy.data.batches import BatchIndex, EpochStarts, batches_per_epoch, epoch_batches
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.distributed import all_reduce_sum, rank, world_size
 from molgen_energy.errors import InputError
@@ -99,6 +99,12 @@ class SupervisedTask:
         in_train, in_valid = training_indices(file), file.split_indices("valid")
         if config.training.lr == "auto":
             raise InputError("training.lr: auto is not supported here; set a number")
+        if config.training.batch_size is None:
+            raise InputError(
+                "training.pairs_per_batch: only molecules have pairs of atoms; set "
+                "training.batch_size"
+            )
+        self._batch_size = config.training.batch_size
         self.config = config.replaced({"data.path": portable_path(file.path)})
         self.device = device
         self.model = model.to(device)
@@ -118,15 +124,14 @@ class SupervisedTask:
         return FittedWeights(checkpoint.tensors("ema", self.model))
 
     @property
-    def batches_per_epoch(self) -> int:
-        """Steps of a pass over the training samples."""
-        return batches_per_epoch(len(self._train), self.config.training.batch_size)
+    def starts(self) -> EpochStarts:
+        """The first step of each pass over the training samples."""
+        return EpochStarts(batches_per_epoch(len(self._train), self._batch_size))
 
     def epoch(self, epoch: int) -> Sequence[BatchIndex]:
         """The batches of an epoch; they depend on the seed and `epoch` alone."""
-        training = self.config.training
         sizes = np.full(len(self._train), self._train.targets.shape[1])
-        batches = epoch_batches(sizes, training.batch_size, training.seed, epoch)
+        batches = epoch_batches(sizes, self._batch_size, self.config.training.seed, epoch)
         return [BatchIndex(0, which, sizes[which]) for which in batches]
 
     def loss(

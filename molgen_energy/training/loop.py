@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from molgen_energy import __version__
 from molgen_energy.config import TrainingConfig
-from molgen_energy.data.batches import BatchIndex
+from molgen_energy.data.batches import BatchIndex, EpochStarts
 from molgen_energy.distributed import all_reduce_sum, is_main, rank, world_size
 from molgen_energy.errors import InputError, TrainingFailedError
 from molgen_energy.formats.limits import check_memory
@@ -94,15 +94,16 @@ class _Progress:
     seconds: float = 0.0
     best_valid: float | None = None
     last_valid: float | None = None
-    # Sums since the last row of metrics.csv, so that rows do not depend on interruptions.
+    # Weighted sums since the last row of metrics.csv, so that rows do not depend on interruptions.
     sums: tuple[float, ...] = ()
     count: int = 0
+    weight: float = 0.0
     # Steps skipped because loss or gradient was not finite: in all, and in a row up to now.
     skipped: int = 0
     skipped_in_row: int = 0
 
 
-def total_steps(training: TrainingConfig, batches_per_epoch: int) -> int:
+def total_steps(training: TrainingConfig, starts: EpochStarts) -> int:
     """Length of a run in steps.
 
     Raises
@@ -115,7 +116,7 @@ def total_steps(training: TrainingConfig, batches_per_epoch: int) -> int:
     if training.steps is not None:
         return training.steps
     assert training.epochs is not None
-    return training.epochs * batches_per_epoch
+    return starts[training.epochs]
 
 
 def learning_rate(training: TrainingConfig, step: int, steps: int) -> float:
@@ -242,7 +243,7 @@ class _Trainer:
     def __init__(self, task: Task, run: Path, callback: TrainingCallback) -> None:
         self.task, self.folder, self.callback = task, run, callback
         self.training = task.config.training
-        self.steps = total_steps(self.training, task.batches_per_epoch)
+        self.steps = total_steps(self.training, task.starts)
         self.model: nn.Module = task.model
         if task.device.type == "cpu":
             size = _COPIES * sum(p.numel() * p.element_size() for p in task.model.parameters())
@@ -259,6 +260,9 @@ class _Trainer:
     def _zero_sums(self) -> tuple[float, ...]:
         """Sums of loss, its terms and gradient norm, over no steps."""
         return (0.0,) * (2 + len(self.task.loss_terms))
+
+    def _begin_row(self) -> None:
+        self.at.sums, self.at.count, self.at.weight = self._zero_sums(), 0, 0.0
 
     # -- the run's folder ----------------------------------------------------------------------
 
@@ -313,7 +317,7 @@ class _Trainer:
             weights["springs"] = self.task.adaptive.state()
         at = self.at
         progress = vars(at) | {"sums": list(at.sums)}
-        state = {"epoch": at.step // self.task.batches_per_epoch, "progress": progress}
+        state = {"epoch": self.task.starts.epoch_of(at.step), "progress": progress}
         path = self.folder / "checkpoints" / which
         save_checkpoint(path, self.task.config, state | self.task.state, weights)
 
@@ -349,9 +353,11 @@ class _Trainer:
             _check_not_negative(springs, checkpoint.path)
             self.task.adaptive.load_state(springs)
         progress = checkpoint.progress
-        self.at = _Progress(**progress.model_dump() | {"sums": tuple(progress.sums)})
+        weight = progress.count if progress.weight is None else progress.weight
+        values = {"sums": tuple(progress.sums), "weight": float(weight)}
+        self.at = _Progress(**progress.model_dump() | values)
         if len(self.at.sums) != len(self._zero_sums()):  # format 2 has sums of other terms
-            self.at.sums, self.at.count = self._zero_sums(), 0
+            self._begin_row()
 
     def _restore_optimizers(self, checkpoint: Checkpoint) -> None:
         tensors = checkpoint.tensors("optimizer", self.task.model)
@@ -391,8 +397,8 @@ class _Trainer:
     def measure(self, seconds: float, most: int) -> tuple[float, float, int]:
         """Take some steps: seconds of a step, of one sample without gradients, and their number.
 
-        The first step, on the largest of some batches, also compiles kernels and reserves memory;
-        its time does not count.
+        The time of a sample is that of a mean one. The first step, on the largest of some batches,
+        also compiles kernels and reserves memory; its time does not count.
         """
         batches = list(self.task.epoch(0)[:_MEASURED_BATCHES])
         never = threading.Event()
@@ -409,7 +415,8 @@ class _Trainer:
         with torch.no_grad():
             loss = self.task.loss(self.ema.model, batches[0], seed=0)["loss"].sum()
         float(loss)  # waits for a GPU
-        return step, (time.perf_counter() - began) / len(batches[0]), count
+        sample = (time.perf_counter() - began) * batches[0].weight / len(batches[0])
+        return step, sample, count
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -430,7 +437,7 @@ class _Trainer:
                 self.callback(
                     self.at.step,
                     self.steps,
-                    self.at.sums[0] / self.at.count if self.at.count else math.nan,
+                    self.at.sums[0] / self.at.weight if self.at.weight else math.nan,
                     row_samples / (now - row_began),
                 )
                 last = self.at.step == self.steps
@@ -476,7 +483,8 @@ class _Trainer:
     def _batches(self) -> Iterator[BatchIndex]:
         """The batches from the current step to the last."""
         while self.at.step < self.steps:
-            epoch, done = divmod(self.at.step, self.task.batches_per_epoch)
+            epoch = self.task.starts.epoch_of(self.at.step)
+            done = self.at.step - self.task.starts[epoch]
             for batch in self.task.epoch(epoch)[done:]:
                 if self.at.step == self.steps:
                     return
@@ -493,7 +501,7 @@ class _Trainer:
         norm = self.clipper.clip(parameters) if self.training.clip_gradients else _norm(parameters)
         self.at.step += 1
         if math.isfinite(values[0]) and math.isfinite(norm):
-            self._update(values, norm)
+            self._update(values, norm, batch.weight)
         else:
             self._skip(values[0], norm)
         self._zero_grad()
@@ -521,7 +529,11 @@ class _Trainer:
         names = ("loss", *self.task.loss_terms)
         return weight * torch.stack([losses[name].detach().sum() for name in names])
 
-    def _update(self, values: list[float], norm: float) -> None:
+    def _update(self, values: list[float], norm: float, weight: float) -> None:
+        if weight != 1:
+            torch._foreach_mul_(
+                [p.grad for p in self.task.model.parameters() if p.grad is not None], weight
+            )
         rate = learning_rate(self.training, self.at.step - 1, self.steps)
         for optimizer in self.optimizers:
             muon = isinstance(optimizer, Muon)
@@ -532,9 +544,10 @@ class _Trainer:
         if self.task.adaptive is not None:
             self.task.adaptive.finish_step(all_reduce_sum)
         self.at.sums = tuple(
-            old + new for old, new in zip(self.at.sums, (*values, norm), strict=True)
+            old + weight * new for old, new in zip(self.at.sums, (*values, norm), strict=True)
         )
         self.at.count += 1
+        self.at.weight += weight
         self.at.skipped_in_row = 0
 
     def _skip(self, loss: float, norm: float) -> None:
@@ -550,12 +563,15 @@ class _Trainer:
 
     def _out_of_memory(self, batch: BatchIndex) -> tuple[str, str]:
         """Message and remedy, with the batch size that fits the largest samples."""
-        largest, every = len(batch), world_size()
+        pairs, every = self.training.pairs_per_batch, world_size()
+        kind = f"{len(batch)}" if pairs is None else f"{pairs:,} pairs of atoms"
+        what = f"out of memory with batches of {kind}"
         self._zero_grad()
-        epoch = self.task.epoch(self.at.step // self.task.batches_per_epoch)
-        in_window = (other for other in epoch if other.window == batch.window)
-        batch = max(in_window, key=lambda other: float(other.sizes.sum()))
-        size = largest
+        if pairs is None:  # else all batches are about as large
+            epoch = self.task.epoch(self.task.starts.epoch_of(self.at.step))
+            in_window = (other for other in epoch if other.window == batch.window)
+            batch = max(in_window, key=lambda other: float(other.sizes.sum()))
+        size = len(batch)
         while size > every:
             size = max(every, size // 2)
             if self.task.device.type == "cuda":
@@ -567,9 +583,14 @@ class _Trainer:
                 continue
             finally:
                 self._zero_grad()
-            remedy = f"{size} fit: train again with --batch-size {size}"
-            return f"out of memory with batches of {largest}", remedy
-        return f"out of memory with batches of {largest}", "not even one sample fits"
+            if pairs is None:
+                return what, f"{size} fit: train again with --batch-size {size}"
+            fitting = size * int(batch.sizes.max()) ** 2
+            return (
+                what,
+                f"{fitting:,} fit: train again with --set training.pairs_per_batch={fitting}",
+            )
+        return what, "not even one sample fits"
 
     def _fail(self, what: str, remedy: str) -> NoReturn:
         text = f"{what} at step {self.at.step}"
@@ -598,13 +619,13 @@ class _Trainer:
 
     def _write_row(self, samples_per_second: float) -> None:
         at = self.at
-        means = [value / at.count if at.count else None for value in at.sums]
+        means = [value / at.weight if at.weight else None for value in at.sums]
         loss, *parts, norm = means
         validated = at.step % self.training.validate_every == 0 or at.step == self.steps
         if self.metrics is not None:
             self.metrics.write(
                 step=at.step,
-                epoch=(at.step - 1) // self.task.batches_per_epoch,
+                epoch=self.task.starts.epoch_of(at.step - 1),
                 loss=loss,
                 **dict(zip(self.task.loss_terms, parts, strict=True)),
                 valid_loss=at.last_valid if validated else None,
@@ -614,7 +635,7 @@ class _Trainer:
                 seconds=at.seconds,
                 skipped=at.skipped,
             )
-        at.sums, at.count = self._zero_sums(), 0
+        self._begin_row()
 
 
 def _optimizers(

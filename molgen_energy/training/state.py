@@ -31,6 +31,8 @@ class Progress(Schema):
     """Sums of loss, its terms and gradient norm since the last row of `metrics.csv`."""
     count: Count = 0
     """Steps in these sums."""
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Of these steps in the sums; earlier versions wrote none, where each has weight 1."""
     skipped: Count = 0
     """Steps whose loss or gradient was not finite."""
     skipped_in_row: Count = 0

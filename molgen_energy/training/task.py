@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from molgen_energy.config import Config
-from molgen_energy.data.batches import BatchIndex
+from molgen_energy.data.batches import BatchIndex, EpochStarts
 from molgen_energy.losses import AdaptiveSprings
 from molgen_energy.training.channels import FittedWeights
 from molgen_energy.training.checkpoint import Checkpoint
@@ -44,8 +44,8 @@ class Task(Protocol):
         ...
 
     @property
-    def batches_per_epoch(self) -> int:
-        """Number of batches in an epoch; every epoch has as many."""
+    def starts(self) -> EpochStarts:
+        """The step at which each epoch begins."""
         ...
 
     def epoch(self, epoch: int) -> Sequence[BatchIndex]:

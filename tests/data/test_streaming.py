@@ -86,7 +86,8 @@ def test_an_epoch_shows_every_training_molecule_once(large, monkeypatch, window,
     for epoch in (0, 3):
         seen = []
         batches = data.epoch(epoch)
-        assert len(batches) == data.batches_per_epoch == batches_per_epoch(len(train), batch_size)
+        assert len(batches) == batches_per_epoch(len(train), batch_size)
+        assert data.starts[epoch + 1] - data.starts[epoch] == len(batches)
         for batch in batches:
             molecules, numbers, ranks = data.window(batch.window)
             assert len(molecules) <= max(window, batch_size)

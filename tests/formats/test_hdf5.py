@@ -15,7 +15,7 @@ from molgen_energy.data import hdf5 as molecule_files
 from molgen_energy.data.hdf5 import MOLECULES, MoleculeFile, MoleculeWriter, system_of
 from molgen_energy.data.molecules import Bonds, Molecules, Property, offsets_from_sizes
 from molgen_energy.errors import InputError
-from molgen_energy.formats import limits
+from molgen_energy.formats import heaps, limits
 from molgen_energy.formats.declaration import DatasetSpec, HDF5Format, check_values
 from molgen_energy.formats.hdf5 import open_hdf5
 from molgen_energy.metrics.reference import Reference
@@ -496,3 +496,15 @@ def test_bonds_by_hand(monkeypatch):
                 index.astype("u4"), offsets_from_sizes(sizes), offsets_from_sizes(counts)
             )
             assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("place", [0, 4090, 4096, 9000])
+def test_heaps_are_searched_in_stretches(tmp_path, monkeypatch, place):
+    """Also one that begins in a stretch and ends in the next."""
+    monkeypatch.setattr(heaps, "_STRETCH", 4096)
+    size = (80).to_bytes(8, "little")
+    heap = b"GCOL\1\0\0\0" + size + b"\0" * 8 + (64).to_bytes(8, "little") + b"\0" * 48
+    for number, content in enumerate((heap, heap.replace(size, (96).to_bytes(8, "little")))):
+        path = tmp_path / f"{number}.h5"
+        path.write_bytes(b"\0" * place + content + b"\0" * 5000)
+        assert heaps.damaged_heap(path) == (place if number else None)

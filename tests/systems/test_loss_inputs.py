@@ -103,6 +103,24 @@ def test_symmetrized_edges_of_a_batch_are_those_of_the_molecules(few):
     torch.testing.assert_close(loss(prediction, target, mask, **found), expected)
 
 
+def test_tables_take_the_place_that_each_molecule_needs(molecules):
+    """Methane has 4 neighbours for each of 5 atoms, whatever the largest molecule needs."""
+    some = molecules.select(np.r_[0:4, 1000:1040:8])
+    section = energy(edges="symmetrized", pool=3)
+    lists = LossInputs(section, section.requires, 1, some, CPU)._neighbours
+    edges = section.build_edges(1)
+    needed = 0
+    for number in range(len(some)):
+        positions = torch.from_numpy(some[number].positions)[None]
+        table = edges.prepare_neighbours(positions, numbers=np.array([number]))
+        needed += table.index[0].numel()
+        found = lists.padded(np.array([number]), torch.ones(1, positions.shape[1], dtype=bool))
+        assert torch.equal(found.index, table.index)
+        torch.testing.assert_close(found.weight, table.weight)
+    assert lists.index.numel() == lists.weight.numel() == needed
+    assert needed < 0.8 * len(some) * some.sizes.max() * int(lists.widths.max())
+
+
 def test_coincident_atoms_are_named():
     positions = np.array([[0, 0, 0], [1, 0, 0], [0, 0, 0], [0, 0, 1e-3], [1, 0, 0]], np.float32)
     pair = Molecules(positions, np.full(5, 6, np.uint8), np.array([0, 2, 5]))

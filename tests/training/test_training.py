@@ -23,6 +23,7 @@ import yaml
 from conftest import config_of
 from runs import CPU, Watcher, assert_same_run, tiny, weights
 
+from molgen_energy.data.batches import EpochStarts
 from molgen_energy.diffusion.geometry import centred
 from molgen_energy.diffusion.objective import Terms
 from molgen_energy.diffusion.process import PROCESSES
@@ -758,12 +759,13 @@ def test_learning_rate():
 
 
 def test_length_of_a_run():
-    assert total_steps(tiny().training, 7) == 12
+    assert total_steps(tiny().training, EpochStarts(7)) == 12
     epochs = tiny().replaced({"training.epochs": 3})
     assert epochs.training.steps is None
-    assert total_steps(epochs.training, 7) == 21
+    assert total_steps(epochs.training, EpochStarts(7)) == 21
+    assert total_steps(epochs.training, EpochStarts([5, 7, 6].__getitem__)) == 18
     with pytest.raises(InputError, match=r"exactly one of training\.steps and training\.epochs"):
-        total_steps(tiny().training.model_copy(update={"epochs": 2}), 7)
+        total_steps(tiny().training.model_copy(update={"epochs": 2}), EpochStarts(7))
 
 
 def test_checkpoints_that_do_not_fit(unbroken, tmp_path):

@@ -119,7 +119,10 @@ class ObjectiveConfig(Section):
 
 
 class MoleculeTrainingConfig(TrainingConfig):
-    """Optimisation. Either `steps` or `epochs` sets the length."""
+    """Optimisation. Either `steps` or `epochs` sets the length.
+
+    Either `batch_size` or `pairs_per_batch` sets the size of batches.
+    """
 
     augment_rotations: bool = False
     low_precision: bool | Literal["auto"] = "auto"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.data.batches import MoleculeBatch
@@ -18,9 +19,6 @@ from molgen_energy.losses import Edges, LossConfig, Neighbours
 from molgen_energy.progress import ProgressCallback, no_progress
 
 _PAIRS_AT_ONCE = 300_000
-
-# Molecules by number, and for each of their atoms the neighbours and their weights, (b, n, k).
-_Table = tuple[NDArray[np.int64], NDArray[np.integer[Any]], NDArray[np.float32]]
 
 
 def with_required_bonds(molecules: Molecules, requires: frozenset[str]) -> Molecules:
@@ -75,12 +73,12 @@ class LossInputs:
         check_cancelled: Callable[[], None] = lambda: None,
     ) -> None:
         self._requires = requires
-        self._neighbours: Neighbours | None = None
+        self._neighbours: _NeighbourLists | None = None
         if "neighbours" in loss.requires:
             order = np.arange(len(molecules))
             edges = loss.build_edges(seed)
             assert edges is not None
-            index, weight = _neighbour_table(
+            self._neighbours = _neighbour_lists(
                 edges,
                 molecules,
                 name,
@@ -88,43 +86,75 @@ class LossInputs:
                 order if ranks is None else ranks,
                 progress,
                 check_cancelled,
-            )
-            self._neighbours = Neighbours(
-                torch.from_numpy(index).to(device), torch.from_numpy(weight).to(device)
-            )
+            ).to(device)
 
     def of(self, which: NDArray[np.int64], batch: MoleculeBatch, state: State) -> dict[str, Any]:
         """Arguments of the loss for a batch of the molecules with these numbers (B,)."""
-        atoms = batch.mask.shape[1]
         inputs: dict[str, Any] = {}
         if "features" in self._requires:
             inputs["features"] = state.atoms[..., state.layout.fields["positions"].channels :]
         if "bonds" in self._requires:
             inputs["bonds"] = batch.bonds
         if self._neighbours is not None:
-            at = torch.from_numpy(which).to(batch.mask.device)
-            index, weight = self._neighbours.index[at, :atoms], self._neighbours.weight
-            assert weight is not None
-            # Indices at padding may exceed the largest molecule of the batch.
-            index = index.long().clamp(max=max(0, atoms - 1))
-            inputs["neighbours"] = Neighbours(index, weight[at, :atoms])
+            inputs["neighbours"] = self._neighbours.padded(which, batch.mask)
         return inputs
 
 
-def table_bytes(loss: LossConfig, molecules: int, largest: int) -> int:
-    """Memory that `LossInputs` takes at most, for molecules of at most `largest` atoms.
+def table_bytes(loss: LossConfig, pairs: int) -> int:
+    """Memory that `LossInputs` takes at most, for molecules of so many pairs of atoms in all.
 
     Symmetries may connect an atom with all others, with an index of 1 byte and a weight of 4 bytes
-    each. The table is in memory twice while it is built.
+    each. The lists are in memory twice while they are built.
     """
-    return 2 * 5 * molecules * largest**2 if "neighbours" in loss.requires else 0
+    return 2 * 5 * pairs if "neighbours" in loss.requires else 0
+
+
+class _NeighbourLists:
+    """Neighbours of the atoms of many molecules: of each n·k, as wide as this molecule needs.
+
+    Few molecules have symmetries that need more than 2D neighbours, and few are as large as the
+    largest; a padded table of drug-like molecules would take ten times as much memory.
+
+    Parameters
+    ----------
+    index, weight
+        Neighbours of the atoms, one molecule after another, and their weights, (T,).
+    starts, widths
+        Where each molecule begins in them, and its k, (M,).
+    """
+
+    def __init__(self, index: Tensor, weight: Tensor, starts: Tensor, widths: Tensor) -> None:
+        self.index, self.weight, self.starts, self.widths = index, weight, starts, widths
+
+    def to(self, device: torch.device) -> _NeighbourLists:
+        """The lists on a device."""
+        return _NeighbourLists(
+            self.index.to(device), self.weight.to(device), self.starts.to(device), self.widths
+        )
+
+    def padded(self, which: NDArray[np.int64], mask: Tensor) -> Neighbours:
+        """The table of molecules (B,) with real atoms (B, N); free places hold the atom itself."""
+        device, atoms = mask.device, mask.shape[1]
+        widths = self.widths[which]
+        most = int(widths.max()) if len(widths) else 0
+        width = widths.to(device)[:, None, None]
+        row, place = torch.arange(atoms, device=device)[:, None], torch.arange(most, device=device)
+        used = mask[:, :, None] & (place < width)
+        at = torch.from_numpy(which).to(device)
+        source = torch.where(used, self.starts[at, None, None] + row * width + place, 0)
+        if not len(self.index):  # no molecule has a pair
+            return Neighbours(row.expand(source.shape), torch.zeros(source.shape, device=device))
+        return Neighbours(
+            torch.where(used, self.index[source].long(), row),
+            torch.where(used, self.weight[source], 0),
+        )
 
 
 def _index_type(molecules: Molecules) -> type[np.integer[Any]]:
     return np.uint8 if molecules.sizes.max(initial=0) < 256 else np.int16
 
 
-def _neighbour_table(
+def _neighbour_lists(
     edges: Edges,
     molecules: Molecules,
     name: str,
@@ -132,10 +162,11 @@ def _neighbour_table(
     ranks: NDArray[np.int64],
     progress: ProgressCallback,
     check_cancelled: Callable[[], None],
-) -> tuple[NDArray[np.integer[Any]], NDArray[np.float32]]:
-    """Neighbours and weights of each atom, (M, N, K); free places hold the atom itself."""
-    tables: list[_Table] = []
-    done = 0
+) -> _NeighbourLists:
+    """Neighbours and weights of each atom of the molecules."""
+    indices, weights = [np.empty(0, _index_type(molecules))], [np.empty(0, np.float32)]
+    starts, widths = np.empty((2, len(molecules)), np.int64)
+    done = total = 0
     for which in batch_by_size(molecules.sizes, _PAIRS_AT_ONCE):
         check_cancelled()
         positions, numbers = molecules.select(which).padded()
@@ -145,19 +176,20 @@ def _neighbour_table(
         except ValueError as error:
             raise _too_close(molecules, which, name, numbers_in_data, edges, error) from None
         assert table.weight is not None
-        index = table.index.numpy().astype(_index_type(molecules))
-        tables.append((which, index, table.weight.numpy()))
+        weight = table.weight.numpy()
+        # The neighbours of an atom come first in its row.
+        widths[which] = (weight > 0).sum(axis=2).max(axis=1, initial=0)
+        place = np.arange(weight.shape[2])
+        used = (numbers > 0)[:, :, None] & (place < widths[which, None, None])
+        indices.append(table.index.numpy()[used].astype(_index_type(molecules)))
+        weights.append(weight[used])
+        ends = total + np.cumsum(molecules.sizes[which] * widths[which])
+        starts[which] = ends - molecules.sizes[which] * widths[which]
+        total = int(ends[-1])
         done += len(which)
         progress(done, len(molecules))
-    atoms = int(molecules.sizes.max(initial=0))
-    width = max((index.shape[2] for _, index, _ in tables), default=0)
-    own = np.arange(atoms, dtype=_index_type(molecules))[None, :, None]
-    indices = np.broadcast_to(own, (len(molecules), atoms, width)).copy()
-    weights = np.zeros(indices.shape, np.float32)
-    for which, index, weight in tables:
-        indices[which, : index.shape[1], : index.shape[2]] = index
-        weights[which, : index.shape[1], : index.shape[2]] = weight
-    return indices, weights
+    flat = (np.concatenate(indices), np.concatenate(weights), starts, widths)
+    return _NeighbourLists(*map(torch.from_numpy, flat))
 
 
 def _too_close(

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from molgen_energy.data.batches import (
     BatchIndex,
+    BatchSize,
     DeviceMolecules,
+    EpochStarts,
     MoleculeBatch,
+    PairBudget,
     ResidentData,
     StreamedData,
     TrainingData,
@@ -208,13 +211,13 @@ class MoleculeTask:
         if config.data.in_memory:
             numbers = file.split_indices("train")
             whole = split(file.read(numbers, columns), numbers, None, progress=progress)
-            train = ResidentData(whole, whole.data.sizes, training.batch_size, training.seed)
+            train = ResidentData(whole, whole.data.sizes, _batch_size(config), training.seed)
         else:
             train = StreamedData(
                 file,
                 window,
                 molecules=config.data.window,
-                batch_size=training.batch_size,
+                batch_size=_batch_size(config),
                 seed=training.seed,
                 columns=columns,
             )
@@ -307,9 +310,9 @@ class MoleculeTask:
     # -- the interface `Task` -------------------------------------------------------------------
 
     @property
-    def batches_per_epoch(self) -> int:
-        """Steps in which every training molecule occurs once."""
-        return self._train.batches_per_epoch
+    def starts(self) -> EpochStarts:
+        """The first step of each epoch, in which every training molecule occurs once."""
+        return self._train.starts
 
     @property
     def seconds_waited(self) -> float:
@@ -371,7 +374,11 @@ class MoleculeTask:
             return None
         training, count = self.config.training, len(self._valid.data)
         total = torch.zeros((), device=self.device, dtype=torch.float64)
-        chunks = list(batch_by_size(self._valid.data.sizes, pairs=training.batch_size * 400))
+        pairs = training.pairs_per_batch
+        if pairs is None:
+            assert training.batch_size is not None
+            pairs = training.batch_size * 400
+        chunks = list(batch_by_size(self._valid.data.sizes, pairs))
         for which in chunks[rank() :: world_size()]:
             samples = torch.from_numpy(which).to(self.device)
             random = RandomNumbers(training.seed, samples, count)
@@ -399,6 +406,14 @@ class MoleculeTask:
             )
         inputs = split.inputs.of(which, batch, clean)
         return self._objective(model, clean, random, condition, inputs)
+
+
+def _batch_size(config: MoleculeConfig) -> BatchSize:
+    training = config.training
+    if training.batch_size is not None:
+        return training.batch_size
+    assert training.pairs_per_batch is not None
+    return PairBudget(training.pairs_per_batch)
 
 
 def _build_objective(config: MoleculeConfig, layout: Layout) -> Objective:
@@ -540,14 +555,14 @@ def _in_memory(
     if available is None:
         return True
     atoms = sum(size * count for size, count in summary.size_histogram.items())
-    molecules, largest = summary.training_molecules, max(summary.size_histogram)
+    pairs = sum(size**2 * count for size, count in summary.size_histogram.items())
     # For each atom: position, element, charge, and about one bond. For each molecule: offset,
     # size, number in the file, and properties.
     bonds = "bonds" in columns or "bonds" in config.loss_requires
     per_atom = 13 + int("formal_charges" in columns) + 9 * int(bonds)
     per_molecule = 40 + 8 * sum("/" in name for name in columns)
-    needed = per_atom * atoms + per_molecule * molecules
-    needed += table_bytes(config.loss, molecules, largest)
+    needed = per_atom * atoms + per_molecule * summary.training_molecules
+    needed += table_bytes(config.loss, pairs)
     return needed <= _SMALL or 4 * needed * local_world_size() <= available
 
 
