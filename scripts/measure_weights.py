@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from molgen_energy.chemistry.bonds import perceive
+from molgen_energy.chemistry.descriptors import DESCRIPTORS
 from molgen_energy.chemistry.valence import stable_atoms
 from molgen_energy.cli.console import exit_on_error, say
 from molgen_energy.cli.sample import SamplingBar
@@ -100,6 +101,8 @@ class Family:
     """Picture of the validation losses."""
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
     """Published rates by loss."""
+    measures: dict[str, str] = field(default_factory=dict)
+    """Further rows of the card: labels by the key of the metric."""
     valences: tuple[str, ...] = ()
     """Further tables of valences that stability is measured with."""
 
@@ -129,6 +132,11 @@ FAMILIES = {
         "Bank in the geometry of a program, not of a minimum. Formal charges are not sampled: "
         "an ion of the data appears as a molecule of odd valence.",
         curves="weights_ccd.png",
+        measures={
+            f"{prefix}_{key}": f"{DESCRIPTORS[key].label}, {what}"
+            for key in ("ring_systems", "rotatable_bonds", "qed", "sa_score", "logp")
+            for prefix, what in (("mean", "mean"), ("wasserstein", "Wasserstein"))
+        },
         valences=("geom",),
     ),
 }
@@ -510,7 +518,7 @@ def card(weights: PretrainedWeights) -> str:
             lines.append(f"| {name} | {' | '.join(both)} |")
     for key, label in (RATES | MORE_RATES).items():
         lines.append(f"| {label} | {figures(file, key, 100)} | {figures(data, key, 100)} |")
-    for key, label in MEASURES.items():
+    for key, label in (MEASURES | family.measures).items():
         lines.append(f"| {label} | {figures(file, key)} | {figures(data, key)} |")
     if RELAXED in found:
         lines += [
@@ -608,7 +616,7 @@ def with_table(page: str, text: str) -> str:
 
 def figures(evaluation: dict[str, Any], key: str, scale: float = 1) -> str:
     """A value and its interval."""
-    figure = evaluation["metrics"][key]
+    figure = evaluation["metrics"].get(key)
     if figure is None or figure["value"] is None:
         return "n/a"
     return spelled(figure["value"], figure["interval"], scale)

@@ -28,6 +28,8 @@ PAGES = {
     "assets/shapes.png": "images/shapes.png",
     "assets/weights/qm9_energy/card.md": "results/qm9_energy.md",
     "assets/weights/qm9_mse/card.md": "results/qm9_mse.md",
+    "assets/weights/ccd_energy/card.md": "results/ccd_energy.md",
+    "assets/weights/ccd_mse/card.md": "results/ccd_mse.md",
 }
 """Files of the repository, and where they are in the site."""
 

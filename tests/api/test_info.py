@@ -55,7 +55,7 @@ def test_what_is_missing_or_damaged_is_named(tmp_path, monkeypatch):
     assert not extras["xtb"].is_installed
     assert extras["xtb"].command == "pip install 'molgen-energy[xtb]'"
     assert {weights.name: weights.is_intact for weights in found.weights} == {
-        "qm9_energy": True, "qm9_mse": False,
+        "qm9_energy": True, "ccd_energy": True, "ccd_mse": True, "qm9_mse": False,
     }  # fmt: skip
     assert json.loads(json.dumps(found.to_dict()))["packages"]["torch"] == real("torch")
 

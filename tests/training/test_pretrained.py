@@ -28,7 +28,7 @@ from molgen_energy.training.pretrained import (
     verify_checksums,
 )
 
-NAMES = ["qm9_energy", "qm9_mse"]
+NAMES = ["qm9_energy", "ccd_energy", "ccd_mse", "qm9_mse"]
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
@@ -59,7 +59,8 @@ def test_half_precision_on_disk_float32_in_memory(name):
     for key, parameter in generator.model.named_parameters():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter.half(), stored[key])
-    sampler, evaluated_with = generator.sampler, {"steps": 100, "spacing": "quadratic"}
+    steps = 50 if name.startswith("ccd") else 100
+    sampler, evaluated_with = generator.sampler, {"steps": steps, "spacing": "quadratic"}
     assert checkpoint.state["sampling"] == evaluated_with
     assert {"steps": sampler.steps, "spacing": sampler.spacing} == evaluated_with
     other = MoleculeGenerator(checkpoint, CPU, steps=7, spacing="log").sampler
@@ -72,7 +73,7 @@ def test_names_and_folders(tmp_path, monkeypatch):
     shipped = resolve_checkpoint(Path("qm9_mse"))
     assert shipped == pretrained_weights()["qm9_mse"].path
     assert checkpoint_name(shipped) == "qm9_mse"
-    with pytest.raises(InputError, match=r"did you mean 'qm9_mse'\?\).*: qm9_energy, qm9_mse"):
+    with pytest.raises(InputError, match=r"did you mean 'qm9_mse'\?\).*: qm9_energy, ccd_energy, ccd_mse"):
         resolve_checkpoint(Path("qm9_mes"))
     Path("qm9_mse").mkdir()  # a folder comes first
     assert resolve_checkpoint(Path("qm9_mse")) == Path("qm9_mse")
