@@ -212,11 +212,10 @@ def test_a_large_group_that_moves_the_shares_is_named(tmp_path, largest, warns):
     result = preprocess(tmp_path / "a.xyz", tmp_path / "a.h5", **options)
     shares = np.array([*result.counts.values()]) / 200
     assert (np.abs(shares - [0.34, 0.33, 0.33]).max() > 0.05) == warns
-    shares = ", ".join(f"{n / 2:.0f}" for n in result.counts.values())
-    said = (
-        f"the split is {shares} % instead of 34, 33, 33 %, since groups stay together, the largest"
-    )
-    assert any(text.startswith(f"{said} of {largest} mol") for text in result.warnings) == warns
+    found = ", ".join(f"{100 * share:.0f}" for share in shares)
+    said = f"the split is {found} % instead of 34, 33, 33 %, since groups stay together, the"
+    said += f" largest of {largest} molecules"
+    assert any(text.startswith(said) for text in result.warnings) == warns
 
 
 @dataclass(frozen=True, kw_only=True)
