@@ -196,6 +196,9 @@ def _run(dataset: Dataset, output: Path | None, overwrite: bool) -> None:
     done = counted(result.count, result.samples)
     say(f"{done} written to {result.path} in {seconds:.0f} s")
     counts = ", ".join(f"{name} {count:,}" for name, count in result.counts.items())
-    say(f"{counts}; {result.summary}")
+    first, *others = result.summary.split("; ")
+    say(f"{counts}; {first}")
+    for fact in others:
+        say(f"  {fact}")
     for text in result.warnings:
         warn(text)
