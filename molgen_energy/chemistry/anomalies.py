@@ -472,7 +472,7 @@ class AnomalyCounts:
     def add(
         self,
         molecules: Molecules,
-        records: NDArray[np.int64],
+        records: NDArray[np.int64] | NDArray[np.str_],
         file: str = "",
         found: Anomalies | None = None,
     ) -> None:
@@ -483,7 +483,7 @@ class AnomalyCounts:
         molecules
             As for `find_anomalies`.
         records
-            Their numbers in the file, from 1, (M,).
+            Their numbers in the file, from 1, or their names, (M,).
         file
             Its name, where there are several.
         found

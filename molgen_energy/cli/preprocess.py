@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import time
 import typing
@@ -64,9 +65,18 @@ class _DatasetCommands(HelpfulGroup):
         if args and args[0].lower() in self.commands:
             args = [args[0].lower(), *args[1:]]
         elif args and args[0] not in ("-h", "--help"):
+            if not ctx.resilient_parsing:
+                self._refuse_misspelt(args[0])
             smiles = any(is_smiles_file(arg) for arg in args if not arg.startswith("-"))
             args = [SmilesFiles.name if smiles else MoleculeFiles.name, *args]
         return list(super().parse_args(ctx, args))
+
+    def _refuse_misspelt(self, name: str) -> None:
+        """Raise `InputError` for the beginning or a misspelling of a dataset that is no path."""
+        names = [known for known in self.commands if known.startswith(name.lower())]
+        names = names or difflib.get_close_matches(name.lower(), self.commands, 1, cutoff=0.8)
+        if len(names) == 1 and not Path(name).exists():
+            raise InputError(f"{name} does not exist; did you mean `preprocess {names[0]}`?")
 
 
 def application() -> typer.Typer:
@@ -186,6 +196,9 @@ def _run(dataset: Dataset, output: Path | None, overwrite: bool) -> None:
     done = counted(result.count, result.samples)
     say(f"{done} written to {result.path} in {seconds:.0f} s")
     counts = ", ".join(f"{name} {count:,}" for name, count in result.counts.items())
-    say(f"{counts}; {result.summary}")
+    first, *others = result.summary.split("; ")
+    say(f"{counts}; {first}")
+    for fact in others:
+        say(f"  {fact}")
     for text in result.warnings:
         warn(text)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from molgen_energy.chemistry.fields import FieldSelection
 
 _JOINED = 2000  # molecules
+_FEW = 100  # molecules, of which whole groups seldom make the shares that were asked for
+_FAR = 0.05  # difference of a share from the one that was asked for
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,12 @@ class MoleculeDataset(Dataset):
         ``groups`` (count,) are those of the molecules, if they have any.
         """
 
+    def split_warnings(
+        self, labels: NDArray[np.uint8], groups: NDArray[np.int64] | None
+    ) -> Iterator[str]:
+        """What may be wrong with the labels (M,) that `split_labels` gave."""
+        yield from ()
+
     def check(self) -> None:
         """Raise `InputError` where an option has a bad value, before anything is read."""
 
@@ -160,7 +168,9 @@ class MoleculeDataset(Dataset):
             for molecules in _joined(self._screened(screen, survey, log)):
                 writer.append(molecules)
             survey.check(log)
-            writer.set_split(self.split_labels(writer.count, survey.all_groups()))
+            groups = survey.all_groups()
+            labels = self.split_labels(writer.count, groups)
+            writer.set_split(labels)
         counts = (f"{number:,} {what}" for what, number in (+log.counts).items())
         return PreprocessResult(
             output,
@@ -169,7 +179,12 @@ class MoleculeDataset(Dataset):
             "; ".join([survey.summary(), *log.facts, *counts]),
             tuple(log.skipped),
             log.skipped_count,
-            (*log.notes, *screen.notes(), *survey.warnings()),
+            (
+                *log.notes,
+                *screen.notes(),
+                *survey.warnings(),
+                *self.split_warnings(labels, groups),
+            ),
         )
 
     def _screened(self, screen: Screen, survey: _Survey, log: DatasetLog) -> Iterator[Molecules]:
@@ -197,6 +212,22 @@ class RandomSplitDataset(MoleculeDataset):
     def split_labels(self, count: int, groups: NDArray[np.int64] | None) -> NDArray[np.uint8]:
         """In the shares of `split`, at random."""
         return random_split(count, parse_fractions(self.split), self.seed, groups)
+
+    def split_warnings(
+        self, labels: NDArray[np.uint8], groups: NDArray[np.int64] | None
+    ) -> Iterator[str]:
+        """That the shares are far from those of `split`, since a large group stays together."""
+        if groups is None or len(labels) < _FEW:
+            return
+        asked = np.array(parse_fractions(self.split))
+        shares = np.bincount(labels, minlength=3) / len(labels)
+        if np.abs(shares - asked).max() > _FAR:
+            found, wanted = (", ".join(f"{100 * x:.0f}" for x in each) for each in (shares, asked))
+            largest = int(np.unique(groups, return_counts=True)[1].max())
+            yield (
+                f"the split is {found} % instead of {wanted} %, since groups stay together, the "
+                f"largest of {counted(largest, self.samples)}; another --seed may come nearer"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,6 +145,7 @@ class ChemicalComponents(RandomSplitDataset):
         from molgen_energy.chemistry.cleaning import FAULTS, lengths_fit
 
         components = read_components(dictionary_path(), self.coordinates)
+        log.names = components.names
         log.locate = lambda number: f"component {components.names[number - 1]}"
         found = self._identified(components, log)
         if self.relax != "none":

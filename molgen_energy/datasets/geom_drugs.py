@@ -113,6 +113,13 @@ class GeomDrugs(RandomSplitDataset):
         assert groups is not None
         return (groups % _LABELS).astype(np.uint8)
 
+    def split_warnings(
+        self, labels: NDArray[np.uint8], groups: NDArray[np.int64] | None
+    ) -> Iterator[str]:
+        """Those of a random split."""
+        if not self._by_layout:
+            yield from super().split_warnings(labels, groups)
+
     def chunks(self, log: DatasetLog) -> Iterator[MoleculeChunk]:
         """The conformers of the molecules that pass the filters, in the order of the layout."""
         from molgen_energy.datasets.geom.work import lost, process

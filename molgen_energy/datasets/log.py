@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from molgen_energy.progress import ProgressCallback, no_progress
 
 
@@ -26,6 +29,8 @@ class DatasetLog:
         """The file of the chunk, where a dataset has several."""
         self.locate: Callable[[int], str] = "record {}".format
         """Names a record by its number."""
+        self.names: NDArray[np.str_] | None = None
+        """Names of all records by number, from 1, where they have some."""
         self.notes: list[str] = []
         """What may be wrong, apart from the molecules themselves."""
         self.facts: list[str] = []

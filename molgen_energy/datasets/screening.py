@@ -93,7 +93,8 @@ class Screen:
             kept = kept[~repeated]
         if len(kept) < len(chunk):
             chunk, found = chunk.select(kept), found.select(kept)
-        self._anomalies.add(chunk.molecules, chunk.records, log.file, found)
+        records = chunk.records if log.names is None else log.names[chunk.records - 1]
+        self._anomalies.add(chunk.molecules, records, log.file, found)
         return chunk
 
     def notes(self) -> list[str]:

@@ -324,6 +324,7 @@ BAD = {
     "broken record": (("evaluate", "bad.xyz"), "bad.xyz: record 2 (line 6): "),
     "truncated": (("evaluate", "cut.h5"), "cut.h5 is cut off"),
     "no table": (("evaluate", "salt.xyz"), "record 1 holds Na"),
+    "part of a dataset's name": (("preprocess", "geom"), "did you mean `preprocess geom-drugs`?"),
     "bad split": (("preprocess", "good.xyz", "--split", "0.5,0.1"), "expected three shares"),
     "bad shares": (("preprocess", "good.xyz", "--split", "0.5,0.1,0.1"), "add up to 1"),
     "foreign element": (("preprocess", "good.xyz", "--elements", "H,C"), "record 1: it holds O"),

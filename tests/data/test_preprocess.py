@@ -203,6 +203,21 @@ def test_conformers_of_rdkit_stay_in_one_split(tmp_path):
         assert file.columns == {"formal_charges", "bonds", "group"}
 
 
+@pytest.mark.parametrize(("largest", "warns"), [(120, True), (2, False)])
+def test_a_large_group_that_moves_the_shares_is_named(tmp_path, largest, warns):
+    names = ["a"] * largest + [f"b{k}" for k in range(200 - largest)]
+    text = "".join(f"1\nname={name}\nC {k} 0 0\n" for k, name in enumerate(names))
+    (tmp_path / "a.xyz").write_text(text)
+    options = {"group": "name", "split": "0.34,0.33,0.33", "properties": ""}
+    result = preprocess(tmp_path / "a.xyz", tmp_path / "a.h5", **options)
+    shares = np.array([*result.counts.values()]) / 200
+    assert (np.abs(shares - [0.34, 0.33, 0.33]).max() > 0.05) == warns
+    found = ", ".join(f"{100 * share:.0f}" for share in shares)
+    said = f"the split is {found} % instead of 34, 33, 33 %, since groups stay together, the"
+    said += f" largest of {largest} molecules"
+    assert any(text.startswith(said) for text in result.warnings) == warns
+
+
 @dataclass(frozen=True, kw_only=True)
 class Waters(RandomSplitDataset):
     """Waters with a random energy."""

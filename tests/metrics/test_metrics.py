@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import dense_orders, of_smiles
 from rdkit import Chem
+from rdkit.Chem import AllChem
 from scipy import stats
 
 from molgen_energy.chemistry.bonds import perceive
@@ -161,6 +162,23 @@ def test_every_rate_by_hand():
     assert found.accumulator.invalid_reasons == {"C with valence 15": 1}
     assert found.accumulator.first_records == {"C with valence 15": 5}
     assert found.accumulator.unstable_valences == {("C", 15): 6, ("C", 3): 1}
+
+
+def test_unstable_atoms_have_the_bonds_of_the_file():
+    """RDKit's clean-up, which gives N+ and four bonds, does not count."""
+    rdkit = Chem.AddHs(Chem.MolFromSmiles("O=[N+]([O-])c1ccccc1"))
+    AllChem.EmbedMolecule(rdkit, randomSeed=7)
+    nitro = molecule_from_rdkit(rdkit)
+    numbers = nitro.atomic_numbers[nitro.bond_index]
+    written = replace(
+        nitro,
+        formal_charges=np.zeros(len(nitro), "i1"),
+        bond_order=np.where((numbers > 6).all(axis=1), 2, nitro.bond_order).astype("u1"),
+    )
+    chunk = MoleculeChunk(np.array([1]), Molecules.from_list([written]))
+    found = check_chunk(chunk, CheckSettings("given", "strict", type_codes={}))
+    assert found.valid.all()
+    assert found.unstable_valences == {("N", 5): 1}
 
 
 def test_nothing_valid_is_no_division_by_zero():

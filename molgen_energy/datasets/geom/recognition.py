@@ -44,5 +44,8 @@ def recognise(source: Path) -> Layout:
         found = [layout for kind in LAYOUTS if (layout := kind.of_file(source, start)) is not None]
     if not found:
         known = "; ".join(kind.marks for kind in LAYOUTS)
-        raise InputError(f"{source} is no layout of GEOM-Drugs that is known: {known}")
+        raise InputError(
+            f"{source} is not GEOM-Drugs in a form that can be read, by its names and first bytes; "
+            f"the forms: {known}"
+        )
     return found[0]

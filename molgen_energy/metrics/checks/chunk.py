@@ -29,7 +29,7 @@ from molgen_energy.chemistry.rdkit import (
     short_smiles,
 )
 from molgen_energy.chemistry.valence import stable_atoms, valences
-from molgen_energy.data.molecules import MoleculeChunk, Molecules
+from molgen_energy.data.molecules import AROMATIC, MoleculeChunk, Molecules
 from molgen_energy.elements import symbol
 
 
@@ -164,7 +164,7 @@ def _check(chunk: MoleculeChunk, settings: CheckSettings, failure: str | None) -
         whole_smiles=[r.whole_smiles for r in results],
         invalid_reasons=[r.reason for r in results],
         timed_out=np.full(len(chunk), failure is not None),
-        unstable_valences=_count_valences(kekule, unstable),
+        unstable_valences=_count_valences(_as_written(checked, kekule), unstable),
         geometry=_geometry(MoleculeChunk(chunk.records, typed), overbonded, settings),
         without_geometry=int(overbonded.sum()),
         anomalies=anomalies,
@@ -213,6 +213,15 @@ def _forms(molecules: Molecules, results: list[SanitizationResult]) -> tuple[Mol
         replace(molecules, bonds=replace(bonds, order=aromatic)),
         replace(molecules, bonds=replace(bonds, order=kekule)),
     )
+
+
+def _as_written(molecules: Molecules, kekule: Molecules) -> Molecules:
+    """The bonds without RDKit's clean-up, such as that of N(=O)=O; aromatic ones in Kekulé form."""
+    if molecules.bonds is None or kekule.bonds is None:
+        return molecules
+    given = molecules.bonds.order
+    order = np.where(given == AROMATIC, kekule.bonds.order, given)
+    return replace(molecules, bonds=replace(molecules.bonds, order=order))
 
 
 def _unstable_atoms(

@@ -406,9 +406,10 @@ def _settings(results: MoleculeResults) -> list[Setting]:
     options, types = results.options, results.reference.types
     checks = options.checks
     metrics = sorted(options.metrics)
+    choice = results.reference_choice or "named or by default"
     return [
         Setting("rdkit", "RDKit", rdBase.rdkitVersion),
-        Setting("reference_choice", "reference", results.reference_choice or "named or by default"),
+        Setting("reference_choice", "reference", choice, f"{results.reference.name}, {choice}"),
         Setting("novelty_against", "novelty against", results.novelty_against),
         Setting("metrics", "metrics", metrics, ", ".join(metrics)),
         Setting("bonds", "bonds", checks.bonds, BOND_DESCRIPTIONS[checks.bonds]),

@@ -177,7 +177,7 @@ def uncertainty(report: Report) -> str:
     texts = {True: "± standard error", False: "[95 % interval]"}
     found = " or ".join(texts[kind] for kind in (True, False) if kind in kinds)
     if any(real_text(metric) for metric in metrics):
-        found += f"; second line: where 95 % of equally large sets of real {report.samples} lie"
+        found += f"; below: where 95 % of equally large sets of real {report.samples} lie"
     return found
 
 
