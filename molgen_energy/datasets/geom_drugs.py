@@ -208,6 +208,7 @@ class GeomDrugs(RandomSplitDataset):
         elif found.failure:
             record = f"{entry.place}: {found.failure}"
             if not self.skip_bad:
+                record = record.removeprefix(f"{self._source.name}: ")  # of a single file
                 raise InputError(f"{self._source}: {record}; {MEND_OR_SKIP}")
             log.skip(record)
         return not (found.filtered or found.failure)

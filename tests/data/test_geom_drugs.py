@@ -461,17 +461,45 @@ def test_bad_molecules_are_named_or_left_out(
     bad = [Damaged(), flat, "text", nowhere]
     writers["midi"](tmp_path, sources)
     items = [("CC", [one]) for one in bad]
-    items += [(source.smiles, source.conformers) for source in sources]
+    items += [("CC", []), *((source.smiles, source.conformers) for source in sources)]
     replaced(tmp_path / "train_data.pickle", items)
     options: dict[str, Any] = {"source": tmp_path, "workers": 0}
     with pytest.raises(InputError, match=r"train_data\.pickle: molecule 1: .*--skip-bad"):
         preprocess("geom-drugs", tmp_path / "a.h5", **options)
     result = preprocess("geom-drugs", tmp_path / "a.h5", skip_bad=True, conformers=1, **options)
-    assert result.skipped_count == len(bad)
+    assert result.skipped_count == len(bad) + 1
     assert result.count == len(sources) + 4
-    assert [text.partition(": ")[2][:10] for text in result.skipped] == [
-        f"molecule {k}" for k in (1, 2, 3, 4)
+    assert sorted(text.partition(": ")[2][:10] for text in result.skipped) == [
+        f"molecule {k}" for k in (1, 2, 3, 4, 5)
     ]
+    options["source"] = tmp_path / "train_data.pickle"
+    with pytest.raises(InputError, match=r"^\S*train_data\.pickle: molecule 1: "):
+        preprocess("geom-drugs", tmp_path / "b.h5", **options)
+
+
+def test_bad_records_of_other_layouts(tmp_path: Path, sources: list[Source]) -> None:
+    """Lists too deep for another process, no energy, no charges, sizes that are no numbers."""
+    deep: Any = [[6, 0, 0, 0]]
+    for _ in range(600):
+        deep = [deep]
+    path = tmp_path / "drugs_crude.msgpack"
+    conformers = [{"xyz": [[8, 0, 0, 0], [1, 0.97, 0, 0], [1, -0.24, 0.94, 0]]}]
+    found = {"C": {"conformers": [{"xyz": deep}]}, "O": {"conformers": conformers}}
+    path.write_bytes(msgpack.packb(found))
+    [crude, _] = recognise(path).entries(False)
+    assert pickle.loads(pickle.dumps(crude)).energies == []
+    result = preprocess("geom-drugs", tmp_path / "a.h5", source=path, skip_bad=True, workers=0)
+    assert (result.count, result.skipped_count) == (1, 1)
+    write_semlaflow(tmp_path, sources)
+    [record, *_] = pickle.loads((tmp_path / "train.smol").read_bytes())
+    record = pickle.loads(record)
+    del record["charges"]
+    replaced(tmp_path / "train.smol", [pickle.dumps(record)])
+    arrays = write_edm(tmp_path, sources) / "geom_drugs_30.npy"
+    np.save(tmp_path / "geom_drugs_n_30.npy", np.array([np.nan]))
+    for source, message in ((tmp_path / "train.smol", "no charges"), (arrays, "no whole numbers")):
+        with pytest.raises(InputError, match=message):
+            preprocess("geom-drugs", tmp_path / "b.h5", source=source, workers=0)
 
 
 def test_a_crash_of_the_parser_is_a_bad_molecule() -> None:

@@ -7,11 +7,13 @@ from a SMILES to the molecule, whose `conformers` have `totalenergy` in hartree 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from molgen_energy.data.molecules import Molecule
 from molgen_energy.datasets.geom.layout import Entry, Layout, arrays_to_molecule
@@ -50,7 +52,7 @@ class Crude(Layout):
             items = [item if isinstance(item, dict) else {} for item in conformers]
             yield Entry(
                 f"{self._path.name}: molecule {number}",
-                [item.get("xyz") for item in items],
+                [_rows(item.get("xyz")) for item in items],
                 energies_of(items),
                 smiles,
             )
@@ -58,16 +60,21 @@ class Crude(Layout):
     @staticmethod
     def decode(conformer: Any) -> Molecule:
         """The rows of a conformer."""
-        try:
-            rows = np.array(conformer, np.float64)
-        except (ValueError, TypeError, OverflowError):
-            rows = np.zeros(0)
-        if rows.ndim != 2 or rows.shape[1] != 4:
+        if conformer.ndim != 2 or conformer.shape[1] != 4:
             raise ValueError("a conformer has no rows of Z, x, y, z")
-        return arrays_to_molecule(rows[:, 1:], rows[:, 0])
+        return arrays_to_molecule(conformer[:, 1:], conformer[:, 0])
+
+
+def _rows(xyz: Any) -> NDArray[np.float64]:
+    """An array, which any process can be sent, unlike lists that lie deep in one another."""
+    try:
+        return np.array(xyz, np.float64)
+    except (ValueError, TypeError, OverflowError):
+        return np.zeros(0)
 
 
 def energies_of(conformers: list[dict[Any, Any]]) -> list[float]:
-    """`totalenergy` of each conformer, NaN where it is none."""
+    """`totalenergy` of each conformer, NaN where it is none; nothing where no conformer has one."""
     energies = [conformer.get("totalenergy") for conformer in conformers]
-    return [float(e) if isinstance(e, (int, float)) else float("nan") for e in energies]
+    numbers = [float(e) if isinstance(e, (int, float)) else math.nan for e in energies]
+    return [] if all(map(math.isnan, numbers)) else numbers

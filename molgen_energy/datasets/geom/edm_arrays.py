@@ -111,6 +111,8 @@ class EDMArrays(Layout):
         if path == self._path or not path.exists():
             return None
         sizes = map_npy(path, (None,))
+        if sizes.dtype.kind not in "iu":
+            raise InputError(f"{path} holds no whole numbers; remove it, or fetch it again")
         if int(sizes.sum()) != rows:
             raise InputError(
                 f"{path} is not of the same set as {self._path.name}: it counts {sizes.sum():,} "

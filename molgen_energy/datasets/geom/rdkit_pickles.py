@@ -54,12 +54,12 @@ class RDKitPickles(Layout):
         for path, label in self._files.each(own_split):
             with pickle_file(path) as (file, size):
                 for number, found in enumerate(iterate_pickle(file, size), start=1):
-                    smiles, conformers = found if _is_pair(found) else ("", [])
-                    if not conformers:
+                    if not _is_pair(found):
                         raise InputError(
                             f"{path}: item {number} is not a SMILES with RDKit conformers; fetch "
                             "it again"
                         )
+                    smiles, conformers = found
                     yield Entry(
                         f"{path.name}: molecule {number}",
                         [

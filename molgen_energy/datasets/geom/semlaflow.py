@@ -69,6 +69,8 @@ class SemlaFlow(Layout):
             raise ValueError(f"its pickle is not read: {error}") from None
         if not isinstance(found, dict):
             raise ValueError("it is no mapping of tensors")
+        if found.get("charges") is None:  # without them its bonds would not be read either
+            raise ValueError("no charges")
         ends, codes = found.get("bond_indices"), found.get("bond_types")
         bonds = found.get("bonds")
         if codes is None and isinstance(bonds, np.ndarray) and bonds.ndim == 2:

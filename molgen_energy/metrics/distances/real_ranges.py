@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from molgen_energy.chemistry.descriptors import DESCRIPTORS
 from molgen_energy.chemistry.geometry import PERIODS, GeometryTypes, code_of
+from molgen_energy.errors import counted
 from molgen_energy.metrics.accumulator import JACKKNIFE_GROUPS, MAX_VALUES
 from molgen_energy.metrics.distances.comparison import (
     MIN_MOLECULES,
@@ -260,8 +261,8 @@ def add_ranges(comparison: Comparison, ranges: RealRanges) -> list[str]:
         if low <= high and not low <= estimate.count <= high:
             unknown[estimate.count, low, high] = None
     return [
-        f"no range of real molecules for distances of {count:,} molecules: the reference allows "
-        f"{low:,} to {high:,}"
+        f"no range of real molecules for distances of {counted(count, 'molecules')}: the reference "
+        f"allows {low:,} to {high:,}"
         for count, low, high in unknown
     ]
 
