@@ -4,7 +4,7 @@
     python scripts/measure_weights.py            # draw what is missing, evaluate, write
     python scripts/measure_weights.py --write    # only texts and pictures, from what is measured
 
-For each of `assets/weights/`: samples of seed 0 (10,000 of QM9's, 1,000 of the larger molecules of
+For each of `assets/weights/`: samples of seed 0 (10,000 of QM9's, 400 of the larger molecules of
 `ccd`), evaluated by every metric (`report.json`), and for the default also quality by sampler and
 steps (`steps.csv`). From these files come the cards, the pictures, and the tables of the README and
 of `docs/results/`. Samples stay in --work; those that exist, or that have a row in `steps.csv`, are
@@ -97,8 +97,8 @@ class Family:
     """The training molecules, in the card."""
     limits: str
     """What the weights do not know, in the card."""
-    curves: str
-    """Picture of the validation losses."""
+    curves: str | None = None
+    """Picture of the validation losses, where there are enough of them."""
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
     """Published rates by loss."""
     measures: dict[str, str] = field(default_factory=dict)
@@ -124,14 +124,13 @@ FAMILIES = {
     ),
     "ccd": Family(
         data="CCD",
-        samples=1_000,
+        samples=400,
         bins=((5, 25), (26, 40), (41, 55), (56, 75), (76, 181)),
         tables={"docs/results/drug_like.md": tuple(RATES)},
         training="training molecules, split by scaffold",
         limits="H, C, N, O, F, P, S, Cl, Br and I, 5 to 181 atoms, as ligands of the Protein Data "
         "Bank in the geometry of a program, not of a minimum. Formal charges are not sampled: "
         "an ion of the data appears as a molecule of odd valence.",
-        curves="weights_ccd.png",
         measures={
             f"{prefix}_{key}": f"{DESCRIPTORS[key].label}, {what}"
             for key in ("ring_systems", "rotatable_bonds", "qed", "sa_score", "logp")
@@ -201,7 +200,8 @@ def main() -> None:
         for one in weights.values():
             write_text(one.path / "card.md", card(one))
         for family, members in families(weights).items():
-            draw_curves(family, members)
+            if family.curves is not None:
+                draw_curves(family.curves, members)
             for page, columns in family.tables.items():
                 path = ROOT / page
                 text = with_table(path.read_text("utf-8"), table(family, members, columns))
@@ -406,7 +406,7 @@ def draw_samples(samples: Path) -> None:
         picture.savefig(output.temporary, format="png", metadata={"Software": None})
 
 
-def draw_curves(family: Family, weights: dict[str, PretrainedWeights]) -> None:
+def draw_curves(name: str, weights: dict[str, PretrainedWeights]) -> None:
     """Validation loss by molecules seen, and stability by steps of the sampler where measured."""
     by_steps = DEFAULT in weights
     panels = len(weights) + by_steps
@@ -426,7 +426,7 @@ def draw_curves(family: Family, weights: dict[str, PretrainedWeights]) -> None:
         panel.title.set_fontsize(9)
         panel.tick_params(labelsize=8, which="both")
         panel.spines[["top", "right"]].set_visible(False)
-    with atomic_replace(IMAGES / family.curves) as output:
+    with atomic_replace(IMAGES / name) as output:
         figure.savefig(output.temporary, format="png", metadata={"Software": None})
 
 
@@ -596,7 +596,8 @@ def table(family: Family, weights: dict[str, PretrainedWeights], columns: tuple[
     for one in sorted(weights.values(), key=lambda one: one.name, reverse=True):
         file, training = report(one)["files"][0], state_of(one)["training"]
         cells = [figures(file, key, 100) for key in columns] + [figures(file, "fcd")]
-        length = f"{passes(one):.0f} epochs, {duration(training)} on {training['hardware']}"
+        count = f"{passes(one):.0f}" if passes(one) >= 10 else f"{passes(one):.1f}"
+        length = f"{count} epochs, {duration(training)} on {training['hardware']}"
         lines.append(f"| `{one.name}` | {length} | {' | '.join(cells)} |")
     for loss, values in family.paper.items():
         cells = [f"{values[key]:g}" if key in values else "" for key in columns]

@@ -73,7 +73,9 @@ def test_names_and_folders(tmp_path, monkeypatch):
     shipped = resolve_checkpoint(Path("qm9_mse"))
     assert shipped == pretrained_weights()["qm9_mse"].path
     assert checkpoint_name(shipped) == "qm9_mse"
-    with pytest.raises(InputError, match=r"did you mean 'qm9_mse'\?\).*: qm9_energy, ccd_energy, ccd_mse"):
+    with pytest.raises(
+        InputError, match=r"did you mean 'qm9_mse'\?\).*: qm9_energy, ccd_energy, ccd_mse"
+    ):
         resolve_checkpoint(Path("qm9_mes"))
     Path("qm9_mse").mkdir()  # a folder comes first
     assert resolve_checkpoint(Path("qm9_mse")) == Path("qm9_mse")
