@@ -85,7 +85,7 @@ class StorageKey:
 
 
 def read_pickle(content: bytes | IO[bytes], size: int | None = None) -> Any:
-    """The object of a pickle.
+    """The object that a pickle holds.
 
     Parameters
     ----------
@@ -192,7 +192,7 @@ class _Named:
 
 
 class _Machine:
-    """Runs one pickle."""
+    """Runs one pickle, opcode by opcode."""
 
     def __init__(
         self,

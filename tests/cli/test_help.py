@@ -116,7 +116,7 @@ def test_names_in_texts_and_completion_are_those_of_the_registries():
     [
         ("train --loss s", {"score_energy"}),
         ("train --config qm9_e", {"qm9_edm", "qm9_edm_cpu"}),
-        ("sample --checkpoint ", {"qm9_energy", "qm9_mse"}),
+        ("sample --checkpoint ", {"ccd_energy", "ccd_mse", "qm9_energy", "qm9_mse"}),
         ("preprocess ", set(DATASETS)),
     ],
 )
