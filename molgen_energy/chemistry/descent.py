@@ -21,7 +21,7 @@ the inverse of the model of a larger one takes longer than it saves."""
 # across torsions. Stretching a C–C bond in MMFF94 takes 5 mdyn/Å = 720 of this unit.
 _SPRINGS = (700.0, 140.0, 6.0)
 _SHIFT = 8.0  # of all coordinates, for what springs do not resist, such as bending out of a plane
-_MAX_FORCE = 0.01  # kcal/(mol Å), of any coordinate
+_MAX_FORCE = 0.05  # kcal/(mol Å), of any coordinate
 _MAX_MOVE = 0.3  # Å, of any coordinate in one step
 _MAX_STEPS = 1000
 _SHORTEST = 1e-8  # of a step, as a fraction
@@ -38,7 +38,7 @@ def descend(field: Any, molecule: Chem.Mol, conformer: int = -1) -> bool:
 
     Returns
     -------
-    Whether all forces are below 0.01 kcal/(mol Å). If not, the conformer is where the search ended.
+    Whether all forces are below 0.05 kcal/(mol Å). If not, the conformer is where the search ended.
     """
     from scipy.linalg.blas import dsymv, dsyr2
 

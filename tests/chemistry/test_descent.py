@@ -38,7 +38,7 @@ def test_ends_at_a_minimum(smiles, noise):
     fresh = field_of(molecule)  # of its own, with nothing kept from the search
     assert np.array_equal(relaxed.positions, molecule.GetConformer().GetPositions())
     assert relaxed.energy == pytest.approx(field_of(start).CalcEnergy() - fresh.CalcEnergy())
-    assert np.abs(fresh.CalcGrad()).max() < 0.01
+    assert np.abs(fresh.CalcGrad()).max() < 0.05
     here = fresh.CalcEnergy()
     assert fresh.Minimize(maxIts=5000) == 0
     assert 0 <= here - fresh.CalcEnergy() < 1e-3
@@ -63,7 +63,7 @@ def test_two_atoms_in_one_place_leave_finite_positions():
     molecule.GetConformer().SetPositions(positions)
     found = descend(field_of(molecule), molecule)
     assert np.isfinite(molecule.GetConformer().GetPositions()).all()
-    assert found == (np.abs(field_of(molecule).CalcGrad()).max() < 0.01)
+    assert found == (np.abs(field_of(molecule).CalcGrad()).max() < 0.05)
 
 
 def test_model_is_the_hessian_of_its_springs():

@@ -555,7 +555,9 @@ def test_layouts_that_are_incomplete(
     np.save(tmp_path / "edm/geom_drugs_n_30.npy", np.array([3, 4]))
     refused("not of the same set", source=tmp_path / "edm")
     everything = ".*".join(kind.marks.split()[0] for kind in LAYOUTS)
-    refused(f"is not GEOM-Drugs in a form that can be read, .*the forms: {everything}", source=tmp_path)
+    refused(
+        f"is not GEOM-Drugs in a form that can be read, .*the forms: {everything}", source=tmp_path
+    )
     for path in (tmp_path / "midi").iterdir():
         path.rename(tmp_path / path.name)
     (tmp_path / "crude/drugs_crude.msgpack").rename(tmp_path / "drugs_crude.msgpack")
