@@ -228,7 +228,7 @@ class TrainingConfig(Section):
     warmup_steps: Annotated[Whole, Field(ge=0)] = 0
     decay: Literal["none", "cosine"] = "none"
     """Learning rate after the warm-up: constant, or a half cosine to zero at the last step."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-12
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-12
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     clip_gradients: bool = True
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0

@@ -70,6 +70,7 @@ def test_assignments():
             r"loss\.springs\.scale: .*above 0 or auto, sample, gdm, edm, jodo",
         ),
         ("loss.springs.scale=-1", r"loss\.springs\.scale: .*greater than 0"),
+        ("training.weight_decay=.inf", r"training\.weight_decay: .*finite"),
         ("objective.position_weight=big", r"objective\.position_weight: .*above 0 or auto"),
         (
             "objective.field_weights={elements: -1}",
