@@ -30,6 +30,9 @@ from molgen_energy.formats.limits import available_memory
 from molgen_energy.formats.parts import check_part
 from molgen_energy.formats.yaml import shown
 
+MARK = b"\x80"
+"""The first byte of a pickle."""
+
 _MOST_MARKS = 1000  # lists, tuples and mappings that are open at once
 _MOST_DIMENSIONS = 8
 _MOST_INTEGER = 16  # bytes

@@ -554,7 +554,7 @@ def test_layouts_that_are_incomplete(
     refused("without summary_drugs", source=tmp_path / "rdkit_folder/rdkit_folder/drugs")
     np.save(tmp_path / "edm/geom_drugs_n_30.npy", np.array([3, 4]))
     refused("not of the same set", source=tmp_path / "edm")
-    everything = ".*".join(kind.marks.split()[0] for kind in LAYOUTS)
+    everything = ".*".join(kind.file_names.split()[0] for kind in LAYOUTS)
     refused(
         f"is not GEOM-Drugs in a form that can be read, .*the forms: {everything}", source=tmp_path
     )

@@ -24,7 +24,7 @@ class Crude(Layout):
     """`drugs_crude.msgpack`."""
 
     name = "GEOM's msgpack file"
-    marks = "drugs_crude.msgpack"
+    file_names = "drugs_crude.msgpack"
     has_bonds = False
     has_smiles = True
 

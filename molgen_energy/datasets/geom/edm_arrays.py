@@ -24,6 +24,7 @@ from molgen_energy.datasets.geom.layout import (
     RawMolecule,
     arrays_to_molecule,
     joined,
+    single_file,
 )
 from molgen_energy.errors import InputError
 from molgen_energy.formats.npy import MARK, map_npy
@@ -38,7 +39,7 @@ class EDMArrays(Layout):
     """`geom_drugs_*.npy`."""
 
     name = "EDM's arrays"
-    marks = "geom_drugs_30.npy"
+    file_names = "geom_drugs_30.npy"
     has_bonds = False
 
     def __init__(self, path: Path) -> None:
@@ -48,10 +49,8 @@ class EDMArrays(Layout):
     def in_folder(cls, folder: Path) -> EDMArrays | None:
         """The one array of conformers in a folder."""
         paths = [p for p in sorted(folder.glob(f"{_START}*.npy")) if not p.name.startswith(_SIZES)]
-        if len(paths) > 1:
-            names = ", ".join(path.name for path in paths[:5])
-            raise InputError(f"{folder} holds several sets of conformers, {names}; name one file")
-        return cls(paths[0]) if paths else None
+        path = single_file(folder, paths)
+        return None if path is None else cls(path)
 
     @classmethod
     def of_file(cls, path: Path, start: bytes) -> EDMArrays | None:

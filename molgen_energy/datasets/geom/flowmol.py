@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from molgen_energy.data.molecules import Molecule
 from molgen_energy.datasets.geom.layout import (
     Entry,
-    Layout,
     RawMolecule,
-    SplitFiles,
+    SplitLayout,
     arrays_to_molecule,
     joined,
 )
@@ -35,33 +34,22 @@ _OF_BONDS = ("bond_idxs", "bond_types")
 _ENDS = ("node_idx_array", "edge_idx_array")
 
 
-class FlowMol(Layout):
+class FlowMol(SplitLayout):
     """`train_data_processed.pt`, `val_data_processed.pt`, `test_data_processed.pt`."""
 
     name = "FlowMol's files"
-    marks = "train_data_processed.pt, val_data_processed.pt, test_data_processed.pt"
-
-    def __init__(self, files: SplitFiles) -> None:
-        self._files = files
-        self.splits_molecules = files.is_set
+    file_names = "train_data_processed.pt, val_data_processed.pt, test_data_processed.pt"
+    file_pattern = "{}_data_processed.pt"
 
     @classmethod
-    def in_folder(cls, folder: Path) -> FlowMol | None:
-        """The files of these names."""
-        files = SplitFiles.in_folder(folder, "{}_data_processed.pt")
-        return cls(files) if files else None
+    def first_item(cls, path: Path, start: bytes) -> Any:
+        """The first object of a file of PyTorch."""
+        return next(TorchFile(path).items(), None) if start.startswith(MARK) else None
 
-    @classmethod
-    def of_file(cls, path: Path, start: bytes) -> FlowMol | None:
-        """A file of PyTorch with a mapping of arrays."""
-        if not start.startswith(MARK):
-            return None
-        found = next(TorchFile(path).items(), None)
-        return cls(SplitFiles.of_file(path)) if isinstance(found, dict) else None
-
-    def check_split(self) -> None:
-        """All three files must be there."""
-        self._files.check()
+    @staticmethod
+    def is_item(found: Any) -> bool:
+        """A mapping of arrays."""
+        return isinstance(found, dict)
 
     def entries(self, own_split: bool) -> Iterator[Entry]:
         """All molecules, file by file."""

@@ -23,6 +23,7 @@ from molgen_energy.datasets.geom.layout import (
     RawMolecule,
     arrays_to_molecule,
     joined,
+    single_file,
 )
 from molgen_energy.errors import InputError
 from molgen_energy.formats.pickles import Record
@@ -39,7 +40,7 @@ class JODO(Layout):
     """`data_geom_drug_1.pt`."""
 
     name = "JODO's file"
-    marks = "data_geom_drug_1.pt with split_dict_geom_drug_1.pt"
+    file_names = "data_geom_drug_1.pt with split_dict_geom_drug_1.pt"
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -51,10 +52,8 @@ class JODO(Layout):
     def in_folder(cls, folder: Path) -> JODO | None:
         """The one file of such a name in a folder."""
         paths = [path for path in sorted(folder.glob("data_*.pt")) if _NAME.fullmatch(path.name)]
-        if len(paths) > 1:
-            names = ", ".join(path.name for path in paths[:5])
-            raise InputError(f"{folder} holds several sets of conformers, {names}; name one file")
-        return cls(paths[0]) if paths else None
+        path = single_file(folder, paths)
+        return None if path is None else cls(path)
 
     @classmethod
     def of_file(cls, path: Path, start: bytes) -> JODO | None:

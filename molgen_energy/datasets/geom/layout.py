@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from molgen_energy.data.molecules import AROMATIC, Molecule
 from molgen_energy.elements import ELEMENTS
 from molgen_energy.errors import InputError, counted
+from molgen_energy.formats.pickles import MARK, iterate_pickle, pickle_file
 
 SPLIT_NAMES = ("train", "val", "test")
 """In names of files, in the order of the labels 0, 1, 2."""
@@ -43,7 +44,7 @@ class Layout(ABC):
 
     name: ClassVar[str]
     """For the summary, and the source of the HDF5 file."""
-    marks: ClassVar[str]
+    file_names: ClassVar[str]
     """The files by which it is recognised, for messages."""
     has_bonds: ClassVar[bool] = True
     has_smiles: ClassVar[bool] = False
@@ -128,6 +129,90 @@ class SplitFiles:
         """Each file, and its label if the split of the set is wanted."""
         for label, path in self.paths.items():
             yield path, (label,) if own_split else ()
+
+
+class SplitLayout(Layout):
+    """A layout of a file for each split, or of one of these files alone."""
+
+    file_pattern: ClassVar[str]
+    """Names of the files, with `{}` for the name of the split."""
+
+    def __init__(self, files: SplitFiles) -> None:
+        self._files = files
+        self.splits_molecules = files.is_set
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> SplitLayout | None:
+        """The files of these names."""
+        files = SplitFiles.in_folder(folder, cls.file_pattern)
+        return cls(files) if files else None
+
+    @classmethod
+    def of_file(cls, path: Path, start: bytes) -> SplitLayout | None:
+        """One of the files, by its first item."""
+        first = cls.first_item(path, start)
+        return cls(SplitFiles.of_file(path)) if cls.is_item(first) else None
+
+    @classmethod
+    @abstractmethod
+    def first_item(cls, path: Path, start: bytes) -> Any:
+        """The first item of a file that begins with `start`; None if it is of another format."""
+
+    @staticmethod
+    @abstractmethod
+    def is_item(found: Any) -> bool:
+        """Whether the first item of a file is of this layout."""
+
+    def check_split(self) -> None:
+        """All three files must be there."""
+        self._files.check()
+
+
+class PickledListLayout(SplitLayout):
+    """Files that are pickled lists, of one molecule an item."""
+
+    @classmethod
+    def first_item(cls, path: Path, start: bytes) -> Any:
+        """The first item of a pickle."""
+        if not start.startswith(MARK):
+            return None
+        with pickle_file(path) as (file, size):
+            return next(iterate_pickle(file, size), None)
+
+    def entries(self, own_split: bool) -> Iterator[Entry]:
+        """All molecules, file by file."""
+        for path, label in self._files.each(own_split):
+            with pickle_file(path) as (file, size):
+                for number, item in enumerate(iterate_pickle(file, size), start=1):
+                    try:
+                        entry = self.entry(item)
+                    except ValueError as error:
+                        raise InputError(
+                            f"{path}: item {number} is {error}; fetch it again"
+                        ) from None
+                    yield entry._replace(
+                        place=f"{path.name}: molecule {number}",
+                        splits=label * len(entry.conformers),
+                    )
+
+    @staticmethod
+    @abstractmethod
+    def entry(item: Any) -> Entry:
+        """The molecule of an item, without place and split; raises `ValueError` if it is none."""
+
+
+def single_file(folder: Path, paths: Sequence[Path]) -> Path | None:
+    """The one file of a folder that holds conformers; None without any.
+
+    Raises
+    ------
+    InputError
+        There are several.
+    """
+    if len(paths) > 1:
+        names = ", ".join(path.name for path in paths[:5])
+        raise InputError(f"{folder} holds several sets of conformers, {names}; name one file")
+    return paths[0] if paths else None
 
 
 def arrays_to_molecule(

@@ -16,11 +16,11 @@ from typing import Any
 from molgen_energy.data.molecules import Molecule
 from molgen_energy.datasets.geom.crude import energies_of
 from molgen_energy.datasets.geom.layout import Entry, Layout
-from molgen_energy.datasets.geom.rdkit_pickles import decode_pickled
+from molgen_energy.datasets.geom.rdkit_pickles import decode_pickled, pickled_bytes
 from molgen_energy.errors import InputError
 from molgen_energy.formats.limits import check_memory
 from molgen_energy.formats.parts import check_part, read_part
-from molgen_energy.formats.pickles import PickledMolecule, pickle_file, read_pickle
+from molgen_energy.formats.pickles import pickle_file, read_pickle
 
 _SUMMARY = "summary_drugs.json"
 _MEMORY = 12  # bytes for a byte of the summary
@@ -30,7 +30,7 @@ class RDKitFolder(Layout):
     """`rdkit_folder`."""
 
     name = "GEOM's rdkit_folder"
-    marks = f"rdkit_folder with {_SUMMARY}"
+    file_names = f"rdkit_folder with {_SUMMARY}"
     has_smiles = True
 
     def __init__(self, folder: Path) -> None:
@@ -61,10 +61,9 @@ class RDKitFolder(Layout):
             if not isinstance(conformers, list):
                 raise InputError(f"{path} has no conformers; fetch it again")
             items = [item if isinstance(item, dict) else {} for item in conformers]
-            pickled = [item.get("rd_mol") for item in items]
             yield Entry(
                 name,
-                [one.content if isinstance(one, PickledMolecule) else None for one in pickled],
+                pickled_bytes(item.get("rd_mol") for item in items),
                 energies_of(items),
                 smiles,
             )

@@ -8,72 +8,45 @@ them together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 from molgen_energy.data.molecules import Molecule
-from molgen_energy.datasets.geom.layout import Entry, Layout, SplitFiles
+from molgen_energy.datasets.geom.layout import Entry, PickledListLayout
 from molgen_energy.elements import ELEMENTS
-from molgen_energy.errors import InputError
-from molgen_energy.formats.pickles import PickledMolecule, iterate_pickle, pickle_file
+from molgen_energy.formats.pickles import PickledMolecule
 
 
-class RDKitPickles(Layout):
+class RDKitPickles(PickledListLayout):
     """`train_data.pickle`, `val_data.pickle`, `test_data.pickle`."""
 
     name = "MiDi's pickles"
-    marks = "train_data.pickle, val_data.pickle, test_data.pickle"
+    file_names = "train_data.pickle, val_data.pickle, test_data.pickle"
+    file_pattern = "{}_data.pickle"
     has_smiles = True
 
-    def __init__(self, files: SplitFiles) -> None:
-        self._files = files
-        self.splits_molecules = files.is_set
+    @staticmethod
+    def is_item(found: Any) -> bool:
+        """A tuple."""
+        return isinstance(found, tuple)
 
-    @classmethod
-    def in_folder(cls, folder: Path) -> RDKitPickles | None:
-        """The files of these names."""
-        files = SplitFiles.in_folder(folder, "{}_data.pickle")
-        return cls(files) if files else None
-
-    @classmethod
-    def of_file(cls, path: Path, start: bytes) -> RDKitPickles | None:
-        """A pickle whose first item is a tuple."""
-        if not start.startswith(b"\x80"):
-            return None
-        with pickle_file(path) as (file, size):
-            first = next(iterate_pickle(file, size), None)
-        return cls(SplitFiles.of_file(path)) if isinstance(first, tuple) else None
-
-    def check_split(self) -> None:
-        """All three files must be there."""
-        self._files.check()
-
-    def entries(self, own_split: bool) -> Iterator[Entry]:
-        """All molecules, file by file."""
-        for path, label in self._files.each(own_split):
-            with pickle_file(path) as (file, size):
-                for number, found in enumerate(iterate_pickle(file, size), start=1):
-                    if not _is_pair(found):
-                        raise InputError(
-                            f"{path}: item {number} is not a SMILES with RDKit conformers; fetch "
-                            "it again"
-                        )
-                    smiles, conformers = found
-                    yield Entry(
-                        f"{path.name}: molecule {number}",
-                        [
-                            one.content if isinstance(one, PickledMolecule) else None
-                            for one in conformers
-                        ],
-                        smiles=smiles,
-                        splits=label * len(conformers),
-                    )
+    @staticmethod
+    def entry(item: Any) -> Entry:
+        """A SMILES with RDKit conformers."""
+        if not _is_pair(item):
+            raise ValueError("not a SMILES with RDKit conformers")
+        smiles, conformers = item
+        return Entry("", pickled_bytes(conformers), smiles=smiles)
 
     @staticmethod
     def decode(conformer: Any) -> Molecule:
         """The bytes of an RDKit molecule."""
         return decode_pickled(conformer)
+
+
+def pickled_bytes(conformers: Iterable[Any]) -> list[bytes | None]:
+    """What `decode_pickled` takes; None for what is no RDKit molecule."""
+    return [one.content if isinstance(one, PickledMolecule) else None for one in conformers]
 
 
 def _is_pair(found: Any) -> bool:

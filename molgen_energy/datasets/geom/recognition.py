@@ -43,7 +43,7 @@ def recognise(source: Path) -> Layout:
             start = file.read(_START)
         found = [layout for kind in LAYOUTS if (layout := kind.of_file(source, start)) is not None]
     if not found:
-        known = "; ".join(kind.marks for kind in LAYOUTS)
+        known = "; ".join(kind.file_names for kind in LAYOUTS)
         raise InputError(
             f"{source} is not GEOM-Drugs in a form that can be read, by its names and first bytes; "
             f"the forms: {known}"

@@ -8,57 +8,33 @@ most 1,000 molecules of a list.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from molgen_energy.data.molecules import Molecule
-from molgen_energy.datasets.geom.layout import Entry, Layout, SplitFiles, arrays_to_molecule
-from molgen_energy.errors import InputError
-from molgen_energy.formats.pickles import PickleError, iterate_pickle, pickle_file, read_pickle
+from molgen_energy.datasets.geom.layout import Entry, PickledListLayout, arrays_to_molecule
+from molgen_energy.formats.pickles import PickleError, read_pickle
 
 
-class SemlaFlow(Layout):
+class SemlaFlow(PickledListLayout):
     """`train.smol`, `val.smol`, `test.smol`."""
 
     name = "SemlaFlow's files"
-    marks = "train.smol, val.smol, test.smol"
+    file_names = "train.smol, val.smol, test.smol"
+    file_pattern = "{}.smol"
 
-    def __init__(self, files: SplitFiles) -> None:
-        self._files = files
-        self.splits_molecules = files.is_set
+    @staticmethod
+    def is_item(found: Any) -> bool:
+        """Bytes."""
+        return isinstance(found, bytes)
 
-    @classmethod
-    def in_folder(cls, folder: Path) -> SemlaFlow | None:
-        """The files of these names."""
-        files = SplitFiles.in_folder(folder, "{}.smol")
-        return cls(files) if files else None
-
-    @classmethod
-    def of_file(cls, path: Path, start: bytes) -> SemlaFlow | None:
-        """A pickle whose first item is bytes."""
-        if not start.startswith(b"\x80"):
-            return None
-        with pickle_file(path) as (file, size):
-            first = next(iterate_pickle(file, size), None)
-        return cls(SplitFiles.of_file(path)) if isinstance(first, bytes) else None
-
-    def check_split(self) -> None:
-        """All three files must be there."""
-        self._files.check()
-
-    def entries(self, own_split: bool) -> Iterator[Entry]:
-        """All molecules, file by file."""
-        for path, label in self._files.each(own_split):
-            with pickle_file(path) as (file, size):
-                for number, found in enumerate(iterate_pickle(file, size), start=1):
-                    if not isinstance(found, bytes):
-                        raise InputError(
-                            f"{path}: item {number} is no pickled molecule; fetch it again"
-                        )
-                    yield Entry(f"{path.name}: molecule {number}", [found], splits=label)
+    @staticmethod
+    def entry(item: Any) -> Entry:
+        """A pickled molecule."""
+        if not isinstance(item, bytes):
+            raise ValueError("no pickled molecule")
+        return Entry("", [item])
 
     @staticmethod
     def decode(conformer: Any) -> Molecule:
