@@ -159,6 +159,17 @@ def barrier() -> None:
         dist.barrier()
 
 
+def check_workers(workers: int | None) -> None:
+    """Raise `InputError` where `--workers` is negative."""
+    if workers is not None and workers < 0:
+        raise InputError(f"--workers {workers}: expected 0 or more")
+
+
+def worker_count(workers: int | None) -> int:
+    """Worker processes: `workers`, by default one for each processor."""
+    return default_workers() if workers is None else workers
+
+
 def default_workers() -> int:
     """Number of processors for this process: those it may use, divided by its job's processes."""
     if hasattr(os, "sched_getaffinity"):

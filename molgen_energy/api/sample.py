@@ -292,8 +292,8 @@ def sample(
     as_
         What molecules in memory are: `rdkit` or `ase`.
     checkpoint
-        A run or its folder, a checkpoint, or the name of pretrained weights, `qm9_energy` or
-        `qm9_mse`; by default the newest run in `runs/`, else `qm9_energy`.
+        A run or its folder, a checkpoint, or the name of pretrained weights, such as
+        `qm9_energy` or `ccd_energy`; by default the newest run in `runs/`, else `qm9_energy`.
     seed
         Seed of the samples, by default 0. Sample i of a seed is the same in every batch.
     n_atoms

@@ -74,12 +74,15 @@ def relaxation_named(name: str) -> str:
     return _SHORT.get(name, name)
 
 
-def check_relaxation(name: str) -> None:
-    """Raise `InputError` where there is no such relaxation, or what it needs is not installed."""
+def check_relaxation(name: str, timeout: float) -> None:
+    """Raise `InputError` where there is no such relaxation, what it needs is not installed, or the
+    most seconds of a molecule are not above 0."""
     if name not in RELAXATIONS:
         raise InputError(unknown_name("--relax", name, RELAXATIONS))
     if name == "gfn2-xtb" and not all(map(importlib.util.find_spec, ("ase", "tblite"))):
         raise InputError("--relax gfn2-xtb needs `pip install 'molgen-energy[xtb]'`")
+    if not timeout > 0:
+        raise InputError(f"--timeout {timeout:g}: expected seconds above 0")
 
 
 def parse_smiles(smiles: str, largest_fragment: bool = False) -> tuple[Chem.Mol, bool]:

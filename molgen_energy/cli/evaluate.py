@@ -245,11 +245,11 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 def _serve(connection: Connection, workers: int | None, timeout: float) -> None:
     """Do the share of the work that process 0 sends."""
-    from molgen_energy.distributed import default_workers
+    from molgen_energy.distributed import worker_count
     from molgen_energy.metrics.evaluation import PRELOAD
     from molgen_energy.workers import WorkerPool
 
-    count = default_workers() if workers is None else workers
+    count = worker_count(workers)
     with WorkerPool(count, timeout, preload=PRELOAD) as pool:
         pool.serve(connection)
 

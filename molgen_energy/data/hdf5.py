@@ -450,6 +450,11 @@ class DatasetSummary:
         """How many there are."""
         return sum(self.size_histogram.values())
 
+    @property
+    def training_atoms(self) -> int:
+        """How many atoms they have."""
+        return sum(size * count for size, count in self.size_histogram.items())
+
 
 class MoleculeFile:
     """A file of molecules, opened read-only and checked by its declaration, `MOLECULES`.

@@ -92,6 +92,11 @@ def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def workers_option() -> Any:
+    """The field of the number of worker processes."""
+    return option(None, "Worker processes, 0 for none; default: one for each processor.")
+
+
 def argument(text: str, metavar: str) -> Any:
     """A field of a dataset that its command takes by position, as one or more values."""
     return field(metadata={"help": text, "metavar": metavar})

@@ -26,10 +26,10 @@ from molgen_energy.data.molecules import (
     gather_ragged,
     offsets_from_sizes,
 )
-from molgen_energy.datasets.base import PreprocessResult, RandomSplitDataset, option
+from molgen_energy.datasets.base import PreprocessResult, RandomSplitDataset, option, workers_option
 from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.datasets.screening import Screen, allowed_elements
-from molgen_energy.distributed import default_workers
+from molgen_energy.distributed import check_workers, worker_count
 from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.output import remove
@@ -91,9 +91,7 @@ class ChemicalComponents(RandomSplitDataset):
     )
     split: str = option("0.8,0.1,0.1", "Shares for training, validation, test.")
     seed: int = option(0, "Seed of the split.")
-    workers: int | None = option(
-        None, "Worker processes, 0 for none; default: one for each processor."
-    )
+    workers: int | None = workers_option()
 
     def __post_init__(self) -> None:
         from molgen_energy.chemistry.conformers import relaxation_named
@@ -110,9 +108,7 @@ class ChemicalComponents(RandomSplitDataset):
         from molgen_energy.chemistry.conformers import check_relaxation
 
         super().check()
-        check_relaxation(self.relax)
-        if not self.timeout > 0:
-            raise InputError(f"--timeout {self.timeout:g}: expected seconds above 0")
+        check_relaxation(self.relax, self.timeout)
         allowed_elements(self.elements)
         if self.coordinates not in _COORDINATES:
             raise InputError(unknown_name("--coordinates", self.coordinates, _COORDINATES))
@@ -123,8 +119,7 @@ class ChemicalComponents(RandomSplitDataset):
                 f"--min-atoms {self.min_atoms} and --max-atoms {self.max_atoms}: expected 1 or "
                 "more, and no more than --max-atoms"
             )
-        if self.workers is not None and self.workers < 0:
-            raise InputError(f"--workers {self.workers}: expected 0 or more")
+        check_workers(self.workers)
         dictionary_path()
 
     def screen(self) -> Screen:
@@ -168,7 +163,7 @@ class ChemicalComponents(RandomSplitDataset):
             components.molecules.select(chosen[k : k + _CHUNK])
             for k in range(0, len(chosen), _CHUNK)
         )
-        workers = default_workers() if self.workers is None else self.workers
+        workers = worker_count(self.workers)
         preload = ["molgen_energy.chemistry.identity"]
         groups: dict[str, int] = {}
         done = 0

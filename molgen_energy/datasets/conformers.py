@@ -19,7 +19,7 @@ from molgen_energy.data.molecules import SHAPES as MOLECULES
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.data.shards import Manifest, ShardFolder, check_unchanged, shards_folder
 from molgen_energy.datasets.log import DatasetLog
-from molgen_energy.distributed import default_workers
+from molgen_energy.distributed import worker_count
 from molgen_energy.errors import InputError
 from molgen_energy.formats.tensors import Shapes
 from molgen_energy.workers import WorkerPool
@@ -133,7 +133,7 @@ class ConformerWork(Generic[R, Item]):
         def lost(item: Item, reason: str) -> Conformers:
             return Conformers(failure=f"{reason}; --timeout allows more", lost=True)
 
-        workers = default_workers() if self.workers is None else self.workers
+        workers = worker_count(self.workers)
         with WorkerPool(workers, self.timeout, preload=_PRELOAD) as pool:
             for _, result in pool.map(self.compute, map(self.item, records), lost):
                 yield result

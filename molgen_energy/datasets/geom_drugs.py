@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
-from molgen_energy.datasets.base import RandomSplitDataset, option
+from molgen_energy.datasets.base import RandomSplitDataset, option, workers_option
 from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.datasets.screening import Screen, allowed_elements
-from molgen_energy.distributed import default_workers
+from molgen_energy.distributed import check_workers, worker_count
 from molgen_energy.errors import MEND_OR_SKIP, InputError, counted, unknown_name
 from molgen_energy.output import display_path, named_path, real_path
 
@@ -64,9 +64,7 @@ class GeomDrugs(RandomSplitDataset):
     )
     split: str = option("0.8,0.1,0.1", "Shares for training, validation, test, unless by layout.")
     seed: int = option(0, "Seed of the split.")
-    workers: int | None = option(
-        None, "Worker processes, 0 for none; default: one for each processor."
-    )
+    workers: int | None = workers_option()
 
     def __post_init__(self) -> None:
         if self.source is not None:
@@ -85,10 +83,10 @@ class GeomDrugs(RandomSplitDataset):
         for flag, value, least in (
             ("--conformers", self.conformers, 0),
             ("--max-atoms", self.max_atoms, 1),
-            ("--workers", self.workers or 0, 0),
         ):
             if value < least:
                 raise InputError(f"{flag} {value}: expected {least} or more")
+        check_workers(self.workers)
         if self.split_by not in (None, _LAYOUT, _RANDOM, _SCAFFOLD):
             valid = (_LAYOUT, _RANDOM, _SCAFFOLD)
             raise InputError(unknown_name("--split-by", self.split_by, valid))
@@ -130,7 +128,7 @@ class GeomDrugs(RandomSplitDataset):
         number = 0
         places: dict[int, str] = {}
         log.locate = lambda record: places.get(record, f"molecule {record}")
-        workers = default_workers() if self.workers is None else self.workers
+        workers = worker_count(self.workers)
         preload = ["molgen_energy.datasets.geom.work"]
         with WorkerPool(workers, _TIMEOUT * _CONFORMERS, preload=preload) as pool:
             for part, results in pool.map(process, self._parts(), lost):

@@ -24,9 +24,11 @@ from molgen_energy.datasets.base import (
     argument,
     choose_properties,
     option,
+    workers_option,
 )
 from molgen_energy.datasets.log import DatasetLog
 from molgen_energy.datasets.screening import foreign_elements, foreign_reason
+from molgen_energy.distributed import check_workers
 from molgen_energy.errors import MEND_OR_SKIP, InputError
 from molgen_energy.output import check_file, display_path, named_path, remove
 from molgen_energy.progress import ProgressCallback, no_progress
@@ -86,9 +88,7 @@ class SmilesFiles(ScreenedDataset):
     conformers: int = option(1, "Conformers of each molecule; they stay in one split.")
     relax: str = option("mmff94", "mmff94 (or mmff), gfn2-xtb (or xtb; extra `xtb`), or none.")
     timeout: float = option(60.0, "Most seconds for one molecule.")
-    workers: int | None = option(
-        None, "Worker processes, 0 for none; default: one for each processor."
-    )
+    workers: int | None = workers_option()
     split: str = option("0.8,0.1,0.1", "Shares for training, validation, test.")
     seed: int = option(0, "Seed of conformers and split.")
 
@@ -121,11 +121,8 @@ class SmilesFiles(ScreenedDataset):
                 raise InputError(f"{path} is no file of SMILES ({kinds}, also .gz)")
         if self.conformers < 1:
             raise InputError(f"--conformers {self.conformers}: expected 1 or more")
-        if not self.timeout > 0:
-            raise InputError(f"--timeout {self.timeout:g}: expected seconds above 0")
-        if self.workers is not None and self.workers < 0:
-            raise InputError(f"--workers {self.workers}: expected 0 or more")
-        check_relaxation(self.relax)
+        check_workers(self.workers)
+        check_relaxation(self.relax, self.timeout)
 
     def make(self, output: Path, progress: ProgressCallback = no_progress) -> PreprocessResult:
         """Embed the molecules and write them; continues from what is in FILE.shards."""

@@ -44,16 +44,23 @@ class BundledReference:
         """The statistics for a choice of bonds and a table of valences, see `Reference.load`."""
         return Reference.load(asset(self.statistics), bonds, valence)
 
-    def training_hashes(self, bonds: str = "perceived") -> NDArray[np.uint64] | None:
+    def training_hashes(
+        self, bonds: str = "perceived", loaded: Reference | None = None
+    ) -> NDArray[np.uint64] | None:
         """Sorted hashes of the SMILES of the training molecules with `perceived` or `given` bonds.
 
         QM9's are of perceived bonds in any case. Canonical SMILES can change between versions of
         RDKit: with another version than the hashes were written with, some known SMILES are
         computed again, and None is returned unless they are as they were.
+
+        Parameters
+        ----------
+        loaded
+            The statistics for these bonds, if they are in memory.
         """
         if self.name == "qm9":
             return _qm9_training_hashes()
-        reference = self.load(bonds)
+        reference = self.load(bonds) if loaded is None else loaded
         found = reference.training
         if found is None or reference.rdkit == rdBase.rdkitVersion:
             return found

@@ -7,7 +7,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from molgen_energy.distributed import default_workers
+from molgen_energy.distributed import worker_count
 from molgen_energy.metrics.molecule_table import MoleculeTable
 from molgen_energy.metrics.options import DEFAULT_METRICS, make_options
 from molgen_energy.metrics.report.model import Report
@@ -51,7 +51,7 @@ def evaluate_molecules(
     """
     options = make_options(metrics, bonds, valence, angles, subset, skip_bad)
     table = MoleculeTable("descriptors" in options.metrics) if per_molecule else None
-    count = default_workers() if workers is None else workers
+    count = worker_count(workers)
     with WorkerPool(count, timeout, peers, PRELOAD) as pool:
         results = evaluate_inputs(inputs, reference, train, types, options, pool, progress, table)
     return molecule_report(results, partial(WorkerPool, count, timeout, preload=PRELOAD))

@@ -134,12 +134,15 @@ def evaluate_inputs(
         )
     train = train or _training_split(reference)
     counter = ProgressCounter(progress, _total(sources, reference, train))
-    training_hashes, novelty_against = _training_hashes(
-        train, reference, bundled, options, workers, counter, notes
-    )
+    loaded = None
     if bundled is not None:
-        data = bundled.load(options.checks.bonds, options.checks.valence)
-        _check_bundled(bundled, data, types, chosen, options)
+        loaded = bundled.load(options.checks.bonds, options.checks.valence)
+        _check_bundled(bundled, loaded, types, chosen, options)
+    training_hashes, novelty_against = _training_hashes(
+        train, reference, bundled, loaded, options, workers, counter, notes
+    )
+    if loaded is not None:
+        data = loaded
     else:
         assert reference is not None
         reference_options = _options_for(FileSource(reference, "test"), options)
@@ -276,6 +279,7 @@ def _training_hashes(
     train: Path | None,
     reference: Path | None,
     bundled: BundledReference | None,
+    loaded: Reference | None,
     options: EvaluationOptions,
     workers: WorkerPool,
     counter: ProgressCounter,
@@ -310,7 +314,7 @@ def _training_hashes(
         return None, _NO_TRAINING
     if bonds == "given" and bundled.name == "qm9":
         notes.append(f"novelty: QM9 has no bonds, {_NOVELTY_OF_PERCEIVED}")
-    known = bundled.training_hashes(bonds)
+    known = bundled.training_hashes(bonds, loaded)
     if known is None:
         notes.append(
             "novelty is n/a: this version of RDKit writes other canonical SMILES than the one that "

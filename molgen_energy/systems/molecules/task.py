@@ -152,7 +152,8 @@ class MoleculeTask:
             )
             self._train, self._valid = self._open(config, file, columns, progress)
             # Processes on different machines must agree.
-            resolved = self._resolve_auto(config, _mean_atoms(summary))
+            mean_atoms = summary.training_atoms / summary.training_molecules
+            resolved = self._resolve_auto(config, mean_atoms)
             self.config: MoleculeConfig = broadcast(resolved)
             if self.config.training.low_precision is True:
                 lower_precision(device)
@@ -453,12 +454,6 @@ def _build_objective(config: MoleculeConfig, layout: Layout) -> Objective:
     )
 
 
-def _mean_atoms(summary: DatasetSummary) -> float:
-    """Mean number of atoms of the training molecules."""
-    atoms = sum(size * count for size, count in summary.size_histogram.items())
-    return atoms / summary.training_molecules
-
-
 def _published(config: MoleculeConfig, key: str) -> Published:
     """The published learning rate and weight of a model with a loss."""
     loss = config.loss
@@ -563,14 +558,13 @@ def _in_memory(
     available = available_memory(device)
     if available is None:
         return True
-    atoms = sum(size * count for size, count in summary.size_histogram.items())
     pairs = sum(size**2 * count for size, count in summary.size_histogram.items())
     # For each atom: position, element, charge, and about one bond. For each molecule: offset,
     # size, number in the file, and properties.
     bonds = "bonds" in columns or "bonds" in config.loss_requires
     per_atom = 13 + int("formal_charges" in columns) + 9 * int(bonds)
     per_molecule = 40 + 8 * sum("/" in name for name in columns)
-    needed = per_atom * atoms + per_molecule * summary.training_molecules
+    needed = per_atom * summary.training_atoms + per_molecule * summary.training_molecules
     needed += table_bytes(config.loss, pairs)
     return needed <= _SMALL or 4 * needed * local_world_size() <= available
 

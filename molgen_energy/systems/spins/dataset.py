@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from molgen_energy import __version__
 from molgen_energy.data.splits import check_fractions, check_seed, parse_fractions, random_split
-from molgen_energy.datasets.base import Dataset, option
-from molgen_energy.distributed import default_workers
+from molgen_energy.datasets.base import Dataset, option, workers_option
+from molgen_energy.distributed import check_workers, worker_count
 from molgen_energy.errors import InputError, PeerLostError, counted, unknown_name
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.spins.lattices import BOUNDARIES, Lattices, Spins, check_size
@@ -146,7 +146,7 @@ def solve_chunks(
     if first is None:
         return
     check_installed(first.lattices.periodic)  # before any process starts
-    count = min(default_workers() if workers is None else workers, len(chunks))
+    count = min(worker_count(workers), len(chunks))
     with WorkerPool(count, preload=[_SOLVERS]) as pool:
         for chunk, spins in pool.map(
             _solve_chunk, chain([first], drawn), _report_lost, ordered=False
@@ -192,9 +192,7 @@ class SpinGlasses(Dataset):
     )
     split: str = option("0.475,0.025,0.5", "Shares for training, validation, test.")
     seed: int = option(0, "Seed of couplings and split.")
-    workers: int | None = option(
-        None, "Worker processes, 0 for none; default: one for each processor."
-    )
+    workers: int | None = workers_option()
 
     def _size(self) -> int:
         return 16 if self.size is None else self.size
@@ -214,8 +212,7 @@ class SpinGlasses(Dataset):
             raise InputError(unknown_name("boundary", self.boundary, BOUNDARIES))
         periodic = self.boundary == "periodic"
         check_seed(self.seed)
-        if self.workers is not None and self.workers < 0:
-            raise InputError(f"--workers {self.workers}: expected 0 or more")
+        check_workers(self.workers)
         check_fractions(parse_fractions(self.split))
         if self.couplings not in KINDS:
             path = Path(self.couplings)
