@@ -1,7 +1,7 @@
 """A fast way to a minimum of a force field: BFGS that starts from the stiffness of the bonds.
 
 RDKit's own BFGS starts from an identity matrix. Bonds are a hundred times stiffer than torsions, so
-it takes about as many steps as there are coordinates to learn what the list of bonds tells at once.
+it takes about as many steps as there are coordinates to learn what the bonds imply from the start.
 A model of the Hessian as a start: M. Mones, C. Ortner, G. Csányi, Sci. Rep. 8, 13991 (2018).
 """
 
@@ -99,10 +99,10 @@ def model_hessian(molecule: Chem.Mol, positions: NDArray[np.float64]) -> NDArray
     """
     springs = np.zeros(len(positions) + 1)
     springs[1 : len(_SPRINGS) + 1] = _SPRINGS[: len(positions)]
-    apart = np.minimum(Chem.GetDistanceMatrix(molecule), len(positions)).astype(np.int64)
+    separation = np.minimum(Chem.GetDistanceMatrix(molecule), len(positions)).astype(np.int64)
     difference = positions[:, None] - positions
     squared = (difference**2).sum(axis=2)
-    weight = springs[apart] / np.where(squared > 0, squared, np.inf)
+    weight = springs[separation] / np.where(squared > 0, squared, np.inf)
     blocks = -(weight[..., None] * difference)[..., None] * difference[:, :, None]
     atoms = np.arange(len(positions))
     blocks[atoms, atoms] = _SHIFT * np.eye(3) - blocks.sum(axis=1)

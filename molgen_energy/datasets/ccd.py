@@ -168,7 +168,7 @@ class ChemicalComponents(RandomSplitDataset):
         groups: dict[str, int] = {}
         done = 0
         with WorkerPool(workers, _TIMEOUT * _CHUNK, preload=preload) as pool:
-            for part, found in pool.map(identify_all, parts, _lost):
+            for part, found in pool.map(identify_all, parts, _identification_failed):
                 numbers = chosen[done : done + len(part)]
                 done += len(part)
                 log.progress(done, len(chosen))
@@ -252,7 +252,7 @@ class ChemicalComponents(RandomSplitDataset):
         return (one.scaffold if self.split_by == "scaffold" else "") or one.smiles
 
     def _keeps(self, one: Identity, log: DatasetLog) -> bool:
-        """Whether a component passes what RDKit tells; counts one that does not."""
+        """Whether a component passes the checks of RDKit; counts one that does not."""
         if one.failure:
             log.counts["left out as RDKit refuses their valences"] += 1
         elif one.fragments > 1 and (self.clean or not self.keep_fragments):
@@ -386,7 +386,7 @@ def _is_relaxed(given: Molecules, found: Computed) -> bool:
     )
 
 
-def _lost(part: Molecules, reason: str) -> list[Identity]:
+def _identification_failed(part: Molecules, reason: str) -> list[Identity]:
     """The result for molecules at which a worker process died or timed out."""
     from molgen_energy.chemistry.identity import Identity
 

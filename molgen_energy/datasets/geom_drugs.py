@@ -26,7 +26,7 @@ from molgen_energy.output import display_path, named_path, real_path
 
 if TYPE_CHECKING:
     from molgen_energy.datasets.geom.layout import Entry, Layout
-    from molgen_energy.datasets.geom.work import Found, Part
+    from molgen_energy.datasets.geom.processing import EntryChunk, ProcessedEntry
 
 _CONFORMERS = 200  # that a worker process takes at a time
 _TIMEOUT = 60.0  # s for one molecule
@@ -120,7 +120,7 @@ class GeomDrugs(RandomSplitDataset):
 
     def chunks(self, log: DatasetLog) -> Iterator[MoleculeChunk]:
         """The conformers of the molecules that pass the filters, in the order of the layout."""
-        from molgen_energy.datasets.geom.work import lost, process
+        from molgen_energy.datasets.geom.processing import process_entries, processing_failed
         from molgen_energy.workers import WorkerPool
 
         groups = _Groups(self._by_layout)
@@ -129,11 +129,11 @@ class GeomDrugs(RandomSplitDataset):
         places: dict[int, str] = {}
         log.locate = lambda record: places.get(record, f"molecule {record}")
         workers = worker_count(self.workers)
-        preload = ["molgen_energy.datasets.geom.work"]
+        preload = ["molgen_energy.datasets.geom.processing"]
         with WorkerPool(workers, _TIMEOUT * _CONFORMERS, preload=preload) as pool:
-            for part, results in pool.map(process, self._parts(), lost):
+            for chunk, results in pool.map(process_entries, self._chunks(), processing_failed):
                 records, kept, numbers = [], [], []
-                for entry, found in zip(part.entries, results, strict=True):
+                for entry, found in zip(chunk.entries, results, strict=True):
                     number += 1
                     places[number] = entry.place
                     if not self._keeps(entry, found, log):
@@ -176,9 +176,9 @@ class GeomDrugs(RandomSplitDataset):
             return self._layout.splits_molecules
         return self.split_by == _LAYOUT
 
-    def _parts(self) -> Iterator[Part]:
-        """The molecules of the layout in parts of about the same work."""
-        from molgen_energy.datasets.geom.work import Part, Rules
+    def _chunks(self) -> Iterator[EntryChunk]:
+        """The molecules of the layout in chunks of about the same work."""
+        from molgen_energy.datasets.geom.processing import EntryChunk, Rules
 
         rules = Rules(
             self._layout.decode,
@@ -194,12 +194,12 @@ class GeomDrugs(RandomSplitDataset):
             used = len(entry.conformers)
             waiting += max(1, min(used, self.conformers or used))
             if waiting >= _CONFORMERS:
-                yield Part(entries, rules)
+                yield EntryChunk(entries, rules)
                 entries, waiting = [], 0
         if entries:
-            yield Part(entries, rules)
+            yield EntryChunk(entries, rules)
 
-    def _keeps(self, entry: Entry, found: Found, log: DatasetLog) -> bool:
+    def _keeps(self, entry: Entry, found: ProcessedEntry, log: DatasetLog) -> bool:
         """Whether a molecule is kept; counts one that is not, and raises for a bad one."""
         if found.filtered:
             log.counts[found.filtered] += 1
@@ -211,7 +211,7 @@ class GeomDrugs(RandomSplitDataset):
             log.skip(record)
         return not (found.filtered or found.failure)
 
-    def _key(self, found: Found, number: int) -> str:
+    def _key(self, found: ProcessedEntry, number: int) -> str:
         """Molecules of the same key stay in one split."""
         named = found.identity
         scaffold = named.scaffold if self.split_by == _SCAFFOLD else ""
@@ -249,7 +249,7 @@ class _Groups:
         ]
 
 
-def _with_columns(molecule: Molecule, entry: Entry, found: Found, k: int) -> Molecule:
+def _with_columns(molecule: Molecule, entry: Entry, found: ProcessedEntry, k: int) -> Molecule:
     """A conformer with SMILES and energy, where the layout has them."""
     known = bool(entry.energies)
     return replace(

@@ -24,9 +24,14 @@ from molgen_energy.chemistry.convert import to_rdkit
 from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.data.molecules import AROMATIC, Molecule, Molecules
 from molgen_energy.datasets.geom.layout import Entry
+from molgen_energy.datasets.geom.processing import (
+    EntryChunk,
+    Rules,
+    process_entries,
+    processing_failed,
+)
 from molgen_energy.datasets.geom.rdkit_pickles import decode_pickled
 from molgen_energy.datasets.geom.recognition import LAYOUTS, recognise
-from molgen_energy.datasets.geom.work import Part, Rules, lost, process
 from molgen_energy.errors import InputError
 from molgen_energy.workers import WorkerPool
 
@@ -504,9 +509,9 @@ def test_bad_records_of_other_layouts(tmp_path: Path, sources: list[Source]) -> 
 
 def test_a_crash_of_the_parser_is_a_bad_molecule() -> None:
     """It ends a worker process, and this process lives on."""
-    part = Part([Entry("first", [3])], Rules(os._exit, 1, np.ones(256, bool), 181, False))
+    part = EntryChunk([Entry("first", [3])], Rules(os._exit, 1, np.ones(256, bool), 181, False))
     with WorkerPool(1, 60.0) as pool:
-        [(_, found)] = pool.map(process, [part], lost)
+        [(_, found)] = pool.map(process_entries, [part], processing_failed)
     assert [one.failure for one in found] == ["the worker process died (exit code 3)"]
 
 

@@ -1,1 +1,1 @@
-"""The forms in which GEOM-Drugs is passed on, one file for each; `recognition` tells them apart."""
+"""Layouts of the files of GEOM-Drugs, one module each; `recognition` detects which one it is."""

@@ -51,7 +51,7 @@ def check_bounds(molecule: Chem.Mol, parameters: Mapping[str, Any]) -> dict[str,
     bonds = np.array(
         [(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in _bonds(checked)], np.int64
     ).reshape(-1, 2)
-    apart = _bonds_apart(len(bounds), bonds)
+    separation = _bond_separation(len(bounds), bonds)
     numbers = np.array([checked.GetAtomWithIdx(k).GetAtomicNum() for k in range(len(bounds))])
     low, high = bounds.T.copy(), bounds.copy()  # both in the upper triangle
     _share_bounds_of_ends(checked, numbers, low, high)
@@ -61,14 +61,14 @@ def check_bounds(molecule: Chem.Mol, parameters: Mapping[str, Any]) -> dict[str,
         i, j = i[heavy], j[heavy]
     positions = checked.GetConformer().GetPositions()
     distance = np.linalg.norm(positions[i] - positions[j], axis=1)
-    low, high, apart = low[i, j], high[i, j], apart[i, j]
+    low, high, separation = low[i, j], high[i, j], separation[i, j]
     with np.errstate(divide="ignore", invalid="ignore"):
         below = np.where(distance < low, (distance - low) / low, 0.0)
         above = np.where(distance > high, (distance - high) / high, 0.0)
     length, angle = parameters["threshold_bad_bond_length"], parameters["threshold_bad_angle"]
-    bad_length = (apart == 1) & ((below < -length) | (above > length))
-    bad_angle = (apart == 2) & ((below < -angle) | (above > angle))
-    clash = (apart == 0) & (below < -parameters["threshold_clash"])
+    bad_length = (separation == 1) & ((below < -length) | (above > length))
+    bad_angle = (separation == 2) & ((below < -angle) | (above > angle))
+    clash = (separation == 0) & (below < -parameters["threshold_clash"])
     bad = {_LENGTHS: bad_length, _ANGLES: bad_angle, _CLASH: clash}
     return {name: not which.any() for name, which in bad.items()}
 
@@ -82,12 +82,12 @@ def _bonds(molecule: Chem.Mol) -> list[Chem.Bond]:
     return [molecule.GetBondWithIdx(k) for k in range(molecule.GetNumBonds())]
 
 
-def _bonds_apart(size: int, bonds: NDArray[np.int64]) -> NDArray[np.int64]:
+def _bond_separation(size: int, bonds: NDArray[np.int64]) -> NDArray[np.int64]:
     """1 for bonded atoms, 2 for others with a common neighbour, else 0, (N, N)."""
     bonded = np.zeros((size, size), np.int64)
     bonded[bonds[:, 0], bonds[:, 1]] = bonded[bonds[:, 1], bonds[:, 0]] = 1
-    apart: NDArray[np.int64] = np.where(bonded == 1, 1, np.where(bonded @ bonded > 0, 2, 0))
-    return apart
+    separation: NDArray[np.int64] = np.where(bonded == 1, 1, np.where(bonded @ bonded > 0, 2, 0))
+    return separation
 
 
 def _share_bounds_of_ends(

@@ -1,4 +1,4 @@
-"""What worker processes do with the molecules of a layout: decode, choose, filter and name them."""
+"""What worker processes do with the molecules of a layout: decode, filter and identify them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Rules(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some molecules that a worker process takes at a time."""
+class EntryChunk:
+    """Molecules that a worker process takes at a time."""
 
     entries: Sequence[Entry]
     rules: Rules
@@ -37,14 +37,14 @@ class Part:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def parts(self, size: int) -> Iterator[Part]:
+    def parts(self, size: int) -> Iterator[EntryChunk]:
         """The molecules in parts of at most `size`."""
         for k in range(0, len(self), size):
-            yield Part(self.entries[k : k + size], self.rules)
+            yield EntryChunk(self.entries[k : k + size], self.rules)
 
 
-class Found(NamedTuple):
-    """What becomes of a molecule."""
+class ProcessedEntry(NamedTuple):
+    """The result for one molecule."""
 
     molecules: Sequence[Molecule] = ()
     """The conformers that are kept."""
@@ -57,37 +57,37 @@ class Found(NamedTuple):
     """What is wrong with the molecule."""
 
 
-def process(part: Part) -> list[Found]:
-    """What becomes of each molecule of a part."""
-    return [_process(entry, part.rules) for entry in part.entries]
+def process_entries(chunk: EntryChunk) -> list[ProcessedEntry]:
+    """The result for each molecule of a chunk."""
+    return [_process(entry, chunk.rules) for entry in chunk.entries]
 
 
-def lost(part: Part, reason: str) -> list[Found]:
+def processing_failed(chunk: EntryChunk, reason: str) -> list[ProcessedEntry]:
     """The result for molecules at which a process died or timed out."""
-    return [Found(failure=reason)] * len(part)
+    return [ProcessedEntry(failure=reason)] * len(chunk)
 
 
-def _process(entry: Entry, rules: Rules) -> Found:
+def _process(entry: Entry, rules: Rules) -> ProcessedEntry:
     if not entry.conformers:
-        return Found(failure="it has no conformers")
+        return ProcessedEntry(failure="it has no conformers")
     chosen = lowest(entry, rules.conformers)
     # The cleaning drops a molecule for any of its conformers, chosen or not.
     wanted = range(len(entry.conformers)) if rules.clean else chosen
     try:
         decoded = {k: rules.decode(entry.conformers[k]) for k in wanted}
     except ValueError as error:
-        return Found(failure=str(error))
+        return ProcessedEntry(failure=str(error))
     molecules = [decoded[k] for k in chosen]
     elements = np.concatenate([molecule.atomic_numbers for molecule in molecules])
     if not rules.allowed[elements].all():
-        return Found(filtered="left out with other elements")
+        return ProcessedEntry(filtered="left out with other elements")
     if max(map(len, molecules)) > rules.max_atoms:
-        return Found(filtered=f"left out with more than {rules.max_atoms} atoms")
+        return ProcessedEntry(filtered=f"left out with more than {rules.max_atoms} atoms")
     if rules.clean:
         fault = next(filter(None, faults(Molecules.from_list(list(decoded.values())))), "")
         if fault:
-            return Found(filtered=f"left out by the cleaning: {fault}")
-    return Found(molecules, chosen, _identity(molecules[0], entry.smiles))
+            return ProcessedEntry(filtered=f"left out by the cleaning: {fault}")
+    return ProcessedEntry(molecules, chosen, _identity(molecules[0], entry.smiles))
 
 
 def lowest(entry: Entry, count: int) -> list[int]:
