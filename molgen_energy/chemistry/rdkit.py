@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -77,6 +79,18 @@ class SanitizationResult:
     """If requested."""
     unstable_atoms: tuple[int, ...] = ()
     """Atoms that break the valence model `strict`, if requested."""
+
+
+@contextmanager
+def preserved_logs() -> Iterator[None]:
+    """Enable and disable RDKit's logs after the block as they were before it."""
+    before = rdBase.LogStatus()
+    try:
+        yield
+    finally:
+        for line in before.splitlines():
+            name, _, status = line.partition(":")
+            (rdBase.EnableLog if status == "enabled" else rdBase.DisableLog)(name)
 
 
 def build(molecule: Molecule, positions: bool = False) -> Chem.RWMol:

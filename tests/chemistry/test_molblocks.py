@@ -137,7 +137,6 @@ def test_the_reason_is_there_in_worker_processes_and_logs_stay_as_they_are(tmp_p
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         (reason,) = pool.submit(reasons_of, tmp_path / "a.sdf").result()
     assert "Element 'Du' not found" in reason
-    rdBase.LogToCppStreams()  # other packages, such as PoseBusters, switch logs on and off
     before = rdBase.LogStatus()
     records: list[logging.LogRecord] = []
     handler = logging.Handler()

@@ -9,10 +9,11 @@ from rdkit import Chem, rdBase
 from rdkit.Chem import rdDistGeom
 
 from molgen_energy.chemistry.convert import molecule_from_rdkit
-from molgen_energy.chemistry.rdkit import build
+from molgen_energy.chemistry.rdkit import build, preserved_logs
 from molgen_energy.data.molecules import MoleculeChunk, Molecules
 
-posebusters = pytest.importorskip("posebusters")
+with preserved_logs():  # its import enables them
+    posebusters = pytest.importorskip("posebusters")
 
 SMILES = (
     "C",
@@ -32,14 +33,17 @@ def busted():
     checker.config["modules"] = [
         module for module in checker.config["modules"] if module["function"] != "energy_ratio"
     ]
-    logging.getLogger("rdkit").setLevel(logging.CRITICAL)
+    logger = logging.getLogger("rdkit")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
 
     def bust(molecule):
-        with rdBase.BlockLogs():
+        with preserved_logs(), rdBase.BlockLogs():
             row = checker.bust([build(molecule, positions=True)], None, None).iloc[0]
         return {name: passed is True or passed is np.True_ for name, passed in row.items()}
 
-    return bust
+    yield bust
+    logger.setLevel(level)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -69,3 +73,15 @@ def test_invalid_molecules_agree_too(busted):
     found = run_posebusters(chunk)[0]
     assert list(found.items()) == list(busted(five).items())
     assert not found["sanitization"] and not found["bond_lengths"]
+
+
+def test_logs_of_rdkit_stay_enabled_or_disabled():
+    from molgen_energy.metrics.checks.posebusters import run_posebusters
+
+    made = Chem.AddHs(Chem.MolFromSmiles("CCO"))
+    rdDistGeom.EmbedMolecule(made, randomSeed=1)
+    molecules = Molecules.from_list([molecule_from_rdkit(made)])
+    logger = logging.getLogger("rdkit")
+    before = rdBase.LogStatus(), logger.level
+    run_posebusters(MoleculeChunk(np.array([1]), molecules))
+    assert (rdBase.LogStatus(), logger.level) == before

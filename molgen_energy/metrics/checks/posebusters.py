@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from rdkit import Chem, rdBase
 
-from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS, build, max_neighbours
+from molgen_energy.chemistry.rdkit import (
+    MAX_NEIGHBOURS,
+    build,
+    max_neighbours,
+    preserved_logs,
+)
 from molgen_energy.data.molecules import MoleculeChunk
 from molgen_energy.metrics.checks.bounds import check_bounds
 
@@ -78,7 +83,15 @@ def _results(
 
 def run_posebusters(chunk: MoleculeChunk) -> list[dict[str, bool]]:
     """Whether each molecule passes each check, by the check's name, with the molecule's bonds."""
-    return [_checks(chunk, k) for k in range(len(chunk))]
+    # PoseBusters sends RDKit's messages to Python's logging; the checks contain the same.
+    logger = logging.getLogger("rdkit")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with preserved_logs():  # PoseBusters enables all of them
+            return [_checks(chunk, k) for k in range(len(chunk))]
+    finally:
+        logger.setLevel(level)
 
 
 def posebusters_failed(chunk: MoleculeChunk, reason: str) -> list[dict[str, bool]]:
@@ -90,8 +103,6 @@ def _checks(chunk: MoleculeChunk, k: int) -> dict[str, bool]:
     molecule = chunk.molecules[k]
     if max_neighbours(molecule) > MAX_NEIGHBOURS:
         return {"sanitization": False}
-    # PoseBusters sends RDKit's messages to Python's logging; the checks contain the same.
-    logging.getLogger("rdkit").setLevel(logging.CRITICAL)
     built, found = build(molecule, positions=True), {}
     with rdBase.BlockLogs(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
