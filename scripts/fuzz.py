@@ -174,7 +174,7 @@ class _Loaded(BundledReference):
     def load(self, bonds: str = "perceived", valence: str | None = None) -> Reference:
         return self.reference or super().load(bonds, valence)
 
-    def training_hashes(self, bonds: str = "perceived") -> Any:
+    def training_hashes(self, bonds: str = "perceived", loaded: Reference | None = None) -> Any:
         return self.hashes
 
 

@@ -31,7 +31,7 @@ from molgen_energy.formats.parts import check_part
 from molgen_energy.formats.yaml import shown
 
 MARK = b"\x80"
-"""The first byte of a pickle."""
+"""The first byte of pickled data."""
 
 _MOST_MARKS = 1000  # lists, tuples and mappings that are open at once
 _MOST_DIMENSIONS = 8

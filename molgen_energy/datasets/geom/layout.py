@@ -173,7 +173,7 @@ class PickledListLayout(SplitLayout):
 
     @classmethod
     def first_item(cls, path: Path, start: bytes) -> Any:
-        """The first item of a pickle."""
+        """The first item of a pickled list."""
         if not start.startswith(MARK):
             return None
         with pickle_file(path) as (file, size):
