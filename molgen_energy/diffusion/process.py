@@ -61,6 +61,9 @@ class Process(ABC):
     """The lowest level that denoisers are trained at."""
     continuous: ClassVar[bool] = False
     """Whether a level is the time t in [0, 1], a float, rather than an integer 0 … T."""
+    ends_clean: ClassVar[bool] = False
+    """Whether samples are the last clean prediction of all fields. Otherwise discrete fields are
+    those of the last noisy state."""
 
     def __init__(self, steps: int, prediction: str) -> None:
         if prediction not in self.predictions:
@@ -257,6 +260,7 @@ class CosineDiffusion(VariancePreserving):
     name = "cosine"
     first_level = 1e-5
     continuous = True
+    ends_clean = True
 
     def __init__(self, steps: int = 1000, prediction: str = "clean") -> None:
         super().__init__(steps, prediction)
