@@ -249,7 +249,7 @@ class _Trainer:
             size = _COPIES * sum(p.numel() * p.element_size() for p in task.model.parameters())
             check_memory(size, "training the network", "lower model.width or model.layers")
         self.ema = ExponentialMovingAverage(task.model, self.training.ema_decay)
-        self.clipper = GradientClipper()
+        self.clipper = GradientClipper(self.training.max_gradient_norm or math.inf)
         assert not isinstance(self.training.lr, str)
         self._muon_ratio = self.training.muon_lr / self.training.lr
         self.optimizers = _optimizers(self.training, task.model, task.device)
