@@ -43,7 +43,7 @@ from molgen_energy.training.ema import ExponentialMovingAverage
 from molgen_energy.training.initial import initialise
 from molgen_energy.training.loop import (
     TrainingInterrupted,
-    _step_seed,
+    _derived_seed,
     learning_rate,
     total_steps,
     train,
@@ -624,7 +624,7 @@ def test_training_starts_from_the_weights_of_a_run(unbroken, tmp_path):
     expected = MoleculeTask(tiny(loss__name="mse"), CPU)
     load_checkpoint(unbroken).load_weights(expected.model, "ema")
     expected.model.train()
-    loss = expected.loss(expected.model, expected.epoch(0)[0], _step_seed(0, 0))["loss"].mean()
+    loss = expected.loss(expected.model, expected.epoch(0)[0], _derived_seed(0, 0))["loss"].mean()
     assert float(first["loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
     shared = config_of(tmp_path / "run").without_paths()
     assert shared.training.initial_weights == unbroken.name
