@@ -753,6 +753,19 @@ def test_clipper_follows_the_rule(rng):
     assert again.state().tolist() == clipper.state().tolist() == pytest.approx(remembered)
 
 
+def test_the_bound_of_the_clipper_is_limited():
+    """From the first step, whose bound is else thousands."""
+    clipper, remembered = GradientClipper(10.0), [3000.0]
+    for norm in (100.0, 2.0, 3.0, 50.0, 4.0):
+        gradient = torch.tensor([norm]).requires_grad_()
+        gradient.grad = gradient.detach().clone()
+        bound = min(10.0, 1.5 * np.mean(remembered) + 2 * np.std(remembered))
+        clipper.clip([gradient])
+        assert float(gradient.grad) == pytest.approx(min(norm, bound), rel=1e-5)
+        remembered.append(min(norm, bound))
+    assert clipper.state().tolist() == pytest.approx(remembered)
+
+
 def test_ema():
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(0.0)
