@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from molgen_energy.diffusion.noise import RandomNumbers
+from molgen_energy.diffusion.process import Process
 from molgen_energy.diffusion.state import Field, Layout, State
 
 
@@ -29,6 +30,11 @@ class ExactRandomNumbers(RandomNumbers):
 
     def _normal(self, *arguments):
         return super()._normal(*arguments).double()
+
+
+def levels_at(process: Process, times: torch.Tensor) -> torch.Tensor:
+    """Levels at times in [0, 1]."""
+    return times.double() if process.continuous else (times * process.steps).round().long()
 
 
 def on_atoms(model, atoms: torch.Tensor, time: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

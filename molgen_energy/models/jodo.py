@@ -427,9 +427,9 @@ class JODOLayer(nn.Module):
 
 # Kaba et al., NeurIPS 2025: weight 1 with the published c, which on QM9 are springs of these means.
 PUBLISHED_JODO = {
-    ("energy", "exponential"): Published(2e-4, 2.3),
-    ("energy", "inverse"): Published(2e-4, 1.55),
-    ("energy", "inverse_square"): Published(2e-4, 1.9),
+    ("energy", "exponential"): Published(2e-4, 1.858),
+    ("energy", "inverse"): Published(2e-4, 1.382),
+    ("energy", "inverse_square"): Published(2e-4, 1.582),
     ("energy", "constant"): Published(2e-4, 1.0),
     ("mse", None): Published(2e-4, 1.0),
     ("kabsch", None): Published(2e-4, 1.0),
@@ -499,6 +499,11 @@ class JODO(Denoiser):
         Run matrix products in bfloat16; parameters, positions and the result stay float32.
     condition_channels
         K, channels of a condition.
+
+    Raises
+    ------
+    ValueError
+        The layout has no bonds.
     """
 
     Config = JODOConfig
@@ -520,6 +525,8 @@ class JODO(Denoiser):
         condition_channels: int = 0,
     ) -> None:
         super().__init__(layout)
+        if "bonds" not in layout.fields:
+            raise ValueError("jodo needs the field bonds, the only one of pairs of atoms")
         self.low_precision, self.dropout = low_precision, dropout
         self.spatial_adjacency, self.cutoff = spatial_adjacency, cutoff
         edge_width, time_width = width // 4, 4 * width

@@ -18,14 +18,21 @@ class GradientClipper:
     """Clip gradients to a norm of 1.5·mean + 2·std of the last 50 clipped norms, 3000 at first.
 
     The rule of EDM's code (Hoogeboom et al., ICML 2022).
+
+    Parameters
+    ----------
+    highest
+        The bound is never above this (JODO: Huang et al., 2023, arXiv:2305.12347).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, highest: float = math.inf) -> None:
+        self._highest = highest
         self._norms: deque[float] = deque([_FIRST], maxlen=_REMEMBERED)
 
     def clip(self, parameters: Iterable[Tensor]) -> float:
         """Clip in place; returns the norm before clipping."""
-        bound = 1.5 * float(np.mean(self._norms)) + 2 * float(np.std(self._norms))
+        recent = 1.5 * float(np.mean(self._norms)) + 2 * float(np.std(self._norms))
+        bound = min(recent, self._highest)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
         if math.isfinite(norm):
             self._norms.append(min(norm, bound))

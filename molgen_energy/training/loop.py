@@ -6,7 +6,8 @@ of an epoch on (seed, epoch), so there is no random state to save, and a resumed
 that an uninterrupted one would have taken.
 
 Several processes (`molgen_energy.distributed`) each take a shard of every batch and average their
-gradients, so that K of them take the steps that one would take. Only process 0 writes.
+gradients, so that K of them take the steps that one would take, except for dropout, whose masks
+depend on the process too. Only process 0 writes.
 """
 
 from __future__ import annotations
@@ -249,7 +250,7 @@ class _Trainer:
             size = _COPIES * sum(p.numel() * p.element_size() for p in task.model.parameters())
             check_memory(size, "training the network", "lower model.width or model.layers")
         self.ema = ExponentialMovingAverage(task.model, self.training.ema_decay)
-        self.clipper = GradientClipper()
+        self.clipper = GradientClipper(self.training.max_gradient_norm or math.inf)
         assert not isinstance(self.training.lr, str)
         self._muon_ratio = self.training.muon_lr / self.training.lr
         self.optimizers = _optimizers(self.training, task.model, task.device)
@@ -428,7 +429,11 @@ class _Trainer:
         self.task.model.train()
         try:
             if world_size() > 1:
-                self.model = DistributedDataParallel(self.task.model)
+                # Some weights of a self-conditioned network have no gradient in half of the steps.
+                unused = bool(getattr(self.task.model, "self_conditioned", False))
+                self.model = DistributedDataParallel(
+                    self.task.model, find_unused_parameters=unused
+                )
             for batch in self._batches():
                 stop = self._step(batch, interrupted)
                 row_samples += len(batch)
@@ -517,9 +522,10 @@ class _Trainer:
         A process without a sample of a small batch takes one with weight 0, so that all processes
         take part in averaging gradients.
         """
-        seed = _step_seed(self.training.seed, self.at.step)
+        seed = _derived_seed(self.training.seed, self.at.step)
         place = min(rank(), len(batch) - 1)
-        losses = self.task.loss(model, batch, seed, place, world_size())
+        with _global_random_numbers(_derived_seed(seed, rank()), self.task.device):
+            losses = self.task.loss(model, batch, seed, place, world_size())
         weight = float(rank() < len(batch))
         if not weight and self.task.adaptive is not None:
             self.task.adaptive.discard_step()
@@ -678,8 +684,17 @@ def _norm(parameters: list[nn.Parameter]) -> float:
     return float(torch.nn.utils.clip_grad_norm_(parameters, math.inf))
 
 
-def _step_seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) >> 1
+def _derived_seed(seed: int, number: int) -> int:
+    """The seed of a step, or of a process."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]) >> 1
+
+
+@contextmanager
+def _global_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the random numbers that PyTorch draws for dropout; restores their state afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def test_a_step_weighs_the_gradient_of_its_batch(tmp_path):
     train(task, tmp_path / "run", Watcher())
     again = MoleculeTask(config, CPU)
     again.model.load_state_dict(before)
-    values = again.loss(again.model, batch, loop._step_seed(0, 0))["loss"]
+    values = again.loss(again.model, batch, loop._derived_seed(0, 0))["loss"]
     assert torch.equal(values, seen[0]["loss"])
     (values.mean() * batch.weight).backward()
     moments = weights(tmp_path / "run", "optimizer")

@@ -5,14 +5,14 @@ import pytest
 import torch
 from conftest import padded_batch
 from scipy import stats
-from states import atoms_state, layout_of, seeded_noise
+from states import atoms_state, layout_of, levels_at, seeded_noise
 
 from molgen_energy.data.batches import DeviceMolecules
 from molgen_energy.diffusion.geometry import centred, rotations_from_quaternions
 from molgen_energy.diffusion.noise import RandomNumbers, Stream, philox
 from molgen_energy.diffusion.objective import Objective, TimestepDistribution, Weights
-from molgen_energy.diffusion.process import PROCESSES, Diffusion, FlowMatching
-from molgen_energy.diffusion.schedule import PolynomialSchedule
+from molgen_energy.diffusion.process import PROCESSES, CosineDiffusion, Diffusion, FlowMatching
+from molgen_energy.diffusion.schedule import CosineSchedule, PolynomialSchedule
 from molgen_energy.diffusion.state import State
 from molgen_energy.losses import LOSSES, MeanAbsoluteError, MeanSquaredError, PairwiseEnergy
 from molgen_energy.systems.molecules.fields import MoleculeStatistics, ScalesConfig, build_layout
@@ -92,6 +92,30 @@ def test_schedule():
     step = torch.tensor([[0, 500], [1000, 3]])
     assert schedule.alpha(step).shape == (2, 2)
     assert schedule.time(step)[1, 0] == 1
+
+
+def test_cosine_schedule():
+    """Against the closed form in NumPy, at both ends too, and the inverse of λ."""
+    schedule, time = CosineSchedule(), np.linspace(0, 1, 1001)
+    angle = np.longdouble(np.pi) / 2 * (time + np.longdouble(0.008)) / np.longdouble(1.008)
+    start = np.longdouble(np.pi) / 2 * np.longdouble(0.008) / np.longdouble(1.008)
+    alpha = np.cos(angle) / np.cos(start)
+    sigma = np.sqrt((np.cos(start) ** 2 - np.cos(angle) ** 2)) / np.cos(start)
+    found = schedule.alpha(torch.from_numpy(time)), schedule.sigma(torch.from_numpy(time))
+    np.testing.assert_allclose(found[0][:-1], alpha[:-1].astype(float), rtol=1e-11)
+    np.testing.assert_allclose(found[1], sigma.astype(float), rtol=1e-9, atol=1e-12)
+    assert float(found[0][-1]) == 1e-9  # cos π/2: α and λ stay finite
+    assert found[1][0] == 0
+    squares = [CosineDiffusion().squares(t) for t in (1e-3, 0.5, 0.9946)]
+    np.testing.assert_allclose(np.sum(squares, axis=1), 1, rtol=1e-14)
+    inner = time[1:-1]
+    log_snr = 2 * np.log(alpha[1:-1] / sigma[1:-1]).astype(float)
+    np.testing.assert_allclose(schedule.time(torch.from_numpy(log_snr)), inner, atol=1e-12)
+    process = CosineDiffusion()
+    level = torch.from_numpy(inner)
+    np.testing.assert_allclose(process.log_snr(level), log_snr, rtol=1e-6, atol=1e-6)
+    assert torch.isfinite(process.log_snr(torch.tensor([0.0, 1.0]))).all()
+    assert process.log_snr(level).dtype == process.alpha(level).dtype == torch.float32
 
 
 def test_rotations_are_proper_and_uniform():
@@ -229,20 +253,17 @@ def test_the_weight_makes_all_times_alike(molecules, process, name):
     zeros = torch.zeros(64, mask.shape[1], 3)
     clean = atoms_state(layout, mask, torch.cat([centred(positions, mask), zeros], dim=-1))
     error = 1e-3 * seeded_noise(layout, mask[:1], 5).atoms.double()
-    schedule = PolynomialSchedule(100)
+    velocity = process == "flow_matching"
+    built = PROCESSES[process](100, prediction="velocity" if velocity else "noise")
     seen = []
 
     def model(state, time, mask, condition, self_condition):
         seen.append(time)
-        noisy = state.atoms
-        if process == "diffusion":
-            step = (time * 100).round().long()
-            alpha, sigma = (x(step)[:, None, None] for x in (schedule.alpha, schedule.sigma))
-            return state.with_atoms((noisy - alpha * clean.atoms) / sigma + error)
-        t = time[:, None, None]
-        return state.with_atoms((noisy - (1 - t) * clean.atoms) / t - clean.atoms + error)
+        level = levels_at(built, time)
+        noise = (state - built.alpha(level) * clean) / built.sigma(level)
+        return state.with_atoms((noise - clean if velocity else noise).atoms + error)
 
-    objective = Objective(PROCESSES[process](100), LOSSES[name](), Weights(1.0))
+    objective = Objective(built, LOSSES[name](), Weights(1.0))
     terms = objective(model, clean, RandomNumbers(0, torch.arange(64)))
     small = seen[0] < 0.6  # later the error is no longer small against the molecule
     values = terms.parts["positions"][small]
@@ -295,14 +316,19 @@ def test_objective_does_not_see_padding(molecules):
 @pytest.mark.parametrize("power", [1.0, 1.5, 2.0])
 def test_timesteps_have_their_distribution(power, stratified):
     timesteps, levels = TimestepDistribution(power, stratified), 101
-    draws = [timesteps.draw(levels, RandomNumbers(k, torch.arange(64))) for k in range(1000)]
-    found = torch.bincount(torch.cat(draws), minlength=levels).double() / 64_000
+    shares = torch.cat([timesteps.draw(RandomNumbers(k, torch.arange(64))) for k in range(1000)])
+    found = torch.bincount(Diffusion(100).draw_levels(shares), minlength=levels).double() / 64_000
     edges = (torch.arange(levels + 1).double() / levels) ** (1 / power)
     torch.testing.assert_close(found, edges.diff(), rtol=0, atol=0.006)
+    times = CosineDiffusion().draw_levels(shares)
+    assert times.dtype == torch.float64
+    assert ((times >= 1e-5) & (times <= 1)).all()
+    assert stats.kstest(times.numpy() ** (1 / power), "uniform").statistic < 0.01
 
 
 def test_stratified_timesteps_are_one_in_each_part():
-    step = TimestepDistribution(1.0, True).draw(640, RandomNumbers(0, torch.arange(64)))
+    shares = TimestepDistribution(1.0, True).draw(RandomNumbers(0, torch.arange(64)))
+    step = Diffusion(639).draw_levels(shares)
     assert sorted((step // 10).tolist()) == list(range(64))
     assert (step.diff() < 0).any()  # not in order, as molecules of a batch may be
 
@@ -317,7 +343,7 @@ def test_stratified_timesteps_are_one_in_each_part():
 )
 def test_shards_draw_the_timesteps_of_the_whole_batch(timesteps):
     drawn = [
-        timesteps.draw(50, RandomNumbers(0, torch.arange(7)[first::every], 7))
+        timesteps.draw(RandomNumbers(0, torch.arange(7)[first::every], 7))
         for first, every in [(0, 1), (0, 3), (1, 3), (2, 3)]
     ]
     whole = drawn[0]

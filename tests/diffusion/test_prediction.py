@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import padded_batch
-from states import atoms_state, layout_of, seeded_noise
+from states import atoms_state, layout_of, levels_at, seeded_noise
 
 from molgen_energy.diffusion.prediction import Prediction
 from molgen_energy.diffusion.process import PROCESSES, Diffusion
@@ -31,7 +31,9 @@ def clean(molecules):
 
 
 def levels_of_process(process, count):
-    """Levels from the lowest of the training to the highest, (B,)."""
+    """Levels from the lowest of the training to the highest that samplers visit, (B,)."""
+    if process.continuous:
+        return torch.linspace(process.first_level, 0.9946, count).double()
     return torch.linspace(process.first_level, process.steps, count).long()
 
 
@@ -78,7 +80,7 @@ def test_conversions_agree_with_each_other(clean, name):
     flow = name == "flow_matching"
     process = PROCESSES[name](50)
     # In the middle, where no conversion divides by a small number.
-    level = torch.linspace(10, 40, len(clean)).long()
+    level = levels_at(process, torch.linspace(0.2, 0.8, len(clean)))
     noisy, wrong = normal(clean), clean + 0.1 * normal(clean)
     alpha, sigma = process.alpha(level).double(), process.sigma(level).double()
     noise = (noisy - alpha * wrong) / sigma
@@ -96,10 +98,10 @@ def test_conversions_agree_with_each_other(clean, name):
 @pytest.mark.parametrize("name", PROCESSES)
 def test_scaled_noise_keeps_the_noisy_state(clean, name):
     """x_t = α x̂ + σ ε̂ with the scaled ε̂; the velocity changes by (f − 1) ε̂/α."""
-    level = torch.linspace(10, 40, len(clean)).long()
     noisy, output = normal(clean), normal(clean)
     for kind in PROCESSES[name].predictions:
         process = PROCESSES[name](50, prediction=kind)
+        level = levels_at(process, torch.linspace(0.2, 0.8, len(clean)))
         plain = Prediction(process, noisy, level, output)
         scaled = plain.with_noise_times(1.25)
         alpha, sigma = process.alpha(level), process.sigma(level)

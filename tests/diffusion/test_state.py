@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from states import ExactRandomNumbers
+from states import ExactRandomNumbers, levels_at
 
 from molgen_energy.diffusion.guidance import SamplingHook
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
@@ -293,10 +293,10 @@ def test_stratified_numbers_of_shards_are_those_of_the_whole(world):
     whole = RandomNumbers(3, torch.arange(population))
     for stratified in (False, True):
         timesteps = TimestepDistribution(1.5, stratified)
-        expected = timesteps.draw(100, whole)
+        expected = timesteps.draw(whole)
         for rank in range(world):
             random = RandomNumbers(3, torch.arange(population)[rank::world], population)
-            assert torch.equal(timesteps.draw(100, random), expected[rank::world])
+            assert torch.equal(timesteps.draw(random), expected[rank::world])
             assert torch.equal(random.quaternions(), whole.quaternions()[rank::world])
             assert torch.equal(
                 random.integers(Stream.EDGES), whole.integers(Stream.EDGES)[rank::world]
@@ -320,7 +320,9 @@ class Knows:
         self.process, self.clean = process, clean
 
     def __call__(self, noisy, time, mask, condition, self_condition):
-        level = (time * self.process.steps).round().long()
+        return self.output(noisy, levels_at(self.process, time))
+
+    def output(self, noisy, level):
         alpha, sigma = self.process.alpha(level), self.process.sigma(level)
         noise = (noisy - alpha * self.clean) / sigma
         return {
@@ -354,7 +356,7 @@ def test_a_denoiser_that_knows_the_data_returns_them(process, kind, name, steps)
 def test_parametrisations_agree(name, kind):
     """Each conversion, of every field, against the equations, with α and σ of the process."""
     process, clean = PROCESSES[name](40, prediction=kind), crystal()
-    level = torch.tensor([10, 20, 30])
+    level = levels_at(process, torch.tensor([0.25, 0.5, 0.75]))
     noise = ExactRandomNumbers(2, torch.arange(3)).noise(LAYOUT, MASK, 0)
     noisy = process.add_noise(clean, noise, level)
     alpha, sigma = process.alpha(level), process.sigma(level)
@@ -367,15 +369,16 @@ def test_parametrisations_agree(name, kind):
     for other, expected in truth.items():
         # α² + σ² = 1 holds to the precision of float32.
         assert_equal(getattr(found, other), expected, rtol=1e-5, atol=1e-5)
-    expected = found.noise if name == "diffusion" else found.velocity
+    expected = found.velocity if name == "flow_matching" else found.noise
     assert found.target is expected
 
 
 def test_noise_and_data_are_the_ends_of_a_process():
     clean, noise = crystal(), ExactRandomNumbers(2, torch.arange(3)).noise(LAYOUT, MASK, 0)
     for name, process in PROCESSES.items():
-        built, last = process(1000), torch.full((3,), 1000)
-        first = torch.full((3,), built.first_level)
+        built = process(1000)
+        last = levels_at(built, torch.ones(3))
+        first = torch.full_like(last, built.first_level)
         assert_equal(built.add_noise(clean, noise, last), noise, rtol=0, atol=0.02)
         assert_equal(built.add_noise(clean, noise, first), clean, rtol=0, atol=0.02)
         assert built.time(last).tolist() == [1, 1, 1], name
@@ -387,13 +390,16 @@ def test_noise_and_data_are_the_ends_of_a_process():
 def terms_of(process, wrong, clean, loss=None, mask=MASK, **options):
     loss = MeanSquaredError(channels=8) if loss is None else loss
     objective = Objective(process, loss, options.pop("weights", Weights(1.0)), **options)
+    random = RandomNumbers(4, torch.arange(len(mask)))
+    level = process.draw_levels(objective.timesteps.draw(random))
     seen = []
 
     def model(noisy, time, mask, condition, self_condition):
-        seen.append((noisy, (time * process.steps).round().long()))
-        return wrong(noisy, seen[-1][1])
+        torch.testing.assert_close(time, process.time(level))
+        seen.append(noisy)
+        return wrong(noisy, level)
 
-    return objective(model, clean, RandomNumbers(4, torch.arange(len(mask)))), *seen[0]
+    return objective(model, clean, random), seen[0], level
 
 
 class Recorder(MeanSquaredError):
@@ -424,7 +430,7 @@ def test_a_perfect_prediction_costs_nothing(name, kind):
     for weighting in ("noise", "clean"):
         terms, _, _ = terms_of(
             process,
-            lambda noisy, level: knows(noisy, process.time(level), MASK, None, None),
+            knows.output,
             clean,
             weighting=weighting,
         )
@@ -461,13 +467,12 @@ def test_clean_weighting_takes_errors_of_clean_data():
         process, lambda noisy, level: clean + wrong, clean, weighting="clean"
     )
     weight = (process.alpha(level) / process.sigma(level)).sqrt().double()
-    expected = 0.5 * weight * wrong["cell"].square().sum(1) / 9
+    expected = weight * wrong["cell"].square().sum(1) / 9
     torch.testing.assert_close(terms.parts["cell"], expected, rtol=1e-4, atol=1e-8)
     loss = MeanSquaredError(channels=8)
     scale = LAYOUT.fields["positions"].scale
-    positions = (
-        0.5 * weight * loss(scale * (clean + wrong)["positions"], scale * clean["positions"], MASK)
-    )
+    predicted = scale * (clean + wrong)["positions"]
+    positions = weight * loss(predicted, scale * clean["positions"], MASK)
     torch.testing.assert_close(terms.parts["positions"], positions, rtol=1e-4, atol=1e-8)
 
 

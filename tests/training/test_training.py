@@ -43,7 +43,7 @@ from molgen_energy.training.ema import ExponentialMovingAverage
 from molgen_energy.training.initial import initialise
 from molgen_energy.training.loop import (
     TrainingInterrupted,
-    _step_seed,
+    _derived_seed,
     learning_rate,
     total_steps,
     train,
@@ -624,7 +624,7 @@ def test_training_starts_from_the_weights_of_a_run(unbroken, tmp_path):
     expected = MoleculeTask(tiny(loss__name="mse"), CPU)
     load_checkpoint(unbroken).load_weights(expected.model, "ema")
     expected.model.train()
-    loss = expected.loss(expected.model, expected.epoch(0)[0], _step_seed(0, 0))["loss"].mean()
+    loss = expected.loss(expected.model, expected.epoch(0)[0], _derived_seed(0, 0))["loss"].mean()
     assert float(first["loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
     shared = config_of(tmp_path / "run").without_paths()
     assert shared.training.initial_weights == unbroken.name
@@ -751,6 +751,19 @@ def test_clipper_follows_the_rule(rng):
     again = GradientClipper()
     again.load(clipper.state())
     assert again.state().tolist() == clipper.state().tolist() == pytest.approx(remembered)
+
+
+def test_the_bound_of_the_clipper_is_limited():
+    """From the first step, whose bound is else thousands."""
+    clipper, remembered = GradientClipper(10.0), [3000.0]
+    for norm in (100.0, 2.0, 3.0, 50.0, 4.0):
+        gradient = torch.tensor([norm]).requires_grad_()
+        gradient.grad = gradient.detach().clone()
+        bound = min(10.0, 1.5 * np.mean(remembered) + 2 * np.std(remembered))
+        clipper.clip([gradient])
+        assert float(gradient.grad) == pytest.approx(min(norm, bound), rel=1e-5)
+        remembered.append(min(norm, bound))
+    assert clipper.state().tolist() == pytest.approx(remembered)
 
 
 def test_ema():
