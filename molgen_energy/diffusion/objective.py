@@ -19,7 +19,7 @@ from molgen_energy.losses import AdaptiveSprings, PositionLoss
 class TimestepDistribution(NamedTuple):
     """How often each noise level is drawn in training.
 
-    Level number ⌊levels·u^power⌋ for u uniform in [0, 1): a power above 1 draws low noise levels
+    The share u^power of all levels, for u uniform in [0, 1): a power above 1 draws low noise levels
     more often.
     """
 
@@ -28,11 +28,10 @@ class TimestepDistribution(NamedTuple):
     """Whether a batch has one u in each of its equal parts of [0, 1), which reduces the variance of
     the mean loss."""
 
-    def draw(self, levels: int, random: RandomNumbers) -> Tensor:
-        """Level numbers, from 0 to `levels` − 1, (B,) int64."""
+    def draw(self, random: RandomNumbers) -> Tensor:
+        """Numbers in [0, 1] for `Process.draw_levels`, (B,)."""
         draw = random.stratified if self.stratified else random.uniform
-        uniform = draw(Stream.LEVEL)
-        return (levels * uniform**self.power).long().clamp(max=levels - 1)
+        return draw(Stream.LEVEL) ** self.power
 
 
 class Terms(NamedTuple):
@@ -68,6 +67,10 @@ class Objective:
     channels of all fields of atoms, that of a field of pairs over pairs and channels of fields of
     pairs. Further losses on clean positions L_m add ½·W(t)·w_m·L_m(s·x̂, s·x).
 
+    With `reduction="sum"` errors of fields are summed over atoms or ordered pairs, and averaged
+    over the channels of the other fields of the domain, without positions. Losses that are a mean
+    over atoms are multiplied by n. (JODO: Huang et al., 2023, arXiv:2305.12347.)
+
     Parameters
     ----------
     process
@@ -81,11 +84,15 @@ class Objective:
     weighting
         `noise`: f is the target of the process (noise for diffusion, velocity for flow matching)
         and W = (α/σ)^p, for flow matching 1/t^p, so that a small error of the target costs the same
-        at every level. `clean`: f is clean data, and all terms have the weight √(α/σ) (JODO: Huang
-        et al., 2023), which suits denoisers that predict clean data.
+        at every level. `clean`: f is clean data, and all terms have the weight √(α/σ) in place of
+        ½ (JODO), which suits denoisers that predict clean data.
     self_condition_probability
         Probability that a self-conditioned denoiser gets its own first prediction, the same for
         the whole batch.
+    self_condition_passes
+        Evaluations without gradient that make this prediction, each with that of the one before.
+    reduction
+        `mean` or `sum` of the errors of fields over atoms or pairs.
     terms
         L_m, by names that no field has.
     """
@@ -98,6 +105,8 @@ class Objective:
         timesteps: TimestepDistribution | None = None,
         weighting: Literal["noise", "clean"] = "noise",
         self_condition_probability: float = 0.5,
+        self_condition_passes: int = 1,
+        reduction: Literal["mean", "sum"] = "mean",
         terms: Mapping[str, PositionLoss] = MappingProxyType({}),
     ) -> None:
         self.process = process
@@ -106,6 +115,8 @@ class Objective:
         self.timesteps = TimestepDistribution() if timesteps is None else timesteps
         self.weighting = weighting
         self.self_condition_probability = self_condition_probability
+        self.self_condition_passes = self_condition_passes
+        self.reduction = reduction
         self.terms = dict(terms)
 
     @property
@@ -136,8 +147,8 @@ class Objective:
         loss_inputs
             Further arguments of the loss on positions, such as bonds.
         """
-        process, first = self.process, self.process.first_level
-        level = first + self.timesteps.draw(process.steps + 1 - first, random)
+        process = self.process
+        level = process.draw_levels(self.timesteps.draw(random))
         noise = random.noise(clean.layout, clean.mask, 0)
         noisy = process.add_noise(clean, noise, level)
         previous = self._first_prediction(model, noisy, level, condition, random)
@@ -163,8 +174,12 @@ class Objective:
         coin = RandomNumbers(random.seed, random.samples.new_zeros(1))
         if float(coin.uniform(Stream.SELF_CONDITION)) >= self.self_condition_probability:
             return None
+        previous = None
         with torch.no_grad():
-            return self.process.predict(model, noisy, level, condition).clean.projected().detach()
+            for _ in range(self.self_condition_passes):
+                prediction = self.process.predict(model, noisy, level, condition, previous)
+                previous = prediction.clean.projected().detach()
+        return previous
 
     def _signal_to_noise(self, level: Tensor) -> Tensor:
         """α/σ, for flow matching 1/t, (B,)."""
@@ -173,6 +188,7 @@ class Objective:
         return self.process.alpha(level) / self.process.sigma(level)
 
     def _clean_weight(self, level: Tensor) -> Tensor:
+        """√(α/σ), (B,)."""
         return (self.process.alpha(level) / self.process.sigma(level)).sqrt()
 
     def _position_terms(
@@ -205,10 +221,12 @@ class Objective:
                 **{key: value for key, value in inputs.items() if key in loss.requires},
             )
             if self.weighting == "noise":
-                in_time = signal_to_noise**loss.degree
+                in_time = 0.5 * signal_to_noise**loss.degree
             else:
                 in_time = self._clean_weight(level)
-            terms[name] = 0.5 * weight * in_time * values
+            if self.reduction == "sum" and not loss.Config.extensive:
+                values = values * _places("atom", clean.mask)
+            terms[name] = weight * in_time * values
         return terms
 
     def _error_terms(
@@ -217,7 +235,7 @@ class Objective:
         """Error terms of all fields except positions."""
         if self.weighting == "noise":
             predicted, true = prediction.target, self.process.true_target(clean, noise, level)
-            weight = torch.ones_like(self.process.sigma(level))
+            weight = torch.full_like(self.process.sigma(level), 0.5)
         else:
             predicted, true, weight = prediction.clean, clean, self._clean_weight(level)
         degree, terms = self.position_loss.degree, {}
@@ -228,10 +246,17 @@ class Objective:
                 field.domain, predicted[name] - true[name], clean.mask
             ).flatten(1)
             error = difference.square() if degree == 2 else difference.abs() ** degree
-            count = _places(field.domain, clean.mask) * clean.layout.channels[field.domain]
             own = self.weights.fields.get(name, 1.0)
-            terms[name] = 0.5 * own * weight * error.sum(dim=1) / count
+            terms[name] = own * weight * error.sum(dim=1) / self._count(clean, field.domain)
         return terms
+
+    def _count(self, clean: State, domain: Domain) -> Tensor | int:
+        """What the sum of a field's errors is divided by, a number or (B,)."""
+        channels = clean.layout.channels[domain]
+        if self.reduction == "mean":
+            return _places(domain, clean.mask) * channels
+        positions = clean.layout.fields["positions"]
+        return channels - positions.channels if domain == positions.domain else channels
 
 
 def _without_padding(domain: Domain, values: Tensor, mask: Tensor) -> Tensor:

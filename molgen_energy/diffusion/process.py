@@ -12,11 +12,14 @@ from torch import Tensor
 
 from molgen_energy.config import Section, Whole
 from molgen_energy.diffusion.prediction import Prediction
-from molgen_energy.diffusion.schedule import PolynomialSchedule
+from molgen_energy.diffusion.schedule import CosineSchedule, PolynomialSchedule
 from molgen_energy.diffusion.state import State
 
 Denoise = Callable[..., State]
 """A denoiser, called as `denoiser(state, time, mask, condition, self_condition)`."""
+
+
+_LEAST_FACTOR = 1e-9  # of α and σ in a logarithm
 
 
 class ProcessConfig(Section):
@@ -24,7 +27,7 @@ class ProcessConfig(Section):
 
     name: str
     steps: Annotated[Whole, Option(ge=2, le=1_000_000)] = 1000
-    """T; noise levels are 0 … T."""
+    """T; noise levels are 0 … T. In continuous time, the steps of samplers by default."""
 
     def build(self) -> Process:
         """The configured process."""
@@ -32,12 +35,12 @@ class ProcessConfig(Section):
 
 
 class Process(ABC):
-    """x_t = α_t x + σ_t ε for every field, at noise levels 0 … T.
+    """x_t = α_t x + σ_t ε for every field, at noise levels 0 … T or times in [0, 1].
 
     Parameters
     ----------
     steps
-        T.
+        T; of a continuous process, the steps of samplers that are not given another number.
     prediction
         What the denoiser predicts: `noise`, `velocity` or `clean`.
 
@@ -54,8 +57,10 @@ class Process(ABC):
     """What a denoiser may predict."""
     target: ClassVar[Literal["noise", "velocity"]]
     """The parametrisation whose squared error has equal weight at all levels, see `Objective`."""
-    first_level: ClassVar[int]
+    first_level: ClassVar[float]
     """The lowest level that denoisers are trained at."""
+    continuous: ClassVar[bool] = False
+    """Whether a level is the time t in [0, 1], a float, rather than an integer 0 … T."""
 
     def __init__(self, steps: int, prediction: str) -> None:
         if prediction not in self.predictions:
@@ -93,6 +98,21 @@ class Process(ABC):
         """Diffusion time t/T in [0, 1], float32."""
         return level.float() / self.steps
 
+    def log_snr(self, level: Tensor) -> Tensor:
+        """The log signal-to-noise ratio λ = log(α²/σ²), float32, finite at all levels."""
+        alpha, sigma = self.alpha(level), self.sigma(level)
+        return 2 * (alpha.clamp(min=_LEAST_FACTOR).log() - sigma.clamp(min=_LEAST_FACTOR).log())
+
+    @abstractmethod
+    def squares(self, level: float) -> tuple[float, float]:
+        """α² and σ² at one level, in double precision."""
+
+    def draw_levels(self, uniform: Tensor) -> Tensor:
+        """Levels of training, (B,), from numbers in [0, 1)."""
+        first = int(self.first_level)
+        count = self.steps + 1 - first
+        return first + (count * uniform).long().clamp(max=count - 1)
+
     def add_noise(self, clean: State, noise: State, level: Tensor) -> State:
         """x_t = α_t x + σ_t ε.
 
@@ -101,7 +121,7 @@ class Process(ABC):
         clean, noise
             x and ε.
         level
-            (B,) int64.
+            (B,), int64 or, of a continuous process, float64.
         """
         return self.alpha(level) * clean + self.sigma(level) * noise
 
@@ -124,18 +144,44 @@ class Process(ABC):
         Parameters
         ----------
         denoiser
-            Predicts what `prediction` says.
+            Predicts what `prediction` says. Its `noise_input` says whether it takes the time or
+            the log signal-to-noise ratio.
         noisy
             x_t.
         level
-            (B,) int64.
+            (B,), int64 or, of a continuous process, float64.
         condition
             (B, K), or None.
         self_condition
             The previous clean prediction, or None.
         """
-        output = denoiser(noisy, self.time(level), noisy.mask, condition, self_condition)
+        time = self.log_snr(level) if takes_log_snr(denoiser) else self.time(level)
+        output = denoiser(noisy, time, noisy.mask, condition, self_condition)
         return Prediction(self, noisy, level, output)
+
+
+class VariancePreserving(Process):
+    """A process with α² + σ² = 1.
+
+    The squared error of the clean prediction x̂ = (x_t − σ_t ε̂)/α_t with weight (α_t/σ_t)² is that
+    of the noise. Equation 2 of Hoogeboom et al., ICML 2022.
+    """
+
+    predictions = ("noise", "velocity", "clean")
+    target = "noise"
+
+    def velocity(self, clean: State, noise: State, alpha: Tensor, sigma: Tensor) -> State:
+        return alpha * noise - sigma * clean
+
+    def noise_of_velocity(
+        self, noisy: State, velocity: State, alpha: Tensor, sigma: Tensor
+    ) -> State:
+        return sigma * noisy + alpha * velocity
+
+    def clean_of_velocity(
+        self, noisy: State, velocity: State, alpha: Tensor, sigma: Tensor
+    ) -> State:
+        return alpha * noisy - sigma * velocity
 
 
 class DiffusionConfig(ProcessConfig):
@@ -151,11 +197,8 @@ class DiffusionConfig(ProcessConfig):
         return Diffusion(self.steps, self.precision, self.prediction)
 
 
-class Diffusion(Process):
-    """Variance-preserving diffusion, α² + σ² = 1, trained at levels 0 … T.
-
-    The squared error of the clean prediction x̂ = (x_t − σ_t ε̂)/α_t with weight (α_t/σ_t)² is that
-    of the noise. Equation 2 of Hoogeboom et al., ICML 2022.
+class Diffusion(VariancePreserving):
+    """Variance-preserving diffusion with a polynomial schedule, trained at levels 0 … T.
 
     Parameters
     ----------
@@ -167,8 +210,6 @@ class Diffusion(Process):
 
     Config = DiffusionConfig
     name = "diffusion"
-    predictions = ("noise", "velocity", "clean")
-    target = "noise"
     first_level = 0
 
     def __init__(
@@ -183,18 +224,59 @@ class Diffusion(Process):
     def sigma(self, level: Tensor) -> Tensor:
         return self.schedule.sigma(level)
 
-    def velocity(self, clean: State, noise: State, alpha: Tensor, sigma: Tensor) -> State:
-        return alpha * noise - sigma * clean
+    def squares(self, level: float) -> tuple[float, float]:
+        step = int(level)
+        return float(self.schedule.alpha2[step]), float(self.schedule.sigma2[step])
 
-    def noise_of_velocity(
-        self, noisy: State, velocity: State, alpha: Tensor, sigma: Tensor
-    ) -> State:
-        return sigma * noisy + alpha * velocity
 
-    def clean_of_velocity(
-        self, noisy: State, velocity: State, alpha: Tensor, sigma: Tensor
-    ) -> State:
-        return alpha * noisy - sigma * velocity
+class CosineConfig(ProcessConfig):
+    """Variance-preserving diffusion in continuous time with the cosine schedule."""
+
+    name: str = "cosine"
+    prediction: Literal["noise", "velocity", "clean"] = "clean"
+    """What the denoiser predicts: ε, α ε − σ x, or x."""
+
+    def build(self) -> CosineDiffusion:
+        return CosineDiffusion(self.steps, self.prediction)
+
+
+class CosineDiffusion(VariancePreserving):
+    """Variance-preserving diffusion in continuous time, trained at times t in [1e-5, 1).
+
+    A level is the time t, a float. JODO's process (Huang et al., 2023, arXiv:2305.12347).
+
+    Parameters
+    ----------
+    steps
+        Steps of samplers that are not given another number.
+    prediction
+        `noise`, `velocity` or `clean`.
+    """
+
+    Config = CosineConfig
+    name = "cosine"
+    first_level = 1e-5
+    continuous = True
+
+    def __init__(self, steps: int = 1000, prediction: str = "clean") -> None:
+        super().__init__(steps, prediction)
+        self.schedule = CosineSchedule()
+
+    def alpha(self, level: Tensor) -> Tensor:
+        return self.schedule.alpha(level).float()
+
+    def sigma(self, level: Tensor) -> Tensor:
+        return self.schedule.sigma(level).float()
+
+    def squares(self, level: float) -> tuple[float, float]:
+        time = torch.tensor(level, dtype=torch.float64)
+        return float(self.schedule.alpha(time) ** 2), float(self.schedule.sigma(time) ** 2)
+
+    def time(self, level: Tensor) -> Tensor:
+        return level.float()
+
+    def draw_levels(self, uniform: Tensor) -> Tensor:
+        return self.first_level + (1 - self.first_level) * uniform.double()
 
 
 class FlowMatchingConfig(ProcessConfig):
@@ -233,6 +315,10 @@ class FlowMatching(Process):
     def velocity(self, clean: State, noise: State, alpha: Tensor, sigma: Tensor) -> State:
         return noise - clean
 
+    def squares(self, level: float) -> tuple[float, float]:
+        time = level / self.steps
+        return (1 - time) ** 2, time**2
+
     def noise_of_velocity(
         self, noisy: State, velocity: State, alpha: Tensor, sigma: Tensor
     ) -> State:
@@ -244,9 +330,22 @@ class FlowMatching(Process):
         return noisy - sigma * velocity
 
 
-PROCESSES: dict[str, type[Process]] = {"diffusion": Diffusion, "flow_matching": FlowMatching}
+PROCESSES: dict[str, type[Process]] = {
+    "diffusion": Diffusion,
+    "cosine": CosineDiffusion,
+    "flow_matching": FlowMatching,
+}
 
 
-def levels_of(count: int, level: int, device: torch.device) -> Tensor:
-    """One level for all of `count` samples, (count,) int64."""
-    return torch.full((count,), level, dtype=torch.long, device=device)
+def levels_of(count: int, level: float, device: torch.device) -> Tensor:
+    """One level for all of `count` samples, (count,): int64 of an integer, else float64."""
+    dtype = torch.long if isinstance(level, int) else torch.float64
+    return torch.full((count,), level, dtype=dtype, device=device)
+
+
+def takes_log_snr(denoiser: object) -> bool:
+    """Whether a denoiser takes the log signal-to-noise ratio in place of the time.
+
+    It may be in a wrapper that distributes its gradients.
+    """
+    return getattr(getattr(denoiser, "module", denoiser), "noise_input", "time") == "log_snr"

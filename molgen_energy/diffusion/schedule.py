@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -53,3 +55,36 @@ class PolynomialSchedule:
     def time(self, step: Tensor) -> Tensor:
         """Diffusion time t/T in [0, 1], float32."""
         return step.float() / self.steps
+
+
+_OFFSET = 0.008
+_FIRST_ANGLE = _OFFSET / (1 + _OFFSET) * math.pi / 2
+
+
+class CosineSchedule:
+    """α(t) = cos((t + s)/(1 + s)·π/2) / cos(s/(1 + s)·π/2), s = 0.008, σ² = 1 − α².
+
+    Nichol and Dhariwal, ICML 2021, equation 17, in continuous time t in [0, 1]. All results are
+    float64: α vanishes at t = 1, and σ at t = 0.
+    """
+
+    def alpha(self, time: Tensor) -> Tensor:
+        """α at times of any shape, at least 1e-9."""
+        return (self._angle(time).cos() / math.cos(_FIRST_ANGLE)).clamp(1e-9, 1)
+
+    def sigma(self, time: Tensor) -> Tensor:
+        """σ at times of any shape."""
+        # 1 − α² without cancellation: sin² of the angle minus that at t = 0, over cos² at t = 0.
+        angle = self._angle(time)
+        squares = (angle - _FIRST_ANGLE).sin() * (angle + _FIRST_ANGLE).sin()
+        return (squares / math.cos(_FIRST_ANGLE) ** 2).clamp(0, 1).sqrt()
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        """The time with λ = log(α²/σ²), float64."""
+        alpha = log_snr.double().sigmoid().sqrt()
+        angle = (alpha * math.cos(_FIRST_ANGLE)).acos()
+        return angle * (2 / math.pi) * (1 + _OFFSET) - _OFFSET
+
+    @staticmethod
+    def _angle(time: Tensor) -> Tensor:
+        return (time.double() + _OFFSET) / (1 + _OFFSET) * (math.pi / 2)

@@ -84,6 +84,11 @@ class Field:
         """Optional columns of the data that `encode` reads."""
         return frozenset({self.name})
 
+    @property
+    def midpoint(self) -> float:
+        """Value halfway between no and yes, in the units of the state, of a field of classes."""
+        return 0.5 / self.scale
+
     def encode(self, data: Mapping[str, Tensor]) -> Tensor:
         """Values in the units of the state, (B, N, C), (B, N, N, C) or (B, C), from named data."""
         return data[self.name] / self.scale

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -73,26 +73,48 @@ class MeanAbsoluteError(PointwiseLoss):
 
 
 class KabschErrorConfig(LossConfig):
-    """Squared error after the best superposition, see `KabschError`."""
+    """Squared error after a superposition, see `KabschError`."""
 
     name: str = "kabsch"
+    align: Literal["prediction", "noisy"] = "prediction"
+    """What the target is rotated onto: the prediction, or the noisy positions (JODO)."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The noisy positions, if the target is rotated onto them."""
+        return frozenset({"noisy"} if self.align == "noisy" else ())
 
     def build(self, *, seed: int = 0, channels: int | None = None) -> KabschError:
         """The loss, a mean over channels."""
-        return KabschError(channels)
+        return KabschError(channels, self.align)
 
 
 class KabschError(PointwiseLoss):
-    """min over R, s of ‖ŷ − (R y + s)‖² / (n·C): the squared error after the best superposition.
+    """‖ŷ − (R y + s)‖² / (n·C) after a superposition of the target.
 
     R is a proper rotation, so the loss of a mirror image is not 0. It is found by the singular
     value decomposition of Kabsch (Acta Crystallographica A 32, 1976) and treated as a constant.
-    This gives the gradient of the minimum (envelope theorem), which is finite where R is not
-    unique, as for planar and linear molecules. The second derivative would need that of R, so it is
-    refused, as a gradient to the target is.
+    R and s minimise the error by default. This gives the gradient of the minimum (envelope
+    theorem), which is finite where R is not unique, as for planar and linear molecules. The second
+    derivative would need that of R, so it is refused, as a gradient to the target is.
+
+    Parameters
+    ----------
+    channels
+        C, see `PointwiseLoss`.
+    align
+        `prediction`: R y is closest to the prediction. `noisy`: to the noisy positions, which are
+        required then (JODO: Huang et al., 2023, arXiv:2305.12347).
     """
 
     Config: ClassVar[type[KabschErrorConfig]] = KabschErrorConfig
+
+    def __init__(
+        self, channels: int | None = None, align: Literal["prediction", "noisy"] = "prediction"
+    ) -> None:
+        super().__init__(channels)
+        self.align = align
+        self.requires = frozenset({"noisy"} if align == "noisy" else ())
 
     def of(self, samples: Samples) -> Tensor:
         """Error of each sample, (B,)."""
@@ -101,7 +123,11 @@ class KabschError(PointwiseLoss):
         with torch.no_grad(), _exact_products():
             target = _centred(samples.target, samples)
             # `no_grad` alone leaves the derivatives of forward mode.
-            aligned = target @ best_rotation(target, prediction.detach())
+            goal = prediction.detach()
+            if self.align == "noisy":
+                assert samples.noisy is not None
+                goal = _centred(samples.noisy.detach(), samples)
+            aligned = target @ best_rotation(target, goal)
         return self._mean((prediction - aligned).square(), samples)
 
 

@@ -6,10 +6,11 @@ from molgen_energy.models.base import Denoiser
 from molgen_energy.models.edm import EDM
 from molgen_energy.models.gdm import GDM
 from molgen_energy.models.gdm_pairs import GDMPairs
+from molgen_energy.models.jodo import JODO
 from molgen_energy.models.mlp import MLP
 from molgen_energy.models.resnet import ResNet
 
-MODELS: dict[str, type[Denoiser]] = {"gdm": GDM, "edm": EDM, "gdm_pairs": GDMPairs}
+MODELS: dict[str, type[Denoiser]] = {"gdm": GDM, "edm": EDM, "gdm_pairs": GDMPairs, "jodo": JODO}
 """Denoisers of molecules."""
 
 SHAPE_MODELS: dict[str, type[MLP]] = {"mlp": MLP}
@@ -21,6 +22,7 @@ SPIN_MODELS: dict[str, type[ResNet]] = {"resnet": ResNet}
 __all__ = [
     "EDM",
     "GDM",
+    "JODO",
     "MLP",
     "MODELS",
     "SHAPE_MODELS",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class Denoiser(nn.Module, ABC):
     output, and translations leave it unchanged."""
     self_conditioned: ClassVar[bool] = False
     """Whether it takes its previous clean prediction as input (Chen, Zhang, Hinton, ICLR 2023)."""
+    noise_input: ClassVar[Literal["time", "log_snr"]] = "time"
+    """What it takes as `time`: the diffusion time, or the log signal-to-noise ratio."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
@@ -90,7 +92,7 @@ class Denoiser(nn.Module, ABC):
         state
             The noisy state; values at padding have no effect.
         time
-            (B,), diffusion time in [0, 1].
+            (B,), diffusion time in [0, 1], or the log signal-to-noise ratio; see `noise_input`.
         mask
             (B, N), true at real atoms.
         condition

@@ -105,6 +105,10 @@ class ObjectiveConfig(Section):
     """Whether a batch has one time in each of its equal parts of [0, 1)."""
     self_condition_probability: Annotated[float, Option(ge=0, le=1)] = 0.5
     """How often a self-conditioned model gets its own first prediction in training."""
+    self_condition_passes: PositiveInt = 1
+    """Evaluations that make this prediction, each with the one before as its input."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """Whether errors are averaged or summed over atoms and pairs; `sum` is JODO's."""
 
     @field_validator("terms")
     @classmethod

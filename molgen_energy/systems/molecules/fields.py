@@ -10,7 +10,6 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from dataclasses import field as attribute
 from functools import lru_cache
 from typing import Any
 
@@ -40,6 +39,9 @@ class ScalesConfig(Section):
     nuclear_charges: PositiveFloat = 10.0
     formal_charges: PositiveFloat = 4.0
     bonds: PositiveFloat = 4.0
+    signed: bool = False
+    """Whether elements and bonds are encoded as −1 and 1 rather than 0 and 1, before the division
+    (JODO: Huang et al., 2023)."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class MoleculeField(Field):
 
     @classmethod
     @abstractmethod
-    def build(cls, scale: float, statistics: MoleculeStatistics) -> MoleculeField:
+    def build(cls, scales: ScalesConfig, statistics: MoleculeStatistics) -> MoleculeField:
         """The field for the molecules of a data set."""
 
     @property
@@ -108,8 +110,8 @@ class Positions(MoleculeField):
     """Centred positions; encodes and decodes `positions` (B, N, 3) in Å."""
 
     @classmethod
-    def build(cls, scale: float, statistics: MoleculeStatistics) -> Positions:
-        return cls("positions", "atom", 3, scale, "zero_mean")
+    def build(cls, scales: ScalesConfig, statistics: MoleculeStatistics) -> Positions:
+        return cls("positions", "atom", 3, scales.positions, "zero_mean")
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,20 @@ class Elements(MoleculeField):
     """One-hot elements; encodes and decodes `atomic_numbers` (B, N)."""
 
     elements: tuple[int, ...] = ()
+    signed: bool = False
+    """Whether the other elements are −1 rather than 0."""
 
     @classmethod
-    def build(cls, scale: float, statistics: MoleculeStatistics) -> Elements:
+    def build(cls, scales: ScalesConfig, statistics: MoleculeStatistics) -> Elements:
         elements = statistics.elements
-        return cls("elements", "atom", len(elements), scale, discrete=True, elements=elements)
+        return cls(
+            "elements", "atom", len(elements), scales.elements,
+            discrete=True, elements=elements, signed=scales.signed,
+        )  # fmt: skip
+
+    @property
+    def midpoint(self) -> float:
+        return 0.0 if self.signed else 0.5 / self.scale
 
     @property
     def channel_names(self) -> tuple[str, ...]:
@@ -130,7 +141,8 @@ class Elements(MoleculeField):
     def encode(self, data: Mapping[str, Tensor]) -> Tensor:
         numbers = data["atomic_numbers"].long()
         index = _element_index(self.elements, numbers.device)[numbers]
-        return F.one_hot(index, self.channels).to(data["positions"].dtype) / self.scale
+        one_hot = F.one_hot(index, self.channels).to(data["positions"].dtype)
+        return (2 * one_hot - 1 if self.signed else one_hot) / self.scale
 
     def decode(self, values: Tensor) -> dict[str, Tensor]:
         numbers = torch.tensor(self.elements, dtype=torch.uint8, device=values.device)
@@ -150,8 +162,8 @@ class NuclearCharges(MoleculeField):
     """Atomic numbers as numbers; encodes `atomic_numbers`, which `Elements` decodes."""
 
     @classmethod
-    def build(cls, scale: float, statistics: MoleculeStatistics) -> NuclearCharges:
-        return cls("nuclear_charges", "atom", 1, scale, discrete=True)
+    def build(cls, scales: ScalesConfig, statistics: MoleculeStatistics) -> NuclearCharges:
+        return cls("nuclear_charges", "atom", 1, scales.nuclear_charges, discrete=True)
 
     def encode(self, data: Mapping[str, Tensor]) -> Tensor:
         numbers = data["atomic_numbers"].to(data["positions"].dtype)
@@ -169,9 +181,12 @@ class FormalCharges(MoleculeField):
     highest: int = 0
 
     @classmethod
-    def build(cls, scale: float, statistics: MoleculeStatistics) -> FormalCharges:
+    def build(cls, scales: ScalesConfig, statistics: MoleculeStatistics) -> FormalCharges:
         low, high = statistics.charges
-        return cls("formal_charges", "atom", 1, scale, discrete=True, lowest=low, highest=high)
+        return cls(
+            "formal_charges", "atom", 1, scales.formal_charges,
+            discrete=True, lowest=low, highest=high,
+        )  # fmt: skip
 
     @property
     def columns(self) -> frozenset[str]:
@@ -187,35 +202,59 @@ class FormalCharges(MoleculeField):
 
 @dataclass(frozen=True)
 class Bonds(MoleculeField):
-    """One-hot bond orders; encodes and decodes `bond_orders` (B, N, N), 0 without a bond."""
+    """Whether a bond exists, a third of its order, and whether it is aromatic.
 
-    orders: tuple[int, ...] = attribute(default=(0, 1, 2, 3))
+    Encodes and decodes `bond_orders` (B, N, N), 0 without a bond; an aromatic bond has no order.
+    The third channel is there if the data has aromatic bonds. JODO's compressed edges (Huang et
+    al., 2023, arXiv:2305.12347).
+    """
+
+    signed: bool = False
+    """Whether values are from −1 to 1 rather than from 0 to 1."""
 
     @classmethod
-    def build(cls, scale: float, statistics: MoleculeStatistics) -> Bonds:
-        orders = (0, 1, 2, 3, AROMATIC) if statistics.aromatic else (0, 1, 2, 3)
-        return cls("bonds", "pair", len(orders), scale, "symmetric", discrete=True, orders=orders)
+    def build(cls, scales: ScalesConfig, statistics: MoleculeStatistics) -> Bonds:
+        channels = 3 if statistics.aromatic else 2
+        return cls(
+            "bonds", "pair", channels, scales.bonds, "symmetric",
+            discrete=True, signed=scales.signed,
+        )  # fmt: skip
+
+    @property
+    def midpoint(self) -> float:
+        return 0.0 if self.signed else 0.5 / self.scale
 
     @property
     def channel_names(self) -> tuple[str, ...]:
-        return tuple(f"bonds {order}" for order in self.orders)
+        return ("bonds exists", "bonds order", "bonds aromatic")[: self.channels]
 
     @property
     def columns(self) -> frozenset[str]:
         return frozenset({"bonds"})
 
     def encode(self, data: Mapping[str, Tensor]) -> Tensor:
-        orders = torch.tensor(self.orders, device=data["bond_orders"].device)
-        one_hot = data["bond_orders"][..., None] == orders
-        return one_hot.to(data["positions"].dtype) / self.scale
+        orders = data["bond_orders"]
+        aromatic = orders == AROMATIC
+        kinds = [orders > 0, torch.where(aromatic, 0, orders) / _HIGHEST_ORDER, aromatic]
+        values = torch.stack([kind.to(data["positions"].dtype) for kind in kinds], dim=-1)
+        values = values[..., : self.channels]
+        return (2 * values - 1 if self.signed else values) / self.scale
 
     def decode(self, values: Tensor) -> dict[str, Tensor]:
-        orders = torch.tensor(self.orders, dtype=torch.uint8, device=values.device)
-        decoded = orders[values.argmax(dim=-1)]
+        values = values * self.scale
+        if self.signed:
+            values = (values + 1) / 2
+        orders = (values[..., 1] * _HIGHEST_ORDER).nan_to_num().round().clamp(0, _HIGHEST_ORDER)
+        orders = orders.to(torch.uint8)
+        if self.channels == 3:
+            orders = torch.where((values[..., 2] >= 0.5) & (orders == 0), AROMATIC, orders)
+        decoded = torch.where(values[..., 0] >= 0.5, orders, 0).to(torch.uint8)
         atoms = decoded.shape[1]
         decoded[:, range(atoms), range(atoms)] = 0
         return {"bond_orders": decoded}
 
+
+_HIGHEST_ORDER = 3
 
 MOLECULE_FIELDS: dict[str, type[MoleculeField]] = {
     "positions": Positions,
@@ -225,9 +264,6 @@ MOLECULE_FIELDS: dict[str, type[MoleculeField]] = {
     "bonds": Bonds,
 }
 """Fields by name. To add one, subclass `MoleculeField` and add a row."""
-
-DEFAULT_SCALE = 1.0
-"""Scale of fields that `ScalesConfig` does not name."""
 
 
 def build_layout(
@@ -244,8 +280,7 @@ def build_layout(
     for name in names:
         if name not in MOLECULE_FIELDS:
             raise InputError(unknown_name("field", name, MOLECULE_FIELDS))
-        scale = getattr(scales, name, DEFAULT_SCALE)
-        fields.append(MOLECULE_FIELDS[name].build(scale, statistics))
+        fields.append(MOLECULE_FIELDS[name].build(scales, statistics))
     if not fields or fields[0].name != "positions":
         raise InputError("the fields of a model of molecules must begin with positions")
     return Layout(fields)

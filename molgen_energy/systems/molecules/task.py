@@ -253,7 +253,7 @@ class MoleculeTask:
         config = config.model_copy(update={"loss": resolved.config})
         if objective.position_weight == "auto":
             weight = _published(config, "objective.position_weight").position_weight
-            if config.loss.extensive:
+            if config.loss.extensive and objective.reduction == "mean":
                 weight *= PUBLISHED_ATOMS / mean_atoms
             changes["objective.position_weight"] = weight / resolved.stiffness
         if objective.weighting == "auto":
@@ -437,8 +437,8 @@ def _build_objective(config: MoleculeConfig, layout: Layout) -> Objective:
             f"objective.field_weights: {min(unknown)} is none of the fields {others}; the weight "
             "of positions is objective.position_weight"
         )
-    # Pointwise losses average over positions and other fields together, as EDM's objective does.
-    channels = layout.channels["atom"]
+    # A mean is taken over positions and other fields together, as in EDM's objective.
+    channels = layout.channels["atom"] if section.reduction == "mean" else None
     loss = config.loss.build(seed=config.training.seed, channels=channels)
     assert isinstance(loss, PositionLoss)
     terms: dict[str, PositionLoss] = {}
@@ -454,6 +454,8 @@ def _build_objective(config: MoleculeConfig, layout: Layout) -> Objective:
         TimestepDistribution(section.time_power, section.stratified_timesteps),
         section.weighting,
         section.self_condition_probability,
+        section.self_condition_passes,
+        section.reduction,
         terms,
     )
 
