@@ -61,6 +61,7 @@ class BondNet(Denoiser):
         self.message = nn.Linear(2 * width, width)
         self.shift = nn.Linear(width, 1)
         self.atoms, self.bonds = nn.Linear(width, atoms), nn.Linear(width, bonds)
+        nn.init.constant_(self.bonds.bias, 0.5)  # it generates bonds after a few steps too
         self.calls: list[bool] = []
 
     def forward(

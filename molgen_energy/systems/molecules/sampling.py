@@ -142,7 +142,7 @@ def _check_aromatic(output: Path, generator: MoleculeGenerator) -> None:
 
 
 def _job(
-    generator: MoleculeGenerator, count: int, batch_size: int | None, aromatic: bool
+    generator: MoleculeGenerator, count: int, batch_size: int | None, aromatic: bool = False
 ) -> SamplingJob:
     on_cpu = generator.device.type == "cpu"
     path = real_path(generator.checkpoint.path)

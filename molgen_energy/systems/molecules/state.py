@@ -67,7 +67,9 @@ class StatisticsState(Schema):
     aromatic: bool
     """Whether there are aromatic bonds."""
     atoms: list[AtomState] | None = None
-    """Of networks that generate charges and bonds; earlier versions wrote none."""
+    """Training atoms without radicals by `element`, `charge` and `bonds`, rows of three numbers:
+    aromatic bonds, sum of the orders of the others, atoms. Of networks that generate charges and
+    bonds; earlier versions wrote none."""
 
     @model_validator(mode="after")
     def _ascending(self) -> StatisticsState:
