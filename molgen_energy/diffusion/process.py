@@ -59,6 +59,8 @@ class Process(ABC):
     """The parametrisation whose squared error has equal weight at all levels, see `Objective`."""
     first_level: ClassVar[float]
     """The lowest level that denoisers are trained at."""
+    description: ClassVar[str] = ""
+    """What a one-line summary says of it, beginning with a comma; or nothing."""
     continuous: ClassVar[bool] = False
     """Whether a level is the time t in [0, 1], a float, rather than an integer 0 … T."""
 
@@ -255,6 +257,7 @@ class CosineDiffusion(VariancePreserving):
 
     Config = CosineConfig
     name = "cosine"
+    description = ", cosine schedule"
     first_level = 1e-5
     continuous = True
 
@@ -299,6 +302,7 @@ class FlowMatching(Process):
 
     Config = FlowMatchingConfig
     name = "flow_matching"
+    description = ", by flow matching"
     predictions = ("velocity", "clean")
     target = "velocity"
     first_level = 1

@@ -84,6 +84,10 @@ class KabschErrorConfig(LossConfig):
         """The noisy positions, if the target is rotated onto them."""
         return frozenset({"noisy"} if self.align == "noisy" else ())
 
+    def describe(self) -> str:
+        """What the target is aligned with, if not with the prediction."""
+        return "" if self.align == "prediction" else ", aligned with the noisy positions"
+
     def build(self, *, seed: int = 0, channels: int | None = None) -> KabschError:
         """The loss, a mean over channels."""
         return KabschError(channels, self.align)

@@ -13,6 +13,7 @@ from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.convert import to_rdkit
 from molgen_energy.chemistry.fields import BONDS, CREATED_BY, TRAINED_ON
 from molgen_energy.data.hdf5 import MOLECULES, MoleculeFile
+from molgen_energy.diffusion.process import PROCESSES
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.errors import counted
 from molgen_energy.output import check_writable
@@ -142,9 +143,8 @@ class MoleculeSystem(System):
         return {name: getattr(job, name) for name in (*self.sampling, "checkpoint")}
 
     def details(self, config: Any) -> str:
-        """Springs and edges, and the process if it is not diffusion."""
-        process = "" if config.process.name == "diffusion" else ", by flow matching"
-        return f"{config.loss.describe()}{process}"
+        """Springs and edges, and the process if it is not EDM's diffusion."""
+        return f"{config.loss.describe()}{PROCESSES[config.process.name].description}"
 
     def after_training(self, config: Any) -> str:
         """After a run on the bundled sample, the commands that train on all of QM9."""
