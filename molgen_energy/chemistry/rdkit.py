@@ -224,7 +224,7 @@ def is_closed_shell(number: int, charge: int, valence: int) -> bool:
     valence
         Sum of bond orders.
     """
-    if valence > MAX_NEIGHBOURS:
+    if valence > MAX_NEIGHBOURS or (valence and charge >= number):  # no electron is left to bond
         return False
     built = Chem.RWMol()
     atom = Chem.Atom(number)

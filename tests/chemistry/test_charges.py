@@ -62,6 +62,7 @@ def test_radicals_do_not_fit():
         ((16, 0, 0, 6), True), ((6, -1, 0, 3), True), ((6, 1, 0, 3), True), ((1, 0, 0, 2), False),
         ((6, 0, 3, 0), True), ((8, 0, 2, 0), True), ((7, 0, 2, 0), True), ((7, 1, 2, 1), True),
         ((6, 0, 2, 0), False), ((15, 0, 0, 5), True), ((9, 0, 0, 1), True),
+        ((1, 1, 0, 1), False), ((1, 1, 0, 0), True),
     ],
 )  # fmt: skip
 def test_closed_shells(kind, fits):
