@@ -6,7 +6,10 @@ and `evaluate`, with the bonds and charges that it generates in the file of samp
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +19,13 @@ from rdkit.Chem import AllChem, Crippen
 from torch import Tensor, nn
 
 import molgen_energy
-from molgen_energy.data.hdf5 import MoleculeFile
+from molgen_energy.chemistry.rdkit import sanitize
+from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
+from molgen_energy.data.molecules import AROMATIC
 from molgen_energy.diffusion.state import Layout, State
 from molgen_energy.models import MODELS, Denoiser
 from molgen_energy.models.base import DenoiserConfig, pair_mask
+from molgen_energy.systems.base import NoCallback
 from molgen_energy.systems.molecules.task import MoleculeTask
 from molgen_energy.systems.registry import load_config
 
@@ -55,6 +61,7 @@ class BondNet(Denoiser):
         self.message = nn.Linear(2 * width, width)
         self.shift = nn.Linear(width, 1)
         self.atoms, self.bonds = nn.Linear(width, atoms), nn.Linear(width, bonds)
+        nn.init.constant_(self.bonds.bias, 0.5)  # it generates bonds after a few steps too
         self.calls: list[bool] = []
 
     def forward(
@@ -173,6 +180,57 @@ def test_from_an_sdf_to_generated_bonds_and_charges(tmp_path, monkeypatch, data,
 
     report = molgen_energy.evaluate("samples.sdf", reference="mine.h5", train="mine.h5", workers=0)
     assert "9" in str(report)
+    _check_consistent_charges()
+
+
+def _check_consistent_charges() -> None:
+    """The same molecules with other charges, counted in each record and in the notes."""
+    options: dict[str, Any] = {"checkpoint": "run", "seed": 1, "steps": 4, "batch_size": 3}
+    molgen_energy.sample(9, "plain.h5", **options)
+    options["consistent_charges"] = True
+    result = molgen_energy.sample(9, "charges.h5", **options)
+    with MoleculeFile(Path("plain.h5")) as file:
+        drawn = file.load()
+    with MoleculeFile(Path("charges.h5")) as file:
+        found, origin = file.load(), file.provenance
+    assert origin["consistent_charges"] == "yes"
+    assert found.bonds is not None and drawn.bonds is not None
+    assert np.array_equal(found.bonds.order, drawn.bonds.order)
+    changed = found.formal_charges != drawn.formal_charges
+    per_molecule = np.bincount(found.molecule_index[changed], minlength=9)
+    assert found.properties["charges_changed"].values.tolist() == per_molecule.tolist()
+    without = found.properties["charges_without_fit"].values
+    (note,) = [text for text in result.notes if "--consistent-charges" in text]
+    assert f"of {changed.sum():,} atom" in note and f"of {int(without.sum()):,} atom" in note
+    invalid = sum(not sanitize(molecule).valid for molecule in found)
+    assert any(f"RDKit cannot sanitise {invalid} of 9 molecules" in text for text in result.notes)
+
+    # An interrupted job writes what is finished, and goes on to the same file.
+    molgen_energy.sample(9, "whole.sdf", **options)
+    stopped = molgen_energy.sample(9, "parts.sdf", callback=_Interruption(), **options)
+    assert stopped.interrupted and 0 < stopped.written < 9
+    assert any(f"of {stopped.written} molecule" in text for text in stopped.notes)
+    assert molgen_energy.sample(resume="parts.sdf").notes == result.notes
+    assert Path("parts.sdf").read_bytes() == Path("whole.sdf").read_bytes()
+    for record, count in zip(
+        Chem.SDMolSupplier("parts.sdf", sanitize=False, removeHs=False), per_molecule, strict=True
+    ):
+        assert float(record.GetProp("charges_changed")) == count
+    assert molgen_energy.preprocess("parts.sdf", "again.h5", split="1,0,0").count == 9
+    for output, message in (("a.h5", "--aromatic is for SDF"), (None, "aromatic is for an SDF")):
+        with pytest.raises(ValueError, match=message):
+            molgen_energy.sample(1, output, checkpoint="run", aromatic=True)
+
+
+class _Interruption(NoCallback):
+    """Interrupts when a batch is finished and the next one has begun."""
+
+    done = 0.0
+
+    def advance(self, samples: int, share: float) -> None:
+        self.done += samples * share
+        if self.done > 4:
+            raise KeyboardInterrupt
 
 
 def test_the_model_is_self_conditioned(tmp_path, monkeypatch, data, registered):
@@ -197,8 +255,38 @@ def test_the_model_is_self_conditioned(tmp_path, monkeypatch, data, registered):
 
 def test_a_missing_column_is_named(tmp_path, registered):
     config = load_config("quick").replaced(CHANGES)
-    with pytest.raises(ValueError, match="no column bonds, which model bond_net generates"):
+    with pytest.raises(ValueError, match=r"no column bonds, .* bond_net .* preprocess qm9 --bonds"):
         MoleculeTask(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("unknown", ["a formal charge of +3", "aromatic bonds"])
+def test_validation_molecules_beyond_the_training_molecules_are_named(
+    tmp_path, registered, unknown
+):
+    """The first of them by its number in the file."""
+    molecules = [Chem.AddHs(Chem.MolFromSmiles(text)) for text in ("CO", "C[NH3+]", "CC", "CO")]
+    for molecule in molecules:
+        AllChem.EmbedMolecule(molecule, randomSeed=1)
+        molecule.SetDoubleProp("logp", len(molecule.GetAtoms()))
+    given = molgen_energy.preprocess(molecules, tmp_path / "a.h5", split="1,0,0").path
+    with MoleculeFile(given) as file:
+        whole = file.load()
+    assert whole.bonds is not None and whole.formal_charges is not None
+    order, charges = whole.bonds.order.copy(), whole.formal_charges.copy()
+    if unknown == "aromatic bonds":
+        order[whole.bonds.offsets[3]] = AROMATIC
+    else:
+        charges[whole.offsets[3]] = 3
+    with MoleculeWriter(tmp_path / "b.h5", source="test") as writer:
+        writer.append(
+            replace(whole, bonds=replace(whole.bonds, order=order), formal_charges=charges)
+        )
+        writer.set_split(np.array([0, 0, 1, 1], np.uint8))
+    changes = {"data.path": str(tmp_path / "b.h5"), "objective.position_weight": 1.0}
+    with pytest.raises(
+        ValueError, match=rf"b\.h5: molecule 4, .* has {re.escape(unknown)}.*--seed"
+    ):
+        MoleculeTask(load_config("quick").replaced(CHANGES | changes), torch.device("cpu"))
 
 
 def test_auto_without_published_values_says_what_to_set(tmp_path, monkeypatch, data, registered):

@@ -49,6 +49,8 @@ def sample_to(
     seed: int | None = None,
     n_atoms: int | tuple[int, int] | None = None,
     condition: Mapping[str, float] | None = None,
+    consistent_charges: bool | None = None,
+    aromatic: bool | None = None,
     sampler: str | None = None,
     steps: int | None = None,
     spacing: str | None = None,
@@ -85,6 +87,12 @@ def sample_to(
     condition
         Values of properties that the model was trained on, in the unit of the data; by default
         drawn from the training molecules.
+    consistent_charges
+        Replace each formal charge that does not fit the generated bonds of its atom by the nearest
+        one that does, as in the training molecules. Molecules get the properties `charges_changed`
+        and `charges_without_fit`, numbers of atoms, and the notes of the result sum them up.
+    aromatic
+        Write generated aromatic bonds to an SDF as such; by default Kekulised.
     sampler, steps, spacing, eta
         See `molgen_energy.diffusion.samplers`.
     temperature
@@ -133,6 +141,8 @@ def sample_to(
         "n_atoms": sizes,
         "seed": seed,
         "condition": None if condition is None else dict(condition),
+        "consistent_charges": consistent_charges or None,
+        "aromatic": aromatic or None,
         "sampler": sampler,
         "steps": steps,
         "spacing": spacing,
@@ -271,6 +281,8 @@ def sample(
     seed: int | None = None,
     n_atoms: int | tuple[int, int] | None = None,
     condition: Mapping[str, float] | None = None,
+    consistent_charges: bool | None = None,
+    aromatic: bool | None = None,
     sampler: str | None = None,
     steps: int | None = None,
     spacing: str | None = None,
@@ -312,6 +324,8 @@ def sample(
     condition
         Values of properties that the model was trained on, in the unit of the data; by default
         drawn from the training molecules.
+    consistent_charges, aromatic
+        See `sample_to`; `aromatic` needs an output.
     sampler, steps, spacing, eta
         `ancestral`, `ddim`, `dpm++`, `heun` or `euler`, and its number of steps, their spacing and
         its noise; see `molgen_energy.diffusion.samplers`. Fewer steps are faster.
@@ -351,6 +365,8 @@ def sample(
         "seed": seed,
         "n_atoms": n_atoms,
         "condition": condition,
+        "consistent_charges": consistent_charges,
+        "aromatic": aromatic,
         "sampler": sampler,
         "steps": steps,
         "spacing": spacing,
@@ -380,6 +396,8 @@ def sample(
             if as_ != "rdkit":
                 raise InputError(f"as_='{as_}' is for samples in memory; leave out the output file")
             return sample_to(output, count, resume=resume, on_start=on_start, **options)
+        if aromatic:
+            raise InputError("aromatic is for an SDF; name the output file, or leave it out")
         path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "samples.h5"
         sample_to(path, count, on_start=on_start, **options)
         system = jobs[0].system

@@ -19,6 +19,8 @@ from molgen_energy.errors import InputError
 
 BONDS = "bonds"
 """The field is `given` where a molecule has bonds, `perceived` where they come from distances."""
+BOND_FORM = "bond_form"
+"""The field is `kekule` or `aromatic`; the latter with a reason where that was not asked for."""
 UNITS = "property_units"
 GROUP = "group"
 TRAINED_ON = "trained_on"
@@ -28,9 +30,12 @@ CREATED_BY = "created_by"
 _ORIGIN = (
     CREATED_BY, "checkpoint", TRAINED_ON, "seed", "sampler", "steps", "spacing", "eta",
     "sampling_temperature", "sampling_temperature_of", "sampling_temperature_range",
-    "sampling_final_noise", "ancestral_positions", "self_condition_passes", "config",
+    "sampling_final_noise", "ancestral_positions", "self_condition_passes", "consistent_charges",
+    "config",
 )  # fmt: skip
-OWN_FIELDS = frozenset({*_ORIGIN, "molecule", "status", "fragments", BONDS, UNITS, GROUP})
+OWN_FIELDS = frozenset(
+    {*_ORIGIN, "molecule", "status", "fragments", BONDS, BOND_FORM, UNITS, GROUP}
+)
 """Fields that this package writes and that are no properties of a molecule."""
 
 _CREATOR = "molgen-energy "

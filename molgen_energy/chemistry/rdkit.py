@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ _AROMATICITY = int(
 )
 
 
+_VALENCE = re.compile(r"Explicit valence for atom # \d+ (\w+), (\d+), is greater than permitted")
 _SULFURANIDE = {16, 34}
 """Elements of R₃S⁻, which RDKit accepts though it is no stable molecule."""
 
@@ -192,10 +194,51 @@ def sanitize(
         )
 
 
-def aromatic_orders(molecule: Molecule) -> NDArray[np.uint8]:
-    """Orders of the bonds in aromatic form, (E,), see `BondForms`."""
+def bond_forms(molecule: Molecule) -> BondForms:
+    """Both forms of the bonds, without RDKit's clean-up of unusual valences."""
+    if max_neighbours(molecule) > MAX_NEIGHBOURS:
+        return _as_they_are(molecule)
     with rdBase.BlockLogs():
-        return _forms(molecule, None).aromatic
+        return _forms(molecule, None)
+
+
+def short_reason(reason: str) -> str:
+    """RDKit's reason why a molecule is invalid, without the numbers of atoms."""
+    if match := _VALENCE.fullmatch(reason):
+        return f"{match[1]} of valence {match[2]}"
+    if reason.startswith("Can't kekulize"):
+        return "aromatic bonds that cannot be Kekulised"
+    if reason.endswith("marked aromatic"):
+        return "aromatic atoms outside of rings"
+    return reason
+
+
+@cache
+def is_closed_shell(number: int, charge: int, valence: int) -> bool:
+    """Whether RDKit accepts an atom with these bonds, without implicit hydrogens and radicals.
+
+    Parameters
+    ----------
+    number
+        Atomic number.
+    valence
+        Sum of bond orders.
+    """
+    if valence > MAX_NEIGHBOURS or (valence and charge >= number):  # no electron is left to bond
+        return False
+    built = Chem.RWMol()
+    atom = Chem.Atom(number)
+    atom.SetFormalCharge(charge)
+    built.AddAtom(atom)
+    for k in range(valence):
+        built.AddAtom(_atom(1))
+        built.AddBond(0, k + 1, Chem.BondType.SINGLE)
+    with rdBase.BlockLogs():
+        try:
+            Chem.SanitizeMol(built, _AS_WRITTEN)
+        except (ValueError, RuntimeError):
+            return False
+    return not lacks_hydrogens(built.GetAtomWithIdx(0))
 
 
 def short_smiles(smiles: str) -> str:

@@ -77,6 +77,13 @@ def command(
         help="Value of a property that the model was trained on, in the unit of the data; default: "
         "drawn from the training molecules.",
     ),
+    consistent_charges: bool = typer.Option(
+        False,
+        "--consistent-charges",
+        rich_help_panel=_WHAT,
+        help="Replace each formal charge that does not fit the generated bonds of its atom by the "
+        "nearest one that does, as in the training molecules; what changes is counted.",
+    ),
     data: Path | None = typer.Option(
         None,
         "--data",
@@ -101,6 +108,12 @@ def command(
         metavar="FILE",
         rich_help_panel="Output",
         help="File to write: molecules .sdf (default: samples.sdf), .xyz or .h5, others .h5.",
+    ),
+    aromatic: bool = typer.Option(
+        False,
+        "--aromatic",
+        rich_help_panel="Output",
+        help="Write generated aromatic bonds to an SDF as such (type 4); default: Kekulised.",
     ),
     overwrite: bool = OVERWRITE,
     resume: Path | None = typer.Option(
@@ -234,6 +247,8 @@ def command(
                 seed=seed,
                 n_atoms=None if n_atoms is None else _parse_sizes(n_atoms),
                 condition=_parse_condition(condition),
+                consistent_charges=consistent_charges,
+                aromatic=aromatic,
                 sampler=sampler,
                 steps=steps,
                 spacing=spacing,
@@ -270,6 +285,8 @@ def _conclude(result: SamplingResult, job: _Job) -> None:
         )
     elif result.path is not None:
         say(f"finished samples are in {result.path}")
+    for note in result.notes:
+        say(note)
     if result.not_finite:
         warn(f"{counted(result.not_finite, samples)} diverged, without coordinates in the file")
     if result.interrupted:

@@ -63,6 +63,7 @@ class QM9(MoleculeDataset):
         "where the source is only a part of QM9.",
     )
     seed: int = option(0, "Seed of a random split.")
+    bonds: bool = option(False, "Add bonds and formal charges: those of each molecule's SMILES.")
 
     def check(self) -> None:
         """Raise `InputError` unless split and seed can be used."""
@@ -76,6 +77,8 @@ class QM9(MoleculeDataset):
     def chunks(self, log: DatasetLog) -> Iterator[MoleculeChunk]:
         """All molecules at once, in index order."""
         molecules = read_qm9(self.source, log.progress)
+        if self.bonds:
+            molecules = _with_bonds(molecules, self.source_name(), log)
         if len(molecules) != MOLECULES and self.split is None:
             log.notes.append(
                 f"{self.source} holds {len(molecules):,} of the {MOLECULES:,} characterised "
@@ -90,6 +93,22 @@ class QM9(MoleculeDataset):
             return split_of_edm()
         fractions = parse_fractions(self.split or _SPLIT_OF_A_PART)
         return random_split(count, fractions, self.seed, groups)
+
+
+def _with_bonds(molecules: Molecules, source: str, log: DatasetLog) -> Molecules:
+    """The molecules with the bonds and formal charges of their SMILES."""
+    from molgen_energy.chemistry.smiles_bonds import add_bonds_of_smiles
+
+    try:
+        found = add_bonds_of_smiles(molecules, lambda done: log.progress(done, len(molecules)))
+    except ValueError as error:
+        reason, k = error.args
+        number = int(molecules.properties[INDEX].values[k])
+        raise InputError(
+            f"{source}: molecule {number}: {reason}; correct it, or leave out --bonds"
+        ) from error
+    log.facts.append("bonds and charges of the SMILES")
+    return found
 
 
 @dataclass

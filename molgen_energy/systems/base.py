@@ -36,6 +36,8 @@ class SamplingResult:
     drawn: int
     not_finite: int = 0
     interrupted: bool = False
+    notes: tuple[str, ...] = ()
+    """What to know about the samples, a line each."""
 
 
 class SamplingCallback(Protocol):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from molgen_energy.api.preprocess import preprocess
+from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.datasets import qm9
 from molgen_energy.errors import InputError
 
@@ -63,6 +64,20 @@ def test_a_part_is_split_at_random(original, tmp_path):
     assert not any("EDM" in text for text in chosen.warnings)
     with pytest.raises(InputError, match="add up to 1"):
         preprocess("qm9", tmp_path / "a.h5", source=original, split="0.5,0,0")
+
+
+def test_bonds_of_the_smiles(tmp_path):
+    """Four bonds of methane; a file with another SMILES is named."""
+    (tmp_path / "dsgdb9nsd_000001.xyz").write_text(METHANE)
+    result = preprocess("qm9", tmp_path / "a.h5", source=tmp_path, bonds=True)
+    assert "bonds and charges of the SMILES" in result.summary
+    with MoleculeFile(tmp_path / "a.h5") as file:
+        (methane,) = file.load()
+    assert sorted(methane.bond_index.tolist()) == [[0, 1], [0, 2], [0, 3], [0, 4]]
+    assert methane.formal_charges.tolist() == [0] * 5
+    (tmp_path / "dsgdb9nsd_000001.xyz").write_text(METHANE.replace("C\tC\t", "N\tN\t"))
+    with pytest.raises(InputError, match=r"molecule 1: .*'N'; correct it, or leave out --bonds"):
+        preprocess("qm9", tmp_path / "a.h5", source=tmp_path, bonds=True)
 
 
 def test_names_may_differ(tmp_path):

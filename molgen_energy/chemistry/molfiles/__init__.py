@@ -8,10 +8,11 @@ molecule has.
 from molgen_energy.chemistry.fields import FieldSelection
 from molgen_energy.chemistry.molfiles.files import FileSet, base_name, molecule_files
 from molgen_energy.chemistry.molfiles.reader import BadRecord, MoleculeReader
-from molgen_energy.chemistry.molfiles.writer import MoleculeTextWriter, count_records
+from molgen_energy.chemistry.molfiles.writer import BondForm, MoleculeTextWriter, count_records
 
 __all__ = [
     "BadRecord",
+    "BondForm",
     "FieldSelection",
     "FileSet",
     "MoleculeReader",

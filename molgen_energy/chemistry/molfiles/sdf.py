@@ -217,6 +217,9 @@ def format_record(molecule: Molecule, name: str, fields: Mapping[str, str | floa
         built = build(molecule, positions=True)
         built.UpdatePropertyCache(strict=False)
         built.SetProp("_Name", name)
+        # Without this, RDKit marks every double bond as one whose stereo is unknown.
+        Chem.FastFindRings(built)
+        Chem.DetectBondStereoChemistry(built, built.GetConformer())
         block = Chem.MolToMolBlock(built, kekulize=False)
     # An empty line would end a field.
     texts = {_key(name): str(value).strip() for name, value in fields.items()}

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from molgen_energy.chemistry.bonds import perceive
-from molgen_energy.chemistry.fields import BONDS, data_fields, units_field
+from molgen_energy.chemistry.fields import BOND_FORM, BONDS, data_fields, units_field
 from molgen_energy.chemistry.molfiles import sdf, xyz
-from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS, max_neighbours, sanitize
-from molgen_energy.data.molecules import Molecule, Molecules
+from molgen_energy.chemistry.rdkit import (
+    MAX_NEIGHBOURS,
+    bond_forms,
+    max_neighbours,
+    sanitize,
+    short_reason,
+)
+from molgen_energy.data.molecules import AROMATIC, Molecule, Molecules
 from molgen_energy.output import atomic_replace
+
+BondForm = Literal["kekule", "aromatic"]
 
 
 class MoleculeTextWriter:
     """Write SDF or XYZ chunk by chunk; the file appears under its name when the block succeeds.
 
     Every molecule becomes a record, with its properties, SMILES and group as data fields (SDF) or
-    keys of the comment (XYZ). An SDF record holds the bonds and formal charges of the molecule as
-    they are, aromatic or Kekulised; where there are no bonds, they are perceived from distances.
-    The field `bonds` says `given` or `perceived`, `status` says `valid` or why RDKit cannot
-    sanitise the molecule, and `fragments` counts its fragments.
+    keys of the comment (XYZ). An SDF record holds the bonds and formal charges of the molecule, as
+    they are unless `bond_form` chooses; where there are no bonds, they are perceived from
+    distances. The field `bonds` says `given` or `perceived`, `status` says `valid` or why RDKit
+    cannot sanitise the molecule, and `fragments` counts its fragments. No stereochemistry is
+    marked: programs derive it from the coordinates.
 
     No format can hold coordinates that are not finite: the atoms are put at the origin, and the
     status says so. A molecule with more bonds at an atom than RDKit handles is written without
@@ -40,16 +50,29 @@ class MoleculeTextWriter:
         Data fields of every molecule. They take precedence over properties of the same name.
     once
         Data fields of the first molecule of an SDF only, such as a whole configuration.
+    bond_form
+        Of the bonds that molecules have, in an SDF: `kekule`, or `aromatic` where RDKit finds
+        aromaticity. The field `bond_form` names it. Aromatic bonds that RDKit cannot Kekulise
+        stay, and the field says so. None writes bonds as they are, without the field.
     """
 
     def __init__(
-        self, path: Path, fields: dict[str, str], once: dict[str, str] | None = None
+        self,
+        path: Path,
+        fields: dict[str, str],
+        once: dict[str, str] | None = None,
+        bond_form: BondForm | None = None,
     ) -> None:
         self._path = path
+        self._bond_form = bond_form
         self._fields = fields
         self._once = once or {}
         self._is_sdf = path.suffix.lower() == ".sdf"
         self.count = 0
+        self.invalid: Counter[str] = Counter()
+        """Records of an SDF by the reason why RDKit cannot sanitise their given bonds."""
+        self.not_kekulised = 0
+        """Records whose aromatic bonds RDKit cannot Kekulise."""
 
     def __enter__(self) -> MoleculeTextWriter:
         self._stack = ExitStack()
@@ -76,26 +99,46 @@ class MoleculeTextWriter:
                 fields |= units_field(molecules)
             if self.count == 0 and self._is_sdf:
                 fields |= self._once
-            record = _sdf_record(molecule, fields, bonds) if self._is_sdf else None
-            self._file.write(record or _xyz_record(molecule, fields))
+            if self._is_sdf:
+                self._file.write(self._sdf_record(molecule, fields, bonds))
+            else:
+                self._file.write(_xyz_record(molecule, fields))
             self.count += 1
+
+    def _sdf_record(self, molecule: Molecule, fields: dict[str, str | float], bonds: str) -> str:
+        finite = bool(np.isfinite(molecule.positions).all())
+        if not finite:
+            molecule = _at_origin(molecule)
+            if bonds == "perceived":
+                molecule = _without_bonds(molecule)
+        sanitized = sanitize(molecule)
+        status = " ".join(sanitized.reason.split()) or "valid"
+        if bonds == "given" and not sanitized.valid:
+            self.invalid[short_reason(status)] += 1
+        if not finite:
+            status = "coordinates are not finite"
+        if max_neighbours(molecule) > MAX_NEIGHBOURS:
+            molecule = _without_bonds(molecule)
+        elif bonds == "given" and self._bond_form is not None:
+            molecule, fields[BOND_FORM] = self._in_form(molecule, self._bond_form)
+        fields |= {BONDS: bonds, "status": status, "fragments": str(sanitized.fragments)}
+        return sdf.format_record(molecule, f"molecule {fields['molecule']}", fields)
+
+    def _in_form(self, molecule: Molecule, form: BondForm) -> tuple[Molecule, str]:
+        """The molecule with its bonds in a form, and the field that names it."""
+        aromatic = molecule.bond_order is not None and bool((molecule.bond_order == AROMATIC).any())
+        if form == "kekule" and not aromatic:
+            return molecule, form
+        forms = bond_forms(molecule)
+        if form == "aromatic":
+            return replace(molecule, bond_order=forms.aromatic), form
+        if (forms.kekule == AROMATIC).any():
+            self.not_kekulised += 1
+            return molecule, "aromatic, since RDKit cannot Kekulise it"
+        return replace(molecule, bond_order=forms.kekule), form
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
-
-
-def _sdf_record(molecule: Molecule, fields: dict[str, str | float], bonds: str) -> str:
-    finite = bool(np.isfinite(molecule.positions).all())
-    if not finite:
-        molecule = _at_origin(molecule)
-        if bonds == "perceived":
-            molecule = _without_bonds(molecule)
-    sanitized = sanitize(molecule)
-    status = sanitized.reason or "valid" if finite else "coordinates are not finite"
-    if max_neighbours(molecule) > MAX_NEIGHBOURS:
-        molecule = _without_bonds(molecule)
-    fields |= {BONDS: bonds, "status": status, "fragments": str(sanitized.fragments)}
-    return sdf.format_record(molecule, f"molecule {fields['molecule']}", fields)
 
 
 def _xyz_record(molecule: Molecule, fields: dict[str, str | float]) -> str:

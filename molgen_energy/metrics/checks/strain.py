@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rdkit import Chem, rdBase
 
 from molgen_energy.chemistry.geometry import absolute_changes, rmsd
-from molgen_energy.chemistry.rdkit import aromatic_orders, build
+from molgen_energy.chemistry.rdkit import bond_forms, build
 from molgen_energy.chemistry.relaxation import Relaxed, relax_mmff, relax_xtb
 from molgen_energy.data.molecules import Molecule, MoleculeChunk
 
@@ -88,7 +88,7 @@ def _changes(
         return []
     molecules = chunk.molecules.select(np.array(list(positions)))
     if molecules.bonds is not None:
-        order = np.concatenate([aromatic_orders(molecule) for molecule in molecules])
+        order = np.concatenate([bond_forms(molecule).aromatic for molecule in molecules])
         molecules = replace(molecules, bonds=replace(molecules.bonds, order=order))
     found: list[dict[str, TypeChanges]] = [{} for _ in positions]
     measured = absolute_changes(molecules, np.concatenate(list(positions.values())))

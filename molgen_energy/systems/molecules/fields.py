@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from molgen_energy.chemistry.charges import AtomKind
 from molgen_energy.config import PositiveFloat, Section
 from molgen_energy.data.molecules import AROMATIC
 from molgen_energy.diffusion.state import Field, Layout
@@ -52,6 +54,8 @@ class MoleculeStatistics:
     """Lowest and highest formal charge."""
     aromatic: bool = False
     """Whether there are aromatic bonds."""
+    atoms: Counter[AtomKind] | None = None
+    """Numbers of atoms by charge and bonds, without radicals; None where that is not known."""
 
     @classmethod
     def of_state(cls, state: MoleculeState) -> MoleculeStatistics:
@@ -60,11 +64,30 @@ class MoleculeStatistics:
         if state.statistics is None:
             return cls(elements)
         low, high = state.statistics.charges
-        return cls(elements, (low, high), state.statistics.aromatic)
+        atoms = None
+        if state.statistics.atoms is not None:
+            atoms = Counter(
+                {
+                    AtomKind(atomic_number(row.element), row.charge, aromatic, others): count
+                    for row in state.statistics.atoms
+                    for aromatic, others, count in row.bonds
+                }
+            )
+        return cls(elements, (low, high), state.statistics.aromatic, atoms)
 
     def to_dict(self) -> dict[str, Any]:
         """In YAML types, without the elements, which checkpoints store by symbol."""
-        return {"charges": list(self.charges), "aromatic": self.aromatic}
+        found: dict[str, Any] = {"charges": list(self.charges), "aromatic": self.aromatic}
+        if self.atoms is not None:
+            by_charge: dict[tuple[int, int], list[list[int]]] = {}
+            for kind, count in sorted(self.atoms.items()):
+                rows = by_charge.setdefault((kind.element, kind.charge), [])
+                rows.append([kind.aromatic, kind.others, count])
+            found["atoms"] = [
+                {"element": symbol(element), "charge": charge, "bonds": rows}
+                for (element, charge), rows in by_charge.items()
+            ]
+        return found
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from molgen_energy.data.molecules import Bonds, Molecules, Property, offsets_from_sizes
+from molgen_energy.chemistry.charges import (
+    HIGHEST_SUM,
+    MOST_AROMATIC,
+    NONE_FITS,
+    nearest_charges,
+)
+from molgen_energy.data.molecules import (
+    AROMATIC,
+    Bonds,
+    Molecules,
+    Property,
+    offsets_from_sizes,
+)
 from molgen_energy.diffusion.guidance import SamplingHook
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.diffusion.samplers import DEFAULT_SAMPLERS, build_sampler
+from molgen_energy.diffusion.state import Layout
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.errors import InputError
 from molgen_energy.formats.limits import check_memory
@@ -26,6 +39,10 @@ from molgen_energy.training.checkpoint import Checkpoint
 from molgen_energy.training.devices import lower_precision
 
 _BYTES_OF_PAIR = 32  # of a pair of atoms, at least: positions, distance, features
+
+CHARGE_COUNTS = ("charges_changed", "charges_without_fit")
+"""Properties of molecules with consistent charges: atoms whose charge was changed, and atoms whose
+bonds no charge fits."""
 
 
 class MoleculeGenerator:
@@ -67,13 +84,16 @@ class MoleculeGenerator:
         With the sampler `dpm++`: positions take ancestral steps.
     self_condition_passes
         Evaluations of a self-conditioned network for each prediction.
+    consistent_charges
+        Replace each formal charge that does not fit the generated bonds of its atom, see
+        `ConsistentCharges`.
 
     Raises
     ------
     InputError
         The checkpoint is damaged or of another model, a size is below 1, the model has no such
-        condition or is not self-conditioned, or the sampler does not support its process or an
-        option.
+        condition or is not self-conditioned, the sampler does not support its process or an
+        option, or charges cannot be made consistent.
     """
 
     def __init__(
@@ -92,6 +112,7 @@ class MoleculeGenerator:
         temperature: Temperature | None = None,
         ancestral_positions: bool = False,
         self_condition_passes: int = 1,
+        consistent_charges: bool = False,
     ) -> None:
         self.config = checkpoint.config_as(MoleculeConfig)
         state = checkpoint.state_as(MoleculeState)
@@ -101,9 +122,11 @@ class MoleculeGenerator:
         most = max(drawn) if sizes is None else sizes[1]
         what = f"a molecule of {most:,} atoms"
         check_memory(_BYTES_OF_PAIR * most**2, what, "choose smaller ones with --n-atoms")
-        self.layout = build_layout(
-            self.config.model.fields, self.config.scales, MoleculeStatistics.of_state(state)
-        )
+        statistics = MoleculeStatistics.of_state(state)
+        self.layout = build_layout(self.config.model.fields, self.config.scales, statistics)
+        self.charges = None
+        if consistent_charges:
+            self.charges = ConsistentCharges(self.layout, statistics, checkpoint, device)
         self.condition, self._condition = condition, None
         if state.condition is not None:
             self._condition = PropertyCondition.from_dict(state.condition.model_dump())
@@ -149,10 +172,11 @@ class MoleculeGenerator:
     @property
     def units(self) -> dict[str, str]:
         """Units of the properties of drawn molecules, by name."""
-        if self._condition is None:
-            return {}
-        names = (f"condition_{name}" for name in self._condition.names)
-        return dict(zip(names, self._condition.units, strict=True))
+        units: dict[str, str] = {}
+        if self._condition is not None:
+            names = (f"condition_{name}" for name in self._condition.names)
+            units |= zip(names, self._condition.units, strict=True)
+        return units if self.charges is None else units | dict.fromkeys(CHARGE_COUNTS, "atoms")
 
     def fingerprint(self) -> str:
         """Hash of all that molecules depend on in the checkpoint, 32 hexadecimal digits."""
@@ -176,8 +200,10 @@ class MoleculeGenerator:
         """The molecules with the given numbers (B,), in their order.
 
         Formal charges and bonds are those that the model generates, if it does. The values of a
-        condition become properties `condition_<name>`. `advance` is called after each evaluation
-        of the network. If the network diverged, positions are not finite.
+        condition become properties `condition_<name>`, and the numbers of atoms that
+        `ConsistentCharges` changed or could not change those of `CHARGE_COUNTS`. `advance` is
+        called after each evaluation of the network. If the network diverged, positions are not
+        finite.
         """
         sizes = self.sizes(numbers).to(self.device)
         largest = int(sizes.max())
@@ -198,7 +224,77 @@ class MoleculeGenerator:
         state = self.sampler.sample(
             self.model, random, self.layout, mask, condition, self.hook, advance
         )
-        return _molecules(state.decode(), mask, properties)
+        decoded = state.decode()
+        if self.charges is not None:
+            decoded, counts = self.charges.apply(decoded, mask)
+            for name, count in zip(CHARGE_COUNTS, counts.cpu().double().numpy(), strict=True):
+                properties[name] = Property(count, "atoms")
+        return _molecules(decoded, mask, properties)
+
+
+class ConsistentCharges:
+    """Formal charges that fit generated bonds, without radicals and implicit hydrogens.
+
+    An atom whose charge fits its bonds stays. Another one gets the nearest charge with which atoms
+    of its element have such bonds in the training molecules (`nearest_charges`). Where there is
+    none, the atom stays as it was generated.
+
+    Parameters
+    ----------
+    layout, statistics
+        Fields of the model, and what is known of the training molecules.
+    checkpoint
+        That holds them.
+    device
+        Of the molecules.
+
+    Raises
+    ------
+    InputError
+        The model generates no charges or bonds, or the checkpoint does not know which charges fit.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        statistics: MoleculeStatistics,
+        checkpoint: Checkpoint,
+        device: torch.device,
+    ) -> None:
+        if missing := [name for name in ("formal_charges", "bonds") if name not in layout.fields]:
+            raise InputError(
+                f"--consistent-charges: the model of {checkpoint.path} generates no "
+                f"{' and no '.join(missing).replace('_', ' ')}; leave it out"
+            )
+        if not statistics.atoms:
+            raise InputError(
+                f"--consistent-charges: {checkpoint.path} does not hold which charges fit which "
+                "bonds, since an earlier version wrote it; leave it out, or continue the training "
+                "for a step with `train --resume`"
+            )
+        self._lowest, highest = statistics.charges
+        table = nearest_charges(statistics.atoms, self._lowest, highest)
+        self._nearest = torch.from_numpy(table).to(device)
+
+    def apply(self, data: Mapping[str, Tensor], mask: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Decoded data with consistent charges, and how many atoms changed and fit none, (2, B)."""
+        orders = data["bond_orders"] * (mask[:, :, None] & mask[:, None, :])
+        is_aromatic = orders == AROMATIC
+        aromatic = is_aromatic.sum(dim=2)
+        others = orders.masked_fill(is_aromatic, 0).sum(dim=2)
+        charges = data["formal_charges"]
+        nearest = self._nearest[
+            data["atomic_numbers"].long(),
+            charges.long() - self._lowest,
+            aromatic.clamp(max=MOST_AROMATIC),
+            others.clamp(max=HIGHEST_SUM),
+        ]
+        none = nearest == NONE_FITS
+        none |= (aromatic > MOST_AROMATIC) | (others > HIGHEST_SUM)
+        none &= mask
+        changed = (nearest != charges) & ~none & mask
+        counts = torch.stack([changed.sum(dim=1), none.sum(dim=1)])
+        return {**data, "formal_charges": torch.where(changed, nearest, charges)}, counts
 
 
 def _molecules(

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,18 @@ from torch import Tensor
 
 from molgen_energy import __version__
 from molgen_energy.chemistry.fields import TRAINED_ON
-from molgen_energy.chemistry.molfiles import MoleculeTextWriter, count_records
+from molgen_energy.chemistry.molfiles import BondForm, MoleculeTextWriter, count_records
+from molgen_energy.chemistry.rdkit import sanitize, short_reason
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules, batch_by_size
 from molgen_energy.data.shards import FORMAT
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.distributed import barrier, is_main, rank, world_size
-from molgen_energy.errors import InputError
+from molgen_energy.errors import InputError, counted
 from molgen_energy.formats.yaml import validate_as
 from molgen_energy.output import check_writable, move_over, real_path, remove
 from molgen_energy.systems.base import SamplingCallback, SamplingResult
-from molgen_energy.systems.molecules.generate import MoleculeGenerator
+from molgen_energy.systems.molecules.generate import CHARGE_COUNTS, MoleculeGenerator
 from molgen_energy.systems.molecules.shards import (
     MoleculeShards,
     SamplingJob,
@@ -49,6 +51,7 @@ SUFFIXES = (".sdf", ".xyz", ".h5")
 _WINDOW_CPU, _WINDOW_GPU = 1024, 4096
 # Pairs of atoms in a batch. On a CPU, batches beyond the size of its cache are slower.
 _PAIRS_CPU, _PAIRS_GPU = 20_000, 1_000_000
+_MOST_REASONS = 3  # that are named at the end
 _POLL = 0.2  # seconds between checks whether other processes have finished
 
 
@@ -59,6 +62,7 @@ def sample_to_file(
     callback: SamplingCallback,
     batch_size: int | None = None,
     resume: bool = False,
+    aromatic: bool = False,
 ) -> SamplingResult:
     """Draw molecules 0 … count−1 of the generator's seed and write them in this order.
 
@@ -85,12 +89,16 @@ def sample_to_file(
     resume
         Continue an interrupted job; the file is that of an uninterrupted one, bit for bit on a CPU
         with the same number of threads.
+    aromatic
+        Write the generated bonds of an SDF in aromatic form where RDKit finds aromaticity, instead
+        of Kekulised.
 
     Raises
     ------
     InputError
-        A number is below 1, the output cannot be written, there is an interrupted job and `resume`
-        is false, or it has other options.
+        Aromatic bonds are asked for and the file is no SDF, or the model generates none. A number
+        is below 1, the output cannot be written, there is an interrupted job and `resume` is
+        false, or it has other options.
     OSError
         The disk is full; finished batches stay.
     """
@@ -99,7 +107,9 @@ def sample_to_file(
     if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: a batch holds at least one molecule")
     check_name(output)
-    job = _job(generator, count, batch_size)
+    if aromatic:
+        _check_aromatic(output, generator)
+    job = _job(generator, count, batch_size, aromatic)
     with _open_shards(output, job, resume) as shards:
         work = _SamplingRun(generator, shards, output, callback)
         try:
@@ -119,7 +129,21 @@ def check_name(output: Path) -> None:
         raise InputError(f"{output}: the name must end in {', '.join(SUFFIXES)}")
 
 
-def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> SamplingJob:
+def _check_aromatic(output: Path, generator: MoleculeGenerator) -> None:
+    if output.suffix.lower() != ".sdf":
+        raise InputError(
+            f"--aromatic is for SDF, and {output} holds bonds as they are generated or none; leave "
+            "it out"
+        )
+    if "bonds" not in generator.layout.fields:
+        raise InputError(
+            f"--aromatic: the model of {generator.checkpoint.path} generates no bonds; leave it out"
+        )
+
+
+def _job(
+    generator: MoleculeGenerator, count: int, batch_size: int | None, aromatic: bool = False
+) -> SamplingJob:
     on_cpu = generator.device.type == "cpu"
     path = real_path(generator.checkpoint.path)
     # While a trainer replaces a checkpoint, the old one has this name for a moment.
@@ -137,6 +161,8 @@ def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> Sa
         "self_condition_passes": generator.sampler.self_condition_passes,
         "n_atoms": generator.n_atoms,
         "condition": None if generator.condition is None else dict(generator.condition),
+        "consistent_charges": generator.charges is not None,
+        "aromatic": aromatic,
         "low_precision": generator.low_precision,
         "batch_size": batch_size,
         "pairs": _PAIRS_CPU if on_cpu else _PAIRS_GPU,
@@ -178,6 +204,63 @@ def _open_shards(output: Path, job: SamplingJob, resume: bool) -> MoleculeShards
         shards.close()
         raise
     return shards
+
+
+@dataclass
+class _Written:
+    """What is counted while molecules are written."""
+
+    molecules: int = 0
+    not_finite: int = 0
+    """Molecules that diverged."""
+    with_bonds: bool = False
+    """Whether the model generates bonds."""
+    invalid: Counter[str] = field(default_factory=Counter)
+    """Molecules by the reason why RDKit cannot sanitise their generated bonds."""
+    not_kekulised: int = 0
+    """Molecules whose aromatic bonds stay, since RDKit cannot Kekulise them."""
+    charges: NDArray[np.int64] | None = None
+    """Of each of `CHARGE_COUNTS` atoms and molecules, (2, 2)."""
+
+    def add(self, molecules: Molecules) -> None:
+        """Count molecules that were written."""
+        self.molecules += len(molecules)
+        self.not_finite += int((~molecules.finite()).sum())
+        self.with_bonds = molecules.bonds is not None
+        if CHARGE_COUNTS[0] in molecules.properties:
+            atoms = np.stack([molecules.properties[name].values for name in CHARGE_COUNTS])
+            counts = np.stack([atoms.sum(axis=1), (atoms > 0).sum(axis=1)], axis=1)
+            self.charges = counts.astype(np.int64) + (0 if self.charges is None else self.charges)
+
+    def sanitize(self, molecules: Molecules) -> None:
+        """Count molecules that RDKit cannot sanitise."""
+        results = map(sanitize, molecules)
+        self.invalid.update(short_reason(result.reason) for result in results if not result.valid)
+
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the end of `sample`."""
+        if not self.molecules or not self.with_bonds:
+            return ()
+        of_all = f"of {counted(self.molecules, 'molecules')}"
+        notes = []
+        if count := self.invalid.total():
+            most = [f"{reason} ({n:,})" for reason, n in self.invalid.most_common(_MOST_REASONS)]
+            if others := len(self.invalid) - len(most):
+                most.append(counted(others, "other reasons"))
+            notes.append(f"RDKit cannot sanitise {count:,} {of_all}: {', '.join(most)}")
+        if self.not_kekulised:
+            notes.append(
+                f"{self.not_kekulised:,} {of_all} keep aromatic bonds, since RDKit cannot Kekulise "
+                "them"
+            )
+        if self.charges is not None:
+            (changed, in_molecules), (without, there) = self.charges.tolist()
+            notes.append(
+                f"--consistent-charges changed the charges of {counted(changed, 'atoms')} in "
+                f"{in_molecules:,} {of_all}; no charge fits the bonds of "
+                f"{counted(without, 'atoms')} in {there:,}, which stay as generated"
+            )
+        return tuple(notes)
 
 
 class _SamplingRun:
@@ -248,11 +331,13 @@ class _SamplingRun:
         for other in range(1, world_size()):
             while not self._shards.is_done(other):
                 time.sleep(_POLL)
-        written, not_finite = self._write(self._output, complete=True)
+        written = self._write(self._output, complete=True)
         self._shards.remove()
         if before:
             self._partial().unlink(missing_ok=True)
-        return SamplingResult(self._output, written, drawn, not_finite)
+        return SamplingResult(
+            self._output, written.molecules, drawn, written.not_finite, notes=written.notes()
+        )
 
     def _partial(self) -> Path:
         """Where finished molecules are written after an interruption."""
@@ -264,12 +349,14 @@ class _SamplingRun:
         The shards stay, so that the job can be resumed.
         """
         target = self._partial()
-        finished, path, not_finite = self.finished(), None, 0
+        finished, path, written = self.finished(), None, _Written()
         with contextlib.suppress(KeyboardInterrupt, OSError):
             self._callback.interrupted(finished)
-            _, not_finite = self._write(target, complete=False)
+            written = self._write(target, complete=False)
             path = target
-        return SamplingResult(path, finished, 0, not_finite, interrupted=True)
+        return SamplingResult(
+            path, finished, 0, written.not_finite, interrupted=True, notes=written.notes()
+        )
 
     def _draw(self, shard: Shard) -> Molecules:
         molecules = self._in_memory(torch.from_numpy(shard.numbers))
@@ -295,11 +382,11 @@ class _SamplingRun:
             [self._in_memory(numbers[:half]), self._in_memory(numbers[half:])]
         )
 
-    def _write(self, target: Path, complete: bool) -> tuple[int, int]:
-        """Write all or the finished molecules in order; returns how many, and how many diverged."""
+    def _write(self, target: Path, complete: bool) -> _Written:
+        """Write all or the finished molecules in order; returns what was written."""
         # Written in the folder of the shards, so that a kill leaves no other file.
         check_writable(target)
-        merged, not_finite, in_order = self._shards.folder / target.name, 0, True
+        merged, in_order, found = self._shards.folder / target.name, True, _Written()
         remove(merged)
         with _writer(merged, self._job, self._generator.config.without_paths().to_yaml()) as writer:
             for shards in self.windows():
@@ -315,8 +402,14 @@ class _SamplingRun:
                     every = np.concatenate(numbers)
                     expected = np.arange(writer.count, writer.count + len(every))
                     in_order &= np.array_equal(np.sort(every), expected)
-                    not_finite += _append(writer, drawn, every)
+                    molecules = _append(writer, drawn, every)
+                    found.add(molecules)
+                    if molecules.bonds is not None and merged.suffix.lower() != ".sdf":
+                        found.sanitize(molecules)
             written = writer.count
+            if isinstance(writer, MoleculeTextWriter):  # which sanitises the records of an SDF
+                found.invalid += writer.invalid
+                found.not_kekulised = writer.not_kekulised
         readable = _count(merged)
         if readable != written or (complete and (written != self._job.count or not in_order)):
             raise OSError(
@@ -326,7 +419,7 @@ class _SamplingRun:
                 str(target),
             )
         move_over(merged, target)
-        return written, not_finite
+        return found
 
 
 def _by_size(sizes: NDArray[np.int64], job: SamplingJob) -> Iterator[NDArray[np.int64]]:
@@ -358,26 +451,28 @@ def _writer(
         origin["ancestral_positions"] = "yes"
     if job.self_condition_passes != 1:
         origin["self_condition_passes"] = str(job.self_condition_passes)
+    if job.consistent_charges:
+        origin["consistent_charges"] = "yes"
     if path.suffix.lower() == ".h5":
         source = f"sampled from {job.origin}, seed {job.seed}"
         return MoleculeWriter(path, source=source, provenance=origin | {"config": config})
-    return MoleculeTextWriter(path, origin, {"config": config})
+    form: BondForm = "aromatic" if job.aromatic else "kekule"
+    return MoleculeTextWriter(path, origin, {"config": config}, form)
 
 
 def _append(
     writer: MoleculeTextWriter | MoleculeWriter,
     drawn: list[Molecules],
     numbers: NDArray[np.int64],
-) -> int:
-    """Write molecules of a window in the order of their numbers; returns how many diverged."""
+) -> Molecules:
+    """Write molecules of a window in the order of their numbers, and return them so."""
     order = np.argsort(numbers)
     molecules = Molecules.concatenate(drawn).select(order)
-    finite = molecules.finite()
     if isinstance(writer, MoleculeWriter):
-        writer.append(_at_origin(molecules, ~finite))  # text formats have a field for this
+        writer.append(_at_origin(molecules, ~molecules.finite()))  # text formats have a field
     else:
         writer.append(molecules, numbers[order])
-    return int((~finite).sum())
+    return molecules
 
 
 def _count(path: Path) -> int:

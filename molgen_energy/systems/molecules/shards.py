@@ -62,6 +62,10 @@ class SamplingJob(Manifest):
     origin: Text
     """Run and step of the weights, for the file of molecules."""
     # Options with a default may be missing in the manifest of an earlier version.
+    consistent_charges: bool = False
+    """Whether charges that do not fit the bonds of their atom are replaced."""
+    aromatic: bool = False
+    """Whether bonds are written in aromatic form."""
     trained_on: Annotated[str, Field(max_length=10_000)] = ""
     """The data that the network was trained on, in words."""
     temperature: Finite = 1.0
@@ -172,7 +176,8 @@ class MoleculeShards(ShardFolder[SamplingJob]):
         if arrays is None or not np.array_equal(arrays.pop("numbers"), shard.numbers):
             return None
         try:
-            molecules = Molecules.from_arrays(arrays, self.job.units)
+            # A file of tensors has no order, and the properties of records need one.
+            molecules = Molecules.from_arrays(dict(sorted(arrays.items())), self.job.units)
             molecules.check()
         except (InputError, KeyError):  # a part of the bonds is missing
             return None

@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from molgen_energy.elements import atomic_number
+from molgen_energy.chemistry.charges import HIGHEST_SUM, MOST_AROMATIC
+from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.formats.yaml import Schema, YAMLFormat
 from molgen_energy.training.state import Count, Finite, RunState
 
@@ -26,10 +27,36 @@ def _check_elements(symbols: list[str]) -> list[str]:
     return symbols
 
 
+def _check_element(text: str) -> str:
+    return symbol(atomic_number(text))
+
+
+def _check_bonds(rows: list[list[int]]) -> list[list[int]]:
+    for row in rows:
+        if len(row) != 3 or row[0] > MOST_AROMATIC or row[1] > HIGHEST_SUM:
+            raise ValueError(
+                f"expected three numbers each: at most {MOST_AROMATIC} aromatic bonds, a sum of at "
+                f"most {HIGHEST_SUM}, and atoms"
+            )
+    return rows
+
+
 def _check_histogram(histogram: dict[int, int]) -> dict[int, int]:
     if not any(histogram.values()):
         raise ValueError("expected molecules of at least one size")
     return histogram
+
+
+class AtomState(Schema):
+    """Training atoms of one element and formal charge."""
+
+    element: Annotated[str, AfterValidator(_check_element)]
+    """Symbol."""
+    charge: Charge
+    """Formal charge."""
+    bonds: Annotated[list[list[Count]], Field(min_length=1), AfterValidator(_check_bonds)]
+    """Of atoms without radicals: number of aromatic bonds, sum of the orders of the others, number
+    of atoms."""
 
 
 class StatisticsState(Schema):
@@ -39,6 +66,10 @@ class StatisticsState(Schema):
     """Lowest and highest formal charge."""
     aromatic: bool
     """Whether there are aromatic bonds."""
+    atoms: list[AtomState] | None = None
+    """Training atoms without radicals by `element`, `charge` and `bonds`, rows of three numbers:
+    aromatic bonds, sum of the orders of the others, atoms. Of networks that generate charges and
+    bonds; earlier versions wrote none."""
 
     @model_validator(mode="after")
     def _ascending(self) -> StatisticsState:

@@ -34,8 +34,11 @@ class _MoleculeSampling:
     distributed = True
     inputs: tuple[Path, ...] = ()
 
-    def __init__(self, generator: MoleculeGenerator, count: int, batch_size: int | None) -> None:
+    def __init__(
+        self, generator: MoleculeGenerator, count: int, batch_size: int | None, aromatic: bool
+    ) -> None:
         self._generator, self.count, self._batch_size = generator, count, batch_size
+        self._aromatic = aromatic
         self.origin = generator.checkpoint.origin
         sampler = generator.sampler
         spacing = "" if sampler.spacing is None else f" of {sampler.spacing} spacing"
@@ -52,7 +55,13 @@ class _MoleculeSampling:
     ) -> SamplingResult:
         """Draw the molecules and write them; with `resume`, continue an interrupted job."""
         return sample_to_file(
-            self._generator, self.count, output, callback, self._batch_size, resume
+            self._generator,
+            self.count,
+            output,
+            callback,
+            self._batch_size,
+            resume,
+            self._aromatic,
         )
 
 
@@ -76,6 +85,8 @@ class MoleculeSystem(System):
             "ancestral_positions": False,
             "self_condition_passes": 1,
             "condition": None,
+            "consistent_charges": False,
+            "aromatic": False,
             "batch_size": None,
             "low_precision": False,
         }
@@ -111,8 +122,11 @@ class MoleculeSystem(System):
             temperature=Temperature.from_options(options),
             ancestral_positions=options["ancestral_positions"],
             self_condition_passes=options["self_condition_passes"],
+            consistent_charges=options["consistent_charges"],
         )
-        return _MoleculeSampling(generator, options["count"], options["batch_size"])
+        return _MoleculeSampling(
+            generator, options["count"], options["batch_size"], options["aromatic"]
+        )
 
     def read_samples(self, path: Path) -> list[Any]:
         """RDKit molecules with conformers; without bonds in the file, bonds are perceived."""

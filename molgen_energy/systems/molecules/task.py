@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from molgen_energy.chemistry.charges import AtomKind, count_atoms, without_radicals
 from molgen_energy.data.batches import (
     BatchIndex,
     BatchSize,
@@ -150,7 +152,7 @@ class MoleculeTask:
             config = config.replaced(
                 {"data.in_memory": broadcast(_in_memory(config, summary, columns, device))}
             )
-            self._train, self._valid = self._open(config, file, columns, progress)
+            self._train, self._valid = self._open(config, file, columns, statistics, progress)
             # Processes on different machines must agree.
             mean_atoms = summary.training_atoms / summary.training_molecules
             resolved = self._resolve_auto(config, mean_atoms)
@@ -182,6 +184,7 @@ class MoleculeTask:
         config: MoleculeConfig,
         file: MoleculeFile,
         columns: frozenset[str],
+        statistics: MoleculeStatistics,
         progress: ProgressCallback,
     ) -> tuple[TrainingData[_Split], _Split | None]:
         """Training data and validation molecules, with the further inputs of the loss."""
@@ -231,6 +234,7 @@ class MoleculeTask:
             return train, None
         ascending = np.argsort(in_valid)
         molecules = file.read(in_valid[ascending], columns).select(np.argsort(ascending))
+        _check_known(file, molecules, in_valid, statistics)
         return train, split(molecules, in_valid, None, progress=progress)
 
     def _resolve_auto(self, config: MoleculeConfig, mean_atoms: float) -> MoleculeConfig:
@@ -489,9 +493,14 @@ def _required_columns(config: MoleculeConfig, file: MoleculeFile) -> frozenset[s
     layout = build_layout(config.model.fields, config.scales, MoleculeStatistics((1,)))
     needed = field_columns(layout)
     for name in sorted(needed - file.columns):
+        remedy = "preprocess a file that holds it"
+        if name in ("bonds", "formal_charges"):
+            remedy = (
+                "make it with `molgen-energy preprocess FILE.sdf` of an SDF with bonds, or of QM9 "
+                "with `molgen-energy preprocess qm9 --bonds`, and name it with --data"
+            )
         raise InputError(
-            f"{file.path} has no column {name}, which model {config.model.name} generates; "
-            "preprocess a file that holds it, such as an SDF"
+            f"{file.path} has no column {name}, which model {config.model.name} generates; {remedy}"
         )
     properties = getattr(config.condition, "properties", ())
     known = sorted(name.removeprefix("properties/") for name in file.columns if "/" in name)
@@ -506,10 +515,11 @@ def _required_columns(config: MoleculeConfig, file: MoleculeFile) -> frozenset[s
 def _statistics(
     file: MoleculeFile, elements: tuple[int, ...], columns: frozenset[str]
 ) -> MoleculeStatistics:
-    """Elements, range of formal charges and kinds of bonds; reads charges and bonds if needed."""
+    """Elements, charges, kinds of bonds and of atoms; reads charges and bonds if needed."""
     wanted = columns & {"formal_charges", "bonds"}
     low = high = 0
     aromatic = False
+    atoms: Counter[AtomKind] = Counter()
     train = file.split_indices("train")
     for chunk in _chunks(file, train, wanted) if wanted else ():
         if chunk.formal_charges is not None and len(chunk.formal_charges):
@@ -517,7 +527,41 @@ def _statistics(
             high = max(high, int(chunk.formal_charges.max()))
         if chunk.bonds is not None:
             aromatic = aromatic or bool((chunk.bonds.order == AROMATIC).any())
-    return MoleculeStatistics(elements, (low, high), aromatic)
+        if len(wanted) == 2:
+            atoms += count_atoms(chunk)
+    known = Counter({kind: atoms[kind] for kind in without_radicals(atoms)}) if atoms else None
+    return MoleculeStatistics(elements, (low, high), aromatic, known)
+
+
+def _check_known(
+    file: MoleculeFile,
+    molecules: Molecules,
+    numbers: NDArray[np.int64],
+    statistics: MoleculeStatistics,
+) -> None:
+    """Raise `InputError` for charges or bonds that no training molecule has; fields lack them.
+
+    `molecules` of the validation split have these numbers in the file, (M,).
+    """
+    low, high = statistics.charges
+    beyond, what = np.zeros(len(molecules), bool), ""
+    if molecules.formal_charges is not None:
+        charges = molecules.formal_charges
+        (atoms,) = np.nonzero((charges < low) | (charges > high))
+        if len(atoms):
+            beyond[molecules.molecule_index[atoms]] = True
+            what = f"a formal charge of {charges[atoms[0]]:+d}, training molecules {low} to {high}"
+    if not what and molecules.bonds is not None and not statistics.aromatic:
+        (rows,) = np.nonzero(molecules.bonds.order == AROMATIC)
+        bonded = np.repeat(np.arange(len(molecules)), np.diff(molecules.bonds.offsets))
+        beyond[bonded[rows]] = True
+        what = "aromatic bonds, and no training molecule has any"
+    if beyond.any():
+        number = int(numbers[np.argmax(beyond)]) + 1
+        raise InputError(
+            f"{file.path}: molecule {number}, of the validation split, has {what}; leave it out, "
+            "or preprocess again with another --seed"
+        )
 
 
 def _chunks(
