@@ -61,8 +61,8 @@ def evaluate(
         training split of the reference. A reference without splits has no novelty.
     metrics
         Names of metrics, as a sequence or separated by commas: `rates`, `geometry`, `composition`,
-        `strain` (the default), `descriptors`, `fcd`, `posebusters`, `xtb` (the last three each an
-        extra to install), `default`, or `all`.
+        `strain` (the default), `descriptors`, `similarity`, `fcd`, `posebusters`, `xtb` (the last
+        three each an extra to install), `default`, or `all`.
     bonds
         Bonds of all checks: `given` in the input; `perceived` from distances; `single`, the same
         but all taken as single for validity, SMILES and connectivity; or `auto` (default), given

@@ -32,6 +32,7 @@ _METRICS = (
     "composition",
     "strain",
     "descriptors",
+    "similarity",
     "fcd",
     "posebusters",
     "xtb",
@@ -117,8 +118,8 @@ def command(
         autocompletion=one_of(*_METRICS),
         metavar="NAMES",
         help="Some of rates, geometry, composition, strain (these are the default), descriptors "
-        "(rings, QED, logP, …) and fcd, posebusters, xtb (each an extra to install): default,fcd "
-        "adds one; or all.",
+        "(rings, QED, logP, …), similarity (SNN, Frag, Scaf) and fcd, posebusters, xtb (each an "
+        "extra to install): default,fcd adds one; or all.",
     ),
     bonds: str = typer.Option(
         "auto",

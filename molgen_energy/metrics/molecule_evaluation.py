@@ -56,6 +56,7 @@ from molgen_energy.metrics.checks.strain import (
 )
 from molgen_energy.metrics.distances.comparison import MIN_MOLECULES, Comparison, Distributions
 from molgen_energy.metrics.distances.fcd import ChemNet
+from molgen_energy.metrics.distances.similarity import SubstructureCounts
 from molgen_energy.metrics.molecule_table import MoleculeTable
 from molgen_energy.metrics.options import BOND_DESCRIPTIONS, EvaluationOptions, install_command
 from molgen_energy.metrics.sources import ChunkSource
@@ -166,6 +167,9 @@ def evaluate_source(
     accumulator = EvaluationAccumulator(options.subset, options.kept)
     elements = _ElementFilter(name, options)
     net = ChemNet(options.kept) if "fcd" in options.available else None
+    substructures = None
+    if "similarity" in options.metrics:
+        substructures = SubstructureCounts(keep_smiles=options.kept > 0)
     settings = replace(options.checks, short_smiles=table is not None)
     if table is not None:
         table.begin(name)
@@ -173,7 +177,9 @@ def evaluate_source(
     for chunk, checks in check_chunks(chunks, settings, workers):
         accumulator.add(checks)
         if net is not None:
-            net.add(checks.whole_smiles)
+            net.add(checks.whole_smiles, checks.whole_written)
+        if substructures is not None:
+            substructures.add(checks.whole_smiles, checks.substructures, checks.whole_written)
         if table is not None:
             table.add(checks, _novel(checks.smiles, training_hashes))
         if counter is not None:
@@ -190,7 +196,9 @@ def evaluate_source(
         counts.molecules,
         counts.rates(),
         accumulator=accumulator,
-        distributions=Distributions.of(accumulator, None if net is None else net.finish()),
+        distributions=Distributions.of(
+            accumulator, None if net is None else net.finish(), substructures
+        ),
         activations=None if net is None else net.kept(),
         skipped=elements.skipped,
         bonds=BOND_DESCRIPTIONS[settings.bonds],
@@ -245,7 +253,12 @@ def collect_smiles_hashes(
     """Sorted hashes of the SMILES that `evaluate_source` would compute, for novelty."""
     smiles = DistinctHashes()
     settings = replace(
-        settings, type_codes={}, whole_smiles=False, descriptors=False, names_only=True
+        settings,
+        type_codes={},
+        whole_smiles=False,
+        substructures=False,
+        descriptors=False,
+        names_only=True,
     )
     for chunk, checks in check_chunks(source.chunks(), settings, workers):
         smiles.add(checks.smiles)

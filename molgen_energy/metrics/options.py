@@ -12,7 +12,8 @@ from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.metrics.checks.chunk import CheckSettings
 
 METRIC_GROUPS = (
-    "rates", "geometry", "composition", "strain", "descriptors", "fcd", "posebusters", "xtb",
+    "rates", "geometry", "composition", "strain", "descriptors", "similarity", "fcd",
+    "posebusters", "xtb",
 )  # fmt: skip
 """Names for `metrics`, beside `default` and `all`; rates are always computed."""
 DEFAULT_METRICS = ("rates", "geometry", "composition", "strain")
@@ -125,12 +126,13 @@ def with_types(options: EvaluationOptions, types: GeometryTypes | None) -> Evalu
     codes: dict[str, tuple[int, ...]] = {}
     if types is not None:
         codes = {k: tuple(code_of(k, name) for name in names) for k, names in types.types.items()}
-    whole_smiles = "fcd" in options.available
+    similarity = "similarity" in options.metrics
     checks = replace(
         options.checks,
         type_codes=codes,
         aromatic=types is None or types.aromatic,
-        whole_smiles=whole_smiles,
+        whole_smiles=similarity or "fcd" in options.available,
+        substructures=similarity,
         descriptors="descriptors" in options.metrics,
     )
     return replace(options, checks=checks)

@@ -22,6 +22,7 @@ from molgen_energy.metrics.bundled import (
 )
 from molgen_energy.metrics.distances.comparison import compare
 from molgen_energy.metrics.distances.real_ranges import add_ranges
+from molgen_energy.metrics.distances.similarity import SubstructureCounts
 from molgen_energy.metrics.molecule_evaluation import (
     MoleculeEvaluation,
     ProgressCounter,
@@ -143,6 +144,8 @@ def evaluate_inputs(
     )
     if loaded is not None:
         data = loaded
+        if "similarity" in options.metrics and data.smiles:
+            data.distributions.substructures = SubstructureCounts.of_smiles(data.smiles, workers)
     else:
         assert reference is not None
         reference_options = _options_for(FileSource(reference, "test"), options)
@@ -347,6 +350,11 @@ def _compare_with(
         evaluation.notes.append(
             f"the statistics of {reference.name} have no descriptors to compare with; name real "
             "molecules by --reference"
+        )
+    if "similarity" in options.metrics and reference.distributions.substructures is None:
+        evaluation.notes.append(
+            f"the statistics of {reference.name} have no SMILES for these bonds to compare with; "
+            "name real molecules by --reference"
         )
     evaluation.comparison = compare(
         evaluation.distributions,

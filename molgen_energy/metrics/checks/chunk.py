@@ -28,6 +28,7 @@ from molgen_energy.chemistry.rdkit import (
     sanitize,
     short_smiles,
 )
+from molgen_energy.chemistry.substructures import Substructures, substructures_of
 from molgen_energy.chemistry.valence import stable_atoms, valences
 from molgen_energy.data.molecules import AROMATIC, MoleculeChunk, Molecules
 from molgen_energy.elements import symbol
@@ -52,6 +53,8 @@ class CheckSettings:
     bonds are never aromatic."""
     whole_smiles: bool = False
     """Whether to compute SMILES of whole molecules, which FCD needs."""
+    substructures: bool = False
+    """Whether to find fingerprints, fragments and scaffolds of these SMILES."""
     short_smiles: bool = False
     """Whether to write SMILES with implicit hydrogens too."""
     descriptors: bool = False
@@ -87,6 +90,11 @@ class ChunkChecks:
     short_smiles: list[str | None]
     """The same SMILES with implicit hydrogens; None where it was not requested."""
     whole_smiles: list[str | None]
+    """SMILES of all fragments with implicit hydrogens, without stereochemistry."""
+    whole_written: list[str | None]
+    """The same with all hydrogens as atoms, which tells molecules apart."""
+    substructures: list[Substructures | None]
+    """Of `whole_smiles`, where they were requested."""
     invalid_reasons: list[str]
     """RDKit's error message; empty if valid."""
     timed_out: NDArray[np.bool_]
@@ -162,6 +170,11 @@ def _check(chunk: MoleculeChunk, settings: CheckSettings, failure: str | None) -
             short_smiles(r.smiles) if settings.short_smiles and r.smiles else None for r in results
         ],
         whole_smiles=[r.whole_smiles for r in results],
+        whole_written=[r.whole_written for r in results],
+        substructures=[
+            substructures_of(r.whole_smiles) if settings.substructures and r.whole_smiles else None
+            for r in results
+        ],
         invalid_reasons=[r.reason for r in results],
         timed_out=np.full(len(chunk), failure is not None),
         unstable_valences=_count_valences(_as_written(checked, kekule), unstable),

@@ -126,6 +126,12 @@ _DISTANCES = (
     MetricRow("fcd_infinite", "FCD, extrapolated",
         "to infinitely many molecules; does not depend on their number", "", "fcd"),
 )  # fmt: skip
+_SIMILARITIES = (
+    MetricRow("snn", "SNN", "largest Tanimoto similarity of fingerprints, mean over molecules",
+        "", "similarity"),
+    MetricRow("fragments", "Frag", "cosine of the counts of BRICS fragments", "", "similarity"),
+    MetricRow("scaffolds", "Scaf", "cosine of the counts of scaffolds", "", "similarity"),
+)  # fmt: skip
 _SECTIONS = {
     "rates, %": (
         MetricRow("molecule_stability", "molecule stability",
@@ -145,6 +151,7 @@ _SECTIONS = {
             "stable, valid, connected, no hydrogens missing"),
     ),
     "distance from the data": _DISTANCES,
+    "similarity to the data, from 0 to 1": _SIMILARITIES,
     "descriptors, mean over complete molecules": _DESCRIPTOR_MEANS,
     "descriptors, distance from the data": _DESCRIPTOR_DISTANCES,
     _ON_SUBSETS: (
