@@ -125,11 +125,11 @@ def command(
         "auto",
         "--bonds",
         rich_help_panel=_WHAT,
-        autocompletion=one_of("auto", "perceived", "single", "given"),
+        autocompletion=one_of("auto", "perceived", "single", "given", "both"),
         metavar="NAME",
         help="Bonds of all checks. given: those of the file; perceived: from distances; single: "
-        "perceived, and all single for validity (EDM on GEOM-Drugs); auto: given where every "
-        "record has them.",
+        "perceived, and all single for validity (EDM on GEOM-Drugs); both: given and perceived "
+        "side by side; auto: given where every record has them.",
     ),
     valence: str | None = typer.Option(
         None,

@@ -172,7 +172,7 @@ def evaluate_source(
         substructures = SubstructureCounts(keep_smiles=options.kept > 0)
     settings = replace(options.checks, short_smiles=table is not None)
     if table is not None:
-        table.begin(name)
+        table.begin(name, settings.bonds)
     chunks = elements.filter(source.chunks())
     for chunk, checks in check_chunks(chunks, settings, workers):
         accumulator.add(checks)
@@ -214,6 +214,8 @@ def evaluate_source(
     if settings.descriptors:
         evaluation.estimates |= descriptor_means(accumulator)
     evaluation.rates |= {"stereocentres_r": None, "posebusters": None}
+    if accumulator.agreement.molecules:
+        evaluation.rates |= accumulator.agreement.rates()
     _add_subset_metrics(evaluation, options, workers, table)
     evaluation.worst = (
         accumulator.timed_out[:_MAX_WORST]
@@ -259,6 +261,7 @@ def collect_smiles_hashes(
         substructures=False,
         descriptors=False,
         names_only=True,
+        agreement=False,
     )
     for chunk, checks in check_chunks(source.chunks(), settings, workers):
         smiles.add(checks.smiles)
@@ -281,19 +284,25 @@ class _ElementFilter:
 
     def __init__(self, name: str, options: EvaluationOptions) -> None:
         self._name, self._skip_bad, self._checks = name, options.skip_bad, options.checks
+        # With both bonds, both leave out the same molecules.
+        chosen = options.valence or "strict"
+        self._valence = chosen if options.checks.agreement else options.checks.valence
         self.skipped = 0
         self._unknown: Counter[str] = Counter()
         self._without_bonds = 0
 
     def filter(self, chunks: Iterable[MoleculeChunk]) -> Iterator[MoleculeChunk]:
-        given = self._checks.bonds == "given"
+        both = self._checks.agreement
+        given = self._checks.bonds == "given" and not both
+        option = "both" if both else "given"
         for chunk in chunks:
-            if given and chunk.molecules.bonds is None:
+            if (given or both) and chunk.molecules.bonds is None:
                 self._without_bonds += len(chunk)
-                self._skip(chunk.records[0], len(chunk), "has no bonds; leave out --bonds given")
+                reason = f"has no bonds; leave out --bonds {option}"
+                self._skip(chunk.records[0], len(chunk), reason)
                 continue
             numbers = chunk.molecules.atomic_numbers
-            known = has_valence(numbers, self._checks.valence)
+            known = has_valence(numbers, self._valence)
             if not given:
                 known &= has_valence(numbers, "edm")  # the elements that perception knows
             unknown = np.flatnonzero(~known)
@@ -304,7 +313,7 @@ class _ElementFilter:
             owners, first = np.unique(of_atoms, return_index=True)
             names = [symbol(z) for z in numbers[unknown[first]].tolist()]
             self._unknown.update(names)
-            why = f"whose valences --valence {self._checks.valence} does not know"
+            why = f"whose valences --valence {self._valence} does not know"
             if not given and not has_valence(numbers[unknown[:1]], "edm")[0]:
                 why = "whose bonds can be given (--bonds given), not perceived from distances"
             self._skip(chunk.records[owners[0]], len(owners), f"holds {names[0]}, {why}")

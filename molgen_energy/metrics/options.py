@@ -20,10 +20,13 @@ DEFAULT_METRICS = ("rates", "geometry", "composition", "strain")
 EXTRAS = {"fcd": ("fcd",), "posebusters": ("posebusters",), "xtb": ("tblite", "ase")}
 """Packages that a metric needs. The optional dependencies of this package have the same names."""
 
-BOND_CHOICES = ("auto", "perceived", "single", "given")
+BOND_CHOICES = ("auto", "perceived", "single", "given", "both")
 """Bonds of all checks: perceived from distances; perceived, but all taken as single for validity,
 SMILES and connectivity (EDM's validity on GEOM-Drugs); or given in the file. `auto` takes given
-bonds where every record of every file has them, else perceived ones."""
+bonds where every record of every file has them, else perceived ones. `both` evaluates given and
+perceived bonds, and compares them."""
+BOTH = ("given", "perceived")
+"""The choices of bonds that `both` shows side by side."""
 BOND_DESCRIPTIONS = {
     "perceived": "perceived from distances",
     "single": "perceived from distances, all taken as single",
@@ -41,7 +44,8 @@ class EvaluationOptions:
     bonds: str = "auto"
     """One of `BOND_CHOICES`; `with_bonds` resolves it."""
     valence: str | None = None
-    """One of `VALENCE_MODELS`; None is `strict` for given bonds and `edm` for perceived ones."""
+    """One of `VALENCE_MODELS`; None is `strict` for given bonds and `edm` for perceived ones. With
+    both bonds it is for given ones alone."""
     subset: int = 1000
     """Number of random molecules for strain and PoseBusters; xTB takes a tenth of them."""
     skip_bad: bool = False
@@ -84,7 +88,14 @@ def make_options(
 def with_bonds(options: EvaluationOptions, bonds: str) -> EvaluationOptions:
     """The options with the checks of `perceived`, `single` or `given` bonds."""
     valence = options.valence or ("strict" if bonds == "given" else "edm")
+    if options.checks.agreement and bonds == "perceived":
+        valence = "edm"
     return replace(options, checks=replace(options.checks, bonds=bonds, valence=valence))
+
+
+def of_both(options: EvaluationOptions, bonds: str) -> EvaluationOptions:
+    """The options for one of `BOTH`, with the comparison of the two."""
+    return replace(options, bonds=bonds, checks=replace(options.checks, agreement=True))
 
 
 def parse_metrics(metrics: str | Iterable[str]) -> frozenset[str]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from molgen_energy.chemistry.agreement import BondAgreement, compare_bonds
 from molgen_energy.chemistry.anomalies import (
     COINCIDENT,
     Anomalies,
@@ -61,6 +62,8 @@ class CheckSettings:
     """Whether to compute the descriptors of complete molecules."""
     names_only: bool = False
     """Whether only validity and SMILES are needed; stability is then undefined."""
+    agreement: bool = False
+    """Whether to compare the given bonds with the perceived ones."""
 
 
 class GeometryValues(NamedTuple):
@@ -111,6 +114,9 @@ class ChunkChecks:
     descriptors: NDArray[np.float32]
     """`DESCRIPTORS` of complete molecules, (M, D); NaN elsewhere and where they were not
     requested."""
+    agreement: BondAgreement | None
+    """Of given bonds, first, with perceived ones; None where there are no given bonds, or where it
+    was not requested."""
 
     @cached_property
     def unstable_atoms(self) -> NDArray[np.int64]:
@@ -143,7 +149,14 @@ def check_chunk_without_rdkit(
 
 
 def _check(chunk: MoleculeChunk, settings: CheckSettings, failure: str | None) -> ChunkChecks:
-    checked = chunk.molecules if settings.bonds == "given" else perceive(chunk.molecules)
+    given = chunk.molecules
+    agreement = None
+    if settings.agreement and given.bonds is not None:
+        perceived = perceive(given)
+        agreement = compare_bonds(given, perceived, with_rdkit=failure is None)
+        checked = given if settings.bonds == "given" else perceived
+    else:
+        checked = given if settings.bonds == "given" else perceive(given)
     overbonded = _overbonded(checked)
     results = _sanitize_all(checked, settings, failure)
     aromatic, kekule = _forms(checked, results)
@@ -182,6 +195,7 @@ def _check(chunk: MoleculeChunk, settings: CheckSettings, failure: str | None) -
         without_geometry=int(overbonded.sum()),
         anomalies=anomalies,
         descriptors=_describe_all(checked, complete & settings.descriptors),
+        agreement=agreement,
     )
 
 

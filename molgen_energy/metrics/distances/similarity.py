@@ -153,7 +153,7 @@ _NONE = {"fragments": "no fragments", "scaffolds": "no scaffold of two rings"}
 
 def _with_jackknife(values: list[float], count: int) -> Estimate:
     """A similarity, first of all groups and then without each, with its interval."""
-    if count < 2 * JACKKNIFE_GROUPS or len(values) < 3 or not np.isfinite(values).all():
+    if count < 2 * JACKKNIFE_GROUPS or not np.isfinite(values).all() or len(set(values)) < 2:
         return Estimate(values[0], None, count)
     low, high = jackknife_interval(values[0], values[1:])
     return Estimate(values[0], (low, min(1.0, high)), count)
