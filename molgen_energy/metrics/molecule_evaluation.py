@@ -177,7 +177,10 @@ def evaluate_source(
     for chunk, checks in check_chunks(chunks, settings, workers):
         accumulator.add(checks)
         if net is not None:
-            net.add(checks.whole_smiles, checks.whole_written)
+            read = checks.whole_smiles
+            if settings.valence == "jodo":  # its `fcd_torch` reads a SMILES up to the first dot
+                read = [text and text.partition(".")[0] for text in read]
+            net.add(read, checks.whole_written)
         if substructures is not None:
             substructures.add(checks.whole_smiles, checks.substructures, checks.whole_written)
         if table is not None:

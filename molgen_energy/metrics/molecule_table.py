@@ -89,7 +89,7 @@ class MoleculeTable:
         """Names of the columns."""
         return tuple(self._columns)
 
-    def begin(self, name: str, bonds: str) -> None:
+    def begin(self, name: str, bonds: str = "") -> None:
         """Begin with the molecules of the next file, with `given` or `perceived` bonds."""
         self._flush()
         self._files.append(name)

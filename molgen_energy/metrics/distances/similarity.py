@@ -144,7 +144,9 @@ def compare_substructures(
     found = {"snn": _with_jackknife(means, count)}
     for key in SIMILARITY_KEYS[1:]:
         values = cosines_without_groups(getattr(source, key), getattr(target, key))
-        found[key] = _with_jackknife(values, count) if values else Estimate(None, note=_NONE[key])
+        found[key] = Estimate(None, note=_NONE[key])
+        if values:
+            found[key] = _with_jackknife([values[0], *(values[1 + g] for g in groups)], count)
     return found
 
 
@@ -200,7 +202,7 @@ def cosines_without_groups(source: list[Counter[str]], target: list[Counter[str]
     of_target = np.array([theirs[name] for name in place], np.float64)
     norm = math.sqrt(sum(number**2 for number in theirs.values()))
     whole = by_group.sum(axis=0)
-    rows = np.concatenate([whole[None], whole - by_group[by_group.any(axis=1)]])
+    rows = np.concatenate([whole[None], whole - by_group])
     with np.errstate(invalid="ignore"):
         cosines = rows @ of_target / np.linalg.norm(rows, axis=1) / norm
     return [float(cosine) for cosine in cosines]
