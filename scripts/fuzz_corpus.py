@@ -83,7 +83,7 @@ def build(folder: Path) -> None:
         sample_to("predicted.h5", checkpoint="run", device="cpu")
     with _inside(folder / "statistics"):
         _write_text(Path("molecules.sdf"), molecules)
-        options = EvaluationOptions(frozenset({"rates", "geometry", "composition"}))
+        options = EvaluationOptions(frozenset({"rates", "geometry", "composition", "similarity"}))
         options = with_bonds(options, "given")  # as of the samples
         with WorkerPool(0) as workers:
             reference = evaluate_reference(

@@ -36,6 +36,7 @@ from molgen_energy.metrics.options import (
     METRIC_GROUPS,
     EvaluationOptions,
     is_missing,
+    of_both,
     with_bonds,
     with_types,
 )
@@ -138,7 +139,7 @@ def write_qm9_statistics() -> None:
 
 
 def write_ccd_statistics(path: Path) -> None:
-    """Statistics of CCD's test split, with given and with perceived bonds.
+    """Statistics of CCD's test split, with given and with perceived bonds, and their agreement.
 
     Rates are there for every table of valences, also with single bonds.
     """
@@ -148,7 +149,7 @@ def write_ccd_statistics(path: Path) -> None:
     with _pool() as workers:
         for bonds in ("given", "perceived"):
             options = EvaluationOptions(metrics=frozenset(METRIC_GROUPS), bonds=bonds)
-            options = with_bonds(options, bonds)
+            options = with_bonds(of_both(options, bonds), bonds)
             types = frequent_types(test, options, workers)
             other = _training_molecules(path, options, types, None, workers)
             training = other.accumulator.smiles.hashes

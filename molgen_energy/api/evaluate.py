@@ -61,15 +61,17 @@ def evaluate(
         training split of the reference. A reference without splits has no novelty.
     metrics
         Names of metrics, as a sequence or separated by commas: `rates`, `geometry`, `composition`,
-        `strain` (the default), `descriptors`, `fcd`, `posebusters`, `xtb` (the last three each an
-        extra to install), `default`, or `all`.
+        `strain` (the default), `descriptors`, `similarity`, `fcd`, `posebusters`, `xtb` (the last
+        three each an extra to install), `default`, or `all`.
     bonds
         Bonds of all checks: `given` in the input; `perceived` from distances; `single`, the same
-        but all taken as single for validity, SMILES and connectivity; or `auto` (default), given
-        bonds where every record of every input has them, else perceived ones.
+        but all taken as single for validity, SMILES and connectivity; `both`, given and perceived
+        ones side by side, with the share of molecules on which they agree; or `auto` (default),
+        given bonds where every record of every input has them, else perceived ones.
     valence
         Which bonds make an atom stable: `strict` (default for given bonds), `geom`, `jodo`, or
-        `edm` (default for perceived bonds); see `molgen_energy.chemistry.valence`.
+        `edm` (default for perceived bonds); with both bonds, of given ones. See
+        `molgen_energy.chemistry.valence`.
     angles
         Whether to count every angle and dihedral `once` (default) or as `jodo` does.
     types

@@ -81,6 +81,9 @@ class SanitizationResult:
     """If requested."""
     unstable_atoms: tuple[int, ...] = ()
     """Atoms that break the valence model `strict`, if requested."""
+    whole_written: str | None = None
+    """`whole_smiles` with all hydrogens of the molecule as atoms, which tells apart molecules that
+    differ in missing hydrogens, as JODO does."""
 
 
 @contextmanager
@@ -165,7 +168,7 @@ def sanitize(
             forms=_as_they_are(molecule) if forms else None,
             unstable_atoms=_crowded_atoms(molecule) if strict else (),
         )
-    smiles = whole = None
+    smiles = whole = written = None
     missing, reason = False, ""
     with rdBase.BlockLogs():
         try:
@@ -176,7 +179,9 @@ def sanitize(
                 largest = build(_part(molecule, max(parts, key=len)))
                 Chem.SanitizeMol(largest)
             smiles = Chem.MolToSmiles(largest)
-            whole = _whole_smiles(built) if whole_smiles else None
+            if whole_smiles:
+                written = str(Chem.MolToSmiles(built, isomericSmiles=False))
+                whole = _with_implicit_hydrogens(written)
         except ValueError as error:  # raised by SanitizeMol
             reason = str(error).strip()
         except RuntimeError:  # the valence of an atom overflows RDKit's counter
@@ -191,6 +196,7 @@ def sanitize(
             whole,
             _forms(molecule, built if valid else None) if forms else None,
             _unstable_atoms(molecule, built if valid else None, missing) if strict else (),
+            written if whole is not None else None,
         )
 
 
@@ -319,12 +325,10 @@ def _part(molecule: Molecule, atoms: tuple[int, ...]) -> Molecule:
     return Molecules.from_list([molecule]).keep_atoms(kept)[0]
 
 
-def _whole_smiles(molecule: Chem.Mol) -> str | None:
-    parsed = Chem.MolFromSmiles(Chem.MolToSmiles(molecule, isomericSmiles=False))
-    if parsed is None:
-        return None
-    smiles: str = Chem.MolToSmiles(parsed, isomericSmiles=False)  # with implicit hydrogens
-    return smiles
+def _with_implicit_hydrogens(smiles: str) -> str | None:
+    """A SMILES without stereochemistry and hydrogen atoms; None if RDKit cannot parse its own."""
+    parsed = Chem.MolFromSmiles(smiles)
+    return None if parsed is None else str(Chem.MolToSmiles(parsed, isomericSmiles=False))
 
 
 def _forms(molecule: Molecule, sanitized: Chem.Mol | None) -> BondForms:

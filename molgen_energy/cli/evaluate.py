@@ -32,6 +32,7 @@ _METRICS = (
     "composition",
     "strain",
     "descriptors",
+    "similarity",
     "fcd",
     "posebusters",
     "xtb",
@@ -117,18 +118,18 @@ def command(
         autocompletion=one_of(*_METRICS),
         metavar="NAMES",
         help="Some of rates, geometry, composition, strain (these are the default), descriptors "
-        "(rings, QED, logP, …) and fcd, posebusters, xtb (each an extra to install): default,fcd "
-        "adds one; or all.",
+        "(rings, QED, logP, …), similarity (SNN, Frag, Scaf) and fcd, posebusters, xtb (each an "
+        "extra to install): default,fcd adds one; or all.",
     ),
     bonds: str = typer.Option(
         "auto",
         "--bonds",
         rich_help_panel=_WHAT,
-        autocompletion=one_of("auto", "perceived", "single", "given"),
+        autocompletion=one_of("auto", "perceived", "single", "given", "both"),
         metavar="NAME",
         help="Bonds of all checks. given: those of the file; perceived: from distances; single: "
-        "perceived, and all single for validity (EDM on GEOM-Drugs); auto: given where every "
-        "record has them.",
+        "perceived, and all single for validity (EDM on GEOM-Drugs); both: given and perceived "
+        "side by side; auto: given where every record has them.",
     ),
     valence: str | None = typer.Option(
         None,

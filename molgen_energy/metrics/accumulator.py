@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from molgen_energy.chemistry.agreement import BondAgreement
 from molgen_energy.chemistry.anomalies import AnomalyCounts
 from molgen_energy.chemistry.descriptors import DESCRIPTORS
 from molgen_energy.data.molecules import Molecule, MoleculeChunk
@@ -242,6 +243,36 @@ class Counts:
 
 
 @dataclass
+class AgreementCounts:
+    """Counts of molecules and bonds on which given and perceived bonds agree."""
+
+    molecules: int = 0
+    same_bonds: int = 0
+    same_connectivity: int = 0
+    both: Clusters = field(default_factory=Clusters)
+    """Given bonds, of which those that perception finds too are marked."""
+    both_perceived: Clusters = field(default_factory=Clusters)
+    """Perceived bonds, of which those that are given too are marked."""
+
+    def add(self, found: BondAgreement) -> None:
+        """Add the molecules of a chunk."""
+        self.molecules += len(found.same_bonds)
+        self.same_bonds += int(found.same_bonds.sum())
+        self.same_connectivity += int(found.same_connectivity.sum())
+        self.both.add(found.bonds - found.only, found.bonds)
+        self.both_perceived.add(found.other_bonds - found.other_only, found.other_bonds)
+
+    def rates(self) -> dict[str, Rate | None]:
+        """All rates by key."""
+        return {
+            "same_bonds": Rate(self.same_bonds, self.molecules),
+            "same_connectivity": Rate(self.same_connectivity, self.molecules),
+            "bonds_only_given": self.both.unmarked(),
+            "bonds_only_perceived": self.both_perceived.unmarked(),
+        }
+
+
+@dataclass
 class EvaluationAccumulator:
     """Accumulates the checks of all chunks of a file.
 
@@ -256,6 +287,8 @@ class EvaluationAccumulator:
     subset: int = 1000
     kept: int = 0
     counts: Counts = field(default_factory=Counts)
+    agreement: AgreementCounts = field(default_factory=AgreementCounts)
+    """Of given and perceived bonds, where both were found."""
     smiles: DistinctHashes = field(default_factory=DistinctHashes)
     geometry: GeometrySamples = field(default_factory=dict)
     sizes: NDArray[np.int64] = field(
@@ -306,6 +339,8 @@ class EvaluationAccumulator:
         counts.passes_all += int(checks.passes_all.sum())
         counts.timed_out += int(checks.timed_out.sum())
         counts.without_geometry += checks.without_geometry
+        if checks.agreement is not None:
+            self.agreement.add(checks.agreement)
         self.anomalies.add(molecules, chunk.records, found=checks.anomalies)
         self.smiles.add(checks.smiles)
         self._add_composition(chunk)

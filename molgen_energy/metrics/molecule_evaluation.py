@@ -56,6 +56,7 @@ from molgen_energy.metrics.checks.strain import (
 )
 from molgen_energy.metrics.distances.comparison import MIN_MOLECULES, Comparison, Distributions
 from molgen_energy.metrics.distances.fcd import ChemNet
+from molgen_energy.metrics.distances.similarity import SubstructureCounts
 from molgen_energy.metrics.molecule_table import MoleculeTable
 from molgen_energy.metrics.options import BOND_DESCRIPTIONS, EvaluationOptions, install_command
 from molgen_energy.metrics.sources import ChunkSource
@@ -166,14 +167,22 @@ def evaluate_source(
     accumulator = EvaluationAccumulator(options.subset, options.kept)
     elements = _ElementFilter(name, options)
     net = ChemNet(options.kept) if "fcd" in options.available else None
+    substructures = None
+    if "similarity" in options.metrics:
+        substructures = SubstructureCounts(keep_smiles=options.kept > 0)
     settings = replace(options.checks, short_smiles=table is not None)
     if table is not None:
-        table.begin(name)
+        table.begin(name, settings.bonds)
     chunks = elements.filter(source.chunks())
     for chunk, checks in check_chunks(chunks, settings, workers):
         accumulator.add(checks)
         if net is not None:
-            net.add(checks.whole_smiles)
+            read = checks.whole_smiles
+            if settings.valence == "jodo":  # its `fcd_torch` reads a SMILES up to the first dot
+                read = [text and text.partition(".")[0] for text in read]
+            net.add(read, checks.whole_written)
+        if substructures is not None:
+            substructures.add(checks.whole_smiles, checks.substructures, checks.whole_written)
         if table is not None:
             table.add(checks, _novel(checks.smiles, training_hashes))
         if counter is not None:
@@ -190,7 +199,9 @@ def evaluate_source(
         counts.molecules,
         counts.rates(),
         accumulator=accumulator,
-        distributions=Distributions.of(accumulator, None if net is None else net.finish()),
+        distributions=Distributions.of(
+            accumulator, None if net is None else net.finish(), substructures
+        ),
         activations=None if net is None else net.kept(),
         skipped=elements.skipped,
         bonds=BOND_DESCRIPTIONS[settings.bonds],
@@ -206,6 +217,8 @@ def evaluate_source(
     if settings.descriptors:
         evaluation.estimates |= descriptor_means(accumulator)
     evaluation.rates |= {"stereocentres_r": None, "posebusters": None}
+    if accumulator.agreement.molecules:
+        evaluation.rates |= accumulator.agreement.rates()
     _add_subset_metrics(evaluation, options, workers, table)
     evaluation.worst = (
         accumulator.timed_out[:_MAX_WORST]
@@ -245,7 +258,13 @@ def collect_smiles_hashes(
     """Sorted hashes of the SMILES that `evaluate_source` would compute, for novelty."""
     smiles = DistinctHashes()
     settings = replace(
-        settings, type_codes={}, whole_smiles=False, descriptors=False, names_only=True
+        settings,
+        type_codes={},
+        whole_smiles=False,
+        substructures=False,
+        descriptors=False,
+        names_only=True,
+        agreement=False,
     )
     for chunk, checks in check_chunks(source.chunks(), settings, workers):
         smiles.add(checks.smiles)
@@ -268,19 +287,25 @@ class _ElementFilter:
 
     def __init__(self, name: str, options: EvaluationOptions) -> None:
         self._name, self._skip_bad, self._checks = name, options.skip_bad, options.checks
+        # With both bonds, both leave out the same molecules.
+        chosen = options.valence or "strict"
+        self._valence = chosen if options.checks.agreement else options.checks.valence
         self.skipped = 0
         self._unknown: Counter[str] = Counter()
         self._without_bonds = 0
 
     def filter(self, chunks: Iterable[MoleculeChunk]) -> Iterator[MoleculeChunk]:
-        given = self._checks.bonds == "given"
+        both = self._checks.agreement
+        given = self._checks.bonds == "given" and not both
+        option = "both" if both else "given"
         for chunk in chunks:
-            if given and chunk.molecules.bonds is None:
+            if (given or both) and chunk.molecules.bonds is None:
                 self._without_bonds += len(chunk)
-                self._skip(chunk.records[0], len(chunk), "has no bonds; leave out --bonds given")
+                reason = f"has no bonds; leave out --bonds {option}"
+                self._skip(chunk.records[0], len(chunk), reason)
                 continue
             numbers = chunk.molecules.atomic_numbers
-            known = has_valence(numbers, self._checks.valence)
+            known = has_valence(numbers, self._valence)
             if not given:
                 known &= has_valence(numbers, "edm")  # the elements that perception knows
             unknown = np.flatnonzero(~known)
@@ -291,7 +316,7 @@ class _ElementFilter:
             owners, first = np.unique(of_atoms, return_index=True)
             names = [symbol(z) for z in numbers[unknown[first]].tolist()]
             self._unknown.update(names)
-            why = f"whose valences --valence {self._checks.valence} does not know"
+            why = f"whose valences --valence {self._valence} does not know"
             if not given and not has_valence(numbers[unknown[:1]], "edm")[0]:
                 why = "whose bonds can be given (--bonds given), not perceived from distances"
             self._skip(chunk.records[owners[0]], len(owners), f"holds {names[0]}, {why}")

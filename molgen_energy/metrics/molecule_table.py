@@ -34,6 +34,8 @@ _CHECKED = {
     "reason": str,
 }
 """Columns of every molecule, with the types of their values."""
+_AGREEMENT = {"bonds": str, "same_bonds": bool, "same_connectivity": bool}
+"""Columns where given and perceived bonds are compared."""
 
 
 class MoleculeTable:
@@ -47,6 +49,8 @@ class MoleculeTable:
     - `stable`, `valid`, `connected`, `passes_all`, `novel`: true or false, `novel` empty for an
       invalid molecule or without training molecules;
     - `reason`: the checks that it fails, in words;
+    - with both bonds `bonds`, `given` or `perceived`, since each molecule has a row of each;
+      `same_bonds` and `same_connectivity`, whether the two agree;
     - `strain_energy` (kcal/mol), `strain_rmsd` (Å), `strain_reason`, why there is none; with the
       metric `xtb` the same with `xtb_`: of the random subset, else empty;
     - with the metric `descriptors` each of them, empty for a molecule that is not complete;
@@ -57,15 +61,18 @@ class MoleculeTable:
     the rows of more than about 300,000 molecules are in a temporary file.
     """
 
-    def __init__(self, descriptors: bool = False) -> None:
+    def __init__(self, descriptors: bool = False, agreement: bool = False) -> None:
         self._spool = SpooledTemporaryFile(_IN_MEMORY, "w+", encoding="utf-8", newline="")
         self._writer = csv.writer(self._spool)
         self._pending: list[tuple[Any, ...]] = []
         self._last = 0  # record of `_pending`
         self._files: list[str] = []
+        self._bonds = ""
         self._count = 0
-        self._described = descriptors
+        self._described, self._agreement = descriptors, agreement
         self._columns: dict[str, type] = dict(_CHECKED)
+        if agreement:
+            self._columns |= _AGREEMENT
         if descriptors:
             self._columns |= dict.fromkeys(DESCRIPTORS, float)
         self._in_rows = len(self._columns)
@@ -82,10 +89,11 @@ class MoleculeTable:
         """Names of the columns."""
         return tuple(self._columns)
 
-    def begin(self, name: str) -> None:
-        """Begin with the molecules of the next file."""
+    def begin(self, name: str, bonds: str = "") -> None:
+        """Begin with the molecules of the next file, with `given` or `perceived` bonds."""
         self._flush()
         self._files.append(name)
+        self._bonds = bonds
 
     def add(self, checks: ChunkChecks, novel: NDArray[np.bool_] | None) -> None:
         """Add the molecules of a chunk; `novel` (M,), None without training molecules."""
@@ -104,6 +112,13 @@ class MoleculeTable:
             described = [
                 [_text(None if np.isnan(number) else number) for number in row]
                 for row in checks.descriptors.tolist()
+            ]
+        if self._agreement and checks.agreement is not None:
+            found = checks.agreement
+            same = zip(found.same_bonds.tolist(), found.same_connectivity.tolist(), strict=True)
+            described = [
+                [self._bonds, *map(str, pair), *row]
+                for pair, row in zip(same, described, strict=True)
             ]
         rows = zip(
             [len(self._files) - 1] * len(valid),

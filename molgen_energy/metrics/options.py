@@ -12,17 +12,21 @@ from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.metrics.checks.chunk import CheckSettings
 
 METRIC_GROUPS = (
-    "rates", "geometry", "composition", "strain", "descriptors", "fcd", "posebusters", "xtb",
+    "rates", "geometry", "composition", "strain", "descriptors", "similarity", "fcd",
+    "posebusters", "xtb",
 )  # fmt: skip
 """Names for `metrics`, beside `default` and `all`; rates are always computed."""
 DEFAULT_METRICS = ("rates", "geometry", "composition", "strain")
 EXTRAS = {"fcd": ("fcd",), "posebusters": ("posebusters",), "xtb": ("tblite", "ase")}
 """Packages that a metric needs. The optional dependencies of this package have the same names."""
 
-BOND_CHOICES = ("auto", "perceived", "single", "given")
+BOND_CHOICES = ("auto", "perceived", "single", "given", "both")
 """Bonds of all checks: perceived from distances; perceived, but all taken as single for validity,
 SMILES and connectivity (EDM's validity on GEOM-Drugs); or given in the file. `auto` takes given
-bonds where every record of every file has them, else perceived ones."""
+bonds where every record of every file has them, else perceived ones. `both` evaluates given and
+perceived bonds, and compares them."""
+BOTH = ("given", "perceived")
+"""The choices of bonds that `both` shows side by side."""
 BOND_DESCRIPTIONS = {
     "perceived": "perceived from distances",
     "single": "perceived from distances, all taken as single",
@@ -40,7 +44,8 @@ class EvaluationOptions:
     bonds: str = "auto"
     """One of `BOND_CHOICES`; `with_bonds` resolves it."""
     valence: str | None = None
-    """One of `VALENCE_MODELS`; None is `strict` for given bonds and `edm` for perceived ones."""
+    """One of `VALENCE_MODELS`; None is `strict` for given bonds and `edm` for perceived ones. With
+    both bonds it is for given ones alone."""
     subset: int = 1000
     """Number of random molecules for strain and PoseBusters; xTB takes a tenth of them."""
     skip_bad: bool = False
@@ -83,7 +88,14 @@ def make_options(
 def with_bonds(options: EvaluationOptions, bonds: str) -> EvaluationOptions:
     """The options with the checks of `perceived`, `single` or `given` bonds."""
     valence = options.valence or ("strict" if bonds == "given" else "edm")
+    if options.checks.agreement and bonds == "perceived":
+        valence = "edm"
     return replace(options, checks=replace(options.checks, bonds=bonds, valence=valence))
+
+
+def of_both(options: EvaluationOptions, bonds: str) -> EvaluationOptions:
+    """The options for one of `BOTH`, with the comparison of the two."""
+    return replace(options, bonds=bonds, checks=replace(options.checks, agreement=True))
 
 
 def parse_metrics(metrics: str | Iterable[str]) -> frozenset[str]:
@@ -125,12 +137,13 @@ def with_types(options: EvaluationOptions, types: GeometryTypes | None) -> Evalu
     codes: dict[str, tuple[int, ...]] = {}
     if types is not None:
         codes = {k: tuple(code_of(k, name) for name in names) for k, names in types.types.items()}
-    whole_smiles = "fcd" in options.available
+    similarity = "similarity" in options.metrics
     checks = replace(
         options.checks,
         type_codes=codes,
         aromatic=types is None or types.aromatic,
-        whole_smiles=whole_smiles,
+        whole_smiles=similarity or "fcd" in options.available,
+        substructures=similarity,
         descriptors="descriptors" in options.metrics,
     )
     return replace(options, checks=checks)

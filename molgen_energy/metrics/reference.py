@@ -47,6 +47,7 @@ from molgen_energy.metrics.distances.real_ranges import (
     ResampledRanges,
     StoredRanges,
 )
+from molgen_energy.metrics.distances.similarity import SIMILARITY_KEYS
 from molgen_energy.metrics.molecule_evaluation import (
     MoleculeEvaluation,
     ProgressCounter,
@@ -55,6 +56,7 @@ from molgen_energy.metrics.molecule_evaluation import (
 )
 from molgen_energy.metrics.molecule_values import MoleculeValues
 from molgen_energy.metrics.options import BOND_DESCRIPTIONS, EvaluationOptions, with_types
+from molgen_energy.metrics.packed_text import pack, unpack
 from molgen_energy.metrics.sources import FileSource
 from molgen_energy.metrics.statistics import Estimate, Rate
 from molgen_energy.output import atomic_replace
@@ -164,6 +166,12 @@ def _datasets(bonds: str) -> tuple[DatasetSpec, ...]:
             f"{bonds}/training", ("*",), "integer", "hashes of the SMILES of training molecules, "
             "ascending", required=False, low=0, dtype="u8",
         ),
+        DatasetSpec(
+            f"{bonds}/smiles", ("*",), "integer", "SMILES of the valid molecules without "
+            "stereochemistry, sorted, each with the number of characters that it shares with the "
+            "one before, as the character 32 beyond, in place of these; compressed by bzip2",
+            required=False, low=0, dtype="u1",
+        ),
     )  # fmt: skip
 
 
@@ -233,6 +241,9 @@ class Reference:
     """Sorted hashes of the SMILES of training molecules, with the same choice of bonds."""
     probes: list[str] = field(default_factory=list)
     """Some of these SMILES, which tell whether another version of RDKit writes the same ones."""
+    smiles: list[str] = field(default_factory=list)
+    """SMILES of the valid molecules, which `similarity` is computed from; empty where they are not
+    stored."""
     rdkit: str = rdBase.rdkitVersion
     """The version that wrote them."""
 
@@ -319,6 +330,10 @@ class Reference:
             group["ranges/counts"] = self.ranges.counts
             for key, quantiles in self.ranges.ranges.items():
                 group[f"ranges/quantiles/{key}"] = quantiles
+        if evaluation.distributions is not None:
+            found = evaluation.distributions.substructures
+            if found is not None and found.smiles:
+                group.create_dataset("smiles", data=pack(found.smiles))
         if self.training is not None:
             _compress(group, "training", self.training)
             group.attrs["probes"] = json.dumps(self.probes)
@@ -406,6 +421,12 @@ class Reference:
                 if name.startswith(prefix)
             }
             ranges = StoredRanges(file.read(f"{mode}/ranges/counts"), quantiles)
+        smiles: list[str] = []
+        if f"{mode}/smiles" in file:
+            try:
+                smiles = unpack(file.read(f"{mode}/smiles"))
+            except ValueError as error:
+                raise file.error(f"dataset '{mode}/smiles': {error}") from None
         training = file.read(f"{mode}/training") if f"{mode}/training" in file else None
         evaluation = MoleculeEvaluation(
             str(file.attributes["name"]),
@@ -422,24 +443,26 @@ class Reference:
         )
         return cls(
             evaluation.name, evaluation, distributions, distances, attributes["types"], ranges,
-            training, attributes.get("probes", []), str(file.attributes.get("rdkit", "")),
+            training, attributes.get("probes", []), smiles,
+            str(file.attributes.get("rdkit", "")),
         )  # fmt: skip
 
     def _without_energies(self) -> Reference:
         """Without what depends on bond orders that are not those of geometry.
 
-        These are energies, descriptors and FCD.
+        These are energies, descriptors, FCD and similarity.
         """
         distributions = replace(self.distributions, moments=None, descriptors={})
-        left_out = {*FCD_KEYS, *DESCRIPTOR_KEYS}
+        left_out = {*FCD_KEYS, *DESCRIPTOR_KEYS, *SIMILARITY_KEYS}
         estimates = self.distances.estimates.items()
         distances = replace(
             self.distances, estimates={k: e for k, e in estimates if k not in left_out}
         )
         evaluation = replace(self.evaluation, estimates={}, distributions=distributions)
         return replace(
-            self, evaluation=evaluation, distributions=distributions, distances=distances
-        )
+            self, evaluation=evaluation, distributions=distributions, distances=distances,
+            smiles=[],
+        )  # fmt: skip
 
 
 def _stored_rates(rates: Mapping[str, Rate | None]) -> dict[str, list[float] | None]:
@@ -578,7 +601,7 @@ def frequent_types(
     source: FileSource, options: EvaluationOptions, workers: WorkerPool
 ) -> GeometryTypes:
     """The eight most frequent types of each kind among the first 10,000 molecules."""
-    settings = replace(options.checks, type_codes=None, whole_smiles=False)
+    settings = replace(options.checks, type_codes=None, whole_smiles=False, substructures=False)
     first: list[MoleculeChunk] = []
     for chunk in source.chunks():
         first.append(chunk)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from molgen_energy.metrics.bundled import (
 )
 from molgen_energy.metrics.distances.comparison import compare
 from molgen_energy.metrics.distances.real_ranges import add_ranges
+from molgen_energy.metrics.distances.similarity import SubstructureCounts
 from molgen_energy.metrics.molecule_evaluation import (
     MoleculeEvaluation,
     ProgressCounter,
@@ -143,6 +144,8 @@ def evaluate_inputs(
     )
     if loaded is not None:
         data = loaded
+        if "similarity" in options.metrics and data.smiles:
+            data.distributions.substructures = SubstructureCounts.of_smiles(data.smiles, workers)
     else:
         assert reference is not None
         reference_options = _options_for(FileSource(reference, "test"), options)
@@ -174,7 +177,8 @@ def evaluate_inputs(
             "the files have different numbers of molecules, on which distances depend: compare the "
             "unbiased and extrapolated rows, or each distance with its range of real molecules"
         )
-    unused = options.checks.bonds != "given" and any(s.given_bonds.some for s in sources)
+    unused = options.checks.bonds != "given" and not options.checks.agreement
+    unused = unused and any(s.given_bonds.some for s in sources)
     return MoleculeResults(samples, data, options, novelty_against, choice, unused, notes, table)
 
 
@@ -190,10 +194,11 @@ def _resolve_bonds(
     """
     bonds = options.bonds
     if bonds == "given":
+        option = "both" if options.checks.agreement else "given"
         for name, source in sources.items():
             found = source.given_bonds
             if not found.some and not found.declared_perceived:
-                raise InputError(f"{name} has no bonds; leave out --bonds given")
+                raise InputError(f"{name} has no bonds; leave out --bonds {option}")
             if not found.some:
                 notes.append(f"the records of {name} say that their bonds come from distances")
     if bonds == "auto":
@@ -211,9 +216,11 @@ def _resolve_bonds(
 
 def _options_for(source: FileSource, options: EvaluationOptions) -> EvaluationOptions:
     """The options for real molecules: with perceived bonds where they have none of their own."""
-    if options.checks.bonds == "given" and not source.given_bonds.every:
-        return with_bonds(options, "perceived")
-    return options
+    checks = options.checks
+    if not (checks.bonds == "given" or checks.agreement) or source.given_bonds.every:
+        return options
+    alone = replace(options, checks=replace(checks, agreement=False))
+    return with_bonds(alone, "perceived") if checks.bonds == "given" else alone
 
 
 def _training_split(reference: Path | None) -> Path | None:
@@ -290,7 +297,7 @@ def _training_hashes(
         name = display_names([train])[0]
         source = FileSource(train, "train", options.skip_bad)
         own = _options_for(source, options)
-        if own is not options:
+        if own.checks.bonds != options.checks.bonds:
             notes.append(
                 f"novelty: record {source.given_bonds.without} of {name} has no bonds of its own, "
                 f"{_NOVELTY_OF_PERCEIVED}"
@@ -347,6 +354,11 @@ def _compare_with(
         evaluation.notes.append(
             f"the statistics of {reference.name} have no descriptors to compare with; name real "
             "molecules by --reference"
+        )
+    if "similarity" in options.metrics and reference.distributions.substructures is None:
+        evaluation.notes.append(
+            f"the statistics of {reference.name} have no SMILES for these bonds to compare with; "
+            "name real molecules by --reference"
         )
     evaluation.comparison = compare(
         evaluation.distributions,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from molgen_energy.chemistry.agreement import BondAgreement, compare_bonds
 from molgen_energy.chemistry.anomalies import (
     COINCIDENT,
     Anomalies,
@@ -28,6 +29,7 @@ from molgen_energy.chemistry.rdkit import (
     sanitize,
     short_smiles,
 )
+from molgen_energy.chemistry.substructures import Substructures, substructures_of
 from molgen_energy.chemistry.valence import stable_atoms, valences
 from molgen_energy.data.molecules import AROMATIC, MoleculeChunk, Molecules
 from molgen_energy.elements import symbol
@@ -52,12 +54,16 @@ class CheckSettings:
     bonds are never aromatic."""
     whole_smiles: bool = False
     """Whether to compute SMILES of whole molecules, which FCD needs."""
+    substructures: bool = False
+    """Whether to find fingerprints, fragments and scaffolds of these SMILES."""
     short_smiles: bool = False
     """Whether to write SMILES with implicit hydrogens too."""
     descriptors: bool = False
     """Whether to compute the descriptors of complete molecules."""
     names_only: bool = False
     """Whether only validity and SMILES are needed; stability is then undefined."""
+    agreement: bool = False
+    """Whether to compare the given bonds with the perceived ones."""
 
 
 class GeometryValues(NamedTuple):
@@ -87,6 +93,11 @@ class ChunkChecks:
     short_smiles: list[str | None]
     """The same SMILES with implicit hydrogens; None where it was not requested."""
     whole_smiles: list[str | None]
+    """SMILES of all fragments with implicit hydrogens, without stereochemistry."""
+    whole_written: list[str | None]
+    """The same with all hydrogens as atoms, which tells molecules apart."""
+    substructures: list[Substructures | None]
+    """Of `whole_smiles`, where they were requested."""
     invalid_reasons: list[str]
     """RDKit's error message; empty if valid."""
     timed_out: NDArray[np.bool_]
@@ -103,6 +114,9 @@ class ChunkChecks:
     descriptors: NDArray[np.float32]
     """`DESCRIPTORS` of complete molecules, (M, D); NaN elsewhere and where they were not
     requested."""
+    agreement: BondAgreement | None
+    """Of given bonds, first, with perceived ones; None where there are no given bonds, or where it
+    was not requested."""
 
     @cached_property
     def unstable_atoms(self) -> NDArray[np.int64]:
@@ -135,7 +149,14 @@ def check_chunk_without_rdkit(
 
 
 def _check(chunk: MoleculeChunk, settings: CheckSettings, failure: str | None) -> ChunkChecks:
-    checked = chunk.molecules if settings.bonds == "given" else perceive(chunk.molecules)
+    given = chunk.molecules
+    agreement = None
+    if settings.agreement and given.bonds is not None:
+        perceived = perceive(given)
+        agreement = compare_bonds(given, perceived, with_rdkit=failure is None)
+        checked = given if settings.bonds == "given" else perceived
+    else:
+        checked = given if settings.bonds == "given" else perceive(given)
     overbonded = _overbonded(checked)
     results = _sanitize_all(checked, settings, failure)
     aromatic, kekule = _forms(checked, results)
@@ -162,6 +183,11 @@ def _check(chunk: MoleculeChunk, settings: CheckSettings, failure: str | None) -
             short_smiles(r.smiles) if settings.short_smiles and r.smiles else None for r in results
         ],
         whole_smiles=[r.whole_smiles for r in results],
+        whole_written=[r.whole_written for r in results],
+        substructures=[
+            substructures_of(r.whole_smiles) if settings.substructures and r.whole_smiles else None
+            for r in results
+        ],
         invalid_reasons=[r.reason for r in results],
         timed_out=np.full(len(chunk), failure is not None),
         unstable_valences=_count_valences(_as_written(checked, kekule), unstable),
@@ -169,6 +195,7 @@ def _check(chunk: MoleculeChunk, settings: CheckSettings, failure: str | None) -
         without_geometry=int(overbonded.sum()),
         anomalies=anomalies,
         descriptors=_describe_all(checked, complete & settings.descriptors),
+        agreement=agreement,
     )
 
 

@@ -19,6 +19,10 @@ from molgen_energy.metrics.accumulator import (
 from molgen_energy.metrics.distances.fcd import MIN_EXTRAPOLATED, Moments, extrapolate
 from molgen_energy.metrics.distances.histograms import total_variation, wasserstein_of_counts
 from molgen_energy.metrics.distances.mmd import mmd_between_groups, mmd_leave_groups_out
+from molgen_energy.metrics.distances.similarity import (
+    SubstructureCounts,
+    compare_substructures,
+)
 from molgen_energy.metrics.distances.wasserstein import wasserstein_leave_groups_out
 from molgen_energy.metrics.statistics import Estimate, jackknife_interval
 
@@ -28,7 +32,7 @@ MIN_MOLECULES = 2 * JACKKNIFE_GROUPS
 
 @dataclass
 class Distributions:
-    """Geometry, composition, descriptors and FCD moments of molecules, by jackknife group."""
+    """Geometry, composition, descriptors, FCD moments and substructures, by jackknife group."""
 
     geometry: GeometrySamples
     sizes: NDArray[np.int64]
@@ -38,6 +42,7 @@ class Distributions:
     moments: Moments | None = None
     descriptors: dict[str, ValueSample] = field(default_factory=dict)
     """By key; empty where they were not computed."""
+    substructures: SubstructureCounts | None = None
 
     @property
     def groups(self) -> list[int]:
@@ -62,12 +67,22 @@ class Distributions:
         }
         kept = included[:, None]
         descriptors = {key: part.select(included) for key, part in self.descriptors.items()}
+        parts = self.substructures
         return Distributions(
-            geometry, self.sizes * kept, self.elements * kept, descriptors=descriptors
+            geometry,
+            self.sizes * kept,
+            self.elements * kept,
+            descriptors=descriptors,
+            substructures=None if parts is None else parts.select(included),
         )
 
     @classmethod
-    def of(cls, accumulator: EvaluationAccumulator, moments: Moments | None) -> Distributions:
+    def of(
+        cls,
+        accumulator: EvaluationAccumulator,
+        moments: Moments | None,
+        substructures: SubstructureCounts | None = None,
+    ) -> Distributions:
         """The distributions that were accumulated from a file."""
         return cls(
             accumulator.geometry,
@@ -75,6 +90,7 @@ class Distributions:
             accumulator.elements,
             moments,
             accumulator.descriptors,
+            substructures,
         )
 
 
@@ -144,6 +160,8 @@ def compare(
             )
     if source.moments is not None and target.moments is not None:
         result.estimates |= compare_moments(source.moments, target.moments)
+    if source.substructures is not None and target.substructures is not None:
+        result.estimates |= compare_substructures(source.substructures, target.substructures)
     return result
 
 

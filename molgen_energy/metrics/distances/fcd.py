@@ -161,14 +161,20 @@ class ChemNet:
         self._kept_keys: list[NDArray[np.uint64]] = []
         self.moments = Moments()
 
-    def add(self, smiles: list[str | None]) -> None:
-        """Add molecules; None and SMILES added before are ignored."""
-        for text in smiles:
-            if text is None or (key := smiles_hash(text)) in self._seen:
+    def add(self, smiles: list[str | None], names: list[str | None] | None = None) -> None:
+        """Add molecules; None is ignored, and a molecule whose name was there before.
+
+        Parameters
+        ----------
+        names
+            What tells molecules apart; by default their SMILES.
+        """
+        for text, name in zip(smiles, names or smiles, strict=True):
+            if text is None or name is None or (key := smiles_hash(name)) in self._seen:
                 continue
             self._seen.add(key)
             self._pending.append(text)
-            self._keys.append(key)
+            self._keys.append(smiles_hash(text))
         while len(self._pending) >= _BATCH_SIZE:
             self._run(_BATCH_SIZE)
 

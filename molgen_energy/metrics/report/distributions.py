@@ -48,10 +48,17 @@ class Histogram:
     ticks: list[str] | None = None  # names of the bins, for categories
 
 
-def distributions_block(results: MoleculeResults) -> ReportBlock:
-    """Plots of lengths, angles, dihedrals, sizes and elements, over those of the reference."""
+def distributions_block(results: MoleculeResults, bonds: str = "") -> ReportBlock:
+    """Plots of lengths, angles, dihedrals, sizes and elements, over those of the reference.
+
+    Parameters
+    ----------
+    bonds
+        `given` or `perceived`, where a page has a block of both.
+    """
     names = [evaluation.name for evaluation in results.samples]
     data_name = results.reference.name
+    prefix = f"{bonds}_" if bonds else ""
 
     def content() -> BlockContent:
         groups = histograms(results)
@@ -61,17 +68,17 @@ def distributions_block(results: MoleculeResults) -> ReportBlock:
             data_name=data_name,
             types_name=results.reference.types.name,
             groups=[
-                {"title": title, "plots": [Markup(plot_svg(plot)) for plot in plots]}
+                {"title": title, "plots": [Markup(plot_svg(plot, bonds)) for plot in plots]}
                 for title, plots in groups.items()
             ],
         )
         pictures = {
-            f"{title.replace(' ', '_')}.png": plots_png(plots, names, f"data: {data_name}")
+            f"{prefix}{title.replace(' ', '_')}.png": plots_png(plots, names, f"data: {data_name}")
             for title, plots in groups.items()
         }
         return BlockContent(html, pictures)
 
-    return ReportBlock("Distributions", content)
+    return ReportBlock(f"Distributions, bonds {bonds}" if bonds else "Distributions", content)
 
 
 def histograms(results: MoleculeResults) -> dict[str, list[Histogram]]:
@@ -191,8 +198,14 @@ def _draw(axes: Any, plot: Histogram, colours: dict[str, str]) -> None:
     axes.spines["bottom"].set_color(colours[_MUTED])
 
 
-def plot_svg(plot: Histogram) -> str:
-    """A plot as SVG with the page's CSS variables as colours."""
+def plot_svg(plot: Histogram, block: str = "") -> str:
+    """A plot as SVG with the page's CSS variables as colours.
+
+    Parameters
+    ----------
+    block
+        Tells apart plots of one title on a page.
+    """
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -211,7 +224,7 @@ def plot_svg(plot: Histogram) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', text, count=1)
     # Ids of clip paths must be unique on the page.
-    salt = re.sub(r"\W", "", plot.title)
+    salt = block + re.sub(r"\W", "", plot.title)
     text = re.sub(r'(id="|#)(p[0-9a-f]{10})', rf"\1{salt}\2", text)
     text = re.sub(r'\bid="(figure|axes|matplotlib|patch|xtick|ytick|text|line2d)[^"]*"', "", text)
     text = re.sub(r"font: ?([^;\"]*)", _page_font, text)

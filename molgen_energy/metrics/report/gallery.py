@@ -17,20 +17,23 @@ from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS, build, max_neighbours,
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
 from molgen_energy.display.html import script_value
 from molgen_energy.display.molecules import molecular_formula, viewer_model
-from molgen_energy.metrics.accumulator import SelectedMolecule
+from molgen_energy.metrics.accumulator import EvaluationAccumulator, SelectedMolecule
 from molgen_energy.metrics.report.html import render
 from molgen_energy.metrics.report.model import BlockContent, ReportBlock
-from molgen_energy.metrics.results import MoleculeResults
 from molgen_energy.workers import WorkerPool
 
 _SIZE = (280, 210)  # pixels
 
 
-def gallery_block(results: MoleculeResults, open_pool: Callable[[], WorkerPool]) -> ReportBlock:
+def gallery_block(
+    accumulators: Mapping[str, EvaluationAccumulator], open_pool: Callable[[], WorkerPool]
+) -> ReportBlock:
     """Random molecules of each file that pass all checks, and that fail some.
 
     Parameters
     ----------
+    accumulators
+        Of the files, by the name that stands above their molecules.
     open_pool
         Starts the processes that draw the molecules, since RDKit can hang.
     """
@@ -39,15 +42,14 @@ def gallery_block(results: MoleculeResults, open_pool: Callable[[], WorkerPool])
         galleries: list[dict[str, Any]] = []
         models: list[dict[str, Any]] = []
         with open_pool() as workers:
-            for evaluation in results.samples:
-                accumulator = evaluation.accumulator
+            for name, accumulator in accumulators.items():
                 for title, selected in (
                     ("passing all checks", list(accumulator.gallery_passing)),
                     ("failing a check", accumulator.gallery_failing()),
                 ):
                     cards = _cards(selected, workers, len(models))
                     models += [viewer_model(s.molecule, s.unstable_atoms) for s in selected]
-                    galleries.append({"title": f"{evaluation.name}: {title}", "cards": cards})
+                    galleries.append({"title": f"{name}: {title}", "cards": cards})
         data = script_value(models)
         return BlockContent(render("gallery.html.j2", galleries=galleries, models=data))
 

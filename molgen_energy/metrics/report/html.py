@@ -125,8 +125,10 @@ def _columns(report: Report) -> list[dict[str, Any]]:
             found.append(header | {"series": number % SERIES, "is_reference": False})
     if report.reference is not None:
         data = report.reference
-        header = {"name": f"data: {data.name}", "label": "", "count": f"{data.count:,}"}
-        found.append(header | {"series": None, "is_reference": True})
+        for column in data.columns:
+            header = {"name": f"data: {data.name}", "label": column.label}
+            header |= {"count": f"{data.count:,}"}
+            found.append(header | {"series": None, "is_reference": True})
     return found
 
 

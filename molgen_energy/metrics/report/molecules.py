@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rdkit import rdBase
@@ -117,6 +117,7 @@ def _relaxation_rows(metric: str, method: str) -> tuple[MetricRow, ...]:
 
 _DESCRIPTOR_MEANS, _DESCRIPTOR_DISTANCES = _descriptor_rows()
 _ON_SUBSETS = "energy and plausibility"
+_AGREEMENT = "agreement"  # in place of a metric: rows of both bonds
 _DISTANCES = (
     *_geometry_rows(),
     MetricRow("sizes", "sizes, Wasserstein", "of the numbers of atoms", "atoms", "composition"),
@@ -125,6 +126,12 @@ _DISTANCES = (
     MetricRow("fcd", "FCD", "Fréchet ChemNet distance of distinct valid molecules", "", "fcd"),
     MetricRow("fcd_infinite", "FCD, extrapolated",
         "to infinitely many molecules; does not depend on their number", "", "fcd"),
+)  # fmt: skip
+_SIMILARITIES = (
+    MetricRow("snn", "SNN", "largest Tanimoto similarity of fingerprints, mean over molecules",
+        "", "similarity"),
+    MetricRow("fragments", "Frag", "cosine of the counts of BRICS fragments", "", "similarity"),
+    MetricRow("scaffolds", "Scaf", "cosine of the counts of scaffolds", "", "similarity"),
 )  # fmt: skip
 _SECTIONS = {
     "rates, %": (
@@ -145,8 +152,20 @@ _SECTIONS = {
             "stable, valid, connected, no hydrogens missing"),
     ),
     "distance from the data": _DISTANCES,
+    "similarity to the data, from 0 to 1": _SIMILARITIES,
     "descriptors, mean over complete molecules": _DESCRIPTOR_MEANS,
     "descriptors, distance from the data": _DESCRIPTOR_DISTANCES,
+    "given and perceived bonds, %": (
+        MetricRow("same_bonds", "same bonds",
+            "molecules whose given and perceived bonds are equal, aromatic ones as aromatic", "",
+            _AGREEMENT),
+        MetricRow("same_connectivity", "same connectivity",
+            "molecules with bonds between the same atoms, whatever their orders", "", _AGREEMENT),
+        MetricRow("bonds_only_given", "bonds only given",
+            "given bonds whose atoms perception does not bond", "", _AGREEMENT),
+        MetricRow("bonds_only_perceived", "bonds only perceived",
+            "perceived bonds whose atoms are not bonded in the file", "", _AGREEMENT),
+    ),
     _ON_SUBSETS: (
         *_relaxation_rows("strain", "MMFF94"),
         *_relaxation_rows("xtb", "GFN2-xTB"),
@@ -179,7 +198,8 @@ def molecule_report(results: MoleculeResults, open_pool: Callable[[], WorkerPool
     blocks: list[ReportBlock] = []
     if {"geometry", "composition", "descriptors"} & results.options.metrics:
         blocks.append(distributions_block(results))
-    blocks.append(gallery_block(results, open_pool))
+    accumulators = {e.name: e.accumulator for e in results.samples}
+    blocks.append(gallery_block(accumulators, open_pool))
     return Report(
         "molecules",
         "molecules",
@@ -192,6 +212,89 @@ def molecule_report(results: MoleculeResults, open_pool: Callable[[], WorkerPool
         blocks,
         results.table,
     )
+
+
+def side_by_side(
+    results: Mapping[str, MoleculeResults], open_pool: Callable[[], WorkerPool]
+) -> Report:
+    """The report of the same molecules with given and with perceived bonds, in two columns each.
+
+    Parameters
+    ----------
+    results
+        By choice of bonds.
+    open_pool
+        As for `molecule_report`.
+    """
+    reports = {bonds: molecule_report(each, open_pool) for bonds, each in results.items()}
+    first = next(iter(reports.values()))
+    files = [
+        _in_columns({bonds: report.files[k] for bonds, report in reports.items()})
+        for k in range(len(first.files))
+    ]
+    references = {b: report.reference for b, report in reports.items() if report.reference}
+    blocks = [
+        distributions_block(each, bonds)
+        for bonds, each in results.items()
+        if {"geometry", "composition", "descriptors"} & each.options.metrics
+    ]
+    accumulators = {
+        f"{evaluation.name}, bonds {bonds}": evaluation.accumulator
+        for bonds, each in results.items()
+        for evaluation in each.samples
+    }
+    settings = zip(*(report.settings for report in reports.values()), strict=True)
+    return replace(
+        first,
+        files=files,
+        reference=_in_columns(references),
+        settings=[_joined_setting(dict(zip(reports, each, strict=True))) for each in settings],
+        summary=_joined_summary([report.summary for report in reports.values()]),
+        notes=_joined({bonds: report.notes for bonds, report in reports.items()}),
+        blocks=[*blocks, gallery_block(accumulators, open_pool)],
+    )
+
+
+def _in_columns(files: Mapping[str, EvaluatedFile]) -> EvaluatedFile:
+    """One file with a column for each choice of bonds."""
+    first = next(iter(files.values()))
+    return replace(
+        first,
+        columns=[replace(file.columns[0], label=bonds) for bonds, file in files.items()],
+        notes=_joined({bonds: file.notes for bonds, file in files.items()}),
+        failures=_joined({bonds: file.failures for bonds, file in files.items()}),
+        details={"by_bonds": {bonds: file.details for bonds, file in files.items()}},
+    )
+
+
+def _joined(lines: Mapping[str, list[str]]) -> list[str]:
+    """Lines that all choices of bonds have, then those of each."""
+    each = list(lines.values())
+    common = [line for line in each[0] if all(line in other for other in each)]
+    return common + [
+        f"bonds {bonds}: {line}"
+        for bonds, own in lines.items()
+        for line in own
+        if line not in common
+    ]
+
+
+def _joined_setting(settings: Mapping[str, Setting]) -> Setting:
+    first = next(iter(settings.values()))
+    if all(setting == first for setting in settings.values()):
+        return first
+    texts = [str(s.value) if s.text is None else s.text for s in settings.values()]
+    return Setting(
+        first.key, first.label, {bonds: s.value for bonds, s in settings.items()},
+        " | ".join(texts),
+    )  # fmt: skip
+
+
+def _joined_summary(summaries: list[str]) -> str:
+    parts = [summary.split("; ") for summary in summaries]
+    if len({len(each) for each in parts}) > 1:
+        return " | ".join(summaries)
+    return "; ".join(" | ".join(dict.fromkeys(same)) for same in zip(*parts, strict=True))
 
 
 def _sections(results: MoleculeResults) -> list[ReportSection]:
@@ -218,6 +321,8 @@ def _sections(results: MoleculeResults) -> list[ReportSection]:
 
 
 def _applies(row: MetricRow, results: MoleculeResults) -> bool:
+    if row.metric == _AGREEMENT:
+        return results.options.checks.agreement
     chosen = row.metric in results.options.available
     return chosen or (
         row.always and (row.metric in results.options.metrics or row.metric in EXTRAS)
@@ -407,12 +512,15 @@ def _settings(results: MoleculeResults) -> list[Setting]:
     checks = options.checks
     metrics = sorted(options.metrics)
     choice = results.reference_choice or "named or by default"
+    bonds, description = checks.bonds, BOND_DESCRIPTIONS[checks.bonds]
+    if checks.agreement:
+        bonds, description = "both", "given in the file, and perceived from distances"
     return [
         Setting("rdkit", "RDKit", rdBase.rdkitVersion),
         Setting("reference_choice", "reference", choice, f"{results.reference.name}, {choice}"),
         Setting("novelty_against", "novelty against", results.novelty_against),
         Setting("metrics", "metrics", metrics, ", ".join(metrics)),
-        Setting("bonds", "bonds", checks.bonds, BOND_DESCRIPTIONS[checks.bonds]),
+        Setting("bonds", "bonds", bonds, description),
         Setting("valence", "valence model", checks.valence),
         Setting("angles", "angles", checks.counting),
         Setting("types", "geometry types", {"name": types.name, **types.types}, types.name),

@@ -117,9 +117,11 @@ def _table(report: Report, files: list[EvaluatedFile], layout: _Layout) -> Table
             columns.append((file, column))
     if report.reference is not None:
         space = " " if layout.data_intervals else "\n"
-        header = escape(f"data:{space}{report.reference.name}")
-        shown.add_column(header, justify="right", style="dim")
-        columns.append((report.reference, report.reference.columns[0]))
+        for column in report.reference.columns:
+            names = (f"data:{space}{report.reference.name}", column.label)
+            header = escape("\n".join(filter(None, names)))
+            shown.add_column(header, justify="right", style="dim")
+            columns.append((report.reference, column))
     shown.add_row(report.samples, *(f"{file.count:,}" for file, _ in columns), end_section=True)
     below: dict[str, list[str]] = {}
     for section in report.sections:
