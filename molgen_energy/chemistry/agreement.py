@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS, aromatic_orders, max_neighbours
+from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS, bond_forms, max_neighbours
 from molgen_energy.data.molecules import Molecules
 
 
@@ -35,7 +35,7 @@ def compare_bonds(
     """Compare two sets of bonds of the same atoms, whatever the order of the bonds.
 
     Bonds of the same pairs are the same if their orders are equal as they are, or in aromatic form
-    (`molgen_energy.chemistry.rdkit.aromatic_orders`), both with the formal charges of `molecules`:
+    (`molgen_energy.chemistry.rdkit.bond_forms`), both with the formal charges of `molecules`:
     the Kekulé structure that a program chose, and charges that only one set has, do not count.
     Where RDKit finds no aromatic form, such as that of a ring it cannot Kekulise, only equal orders
     are the same.
@@ -88,5 +88,5 @@ def _same_aromatic_form(molecules: Molecules, others: Molecules, k: int) -> bool
         assert molecule.bond_index is not None
         atoms = np.sort(molecule.bond_index.astype(np.int64), axis=1)
         ascending = np.lexsort((atoms[:, 1], atoms[:, 0]))
-        forms.append(aromatic_orders(molecule)[ascending])
+        forms.append(bond_forms(molecule).aromatic[ascending])
     return bool((forms[0] == forms[1]).all())
