@@ -43,8 +43,9 @@ class _MoleculeSampling:
         sampler = generator.sampler
         spacing = "" if sampler.spacing is None else f" of {sampler.spacing} spacing"
         temperature = sampler.temperature.describe()
+        positions = " with ancestral positions" if sampler.ancestral_positions else ""
         self.method = (
-            f"{generator.sampler_name}, {counted(sampler.steps, 'steps')}{spacing}, "
+            f"{generator.sampler_name}{positions}, {counted(sampler.steps, 'steps')}{spacing}, "
             f"{counted(sampler.evaluations, 'network evaluations')} each"
             f"{temperature and ', '}{temperature}"
         )
@@ -81,6 +82,8 @@ class MoleculeSystem(System):
             "spacing": None,
             "eta": None,
             **Temperature().options,
+            "ancestral_positions": False,
+            "self_condition_passes": 1,
             "condition": None,
             "consistent_charges": False,
             "aromatic": False,
@@ -117,6 +120,8 @@ class MoleculeSystem(System):
             options["spacing"],
             options["condition"],
             temperature=Temperature.from_options(options),
+            ancestral_positions=options["ancestral_positions"],
+            self_condition_passes=options["self_condition_passes"],
             consistent_charges=options["consistent_charges"],
         )
         return _MoleculeSampling(
