@@ -80,13 +80,13 @@ class MoleculeGenerator:
         Guidance and constraints.
     temperature
         Of noise or score, by levels in Å; None changes nothing.
+    consistent_charges
+        Replace each formal charge that does not fit the generated bonds of its atom, see
+        `ConsistentCharges`.
     ancestral_positions
         With the sampler `dpm++`: positions take ancestral steps.
     self_condition_passes
         Evaluations of a self-conditioned network for each prediction.
-    consistent_charges
-        Replace each formal charge that does not fit the generated bonds of its atom, see
-        `ConsistentCharges`.
 
     Raises
     ------
@@ -110,9 +110,9 @@ class MoleculeGenerator:
         condition: Mapping[str, float] | None = None,
         hook: SamplingHook | None = None,
         temperature: Temperature | None = None,
+        consistent_charges: bool = False,
         ancestral_positions: bool = False,
         self_condition_passes: int = 1,
-        consistent_charges: bool = False,
     ) -> None:
         self.config = checkpoint.config_as(MoleculeConfig)
         state = checkpoint.state_as(MoleculeState)

@@ -447,12 +447,12 @@ def _writer(
     if job.eta is not None:
         origin["eta"] = f"{job.eta:g}"
     origin |= Temperature.from_options(job.model_dump()).provenance()
+    if job.consistent_charges:
+        origin["consistent_charges"] = "yes"
     if job.ancestral_positions:
         origin["ancestral_positions"] = "yes"
     if job.self_condition_passes != 1:
         origin["self_condition_passes"] = str(job.self_condition_passes)
-    if job.consistent_charges:
-        origin["consistent_charges"] = "yes"
     if path.suffix.lower() == ".h5":
         source = f"sampled from {job.origin}, seed {job.seed}"
         return MoleculeWriter(path, source=source, provenance=origin | {"config": config})
