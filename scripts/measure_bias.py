@@ -28,9 +28,10 @@ from molgen_energy.data.batches import DeviceMolecules
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules, batch_by_size
 from molgen_energy.diffusion.noise import RandomNumbers
-from molgen_energy.diffusion.process import Process
-from molgen_energy.diffusion.samplers import noise_levels
-from molgen_energy.diffusion.state import State, pairs_inside
+from molgen_energy.diffusion.process import CosineDiffusion, Process, levels_of
+from molgen_energy.diffusion.spacing import noise_levels
+from molgen_energy.diffusion.state import Layout, State, pairs_inside
+from molgen_energy.models.base import Denoiser
 from molgen_energy.output import atomic_replace
 from molgen_energy.resources import bundled_sample
 from molgen_energy.systems.molecules.generate import MoleculeGenerator
@@ -127,8 +128,8 @@ def predicted_pairs(
     batch = DeviceMolecules(molecules, generator.device, False).batch(chunk)
     values = {name: field.encode(batch.data) for name, field in layout.fields.items()}
     clean = State.from_fields(layout, batch.mask, values)
-    nearest = int((noise_levels(process, layout).log() - np.log(level)).abs().argmin())
-    levels = torch.full((len(chunk),), nearest, device=generator.device)
+    nearest = nearest_level(process, layout, level)
+    levels = levels_of(len(chunk), nearest, generator.device)
     # The noise belongs to a molecule, so all networks see the same.
     random = RandomNumbers(generator.seed, torch.from_numpy(chunk).to(generator.device))
     noisy = process.add_noise(clean, random.noise(layout, batch.mask, 0), levels)
@@ -141,23 +142,42 @@ def predicted_pairs(
     return torch.stack([lengths, (between * data).sum(-1) / lengths.clamp(min=1e-6)]).cpu()
 
 
+def nearest_level(process: Process, layout: Layout, noise: float) -> float:
+    """The level whose noise is nearest to a value in Å."""
+    if isinstance(process, CosineDiffusion):
+        ratio = noise / layout.fields["positions"].scale
+        return float(process.schedule.time(torch.tensor(-2 * np.log(ratio))))
+    noises = noise_levels(process, layout, torch.arange(process.steps + 1))
+    return int((noises.log() - np.log(noise)).abs().argmin())
+
+
 # ---- sampling with two networks ------------------------------------------------------------------
 
 
 class SwitchedNetwork(nn.Module):
-    """One network above a noise level, another below it."""
+    """One network from a noise level on, another below it; both take the same inputs."""
 
-    def __init__(self, above: nn.Module, below: nn.Module, process: Process, first: int) -> None:
+    def __init__(self, above: Denoiser, below: Denoiser, process: Process, first: float) -> None:
         super().__init__()
         self.above, self.below = above, below
-        self.steps, self.first = process.steps, first
+        self.self_conditioned, self.noise_input = above.self_conditioned, above.noise_input
+        level = levels_of(1, first, torch.device("cpu"))
+        of_level = process.log_snr if self.noise_input == "log_snr" else process.time
+        self.limit = float(of_level(level))
 
     def forward(
-        self, state: State, time: Tensor, mask: Tensor, condition: Tensor | None, previous: None
+        self,
+        state: State,
+        time: Tensor,
+        mask: Tensor,
+        condition: Tensor | None,
+        previous: State | None,
     ) -> State:
         """Prediction of the network of the level."""
-        network = self.above if round(float(time[0]) * self.steps) >= self.first else self.below
-        result: State = network(state, time, mask, condition, previous)
+        place = float(time[0])
+        # Time grows with the noise, and the signal-to-noise ratio falls.
+        high = place <= self.limit if self.noise_input == "log_snr" else place >= self.limit
+        result: State = (self.above if high else self.below)(state, time, mask, condition, previous)
         return result
 
 
@@ -168,15 +188,17 @@ def switched(
     options.work.mkdir(parents=True, exist_ok=True)
     generator = next(iter(generators.values()))
     networks = {label: one.model for label, one in generators.items()}
-    ratio = noise_levels(generator.sampler.process, generator.layout)
+    process, layout = generator.sampler.process, generator.layout
     models = dict(networks)
     for at in map(float, options.at.split(",")):
-        first = int((ratio >= at).nonzero()[0])
+        first = nearest_level(process, layout, at)
+        if not process.continuous and noise_levels(process, layout, torch.tensor(first)) < at:
+            first += 1
         for above in networks:
             for below in networks:
                 if above != below:
                     models[f"{above}>{below} {at:g}"] = SwitchedNetwork(
-                        networks[above], networks[below], generator.sampler.process, first
+                        networks[above], networks[below], process, first
                     )
     rows = []
     for label, model in models.items():

@@ -156,6 +156,15 @@ def test_from_an_sdf_to_generated_bonds_and_charges(tmp_path, monkeypatch, data,
         assert charges == molecule.formal_charges.tolist()
         assert float(record.GetProp("condition_logp")) == pytest.approx(1.5)
 
+    # A self-conditioned network in two passes, which a resumed job keeps.
+    passes = {"steps": 3, "self_condition_passes": 2, "seed": 1, "condition": {"logp": 1.5}}
+    molgen_energy.sample(2, "passes.sdf", checkpoint="run", **passes)
+    assert Path("passes.sdf").read_text().count(">  <self_condition_passes>\n2\n") == 2
+    once = molgen_energy.sample(2, checkpoint="run", **passes | {"self_condition_passes": 1})
+    twice = molgen_energy.sample(2, checkpoint="run", **passes)
+    one, two = (drawn[0].GetConformer().GetPositions() for drawn in (once, twice))
+    assert one.shape == two.shape and not np.array_equal(one, two)
+
     # Without a condition, its values are those of training molecules.
     molgen_energy.sample(9, "free.h5", checkpoint="run")
     with MoleculeFile(Path("free.h5")) as file:

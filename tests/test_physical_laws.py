@@ -881,10 +881,11 @@ class BestNoise:
 
     def __init__(self, process):
         self.process = process
-        self.last = float(process.schedule.sigma2[0].sqrt())  # noise that is left in a sample
+        self.last = 0.006 if process.continuous else float(process.schedule.sigma2[0].sqrt())
+        # The noise that is left in a sample.
 
     def level(self, time):
-        step = (time * self.process.steps).round().long()
+        step = time if self.process.continuous else (time * self.process.steps).round().long()
         return self.process.alpha(step)[:, None, None], self.process.sigma(step)[:, None, None]
 
     def of_point(self, noisy, time, clean):
@@ -912,7 +913,8 @@ class BestVelocity:
         return (t - (1 - t) * spread**2) / ((1 - t) ** 2 * spread**2 + t**2) * noisy
 
 
-BEST = {"diffusion": BestNoise, "flow_matching": BestVelocity}
+BEST = {"diffusion": BestNoise, "flow_matching": BestVelocity, "cosine": BestNoise}
+PREDICTED = {"diffusion": "noise", "flow_matching": "velocity", "cosine": "noise"}
 
 
 class Interacting:
@@ -960,7 +962,7 @@ class TestSamplers:
         clean = torch.where(mask[..., None], torch.cat([positions, positions * 0.1], dim=-1), 0)
         centre = clean[..., :3].sum(1, keepdim=True) / mask.sum(1)[:, None, None]
         clean[..., :3] = torch.where(mask[..., None], clean[..., :3] - centre, 0)
-        trained_with = PROCESSES[process](100)
+        trained_with = PROCESSES[process](100, prediction=PREDICTED[process])
         best = BEST[process](trained_with)
         drawn = build_sampler(trained_with, name, steps).sample(
             lambda x, time, *rest: x.with_atoms(best.of_point(x.atoms, time, clean)),
@@ -971,7 +973,7 @@ class TestSamplers:
 
     def test_gaussian_data_keep_their_spread(self, process, name, steps):
         """For normal data of spread s the best prediction is linear; samples have spread s."""
-        spread, trained_with = 0.5, PROCESSES[process](200)
+        spread, trained_with = 0.5, PROCESSES[process](200, prediction=PREDICTED[process])
         mask = torch.ones(400, 10, dtype=torch.bool)
         best = BEST[process](trained_with)
         drawn = build_sampler(trained_with, name, steps).sample(

@@ -57,6 +57,8 @@ def sample_to(
     temperature_of: str | None = None,
     temperature_range: tuple[float | None, float | None] | None = None,
     final_noise: float | None = None,
+    ancestral_positions: bool | None = None,
+    self_condition_passes: int | None = None,
     batch_size: int | None = None,
     low_precision: bool | None = None,
     data: str | PathLike[str] | None = None,
@@ -94,6 +96,11 @@ def sample_to(
         Noise levels in Å at which the temperature acts, None for an open end; by default from 0.3.
     final_noise
         Factor of the noise of steps below that range, and of the last noise; by default 1.
+    ancestral_positions
+        With the sampler `dpm++`: positions take ancestral steps.
+    self_condition_passes
+        Evaluations of a self-conditioned network for each prediction, by default 1; each gets the
+        clean prediction of the one before.
     batch_size
         Samples in a batch; by default chosen by size and device.
     low_precision
@@ -134,6 +141,8 @@ def sample_to(
         "temperature_of": temperature_of,
         "temperature_range": temperature_range and tuple(temperature_range),
         "final_noise": final_noise,
+        "ancestral_positions": ancestral_positions or None,
+        "self_condition_passes": self_condition_passes,
         "batch_size": batch_size,
         "low_precision": low_precision or None,
         "data": None if data is None else Path(data),
@@ -270,6 +279,8 @@ def sample(
     temperature_of: str | None = None,
     temperature_range: tuple[float | None, float | None] | None = None,
     final_noise: float | None = None,
+    ancestral_positions: bool | None = None,
+    self_condition_passes: int | None = None,
     batch_size: int | None = None,
     low_precision: bool | None = None,
     data: str | PathLike[str] | None = None,
@@ -306,7 +317,7 @@ def sample(
         its noise; see `molgen_energy.diffusion.samplers`. Fewer steps are faster.
     temperature
         Below 1 molecules are more probable, above 1 more diverse; by default 1.
-    temperature_of, temperature_range, final_noise
+    temperature_of, temperature_range, final_noise, ancestral_positions, self_condition_passes
         See `sample_to`.
     batch_size
         Samples in a batch; by default chosen by size and device.
@@ -348,6 +359,8 @@ def sample(
         "temperature_of": temperature_of,
         "temperature_range": temperature_range,
         "final_noise": final_noise,
+        "ancestral_positions": ancestral_positions,
+        "self_condition_passes": self_condition_passes,
         "batch_size": batch_size,
         "low_precision": low_precision,
         "data": data,

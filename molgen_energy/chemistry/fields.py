@@ -28,7 +28,7 @@ CREATED_BY = "created_by"
 _ORIGIN = (
     CREATED_BY, "checkpoint", TRAINED_ON, "seed", "sampler", "steps", "spacing", "eta",
     "sampling_temperature", "sampling_temperature_of", "sampling_temperature_range",
-    "sampling_final_noise", "config",
+    "sampling_final_noise", "ancestral_positions", "self_condition_passes", "config",
 )  # fmt: skip
 OWN_FIELDS = frozenset({*_ORIGIN, "molecule", "status", "fragments", BONDS, UNITS, GROUP})
 """Fields that this package writes and that are no properties of a molecule."""

@@ -123,8 +123,8 @@ def command(
         "--steps",
         metavar="N",
         rich_help_panel="Sampler",
-        help="Steps of the sampler; default: as many as in training, or as pretrained weights were "
-        "evaluated with.",
+        help="Steps of the sampler, at most those of training, with a cosine process any number; "
+        "default: as many as in training, or as pretrained weights were evaluated with.",
     ),
     spacing: str | None = typer.Option(
         None,
@@ -133,7 +133,8 @@ def command(
         rich_help_panel="Sampler",
         autocompletion=one_of(*_SPACINGS),
         help="Spacing of the noise levels: log, even or quadratic, for flow matching even or "
-        "quadratic. Default: the first, or what pretrained weights were evaluated with.",
+        "quadratic. Default: log for diffusion, else even, or what pretrained weights were "
+        "evaluated with.",
     ),
     eta: float | None = typer.Option(
         None,
@@ -141,6 +142,20 @@ def command(
         metavar="X",
         rich_help_panel="Sampler",
         help="Noise in the steps of ddim, from 0 (default) to 1 (as ancestral).",
+    ),
+    ancestral_positions: bool = typer.Option(
+        False,
+        "--ancestral-positions",
+        rich_help_panel="Sampler",
+        help="With dpm++: positions take ancestral steps, all other fields those of dpm++.",
+    ),
+    self_condition_passes: int | None = typer.Option(
+        None,
+        "--self-condition-passes",
+        metavar="K",
+        rich_help_panel="Sampler",
+        help="Evaluations of a self-conditioned network for each prediction, each with the clean "
+        "prediction of the one before; default: 1.",
     ),
     temperature: float | None = typer.Option(
         None,
@@ -229,6 +244,8 @@ def command(
                     None if temperature_range is None else _parse_range(temperature_range)
                 ),
                 final_noise=final_noise,
+                ancestral_positions=ancestral_positions,
+                self_condition_passes=self_condition_passes,
                 batch_size=batch_size,
                 low_precision=low_precision,
                 data=data,

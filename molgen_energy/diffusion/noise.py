@@ -35,6 +35,8 @@ class Stream(IntEnum):
     CONDITION = _WORD - 5
     CONDITION_DROPOUT = _WORD - 6
     SELF_CONDITION = _WORD - 7
+    START = _WORD - 8
+    """Of the noise that samplers in continuous time start with."""
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> list[Tensor]:

@@ -63,6 +63,9 @@ class Process(ABC):
     """What a one-line summary says of it, beginning with a comma; or nothing."""
     continuous: ClassVar[bool] = False
     """Whether a level is the time t in [0, 1], a float, rather than an integer 0 … T."""
+    ends_clean: ClassVar[bool] = False
+    """Whether samples are the last clean prediction of all fields. Otherwise discrete fields are
+    those of the last noisy state."""
 
     def __init__(self, steps: int, prediction: str) -> None:
         if prediction not in self.predictions:
@@ -260,6 +263,7 @@ class CosineDiffusion(VariancePreserving):
     description = ", cosine schedule"
     first_level = 1e-5
     continuous = True
+    ends_clean = True
 
     def __init__(self, steps: int = 1000, prediction: str = "clean") -> None:
         super().__init__(steps, prediction)

@@ -1,8 +1,7 @@
-"""Samplers: from noise to samples, in any number of steps up to the training's.
+"""Samplers: from noise to samples, in any number of steps.
 
-A sampler evaluates the denoiser at noise levels t = 0 … T of its training. With S steps it visits
-S + 1 of the levels, T first and 0 last, equally far apart in log(σ/α) for a diffusion and in t for
-flow matching, or with another spacing.
+A sampler evaluates the denoiser at some of the noise levels of its training, see
+`molgen_energy.diffusion.spacing`.
 """
 
 from __future__ import annotations
@@ -11,80 +10,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from molgen_energy.diffusion.guidance import SamplingHook
-from molgen_energy.diffusion.noise import RandomNumbers
+from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.diffusion.prediction import Prediction
-from molgen_energy.diffusion.process import Diffusion, Process, levels_of
+from molgen_energy.diffusion.process import Process, VariancePreserving, levels_of
+from molgen_energy.diffusion.spacing import VisitedLevel, noise_levels, visited_levels
 from molgen_energy.diffusion.state import Layout, State
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.errors import InputError, unknown_name
-
-
-def spaced_levels(places: Tensor, steps: int) -> list[int]:
-    """S + 1 of the levels, T first and 0 last, about equally far apart.
-
-    Where several would round to the same level, the next free ones are used, so that all differ.
-
-    Parameters
-    ----------
-    places
-        The quantity that is evenly spaced, at each level, ascending, (T+1,) float64.
-    steps
-        S, 1 to T.
-    """
-    top = len(places) - 1
-    wanted = torch.linspace(float(places[0]), float(places[-1]), steps + 1, dtype=torch.float64)
-    above = torch.searchsorted(places, wanted).clamp(1, top)
-    nearer_below = wanted - places[above - 1] < places[above] - wanted
-    # At least k levels are below the k-th chosen one, and S − k above.
-    k = torch.arange(steps + 1)
-    levels = torch.cummax(above - nearer_below.long() - k, dim=0).values + k
-    levels = torch.minimum(levels, top - steps + k)
-    return [int(level) for level in levels.flip(0)]
-
-
-def _log_ratios(process: Process) -> Tensor:
-    """log(σ_t/α_t)."""
-    assert isinstance(process, Diffusion)
-    return (process.schedule.sigma2 / process.schedule.alpha2).log() / 2
-
-
-def _times(process: Process) -> Tensor:
-    """t."""
-    return torch.arange(process.steps + 1, dtype=torch.float64)
-
-
-def _root_times(process: Process) -> Tensor:
-    """√t: levels are t = T·(k/S)²."""
-    return _times(process).sqrt()
-
-
-SPACINGS: dict[str, Callable[[Process], Tensor]] = {
-    "log": _log_ratios,
-    "even": _times,
-    "quadratic": _root_times,
-}
-"""The quantity in which the visited levels are equally far apart, (T+1,), by name."""
-
-# With exact scores, equal steps in log(σ/α) are best for few steps of a diffusion: every sampler
-# here comes closer to the data than with even or quadratic spacing.
-DEFAULT_SPACINGS = {"diffusion": "log", "flow_matching": "even"}
-"""By the process that the denoiser was trained with."""
-
-
-def noise_levels(process: Process, layout: Layout) -> Tensor:
-    """σ/α in the unit of the positions at each level, (T+1,) float64, ascending.
-
-    At t = 1 of flow matching it is infinite.
-    """
-    level = torch.arange(process.steps + 1)
-    ratios = process.sigma(level).double() / process.alpha(level).double()
-    return ratios * layout.fields["positions"].scale
 
 
 class SamplerContext:
@@ -94,9 +32,11 @@ class SamplerContext:
     ----------
     model
         Denoiser, called as model(state, time, mask, condition, self_condition). If its attribute
-        `self_conditioned` is true, it gets the previous clean prediction.
-    process
-        The process of its training.
+        `self_conditioned` is true, it gets the previous clean prediction; in the first evaluation
+        there is none.
+    sampler
+        Has the process of its training, the levels, the temperature, which changes the noise of
+        steps or the predictions after the hook, and the passes of self-conditioning.
     random
         Random numbers of the samples.
     layout
@@ -109,54 +49,63 @@ class SamplerContext:
         Guidance and constraints.
     advance
         Called after each evaluation of the model.
-    temperature
-        Changes the noise of steps, or the predictions after the hook.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        process: Process,
+        sampler: Sampler,
         random: RandomNumbers,
         layout: Layout,
         mask: Tensor,
         condition: Tensor | None = None,
         hook: SamplingHook | None = None,
         advance: Callable[[], None] = lambda: None,
-        temperature: Temperature | None = None,
     ) -> None:
-        self.model, self.process, self.random = model, process, random
+        self.model, self.process, self.random = model, sampler.process, random
         self.layout, self.mask, self.condition = layout, mask, condition
         self.hook = hook
         self.advance = advance
+        self._passes = sampler.self_condition_passes
         self._previous: State | None = None
-        temperature = Temperature() if temperature is None else temperature
-        ratios = noise_levels(process, layout)
-        self._noise_factors = temperature.noise_factors(ratios)
-        self._score_factors = temperature.score_factors(ratios)
+        visited, temperature = sampler.visited, sampler.temperature
+        number = torch.float64 if self.process.continuous else torch.long
+        levels = torch.tensor([at.level for at in visited], dtype=number)
+        ratios = noise_levels(self.process, layout, levels)
+        self._noise_factors = dict(zip(visited, temperature.noise_factors(ratios), strict=True))
+        self._score_factors = dict(zip(visited, temperature.score_factors(ratios), strict=True))
 
     def start(self) -> State:
-        """The state at level T: pure noise, the same for every sampler."""
-        return self.random.noise(self.layout, self.mask, self.process.steps + 1)
+        """The state at the first level: pure noise, the same for every sampler."""
+        # In continuous time it is also the same for every number of steps.
+        stream = Stream.START if self.process.continuous else self.process.steps + 1
+        return self.random.noise(self.layout, self.mask, stream)
 
-    def noise(self, level: int) -> State:
+    def noise(self, at: VisitedLevel) -> State:
         """Normal noise for the step that starts at a level, standard but for the temperature."""
-        noise, factor = self.random.noise(self.layout, self.mask, level), self._noise_factors[level]
+        noise = self.random.noise(self.layout, self.mask, at.stream)
+        factor = self._noise_factors[at]
         return noise if factor == 1 else factor * noise
 
-    def predict(self, state: State, level: int) -> Prediction:
-        """Evaluate the model at a level."""
-        levels = levels_of(len(self.mask), level, self.mask.device)
-        prediction = self.process.predict(self.model, state, levels, self.condition, self._previous)
-        self.advance()
+    def predict(self, state: State, at: VisitedLevel) -> Prediction:
+        """The prediction at a level, for which the model is evaluated once for each pass."""
+        levels = levels_of(len(self.mask), at.level, self.mask.device)
+        for _ in range(self._passes - 1):
+            self._previous = self._evaluate(state, levels).clean.projected()
+        prediction = self._evaluate(state, levels)
         if self.hook is not None:
-            prediction = self.hook.after_prediction(prediction, level)
+            prediction = self.hook.after_prediction(prediction, at.level)
         if getattr(self.model, "self_conditioned", False):
             self._previous = prediction.clean.projected()
-        factor = self._score_factors[level]
+        factor = self._score_factors[at]
         return prediction if factor == 1 else prediction.with_noise_times(factor)
 
-    def finish_step(self, state: State, level: int) -> State:
+    def _evaluate(self, state: State, levels: Tensor) -> Prediction:
+        prediction = self.process.predict(self.model, state, levels, self.condition, self._previous)
+        self.advance()
+        return prediction
+
+    def finish_step(self, state: State, level: float) -> State:
         """The state after a step, projected: rounding would move the centre over many steps."""
         state = state.projected()
         return state if self.hook is None else self.hook.after_step(state, level).projected()
@@ -170,22 +119,27 @@ class Sampler(ABC):
     process
         The process of the training.
     steps
-        S, 1 to T; None visits all levels.
+        S; None is that of the process. See `visited_levels`.
     spacing
         One of `SPACINGS`; None takes the default of the process.
     temperature
         None changes nothing. `build_sampler` checks that it suits the sampler.
+    self_condition_passes
+        Evaluations of a self-conditioned denoiser for each prediction. Each gets the clean
+        prediction of the one before, the first that of the level before.
 
     Raises
     ------
     InputError
-        S is out of range, or the spacing is not defined for the process.
+        A number is out of range, or the spacing is not defined for the process.
     """
 
     processes: ClassVar[tuple[str, ...]]
     """Processes whose denoisers it can use."""
     eta: float | None = None
     """η, for samplers that have one."""
+    ancestral_positions: bool = False
+    """Whether positions take ancestral steps, other than the other fields."""
 
     def __init__(
         self,
@@ -193,23 +147,17 @@ class Sampler(ABC):
         steps: int | None = None,
         spacing: str | None = None,
         temperature: Temperature | None = None,
+        self_condition_passes: int = 1,
     ) -> None:
-        steps = process.steps if steps is None else steps
-        if not 1 <= steps <= process.steps:
-            raise InputError(
-                f"--steps {steps}: the network was trained with {process.steps:,} steps; choose "
-                f"1 to {process.steps:,}"
-            )
-        self.process, self.steps = process, steps
-        default = DEFAULT_SPACINGS[process.name]
-        valid = [name for name in SPACINGS if name != "log" or default == "log"]
-        if spacing is not None and spacing not in valid:
-            raise InputError(unknown_name("spacing", spacing, valid))
-        spacing = spacing or default
-        self.levels = spaced_levels(SPACINGS[spacing](process), steps)
-        self.spacing = None if steps == process.steps else spacing
-        """None if all levels are visited."""
+        self.process = process
+        self.steps = process.steps if steps is None else steps
+        self.visited, self.spacing = visited_levels(process, self.steps, spacing)
         self.temperature = Temperature() if temperature is None else temperature
+        if self_condition_passes < 1:
+            raise InputError(
+                f"--self-condition-passes {self_condition_passes}: expected a number from 1"
+            )
+        self.self_condition_passes = self_condition_passes
 
     @property
     def adds_noise(self) -> bool:
@@ -217,9 +165,22 @@ class Sampler(ABC):
         return False
 
     @property
-    @abstractmethod
     def evaluations(self) -> int:
         """Evaluations of the model for each sample."""
+        return self._predictions * self.self_condition_passes
+
+    @property
+    @abstractmethod
+    def _predictions(self) -> int:
+        """Predictions for each sample."""
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise `InputError` if a model that is not self-conditioned should have passes."""
+        if self.self_condition_passes > 1 and not getattr(model, "self_conditioned", False):
+            raise InputError(
+                f"--self-condition-passes {self.self_condition_passes} is for self-conditioned "
+                "networks, which this one is not; leave it out"
+            )
 
     @torch.no_grad()
     def sample(
@@ -233,43 +194,63 @@ class Sampler(ABC):
         advance: Callable[[], None] = lambda: None,
     ) -> State:
         """Draw samples in the units of the state; for the parameters see `SamplerContext`."""
-        context = SamplerContext(
-            model, self.process, random, layout, mask, condition, hook, advance, self.temperature
+        self.check_model(model)
+        return self._sample(
+            SamplerContext(model, self, random, layout, mask, condition, hook, advance)
         )
-        return self._sample(context)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """α and σ at the visited levels, (V,) float64."""
+        squares = [(at.alpha2, at.sigma2) for at in self.visited]
+        alpha2, sigma2 = torch.tensor(squares, dtype=torch.float64).T.contiguous()
+        return alpha2.sqrt(), sigma2.sqrt()
 
     @abstractmethod
     def _sample(self, context: SamplerContext) -> State:
         """Draw the samples."""
 
 
+def _sqrt(square: float) -> float:
+    # That of PyTorch may differ from `math.sqrt` in the last bit, and samples of a seed must not.
+    return float(torch.tensor(square, dtype=torch.float64).sqrt())
+
+
 class DiffusionSampler(Sampler):
     """Base of the samplers for denoisers that were trained by diffusion."""
 
-    processes = ("diffusion",)
-    process: Diffusion
+    processes = ("diffusion", "cosine")
 
     @property
-    def evaluations(self) -> int:
-        return self.steps + 1
-
-    def _last_step(self, x: State, context: SamplerContext, spread: float = 0.0) -> State:
-        """x̂ + spread·(σ_0/α_0)·ε for continuous fields, and x_0 itself for discrete ones.
-
-        The remaining noise of discrete fields is far below half a unit, so rounding removes it.
-        """
-        return last_step(self.process, x, context, spread)
+    def _predictions(self) -> int:
+        return len(self.visited)
 
 
-def last_step(process: Diffusion, x: State, context: SamplerContext, spread: float) -> State:
-    """The end of a diffusion, from level 0 to data; see `DiffusionSampler`."""
-    clean = context.predict(x, 0).clean
+def last_step(x: State, at: VisitedLevel, context: SamplerContext, spread: float = 0.0) -> State:
+    """The end of a diffusion, from the last level to data.
+
+    If the process ends with clean predictions, x̂ of all fields. Otherwise x̂ + spread·(σ/α)·ε for
+    continuous fields, and x itself for discrete ones: their remaining noise is far below half a
+    unit, so rounding removes it.
+    """
+    clean = context.predict(x, at).clean
+    if context.process.ends_clean:
+        return context.finish_step(clean, 0.0)
     if spread:
-        schedule = process.schedule
-        ratio = float(schedule.sigma2[0].sqrt()) / float(schedule.alpha2[0].sqrt())
-        clean = clean + spread * ratio * context.noise(0)
+        ratio = _sqrt(at.sigma2) / _sqrt(at.alpha2)
+        clean = clean + spread * ratio * context.noise(at)
     names = [name for name, field in x.layout.fields.items() if not field.discrete]
-    return context.finish_step(x.replace(**{name: clean[name] for name in names}), 0)
+    return context.finish_step(x.replace(**{name: clean[name] for name in names}), at.level)
+
+
+def ancestral_step(
+    x: State, noise: State, t: VisitedLevel, s: VisitedLevel, context: SamplerContext
+) -> State:
+    """x_s drawn from q(x_s | x_t, x̂), given x_t and the predicted noise; see `AncestralSampler`."""
+    ratio2 = t.alpha2 / s.alpha2
+    step_variance = t.sigma2 - ratio2 * s.sigma2
+    toward = step_variance / _sqrt(ratio2 * t.sigma2)
+    spread = _sqrt(step_variance * s.sigma2 / t.sigma2)
+    return x / _sqrt(ratio2) - toward * noise + spread * context.noise(t)
 
 
 class AncestralSampler(DiffusionSampler):
@@ -277,7 +258,8 @@ class AncestralSampler(DiffusionSampler):
 
     x_s = x_t/α_{t|s} − σ²_{t|s}/(α_{t|s} σ_t)·ε̂ + (σ_{t|s} σ_s/σ_t)·ε from each level t to the next
     level s, with α_{t|s} = α_t/α_s and σ²_{t|s} = σ²_t − α²_{t|s} σ²_s. At the end positions are
-    drawn from N(x̂, σ_0²/α_0²), and discrete fields are those of x_0 itself.
+    drawn from N(x̂, σ_0²/α_0²), and discrete fields are those of x_0 itself. In continuous time the
+    end is x̂ of all fields, the mean of the step to t = 0 (JODO: Huang et al., 2023).
     """
 
     @property
@@ -285,17 +267,11 @@ class AncestralSampler(DiffusionSampler):
         return True
 
     def _sample(self, context: SamplerContext) -> State:
-        alpha2, sigma2 = self.process.schedule.alpha2, self.process.schedule.sigma2
         x = context.start()
-        for t, s in pairwise(self.levels):
-            ratio2 = alpha2[t] / alpha2[s]
-            step_variance = sigma2[t] - ratio2 * sigma2[s]
-            toward = float(step_variance / (ratio2 * sigma2[t]).sqrt())
-            spread = float((step_variance * sigma2[s] / sigma2[t]).sqrt())
-            noise = context.predict(x, t).noise
-            x = x / float(ratio2.sqrt()) - toward * noise + spread * context.noise(t)
-            x = context.finish_step(x, s)
-        return self._last_step(x, context, spread=1.0)
+        for t, s in pairwise(self.visited):
+            x = ancestral_step(x, context.predict(x, t).noise, t, s, context)
+            x = context.finish_step(x, s.level)
+        return last_step(x, self.visited[-1], context, spread=1.0)
 
 
 class DDIMSampler(DiffusionSampler):
@@ -321,8 +297,9 @@ class DDIMSampler(DiffusionSampler):
         spacing: str | None = None,
         eta: float = 0.0,
         temperature: Temperature | None = None,
+        self_condition_passes: int = 1,
     ) -> None:
-        super().__init__(process, steps, spacing, temperature)
+        super().__init__(process, steps, spacing, temperature, self_condition_passes)
         if not 0 <= eta <= 1:
             raise InputError(f"--eta {eta:g}: expected a number from 0 (no noise) to 1 (ancestral)")
         self.eta = eta
@@ -332,17 +309,16 @@ class DDIMSampler(DiffusionSampler):
         return self.eta > 0
 
     def _sample(self, context: SamplerContext) -> State:
-        alpha2, sigma2 = self.process.schedule.alpha2, self.process.schedule.sigma2
         x = context.start()
-        for t, s in pairwise(self.levels):
-            ratio2 = alpha2[t] / alpha2[s]
-            spread2 = self.eta**2 * (sigma2[t] - ratio2 * sigma2[s]) * sigma2[s] / sigma2[t]
-            toward = float((sigma2[t] / ratio2).sqrt() - (sigma2[s] - spread2).sqrt())
-            x = x / float(ratio2.sqrt()) - toward * context.predict(x, t).noise
+        for t, s in pairwise(self.visited):
+            ratio2 = t.alpha2 / s.alpha2
+            spread2 = self.eta**2 * (t.sigma2 - ratio2 * s.sigma2) * s.sigma2 / t.sigma2
+            toward = _sqrt(t.sigma2 / ratio2) - _sqrt(s.sigma2 - spread2)
+            x = x / _sqrt(ratio2) - toward * context.predict(x, t).noise
             if self.eta:
-                x = x + float(spread2.sqrt()) * context.noise(t)
-            x = context.finish_step(x, s)
-        return self._last_step(x, context)
+                x = x + _sqrt(spread2) * context.noise(t)
+            x = context.finish_step(x, s.level)
+        return last_step(x, self.visited[-1], context)
 
 
 class DPMSolverSampler(DiffusionSampler):
@@ -350,27 +326,51 @@ class DPMSolverSampler(DiffusionSampler):
 
     x_s = (σ_s/σ_t) x_t − α_s (e^{−h} − 1) D with λ = log(α/σ), h = λ_s − λ_t, and
     D = (1 + 1/(2r)) x̂_t − 1/(2r) x̂_{t'}, where t' is the level before t and r = (λ_t − λ_{t'})/h.
-    The first step has D = x̂_t. Of second order in 1/S, with one evaluation of the model for each
-    step. At the end positions are x̂, and discrete fields are those of x_0 itself.
+    The first step has D = x̂_t. Of second order in 1/S, with one prediction for each step. The end
+    is that of `DDIMSampler`.
+
+    Parameters
+    ----------
+    ancestral_positions
+        Whether positions take the steps of `AncestralSampler` instead, with its end; for the other
+        parameters see `Sampler`.
     """
 
+    def __init__(
+        self,
+        process: Process,
+        steps: int | None = None,
+        spacing: str | None = None,
+        temperature: Temperature | None = None,
+        self_condition_passes: int = 1,
+        ancestral_positions: bool = False,
+    ) -> None:
+        super().__init__(process, steps, spacing, temperature, self_condition_passes)
+        self.ancestral_positions = ancestral_positions
+
+    @property
+    def adds_noise(self) -> bool:
+        return self.ancestral_positions
+
     def _sample(self, context: SamplerContext) -> State:
-        alpha = self.process.schedule.alpha2.sqrt()
-        sigma = self.process.schedule.sigma2.sqrt()
-        log_snr = (alpha / sigma).log()
+        alpha, sigma = self._factors()
+        log_ratio = (alpha / sigma).log()
         x = context.start()
         before: tuple[State, float] | None = None
-        for t, s in pairwise(self.levels):
-            h = float(log_snr[s] - log_snr[t])
-            clean = context.predict(x, t).clean
-            toward = clean
+        for k, (t, s) in enumerate(pairwise(self.visited)):
+            h = float(log_ratio[k + 1] - log_ratio[k])
+            prediction = context.predict(x, t)
+            clean = toward = prediction.clean
             if before is not None:
                 r = before[1] / h
                 toward = clean + (clean - before[0]) / (2 * r)
-            x = float(sigma[s] / sigma[t]) * x - float(alpha[s]) * math.expm1(-h) * toward
-            x = context.finish_step(x, s)
+            new = float(sigma[k + 1] / sigma[k]) * x - float(alpha[k + 1]) * math.expm1(-h) * toward
+            if self.ancestral_positions:
+                drawn = ancestral_step(x, prediction.noise, t, s, context)
+                new = new.replace(positions=drawn["positions"])
+            x = context.finish_step(new, s.level)
             before = clean, h
-        return self._last_step(x, context)
+        return last_step(x, self.visited[-1], context, float(self.ancestral_positions))
 
 
 class HeunSampler(Sampler):
@@ -379,33 +379,37 @@ class HeunSampler(Sampler):
     In y = x/α_t and τ = σ_t/α_t the ODE is dy/dτ = ε̂ (equation 4 there, with s(t) = α and
     σ(t) = τ); for flow matching y = x, τ = t/T, and dy/dτ = û. A step first goes to
     y + (τ_s − τ_t)·d_t. It is repeated from y with the mean of d_t and the slope at that point. Of
-    second order in 1/S. Only the start is random. A diffusion ends with positions x̂ and discrete
-    fields of x_0. The last step of a flow, to t = 0 where the network is not trained, is Euler's.
+    second order in 1/S. Only the start is random. A diffusion ends as with `DDIMSampler`. The last
+    step of a flow, to t = 0 where the network is not trained, is Euler's.
     """
 
-    processes = ("diffusion", "flow_matching")
+    processes = ("diffusion", "cosine", "flow_matching")
 
     @property
-    def evaluations(self) -> int:
-        return 2 * self.steps + (1 if isinstance(self.process, Diffusion) else -1)
+    def _predictions(self) -> int:
+        steps = len(self.visited) - 1
+        return 2 * steps + (1 if isinstance(self.process, VariancePreserving) else -1)
 
     def _sample(self, context: SamplerContext) -> State:
         process = self.process
-        if isinstance(process, Diffusion):
-            alpha = process.schedule.alpha2.sqrt()
-            tau = process.schedule.sigma2.sqrt() / alpha
+        if isinstance(process, VariancePreserving):
+            alpha, sigma = self._factors()
+            tau = sigma / alpha
         else:
-            tau = torch.arange(process.steps + 1, dtype=torch.float64) / process.steps
+            tau = torch.tensor([at.level for at in self.visited]).double() / process.steps
             alpha = torch.ones_like(tau)
         x = context.start()
-        for t, s in pairwise(self.levels):
-            scaled, step = float(alpha[s] / alpha[t]) * x, float(alpha[s] * (tau[s] - tau[t]))
+        for k, (t, s) in enumerate(pairwise(self.visited)):
+            scaled = float(alpha[k + 1] / alpha[k]) * x
+            step = float(alpha[k + 1] * (tau[k + 1] - tau[k]))
             slope = context.predict(x, t).target
-            x = context.finish_step(scaled + step * slope, s)
-            if s >= process.first_level:
+            x = context.finish_step(scaled + step * slope, s.level)
+            if s.level >= process.first_level:
                 slope = (slope + context.predict(x, s).target) / 2
-                x = context.finish_step(scaled + step * slope, s)
-        return last_step(process, x, context, 0.0) if isinstance(process, Diffusion) else x
+                x = context.finish_step(scaled + step * slope, s.level)
+        if isinstance(process, VariancePreserving):
+            return last_step(x, self.visited[-1], context)
+        return x
 
 
 class EulerSampler(Sampler):
@@ -418,14 +422,14 @@ class EulerSampler(Sampler):
     processes = ("flow_matching",)
 
     @property
-    def evaluations(self) -> int:
+    def _predictions(self) -> int:
         return self.steps
 
     def _sample(self, context: SamplerContext) -> State:
         x = context.start()
-        for t, s in pairwise(self.levels):
-            step = (t - s) / self.process.steps
-            x = context.finish_step(x - context.predict(x, t).velocity * step, s)
+        for t, s in pairwise(self.visited):
+            step = (t.level - s.level) / self.process.steps
+            x = context.finish_step(x - context.predict(x, t).velocity * step, s.level)
         return x
 
 
@@ -437,7 +441,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "euler": EulerSampler,
 }
 
-DEFAULT_SAMPLERS = {"diffusion": "ancestral", "flow_matching": "euler"}
+DEFAULT_SAMPLERS = {"diffusion": "ancestral", "flow_matching": "euler", "cosine": "ancestral"}
 """By the process that the denoiser was trained with."""
 
 
@@ -453,14 +457,16 @@ def build_sampler(
     eta: float | None = None,
     spacing: str | None = None,
     temperature: Temperature | None = None,
+    ancestral_positions: bool = False,
+    self_condition_passes: int = 1,
 ) -> Sampler:
-    """The named sampler; None selects the default of the process, all levels, η = 0, and τ = 1.
+    """The named sampler; None selects the defaults of the process, η = 0, and τ = 1.
 
     Raises
     ------
     InputError
-        The process has no such sampler, the sampler has no η, the temperature does not suit it, or
-        a number is out of range.
+        The process has no such sampler, the sampler has no η or cannot take ancestral steps, the
+        temperature does not suit it, or a number is out of range.
     """
     name = DEFAULT_SAMPLERS[process.name] if name is None else name
     valid = samplers_for(process.name)
@@ -473,12 +479,23 @@ def build_sampler(
     if name not in valid:
         raise InputError(unknown_name("sampler", name, valid))
     kind = SAMPLERS[name]
+    own: dict[str, Any] = {}
     if issubclass(kind, DDIMSampler):
-        sampler: Sampler = kind(process, steps, spacing, 0.0 if eta is None else eta, temperature)
+        own["eta"] = 0.0 if eta is None else eta
     elif eta is not None:
         raise InputError(f"--eta goes with --sampler ddim, not {name}")
-    else:
-        sampler = kind(process, steps, spacing, temperature)
+    if issubclass(kind, DPMSolverSampler):
+        own["ancestral_positions"] = ancestral_positions
+    elif ancestral_positions:
+        raise InputError(f"--ancestral-positions goes with --sampler dpm++, not {name}")
+    sampler = kind(
+        process,
+        steps,
+        spacing,
+        temperature=temperature,
+        self_condition_passes=self_condition_passes,
+        **own,
+    )
     _check_temperature(sampler, name)
     return sampler
 
@@ -505,7 +522,9 @@ def _check_temperature(sampler: Sampler, name: str) -> None:
         others, remedies = [], ["leave it out"]
     if isinstance(sampler, DDIMSampler):
         others.append("an --eta above 0")
-    if sampler.process.name == "diffusion":
+    if isinstance(sampler, DPMSolverSampler):
+        others.append("--ancestral-positions")
+    if "ancestral" in samplers_for(sampler.process.name):
         others.append("--sampler ancestral")
     if others:
         remedies.append(f"use {' or '.join(others)}")

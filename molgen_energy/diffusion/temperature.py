@@ -89,17 +89,17 @@ class Temperature:
         return (self.of == "noise" and self.value != 1) or self.final_noise != 1
 
     def noise_factors(self, ratios: Tensor) -> list[float]:
-        """Factor of the random noise of the step from each level; at level 0 of the last noise.
+        """Factor of the random noise of the step from each level, at the end of the last noise.
 
         Parameters
         ----------
         ratios
-            Noise level of the positions, (T+1,), ascending.
+            Noise level of the positions at each visited level, (V,), descending.
         """
         factors = self._within(ratios, self.value if self.of == "noise" else 1.0)
         if self.low is not None:
             factors[ratios < self.low] = self.final_noise
-        factors[0] = self.final_noise
+        factors[-1] = self.final_noise
         return [float(factor) for factor in factors]
 
     def score_factors(self, ratios: Tensor) -> list[float]:
@@ -108,7 +108,7 @@ class Temperature:
         return [float(factor) for factor in factors]
 
     def _within(self, ratios: Tensor, factor: float) -> Tensor:
-        """The factor at levels in the range, else 1, (T+1,) float64."""
+        """The factor at levels in the range, else 1, (V,) float64."""
         factors = torch.ones(len(ratios), dtype=torch.float64)
         inside = torch.ones(len(ratios), dtype=torch.bool)
         if self.low is not None:

@@ -181,6 +181,10 @@ def test_samplers_of_sample(here, tmp_path):
     text = (tmp_path / "c.sdf").read_text()
     assert ">  <sampling_temperature_range>\n:5\n" in text
     assert ">  <sampling_final_noise>\n0\n" in text
+    mixed = ("--sampler", "dpm++", "--ancestral-positions", "--temperature", 0.9, "-o", "mixed.sdf")
+    code, stderr = here("sample", "-n", 1, *mixed)
+    assert "dpm++ with ancestral positions, 10 steps, 11 network evaluations each, temp" in stderr
+    assert ">  <ancestral_positions>\nyes\n" in (tmp_path / "mixed.sdf").read_text()
     (tmp_path / "a.xyz").symlink_to("target.xyz")
     stderr = here("sample", "-n", 1, "-o", "a.xyz")[1]
     assert (tmp_path / "a.xyz").is_symlink()
@@ -196,6 +200,9 @@ BAD_SAMPLE = {
     "no steps": (("--steps", "0"), "--steps 0: the network was trained with 10 steps"),
     "eta of another": (("--eta", "1"), "--eta goes with --sampler ddim, not ancestral"),
     "eta too large": (("--sampler", "ddim", "--eta", "2"), "--eta 2: expected a number from 0"),
+    "no mixed steps": (("--ancestral-positions",), "goes with --sampler dpm++, not ancestral"),
+    "no passes": (("--self-condition-passes", "0"), "passes 0: expected a number from 1"),
+    "passes of another": (("--self-condition-passes", "2"), "2 is for self-conditioned networks"),
     "no temperature": (("--temperature", "-1"), "--temperature -1: expected a number from 0 (no"),
     "no noise": (("--sampler", "heun", "--temperature", "0.9"), "use --temperature-of score with"),
     "no such temperature": (
@@ -219,6 +226,10 @@ BAD_SAMPLE = {
     "other steps": (("--resume", "samples.sdf", "--steps", "9"), "was begun with 10; --resume"),
     "other spacing": (("--resume", "samples.sdf", "--spacing", "even"), "--spacing cannot change"),
     "warmer": (("--resume", "samples.sdf", "--temperature", "2"), "was begun with 1.0; --resume"),
+    "positions": (("--resume", "samples.sdf", "--ancestral-positions"), "-positions cannot change"),
+    "more passes": (
+        ("--resume", "samples.sdf", "--self-condition-passes", "2"), "was begun with 1; --resume",
+    ),
     "other range": (("--resume", "samples.sdf", "--temperature-range", ":"), "was begun with 0.3:"),
     "no such spacing": (("--spacing", "evn"), "unknown spacing 'evn'; did you mean 'even'?"),
     "other sizes": (("--resume", "samples.sdf", "--n-atoms", "9"), "with the default; --resume"),

@@ -9,17 +9,17 @@ import pytest
 import torch
 from states import ExactRandomNumbers, layout_of
 
-from molgen_energy.diffusion.noise import RandomNumbers
+from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.diffusion.process import PROCESSES, Diffusion
 from molgen_energy.diffusion.samplers import (
     DEFAULT_SAMPLERS,
-    DEFAULT_SPACINGS,
     SAMPLERS,
     AncestralSampler,
     DDIMSampler,
     build_sampler,
     samplers_for,
 )
+from molgen_energy.diffusion.spacing import DEFAULT_SPACINGS
 from molgen_energy.errors import InputError
 
 SERVED = [(process, name) for process in DEFAULT_SAMPLERS for name in samplers_for(process)]
@@ -34,6 +34,17 @@ def noise_of(random, mask, level):
     return random.noise(LAYOUT, mask, level).atoms
 
 
+def levels_of(sampler):
+    """The levels that it visits."""
+    return [at.level for at in sampler.visited]
+
+
+def cosine(time):
+    """α and σ of the cosine schedule, with s = 0.008."""
+    alpha = math.cos((time + 0.008) / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)
+    return alpha, math.sqrt(1 - alpha**2)
+
+
 class Gaussian:
     """The best network for normal data of given means (N, C) and covariance of channels (C, C)."""
 
@@ -43,6 +54,8 @@ class Gaussian:
         self.variances, self.axes = torch.linalg.eigh(covariance)
 
     def level(self, time):
+        if self.process.name == "cosine":
+            return cosine(float(time))
         t = round(float(time) * self.process.steps)
         if not self.flow:
             schedule = self.process.schedule
@@ -62,14 +75,18 @@ class Gaussian:
         return slope - self.mean
 
     def flow_of(self, noise, time):
-        """Where the ODE takes noise of t = T."""
+        """Where the ODE takes the noise at the start."""
         alpha, sigma = self.level(time)
-        first = self.level(1.0)
+        first = self.level(0.9946 if self.process.name == "cosine" else 1.0)
         gain = (alpha**2 * self.variances + sigma**2) / (
             first[0] ** 2 * self.variances + first[1] ** 2
         )
         start = (noise - first[0] * self.mean) @ self.axes
         return alpha * self.mean + gain.sqrt() * start @ self.axes.T
+
+
+PREDICTIONS = {"diffusion": "noise", "flow_matching": "velocity", "cosine": "noise"}
+"""What `Gaussian` predicts."""
 
 
 def gaussian(process, steps, atoms=6):
@@ -80,13 +97,17 @@ def gaussian(process, steps, atoms=6):
     mean[:, 3:] = torch.tensor([0.2, -0.4])
     covariance = torch.diag(torch.tensor([0.25, 0.25, 0.25, 0, 0])).double()
     covariance[3:, 3:] = torch.tensor([[0.5, 0.3], [0.3, 0.4]])
-    return Gaussian(PROCESSES[process](steps), mean, covariance)
+    trained_with = PROCESSES[process](steps, prediction=PREDICTIONS[process])
+    return Gaussian(trained_with, mean, covariance)
 
 
 ORDERS = {
     ("diffusion", "ddim"): 1,
     ("diffusion", "dpm++"): 2,
     ("diffusion", "heun"): 2,
+    ("cosine", "ddim"): 1,
+    ("cosine", "dpm++"): 2,
+    ("cosine", "heun"): 2,
     ("flow_matching", "euler"): 1,
     ("flow_matching", "heun"): 2,
 }
@@ -97,15 +118,16 @@ def test_order_of_convergence(process, name):
     """Twice the steps, 2^order less error, against the solution of the ODE in closed form."""
     best = gaussian(process, 20_000)
     mask, noise = torch.ones(8, 6, dtype=torch.bool), ExactRandomNumbers(0, torch.arange(8))
-    start = noise_of(noise, mask, best.process.steps + 1)
-    end = best.flow_of(start, 0.0)
-    if process == "diffusion":
-        alpha, sigma = best.level(0.0)
-        clean = (end - sigma * best.output(end, torch.zeros(1))) / alpha
-        end = torch.cat([clean[..., :3], end[..., 3:]], dim=-1)
+    cosine = process == "cosine"
+    first, last = (Stream.START, 1e-3) if cosine else (best.process.steps + 1, 0.0)
+    end = best.flow_of(noise_of(noise, mask, first), last)
+    if process != "flow_matching":
+        alpha, sigma = best.level(last)
+        clean = (end - sigma * best.output(end, torch.tensor([last]))) / alpha
+        end = clean if cosine else torch.cat([clean[..., :3], end[..., 3:]], dim=-1)
     errors = []
     for steps in (50, 100, 200):
-        sampler = build_sampler(best.process, name, steps)
+        sampler = build_sampler(best.process, name, steps, spacing="log" if cosine else None)
         drawn = sampler.sample(best, noise, LAYOUT, mask).atoms
         errors.append(float((drawn - end).square().mean().sqrt()))
     found = [math.log2(a / b) for a, b in pairwise(errors)]
@@ -113,8 +135,15 @@ def test_order_of_convergence(process, name):
     assert errors[-1] < {1: 0.02, 2: 5e-4}[ORDERS[process, name]]
 
 
-@served
-@pytest.mark.parametrize("steps", [80, 400])
+@pytest.mark.parametrize(
+    ("process", "name", "steps"),
+    [
+        (process, name, steps)
+        for process, name in SERVED
+        for steps in (80, 400)
+        if process != "cosine" or (name == "ancestral") == (steps == 400)
+    ],
+)
 def test_mean_and_covariance_of_a_gaussian(process, name, steps):
     """To 8 % where steps are many or of second order; few others spread too little, up to 14 %."""
     best, count = gaussian(process, 400), 500
@@ -160,9 +189,9 @@ def test_each_step_has_the_mean_and_variance_of_the_papers(eta, steps):
         else DDIMSampler(best.process, steps=steps, eta=eta)
     )
     seen, drawn = evaluations(sampler, best, noise, mask)
-    assert list(seen) == sampler.levels
+    assert list(seen) == levels_of(sampler)
     alpha, sigma2 = schedule.alpha2.sqrt(), schedule.sigma2
-    for t, s in pairwise(sampler.levels):
+    for t, s in pairwise(levels_of(sampler)):
         x, output = seen[t]
         clean = (x - sigma2[t].sqrt() * output) / alpha[t]
         ratio = alpha[t] / alpha[s]
@@ -216,27 +245,27 @@ def test_all_levels_are_edms_algorithm_to_the_last_bit():
     assert torch.equal(drawn.atoms, expected)
 
 
-@served
+@pytest.mark.parametrize(("process", "name"), [pair for pair in SERVED if pair[0] != "cosine"])
 @pytest.mark.parametrize("trained", [2, 7, 100, 1000])
 def test_levels_are_distinct_and_run_from_noise_to_data(process, name, trained):
     trained_with = PROCESSES[process](trained)
     for steps in {1, 2, trained // 3 or 1, trained - 1, trained}:
-        levels = build_sampler(trained_with, name, steps).levels
+        levels = levels_of(build_sampler(trained_with, name, steps))
         assert len(levels) == steps + 1
         assert (levels[0], levels[-1]) == (trained, 0)
         assert all(a > b for a, b in pairwise(levels))
     assert levels == list(range(trained, -1, -1)) or steps != trained
-    assert build_sampler(trained_with, name).levels == list(range(trained, -1, -1))
+    assert levels_of(build_sampler(trained_with, name)) == list(range(trained, -1, -1))
 
 
 def test_few_levels_are_equally_far_apart_in_log_snr():
     process = Diffusion(100_000)
     schedule = process.schedule
-    levels = torch.tensor(build_sampler(process, "ddim", 9).levels)
+    levels = torch.tensor(levels_of(build_sampler(process, "ddim", 9)))
     distances = (schedule.alpha2 / schedule.sigma2).log()[levels].diff()
     assert float(distances.max() / distances.min()) < 1.01
-    flow = build_sampler(PROCESSES["flow_matching"](100_000), "euler", 10).levels
-    assert flow == list(range(100_000, -1, -10_000))
+    flow = build_sampler(PROCESSES["flow_matching"](100_000), "euler", 10)
+    assert levels_of(flow) == list(range(100_000, -1, -10_000))
 
 
 @served
@@ -259,6 +288,8 @@ def test_calls_of_the_network_are_counted(process, name, steps):
     random = RandomNumbers(0, torch.arange(2))
     sampler.sample(model, random, LAYOUT, mask, advance=advance)
     expected = {"heun": 2 * steps, "euler": steps - 1}.get(name, steps) + (process == "diffusion")
+    if process == "cosine":
+        expected = 2 * steps - 1 if name == "heun" else steps
     if process == "flow_matching":
         expected = {"heun": 2 * steps - 1, "euler": steps}[name]
         assert min(times) > 0  # where the network of a flow was never trained
@@ -278,7 +309,10 @@ def test_only_random_steps_draw_noise(process, name):
     sampler = build_sampler(PROCESSES[process](10), name)
     mask = torch.ones(1, 3, dtype=torch.bool)
     sampler.sample(lambda x, *others: 0 * x, Counted(0, torch.arange(1)), LAYOUT, mask)
-    assert drawn == ([11, *range(10, -1, -1)] if name == "ancestral" else [11])
+    if process == "cosine":
+        assert drawn == [Stream.START, *(range(9, 0, -1) if name == "ancestral" else ())]
+    else:
+        assert drawn == ([11, *range(10, -1, -1)] if name == "ancestral" else [11])
 
 
 @pytest.mark.parametrize(
@@ -303,6 +337,21 @@ def test_only_random_steps_draw_noise(process, name):
         ("flow_matching", {"eta": 0.5}, "--eta goes with --sampler ddim, not euler"),
         ("diffusion", {"name": "ddim", "eta": 1.5}, "--eta 1.5: expected a number from 0"),
         ("diffusion", {"name": "ddim", "eta": math.nan}, "--eta nan: expected a number from 0"),
+        ("cosine", {"name": "euler"}, "choose ancestral or ddim or dpm++ or heun"),
+        ("cosine", {"steps": 0}, "--steps 0: choose 1 to 1,000,000"),
+        ("cosine", {"steps": 10**12}, "--steps 1000000000000: choose 1 to 1,000,000"),
+        ("cosine", {"spacing": "lgo"}, "unknown spacing 'lgo'; did you mean 'log'"),
+        (
+            "cosine",
+            {"ancestral_positions": True},
+            "--ancestral-positions goes with --sampler dpm++, not ancestral",
+        ),
+        (
+            "flow_matching",
+            {"ancestral_positions": True},
+            "--ancestral-positions goes with --sampler dpm++, not euler",
+        ),
+        ("cosine", {"self_condition_passes": 0}, "--self-condition-passes 0: expected a number"),
     ],
 )
 def test_bad_requests(process, options, message):
@@ -310,19 +359,19 @@ def test_bad_requests(process, options, message):
         build_sampler(PROCESSES[process](20), **options)
 
 
-@pytest.mark.parametrize("process", DEFAULT_SAMPLERS)
+@pytest.mark.parametrize("process", ["diffusion", "flow_matching"])
 def test_spacing_of_levels(process):
     trained_with = PROCESSES[process](400)
     quadratic = build_sampler(trained_with, steps=20, spacing="quadratic")
-    assert quadratic.levels == [(20 - k) ** 2 for k in range(21)]
+    assert levels_of(quadratic) == [(20 - k) ** 2 for k in range(21)]
     assert quadratic.spacing == "quadratic"
     even = build_sampler(trained_with, steps=20, spacing="even")
-    assert even.levels == list(range(400, -1, -20))
+    assert levels_of(even) == list(range(400, -1, -20))
     own = build_sampler(trained_with, steps=20)
     named = build_sampler(trained_with, steps=20, spacing=DEFAULT_SPACINGS[process])
-    assert own.levels == named.levels
+    assert own.visited == named.visited
     assert own.spacing == named.spacing == DEFAULT_SPACINGS[process]
-    assert own.levels != quadratic.levels
+    assert own.visited != quadratic.visited
     assert build_sampler(trained_with, spacing="quadratic").spacing is None  # all levels
 
 

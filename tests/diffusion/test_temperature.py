@@ -14,14 +14,14 @@ import pytest
 import torch
 from states import ExactRandomNumbers, layout_of
 
-from molgen_energy.diffusion.noise import RandomNumbers
+from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.diffusion.process import PROCESSES, Diffusion, FlowMatching
 from molgen_energy.diffusion.samplers import (
     SAMPLERS,
     AncestralSampler,
     build_sampler,
-    noise_levels,
 )
+from molgen_energy.diffusion.spacing import noise_levels
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.errors import InputError
 
@@ -43,6 +43,10 @@ class Linear:
             sigma = float(level) / self.process.steps
             alpha = 1 - sigma
             factor = (sigma - alpha * VARIANCE) / (alpha**2 * VARIANCE + sigma**2)
+        elif self.process.continuous:
+            alpha2 = math.cos((float(time[0]) + 0.008) / 1.008 * math.pi / 2) ** 2
+            alpha2 /= math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+            factor = math.sqrt(1 - alpha2) / (alpha2 * VARIANCE + 1 - alpha2)
         else:
             schedule = self.process.schedule
             alpha2, sigma2 = float(schedule.alpha2[level]), float(schedule.sigma2[level])
@@ -83,7 +87,7 @@ def gains(sampler, temperature):
     top = sampler.process.steps
     alpha_top = math.sqrt(float(sampler.process.schedule.alpha2[top]))
     y = {top + 1: 1 / alpha_top}
-    for t, s in pairwise(sampler.levels):
+    for t, s in pairwise(at.level for at in sampler.visited):
         noise, score = factors(t, ratios, temperature)
         spread = eta * ratios[s] * math.sqrt(1 - (ratios[s] / ratios[t]) ** 2)
         predicted = score * ratios[t] / (VARIANCE + ratios[t] ** 2)
@@ -162,7 +166,8 @@ def test_variance_follows_the_recursion_and_falls_with_the_temperature(of):
         sampler = build_sampler(process, temperature=temperature)
         drawn = sampler.sample(Linear(process), random, LAYOUT, mask)["positions"]
         found.append(float(drawn.square().sum() / (400 * 11 * 3)))
-        expected.append(variance_of(process, sampler.levels, temperature))
+        levels = [at.level for at in sampler.visited]
+        expected.append(variance_of(process, levels, temperature))
     np.testing.assert_allclose(found, expected, rtol=0.05)
     assert found == sorted(found)
     assert expected[0] < 0.75 * expected[3]
@@ -190,12 +195,13 @@ ORDERS = {"dpm++": 5e-3, "heun": 5e-3, "ddim": 2e-2, "euler": 2e-2}
 def test_solvers_converge_to_the_ode_of_the_scaled_score(process, name, value):
     """dy/dr = ε̂/τ = r y/(τ (v + r²)) in the range, so y² ∝ (v + r²)^{1/τ} there."""
     low, high = 0.3, 3.0
-    trained, mask = PROCESSES[process](4000), torch.ones(2, 3, dtype=torch.bool)
+    prediction = "velocity" if process == "flow_matching" else "noise"
+    trained, mask = PROCESSES[process](4000, prediction=prediction), torch.ones(2, 3).bool()
     random = ExactRandomNumbers(2, torch.arange(2))
     temperature = Temperature(value, "score", low, high)
     sampler = build_sampler(trained, name, 1000, temperature=temperature)
     drawn = sampler.sample(Linear(trained), random, LAYOUT, mask)["positions"]
-    start = random.noise(LAYOUT, mask, 4001)["positions"]
+    start = random.noise(LAYOUT, mask, Stream.START if trained.continuous else 4001)["positions"]
     gain2 = VARIANCE + high**2
     gain2 *= ((VARIANCE + low**2) / (VARIANCE + high**2)) ** (1 / value)
     gain2 *= VARIANCE / (VARIANCE + low**2)
@@ -256,9 +262,9 @@ def test_levels_are_in_the_unit_of_the_positions(of):
 
 def test_noise_levels():
     process = Diffusion(50)
-    found = noise_levels(process, layout_of(2, scale=3.0)).numpy()
+    found = noise_levels(process, layout_of(2, scale=3.0), torch.arange(51)).numpy()
     np.testing.assert_allclose(found, 3 * ratios_of(process), rtol=1e-4)
-    flow = noise_levels(FlowMatching(4), LAYOUT)
+    flow = noise_levels(FlowMatching(4), LAYOUT, torch.arange(5))
     torch.testing.assert_close(flow, torch.tensor([0, 1 / 3, 1, 3, math.inf]).double())
 
 
@@ -323,7 +329,12 @@ NO_END = (
 )
 FINAL = "--final-noise 0 scales the noise of steps, and {} adds none; leave it out"
 REFUSED = [
-    ("diffusion", "dpm++", Temperature(0.9), f"{ADDS_NONE}{SCORE} or --sampler ancestral"),
+    (
+        "diffusion",
+        "dpm++",
+        Temperature(0.9),
+        f"{ADDS_NONE}{SCORE} or --ancestral-positions or --sampler ancestral",
+    ),
     (
         "diffusion",
         "ddim",

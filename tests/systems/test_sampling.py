@@ -279,6 +279,7 @@ def test_other_weights_are_refused(checkpoint, tmp_path):
         ("batch size", {"batch_size": 6}),
         ("low precision", {"low_precision": True}),
         ("temperature", {"temperature": Temperature(0.9, "score", 0.3, 2.0)}),
+        ("sampler", {"sampler": "dpm++", "ancestral_positions": True}),
     ],
 )
 def test_another_job_is_refused(checkpoint, tmp_path, name, changed):
@@ -312,6 +313,22 @@ def test_temperature_is_resumed_and_written(checkpoint, tmp_path, suffix):
         assert not np.array_equal(cold.positions, warm.positions)
     else:
         assert len(list(MoleculeReader(tmp_path / f"whole.{suffix}"))) == 30
+
+
+def test_ancestral_positions_are_resumed_and_written(checkpoint, tmp_path):
+    options = {"sampler": "dpm++", "steps": 4, "ancestral_positions": True}
+    draw(checkpoint, tmp_path / "whole.h5", batch_size=5, **options)
+    interrupt(checkpoint, tmp_path / "a.h5", **options)
+    with pytest.raises(InputError, match="ancestral positions True, which cannot change to False"):
+        draw(checkpoint, tmp_path / "a.h5", resume=True, sampler="dpm++", steps=4)
+    draw(checkpoint, tmp_path / "a.h5", resume=True, **options)
+    whole = (tmp_path / "whole.h5").read_bytes()
+    assert (tmp_path / "a.h5").read_bytes() == whole
+    assert b'"ancestral_positions": "yes"' in whole
+    draw(checkpoint, tmp_path / "plain.h5", sampler="dpm++", steps=4)
+    assert b"ancestral_positions" not in (tmp_path / "plain.h5").read_bytes()
+    mixed, plain = read(tmp_path / "whole.h5"), read(tmp_path / "plain.h5")
+    assert not np.array_equal(mixed.positions, plain.positions)
 
 
 def test_a_job_that_was_begun_without_temperature_is_resumed(checkpoint, tmp_path):

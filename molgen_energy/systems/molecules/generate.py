@@ -49,8 +49,8 @@ class MoleculeGenerator:
     sampler
         One of `SAMPLERS`; None is the default of the process.
     steps
-        Steps of the sampler, at most those of the training. None is the number that pretrained
-        weights were evaluated with, else all.
+        Steps of the sampler, at most those of the training unless that has continuous time. None is
+        the number that pretrained weights were evaluated with, else that of the process.
     eta
         Noise of the sampler `ddim`, 0 to 1; None for other samplers.
     spacing
@@ -63,12 +63,17 @@ class MoleculeGenerator:
         Guidance and constraints.
     temperature
         Of noise or score, by levels in Å; None changes nothing.
+    ancestral_positions
+        With the sampler `dpm++`: positions take ancestral steps.
+    self_condition_passes
+        Evaluations of a self-conditioned network for each prediction.
 
     Raises
     ------
     InputError
         The checkpoint is damaged or of another model, a size is below 1, the model has no such
-        condition, or the sampler does not support its process or the temperature.
+        condition or is not self-conditioned, or the sampler does not support its process or an
+        option.
     """
 
     def __init__(
@@ -85,6 +90,8 @@ class MoleculeGenerator:
         condition: Mapping[str, float] | None = None,
         hook: SamplingHook | None = None,
         temperature: Temperature | None = None,
+        ancestral_positions: bool = False,
+        self_condition_passes: int = 1,
     ) -> None:
         self.config = checkpoint.config_as(MoleculeConfig)
         state = checkpoint.state_as(MoleculeState)
@@ -127,7 +134,17 @@ class MoleculeGenerator:
         evaluated_with = state.sampling or SamplingState()
         steps = evaluated_with.steps if steps is None else steps
         spacing = evaluated_with.spacing if spacing is None else spacing
-        self.sampler = build_sampler(process, self.sampler_name, steps, eta, spacing, temperature)
+        self.sampler = build_sampler(
+            process,
+            self.sampler_name,
+            steps,
+            eta,
+            spacing,
+            temperature,
+            ancestral_positions,
+            self_condition_passes,
+        )
+        self.sampler.check_model(self.model)
 
     @property
     def units(self) -> dict[str, str]:

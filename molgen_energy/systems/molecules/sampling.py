@@ -133,6 +133,8 @@ def _job(generator: MoleculeGenerator, count: int, batch_size: int | None) -> Sa
         "spacing": generator.sampler.spacing,
         "eta": generator.sampler.eta,
         **generator.sampler.temperature.options,
+        "ancestral_positions": generator.sampler.ancestral_positions,
+        "self_condition_passes": generator.sampler.self_condition_passes,
         "n_atoms": generator.n_atoms,
         "condition": None if generator.condition is None else dict(generator.condition),
         "low_precision": generator.low_precision,
@@ -352,6 +354,10 @@ def _writer(
     if job.eta is not None:
         origin["eta"] = f"{job.eta:g}"
     origin |= Temperature.from_options(job.model_dump()).provenance()
+    if job.ancestral_positions:
+        origin["ancestral_positions"] = "yes"
+    if job.self_condition_passes != 1:
+        origin["self_condition_passes"] = str(job.self_condition_passes)
     if path.suffix.lower() == ".h5":
         source = f"sampled from {job.origin}, seed {job.seed}"
         return MoleculeWriter(path, source=source, provenance=origin | {"config": config})

@@ -72,6 +72,10 @@ class SamplingJob(Manifest):
     """Å; None is an open end."""
     final_noise: Finite = 1.0
     """Factor of the noise of steps below that range, and of the last noise."""
+    ancestral_positions: bool = False
+    """Whether positions take ancestral steps in the sampler dpm++."""
+    self_condition_passes: Positive = 1
+    """Evaluations of a self-conditioned network for each prediction."""
     units: dict[Text, Annotated[str, Field(max_length=200)]] = Field(default_factory=dict)
     """Of the properties that molecules will have."""
 

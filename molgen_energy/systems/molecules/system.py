@@ -40,8 +40,9 @@ class _MoleculeSampling:
         sampler = generator.sampler
         spacing = "" if sampler.spacing is None else f" of {sampler.spacing} spacing"
         temperature = sampler.temperature.describe()
+        positions = " with ancestral positions" if sampler.ancestral_positions else ""
         self.method = (
-            f"{generator.sampler_name}, {counted(sampler.steps, 'steps')}{spacing}, "
+            f"{generator.sampler_name}{positions}, {counted(sampler.steps, 'steps')}{spacing}, "
             f"{counted(sampler.evaluations, 'network evaluations')} each"
             f"{temperature and ', '}{temperature}"
         )
@@ -72,6 +73,8 @@ class MoleculeSystem(System):
             "spacing": None,
             "eta": None,
             **Temperature().options,
+            "ancestral_positions": False,
+            "self_condition_passes": 1,
             "condition": None,
             "batch_size": None,
             "low_precision": False,
@@ -106,6 +109,8 @@ class MoleculeSystem(System):
             options["spacing"],
             options["condition"],
             temperature=Temperature.from_options(options),
+            ancestral_positions=options["ancestral_positions"],
+            self_condition_passes=options["self_condition_passes"],
         )
         return _MoleculeSampling(generator, options["count"], options["batch_size"])
 

@@ -1,0 +1,141 @@
+"""The noise levels that a sampler visits, from noise to data.
+
+Of a process with levels t = 0 … T, a sampler with S steps visits S + 1, T first and 0 last. In
+continuous time it visits S times, and the clean prediction at the last one is the sample. They are
+equally far apart in log(σ/α), in t or in √t.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from molgen_energy.diffusion.process import CosineDiffusion, Diffusion, Process
+from molgen_energy.diffusion.state import Layout
+from molgen_energy.errors import InputError, unknown_name
+
+SPACINGS = ("log", "even", "quadratic")
+"""The visited levels are equally far apart in log(σ/α), in t, or in √t."""
+
+# With exact scores, equal steps in log(σ/α) are best for few steps of a diffusion: every sampler
+# here comes closer to the data than with even or quadratic spacing. JODO's times are even.
+DEFAULT_SPACINGS = {"diffusion": "log", "flow_matching": "even", "cosine": "even"}
+"""By the process that the denoiser was trained with."""
+
+FIRST_TIME, LAST_TIME = 0.9946, 1e-3
+"""Of samplers in continuous time; those of JODO (Huang et al., 2023, arXiv:2305.12347)."""
+MOST_STEPS = 1_000_000
+"""Of samplers in continuous time."""
+
+
+class VisitedLevel(NamedTuple):
+    """A noise level that a sampler visits."""
+
+    level: float
+    """Number of the level, an integer; in continuous time the time."""
+    alpha2: float
+    """α²."""
+    sigma2: float
+    """σ²."""
+    stream: int
+    """Number of the random noise of the step that starts there; differs among the visited."""
+
+
+def visited_levels(
+    process: Process, steps: int, spacing: str | None = None
+) -> tuple[list[VisitedLevel], str | None]:
+    """The levels that a sampler visits, and their spacing, None if these are all levels.
+
+    Parameters
+    ----------
+    process
+        The process of the training.
+    steps
+        S.
+    spacing
+        One of `SPACINGS`; None takes the default of the process.
+
+    Raises
+    ------
+    InputError
+        S is out of range, or the spacing is not defined for the process.
+    """
+    most = MOST_STEPS if process.continuous else process.steps
+    if not 1 <= steps <= most:
+        why = "" if process.continuous else f"the network was trained with {most:,} steps; "
+        raise InputError(f"--steps {steps}: {why}choose 1 to {most:,}")
+    valid = [name for name in SPACINGS if name != "log" or process.name != "flow_matching"]
+    if spacing is not None and spacing not in valid:
+        raise InputError(unknown_name("spacing", spacing, valid))
+    spacing = DEFAULT_SPACINGS[process.name] if spacing is None else spacing
+    if isinstance(process, CosineDiffusion):
+        times = spaced_times(process, steps, spacing)
+        return [
+            VisitedLevel(time, *process.squares(time), steps - 1 - place)
+            for place, time in enumerate(times)
+        ], spacing
+    levels = spaced_levels(_places(process, spacing), steps)
+    visited = [VisitedLevel(level, *process.squares(level), level) for level in levels]
+    return visited, None if steps == process.steps else spacing
+
+
+def _places(process: Process, spacing: str) -> Tensor:
+    """The quantity in which levels are equally far apart, at each level, (T+1,) float64."""
+    if spacing == "log":
+        assert isinstance(process, Diffusion)
+        return (process.schedule.sigma2 / process.schedule.alpha2).log() / 2
+    times = torch.arange(process.steps + 1, dtype=torch.float64)
+    return times.sqrt() if spacing == "quadratic" else times
+
+
+def spaced_levels(places: Tensor, steps: int) -> list[int]:
+    """S + 1 of the levels, T first and 0 last, about equally far apart.
+
+    Where several would round to the same level, the next free ones are used, so that all differ.
+
+    Parameters
+    ----------
+    places
+        The quantity that is evenly spaced, at each level, ascending, (T+1,) float64.
+    steps
+        S, 1 to T.
+    """
+    top = len(places) - 1
+    wanted = torch.linspace(float(places[0]), float(places[-1]), steps + 1, dtype=torch.float64)
+    above = torch.searchsorted(places, wanted).clamp(1, top)
+    nearer_below = wanted - places[above - 1] < places[above] - wanted
+    # At least k levels are below the k-th chosen one, and S − k above.
+    k = torch.arange(steps + 1)
+    levels = torch.cummax(above - nearer_below.long() - k, dim=0).values + k
+    levels = torch.minimum(levels, top - steps + k)
+    return [int(level) for level in levels.flip(0)]
+
+
+def spaced_times(process: CosineDiffusion, steps: int, spacing: str) -> list[float]:
+    """S times, `FIRST_TIME` to `LAST_TIME`, equally far apart; for S = 1 the first."""
+    first, last = FIRST_TIME, LAST_TIME
+    squares = map(process.squares, (first, last))
+    if spacing == "log":
+        first_snr, last_snr = (math.log(alpha2 / sigma2) for alpha2, sigma2 in squares)
+        times = process.schedule.time(_evenly(first_snr, last_snr, steps))
+    elif spacing == "quadratic":
+        times = _evenly(math.sqrt(first), math.sqrt(last), steps).square()
+    else:
+        times = _evenly(first, last, steps)
+    return [first, *times[1:-1].tolist(), last][:steps]
+
+
+def _evenly(first: float, last: float, count: int) -> Tensor:
+    return torch.linspace(first, last, count, dtype=torch.float64)
+
+
+def noise_levels(process: Process, layout: Layout, level: Tensor) -> Tensor:
+    """σ/α in the unit of the positions at levels (any shape), float64.
+
+    At t = 1 of flow matching it is infinite.
+    """
+    ratios = process.sigma(level).double() / process.alpha(level).double()
+    return ratios * layout.fields["positions"].scale
