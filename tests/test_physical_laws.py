@@ -13,12 +13,14 @@ import pytest
 import torch
 from conftest import dense_orders, padded_batch
 from scipy.spatial.transform import Rotation
-from states import layout_of, on_atoms
+from states import CALLS, layout_of, network
+from states import inputs_of as network_inputs
 from torch.autograd import forward_ad
 
 from molgen_energy.diffusion.noise import RandomNumbers
 from molgen_energy.diffusion.process import PROCESSES
 from molgen_energy.diffusion.samplers import SAMPLERS, build_sampler
+from molgen_energy.diffusion.state import State, pairs_inside
 from molgen_energy.losses import (
     EDGES,
     LOSSES,
@@ -39,7 +41,7 @@ from molgen_energy.losses import (
 from molgen_energy.losses.energy import Rest, SpringsAt
 from molgen_energy.losses.spin import LabelledLossConfig
 from molgen_energy.losses.symmetry import automorphisms
-from molgen_energy.models import MODELS, SHAPE_MODELS, SPIN_MODELS
+from molgen_energy.models import SHAPE_MODELS, SPIN_MODELS
 
 
 def energy_sections():
@@ -801,79 +803,119 @@ def test_mse_is_the_energy_of_springs_to_far_anchors(pair):
     torch.testing.assert_close(energy * (n + 3) / n, squared, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "again"), CALLS)
 class TestModels:
-    def inputs(self, molecules, name):
-        target, mask = padded_batch(molecules.select(np.arange(0, 2000, 300)), torch.float32)
+    def inputs(self, molecules, name, again, dtype=torch.float32):
+        positions, mask = padded_batch(molecules.select(np.arange(0, 2000, 300)), dtype)
         torch.manual_seed(0)
-        model = MODELS[name](layout_of(6), layers=2, width=16)
-        features = torch.randn(*mask.shape, 6)
-        noisy = torch.cat([target, torch.where(mask[..., None], features, torch.nan)], dim=-1)
-        return model, noisy, torch.rand(len(mask)), mask
+        model = network(name, 32).to(dtype)
+        return model, network_inputs(model, positions, mask, self_condition=again)
 
-    def test_permuting_atoms_permutes_the_result(self, molecules, name):
-        model, noisy, time, mask = self.inputs(molecules, name)
-        order = torch.randperm(mask.shape[1])
-        straight = on_atoms(model, noisy, time, mask)[:, order]
-        torch.testing.assert_close(on_atoms(model, noisy[:, order], time, mask[:, order]), straight)
+    def test_permuting_atoms_permutes_the_result(self, molecules, name, again):
+        model, inputs = self.inputs(molecules, name, again)
+        order = torch.randperm(inputs.mask.shape[1])
 
-    def test_padding_has_no_effect(self, molecules, name):
-        model, noisy, time, mask = self.inputs(molecules, name)
-        together = on_atoms(model, noisy, time, mask)
-        assert (together[~mask] == 0).all()
-        for k in range(len(mask)):
-            n = int(mask[k].sum())
-            alone = on_atoms(model, noisy[k : k + 1, :n], time[k : k + 1], mask[k : k + 1, :n])
-            torch.testing.assert_close(together[k : k + 1, :n], alone)
+        def permuted(state):
+            atoms = {domain: values[:, order] for domain, values in state.tensors.items()}
+            values = {d: v[:, :, order] if d == "pair" else v for d, v in atoms.items()}
+            return State(state.layout, state.mask[:, order], values)
 
-    def test_position_noise_has_zero_mean(self, molecules, name):
-        model, noisy, time, mask = self.inputs(molecules, name)
-        sums = on_atoms(model, noisy, time, mask)[..., :3].sum(dim=1)
+        moved = inputs.map(permuted)._replace(mask=inputs.mask[:, order])
+        for ours, expected in alike(model(*moved), permuted(model(*inputs))):
+            torch.testing.assert_close(ours, expected)
+
+    def test_padding_has_no_effect(self, molecules, name, again):
+        model, inputs = self.inputs(molecules, name, again)
+        together = model(*inputs)
+        assert_zero_outside(together)
+        for k, n in enumerate(inputs.mask.sum(dim=1).tolist()):
+            alone = inputs.select(slice(k, k + 1), n)
+            part = inputs._replace(state=together).select(slice(k, k + 1), n).state
+            for ours, expected in alike(part, model(*alone)):
+                torch.testing.assert_close(ours, expected)
+
+    def test_positions_have_zero_mean(self, molecules, name, again):
+        model, inputs = self.inputs(molecules, name, again)
+        sums = model(*inputs)["positions"].sum(dim=1)
         torch.testing.assert_close(sums, torch.zeros_like(sums), rtol=0, atol=1e-5)
 
-    def test_gradient_is_finite(self, molecules, name):
-        model, noisy, time, mask = self.inputs(molecules, name)
-        on_atoms(model, noisy, time, mask).square().sum().backward()
-        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    def test_pairs_are_symmetric(self, molecules, name, again):
+        model, inputs = self.inputs(molecules, name, again)
+        result = model(*inputs)
+        for field in model.layout.fields.values():
+            if field.projection == "symmetric":
+                assert torch.equal(result[field.name], result[field.name].transpose(1, 2))
 
-    def test_low_precision_is_the_same_function(self, molecules, name):
-        model, noisy, time, mask = self.inputs(molecules, name)
-        exact = on_atoms(model, noisy, time, mask)
+    def test_gradient_is_finite(self, molecules, name, again):
+        model, inputs = self.inputs(molecules, name, again)
+        sum(values.square().sum() for values in model(*inputs).tensors.values()).backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(torch.isfinite(grad).all() for grad in grads)
+
+    def test_gradient_is_finite_at_coincident_atoms(self, molecules, name, again):
+        model, inputs = self.inputs(molecules, name, again)
+        for state in (inputs.state, inputs.self_condition):
+            if state is not None:
+                state.atoms[:, 1, :3] = state.atoms[:, 0, :3]
+        atoms = torch.nan_to_num(inputs.state.atoms).requires_grad_()
+        result = model(*inputs._replace(state=inputs.state.with_atoms(atoms)))
+        sum(values.square().sum() for values in result.tensors.values()).backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(torch.isfinite(grad).all() for grad in [*grads, atoms.grad])
+
+    def test_low_precision_is_the_same_function(self, molecules, name, again):
+        model, inputs = self.inputs(molecules, name, again)
+        exact = model(*inputs)
         model.low_precision = True
-        rough = on_atoms(model, noisy, time, mask)
-        assert rough.dtype == torch.float32
-        assert (rough - exact).norm() / exact.norm() < 0.02
+        for rough, expected in alike(model(*inputs), exact):
+            assert rough.dtype == torch.float32
+            assert (rough - expected).norm() / expected.norm() < 0.02
 
     @pytest.mark.parametrize("mirror", [1, -1])
-    def test_equivariant_or_not(self, molecules, name, mirror):
+    def test_equivariant_or_not(self, molecules, name, again, mirror):
         """In float64 at random weights, large ones too: a motion of the input is one of the output.
 
         A model that does not claim it must not have it either.
         """
-        model, noisy, time, mask = self.inputs(molecules, name)
-        model, noisy, time = model.double(), noisy.double(), time.double()
+        model, inputs = self.inputs(molecules, name, again, torch.float64)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(2)
         rotation = mirror * torch.from_numpy(Rotation.random(random_state=3).as_matrix())
 
-        def turned(x):
-            return torch.cat([x[..., :3] @ rotation.T, x[..., 3:]], dim=-1)
+        def turned(state):
+            return state.replace(positions=state["positions"] @ rotation.T)
 
-        moved = turned(noisy)
-        moved[..., :3] += torch.tensor([1.0, -2.0, 3.0])
-        result, expected = (
-            on_atoms(model, moved, time, mask),
-            turned(on_atoms(model, noisy, time, mask)),
-        )
-        error = float(((result - expected).norm() / expected.norm()).detach())
+        def moved(state):
+            shift = torch.tensor([1.0, -2.0, 3.0])
+            return turned(state).replace(positions=turned(state)["positions"] + shift)
+
+        result, expected = model(*inputs.map(moved)), turned(model(*inputs))
+        errors = [
+            (ours - others).norm() / others.norm() for ours, others in alike(result, expected)
+        ]
+        error = float(max(errors).detach())
         assert error < 1e-11 if model.equivariant else error > 1e-3
 
-    def test_single_atom(self, molecules, name):
-        model = MODELS[name](layout_of(6), layers=2, width=16)
-        mask = torch.ones(1, 1, dtype=torch.bool)
-        result = on_atoms(model, torch.randn(1, 1, 9), torch.rand(1), mask)
-        assert torch.isfinite(result).all()
+    @pytest.mark.parametrize("atoms", [1, 2])
+    def test_few_atoms(self, name, again, atoms):
+        torch.manual_seed(0)
+        model, mask = network(name, 32), torch.ones(1, atoms, dtype=torch.bool)
+        positions = torch.randn(1, atoms, 3)
+        result = model(*network_inputs(model, positions, mask, self_condition=again))
+        assert all(torch.isfinite(values).all() for values in result.tensors.values())
+
+
+def alike(ours: State, others: State):
+    """The tensors of two states, side by side."""
+    assert list(ours.tensors) == list(others.tensors)
+    return zip(ours.tensors.values(), others.tensors.values(), strict=True)
+
+
+def assert_zero_outside(state: State):
+    for domain, values in state.tensors.items():
+        inside = {"atom": state.mask, "pair": pairs_inside(state.mask)}[domain]
+        assert (values[~inside] == 0).all()
 
 
 class BestNoise:

@@ -389,7 +389,9 @@ class JODOLayer(nn.Module):
             )
             for block in pairs.blocks
         ]
-        weights = torch.cat([adjacency_weights, pairs.softmax(torch.cat(logits).float())], dim=-1)
+        # Of bfloat16 in float32, of others as they are.
+        learned = torch.cat(logits).to(adjacency_weights.dtype)
+        weights = torch.cat([adjacency_weights, pairs.softmax(learned)], dim=-1)
         attended = torch.zeros_like(value)
         for block in pairs.blocks:
             attended[block.atoms] += pairs.compute(
@@ -409,12 +411,13 @@ class JODOLayer(nn.Module):
             ],
             dim=1,
         )
-        return both.view(*both.shape[:2], self.learned, -1).sum(dim=-1)
+        return both.unflatten(-1, (self.learned, self.query.out_features // self.learned)).sum(-1)
 
     def _messages(self, value: Tensor, weights: Tensor, edges: Tensor, block: _Block) -> Tensor:
         """Sums over the pairs of a block, for its atoms."""
-        factor = torch.tanh(self.edge_value(edges)).view(len(edges), self.heads, -1)
-        values = value.view(len(value), self.heads, -1)
+        shape = self.heads, self.value.out_features // self.heads
+        factor = torch.tanh(self.edge_value(edges)).unflatten(-1, shape)
+        values = value.unflatten(-1, shape)
         weights = weights.to(values.dtype)[..., None]
         total = torch.zeros_like(value)
         for direction, (i, j) in enumerate(
@@ -601,7 +604,7 @@ class JODO(Denoiser):
             edges = self.embed_edges(torch.cat([kinds, predicted], dim=-1))
             edges = edges + self.embed_distances(basis)
             adjacency = self._adjacency(predicted, squares)
-        logits = torch.where(adjacency > 0, 1.0, _NOT_ADJACENT)
+        logits = torch.where(adjacency > 0, 1.0, _NOT_ADJACENT).to(adjacency)
         weights = pairs.softmax(torch.stack([logits, logits], dim=1))
         node_states, edge_states = [h], [edges]
         for layer, node_readout, edge_readout in zip(

@@ -1,17 +1,19 @@
-"""The networks against their textbook formulas: a list of pairs, and PyTorch's own gradients."""
+"""The networks against their textbook formulas, and PyTorch's own gradients of them."""
 
 from __future__ import annotations
 
 import gc
 
 import pytest
+import textbook_jodo
 import torch
 from conftest import padded_batch
-from states import layout_of, on_atoms
+from states import CALLS, Inputs, inputs_of, layout_of, network, on_atoms
 from torch import nn
 from torch.nn import functional as F
 
-from molgen_energy.models import EDM, GDM, MODELS, GDMPairs, pair_network
+from molgen_energy.diffusion.state import State
+from molgen_energy.models import EDM, GDM, JODO, MODELS, GDMPairs, jodo, pair_network
 from molgen_energy.models.pair_network import PairNetwork
 
 
@@ -89,9 +91,22 @@ def textbook(model: nn.Module, noisy, time):
     return torch.cat([shift - shift.mean(dim=0), features], dim=1)
 
 
+def textbook_state(model: nn.Module, inputs: Inputs) -> State:
+    """What a network is to predict for every molecule of a batch."""
+    if isinstance(model, JODO):
+        return textbook_jodo.predicted(model, inputs.state, inputs.time, inputs.self_condition)
+    result = torch.zeros_like(inputs.state.atoms)
+    for k, n in enumerate(inputs.mask.sum(dim=1).tolist()):
+        result[k, :n] = textbook(model, inputs.state.atoms[k, :n], inputs.time[k])
+    return inputs.state.with_atoms(result)
+
+
+WIDTH = 32
+
+
 def small(name, seed=0, **options):
     torch.manual_seed(seed)
-    model = MODELS[name](layout_of(6), layers=2, width=12, **options).double()
+    model = network(name, WIDTH, **options).double()
     with torch.no_grad():
         for parameter in model.parameters():  # so that EDM's shifts are not near zero
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -100,58 +115,81 @@ def small(name, seed=0, **options):
 
 @pytest.fixture
 def batch(molecules):
-    positions, mask = padded_batch(molecules.select(torch.arange(0, 2000, 400).numpy()))
-    torch.manual_seed(1)
-    features = torch.randn(*mask.shape, 6).double()
-    noisy = torch.cat([positions, torch.where(mask[..., None], features, torch.nan)], dim=-1)
-    return noisy, torch.rand(len(mask)).double(), mask
+    return padded_batch(molecules.select(torch.arange(0, 2000, 400).numpy()))
 
 
 # Blocks of all molecules, of several, of one, and of a part of one; with and without the memory
 # that saves a product. Numbers in a block, and bytes that may be kept.
-CUTS = [(1 << 18, 1 << 28), (12 * 29 * 29 * 2, 1 << 28), (12 * 29 * 8, 1 << 28), (12 * 29 * 8, 0)]
+CUTS = [
+    (1 << 18, 1 << 28),
+    (WIDTH * 29 * 29 * 2, 1 << 28),
+    (WIDTH * 29 * 8, 1 << 28),
+    (WIDTH * 29 * 8, 0),
+]
 
 
-@pytest.mark.parametrize("normalization", [1.0, 7.0])
+def cut_into(monkeypatch, numbers, kept):
+    """Limit blocks to so many numbers, and what layers keep to so many bytes."""
+    monkeypatch.setattr(pair_network, "_BLOCK_PER_THREAD", numbers)
+    monkeypatch.setattr(jodo, "_BLOCK_CPU", numbers)
+    for module in (pair_network, jodo):
+        monkeypatch.setattr(module, "_KEPT_CPU", kept)
+
+
+def weighted(state: State, weights: State) -> torch.Tensor:
+    """Σ w·x over the values of all fields."""
+    return sum((state.tensors[d] * weights.tensors[d]).sum() for d in state.tensors)
+
+
+def variants():
+    """Networks, what they get, and divisors of sums over neighbours where they have one."""
+    divided = [n for n in MODELS if "normalization" in MODELS[n].Config.model_fields]
+    plain = [(name, again, {}) for name, again in CALLS]
+    return plain + [(name, False, {"normalization": 7.0}) for name in divided]
+
+
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("name", MODELS)
-def test_value_and_gradient_are_the_textbooks(monkeypatch, batch, name, cut, normalization):
-    monkeypatch.setattr(pair_network, "_BLOCK_PER_THREAD", cut[0])
-    monkeypatch.setattr(pair_network, "_KEPT_CPU", cut[1])
-    noisy, time, mask = batch
-    model = small(name, normalization=normalization)
-    parameters = list(model.parameters())
-    weight = torch.randn(noisy.shape).double()
-    ours = on_atoms(model, noisy, time, mask)
-    gradients = torch.autograd.grad((ours * weight).sum(), parameters)
-    theirs = torch.zeros_like(ours)
-    for k, n in enumerate(mask.sum(dim=1).tolist()):
-        theirs[k, :n] = textbook(model, noisy[k, :n], time[k])
-    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-    expected = torch.autograd.grad((theirs * weight).sum(), parameters)
-    for (label, _), gradient, exact in zip(
-        model.named_parameters(), gradients, expected, strict=True
-    ):
-        error = (gradient - exact).norm() / exact.norm()
-        assert error < 1e-10, label
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_gradient_of_the_input(batch, name):
-    noisy, time, mask = batch
-    noisy = torch.where(mask[..., None], noisy, 0)[:2].requires_grad_()
-    model = small(name)
-    assert torch.autograd.gradcheck(
-        lambda x: on_atoms(model, x, time[:2], mask[:2]), noisy, fast_mode=True
+@pytest.mark.parametrize(("name", "again", "options"), variants())
+def test_value_and_gradient_are_the_textbooks(monkeypatch, batch, name, again, options, cut):
+    cut_into(monkeypatch, *cut)
+    model = small(name, **options)
+    inputs = inputs_of(model, *batch, self_condition=again)
+    parameters = dict(model.named_parameters())
+    ours, theirs = model(*inputs), textbook_state(model, inputs)
+    weights = ours.map(torch.randn_like)
+    gradients, expected = (
+        torch.autograd.grad(
+            weighted(state, weights), list(parameters.values()), materialize_grads=True
+        )
+        for state in (ours, theirs)
     )
+    for domain, values in theirs.tensors.items():
+        torch.testing.assert_close(ours.tensors[domain], values, rtol=1e-10, atol=1e-10)
+    for label, gradient, exact in zip(parameters, gradients, expected, strict=True):
+        assert (gradient - exact).norm() <= 1e-10 * exact.norm(), label
+
+
+@pytest.mark.parametrize(("name", "again"), CALLS)
+def test_gradient_of_the_input(batch, name, again):
+    positions, mask = batch
+    model = small(name)
+    inputs = inputs_of(model, positions[:2], mask[:2], self_condition=again)
+    domains = list(inputs.state.tensors)
+    values = [torch.nan_to_num(v).requires_grad_() for v in inputs.state.tensors.values()]
+
+    def function(*values):
+        state = State(model.layout, inputs.mask, dict(zip(domains, values, strict=True)))
+        return tuple(model(*inputs._replace(state=state)).tensors.values())
+
+    assert torch.autograd.gradcheck(function, values, fast_mode=True)
 
 
 def test_cuts_are_what_they_are_meant_to_be(monkeypatch):
-    """Of the cuts above, on 29 atoms and width 12 with one thread."""
+    """Of the cuts above, on 29 atoms with one thread."""
     counts = []
     for numbers, _ in CUTS:
         monkeypatch.setattr(pair_network, "_BLOCK_PER_THREAD", numbers // torch.get_num_threads())
-        blocks = list(pair_network._blocks(5, 29, 12, torch.device("cpu")))
+        blocks = list(pair_network._blocks(5, 29, WIDTH, torch.device("cpu")))
         covered = torch.zeros(5, 29)
         for block in blocks:
             covered[block] += 1
@@ -186,28 +224,32 @@ def test_what_is_kept_goes_with_the_backward_pass():
         loss.backward()
 
 
-@pytest.mark.parametrize("cut", [(1 << 18, 1 << 28), (12 * 29 * 8, 0)])
-@pytest.mark.parametrize("name", MODELS)
-def test_low_precision_gradient_points_the_same_way(monkeypatch, batch, name, cut):
-    monkeypatch.setattr(pair_network, "_BLOCK_PER_THREAD", cut[0])
-    monkeypatch.setattr(pair_network, "_KEPT_CPU", cut[1])
-    noisy, time, mask = batch
+@pytest.mark.parametrize("cut", [CUTS[0], CUTS[-1]])
+@pytest.mark.parametrize(("name", "again"), CALLS)
+def test_low_precision_gradient_points_the_same_way(monkeypatch, batch, name, again, cut):
+    cut_into(monkeypatch, *cut)
     model = small(name)
-    loss = lambda m, *x: on_atoms(m, *x).square().sum()  # noqa: E731
-    exact = torch.autograd.grad(loss(model, noisy, time, mask), list(model.parameters()))
+    inputs = inputs_of(model, *batch, self_condition=again)
+    parameters = list(model.parameters())
+
+    def gradient(inputs):
+        values = sum(v.square().sum() for v in model(*inputs).tensors.values())
+        parts = torch.autograd.grad(values, parameters, materialize_grads=True)
+        return torch.cat([part.double().flatten() for part in parts])
+
+    exact = gradient(inputs)
     model.float().low_precision = True
-    values = loss(model, noisy.float(), time.float(), mask)
-    rough = torch.autograd.grad(values, list(model.parameters()))
-    a, b = (torch.cat([g.double().flatten() for g in gs]) for gs in (exact, rough))
-    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.999
+    rough = gradient(inputs.to(torch.float32))
+    assert F.cosine_similarity(exact, rough, dim=0) > 0.999
 
 
 def test_sizes_are_the_papers():
-    models = {name: model(layout_of(6)) for name, model in MODELS.items()}
-    count = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    assert count["gdm"] == 3_555_602
-    assert count["gdm_pairs"] == 5_047_130  # not the paper's
-    assert count["edm"] == 5_339_663  # the readout lacks EDM's unused channel of time
+    def count(model):
+        return sum(p.numel() for p in model(layout_of(6)).parameters())
+
+    assert count(GDM) == 3_555_602
+    assert count(GDMPairs) == 5_047_130  # not the paper's
+    assert count(EDM) == 5_339_663  # the readout lacks EDM's unused channel of time
 
 
 def test_edm_does_not_move_a_lone_atom():
