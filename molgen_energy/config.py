@@ -232,8 +232,8 @@ class TrainingConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     clip_gradients: bool = True
     max_gradient_norm: PositiveFloat | None = None
-    """The bound of `clip_gradients`, which recent steps determine, is never above this; null sets no
-    limit. JODO has 10 for QM9 and 20 for GEOM-Drugs."""
+    """The bound of `clip_gradients`, which recent steps determine, is never above this; null sets
+    no limit. JODO has 10 for QM9 and 20 for GEOM-Drugs."""
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     initial_weights: str | None = None
     """A run, a checkpoint, or the name of pretrained weights, whose EMA weights training starts

@@ -202,6 +202,8 @@ def pairs_inside(mask: Tensor) -> Tensor:
     return mask[:, :, None] & mask[:, None, :] & distinct
 
 
+# A dataclass, since DistributedDataParallel finds the tensors of a result in fields alone.
+@dataclass(init=False, repr=False, eq=False)
 class State:
     """The values of all fields of a batch of samples.
 
@@ -219,6 +221,9 @@ class State:
     """
 
     __slots__ = ("layout", "mask", "tensors")
+    layout: Layout
+    mask: Tensor
+    tensors: dict[Domain, Tensor]
 
     def __init__(self, layout: Layout, mask: Tensor, tensors: Mapping[Domain, Tensor]) -> None:
         self.layout, self.mask, self.tensors = layout, mask, dict(tensors)

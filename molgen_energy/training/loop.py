@@ -431,9 +431,7 @@ class _Trainer:
             if world_size() > 1:
                 # Some weights of a self-conditioned network have no gradient in half of the steps.
                 unused = bool(getattr(self.task.model, "self_conditioned", False))
-                self.model = DistributedDataParallel(
-                    self.task.model, find_unused_parameters=unused
-                )
+                self.model = DistributedDataParallel(self.task.model, find_unused_parameters=unused)
             for batch in self._batches():
                 stop = self._step(batch, interrupted)
                 row_samples += len(batch)

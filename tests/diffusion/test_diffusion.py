@@ -100,7 +100,7 @@ def test_cosine_schedule():
     angle = np.longdouble(np.pi) / 2 * (time + np.longdouble(0.008)) / np.longdouble(1.008)
     start = np.longdouble(np.pi) / 2 * np.longdouble(0.008) / np.longdouble(1.008)
     alpha = np.cos(angle) / np.cos(start)
-    sigma = np.sqrt((np.cos(start) ** 2 - np.cos(angle) ** 2)) / np.cos(start)
+    sigma = np.sqrt(np.cos(start) ** 2 - np.cos(angle) ** 2) / np.cos(start)
     found = schedule.alpha(torch.from_numpy(time)), schedule.sigma(torch.from_numpy(time))
     np.testing.assert_allclose(found[0][:-1], alpha[:-1].astype(float), rtol=1e-11)
     np.testing.assert_allclose(found[1], sigma.astype(float), rtol=1e-9, atol=1e-12)

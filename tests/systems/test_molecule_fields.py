@@ -73,6 +73,7 @@ def rich_file(rich, tmp_path_factory) -> Path:
 
 
 STATISTICS = MoleculeStatistics((1, 6, 7, 8, 9), (-1, 2), aromatic=True)
+SIGNED = ScalesConfig(bonds=1.0, signed=True)
 
 
 def test_every_field_there_and_back(rich):
@@ -101,6 +102,34 @@ def test_every_field_there_and_back(rich):
         index, order = chosen.bonds.index[one], chosen.bonds.order[one]
         assert ours == {(*sorted(map(int, i)), int(o)) for i, o in zip(index, order, strict=True)}
     assert (found["bond_orders"].diagonal(dim1=1, dim2=2) == 0).all()
+
+
+def test_bonds_are_jodos_compressed_edges():
+    """Whether there is a bond, a third of its order, whether it is aromatic; as −1 … 1."""
+    field = build_layout(("positions", "bonds"), SIGNED, STATISTICS).fields["bonds"]
+    orders = torch.tensor([0, 1, 2, 3, AROMATIC]).view(5, 1, 1)
+    encoded = field.encode({"bond_orders": orders, "positions": torch.zeros(1)})
+    expected = [[-1, -1, -1], [1, -1 / 3, -1], [1, 1 / 3, -1], [1, 1, -1], [1, -1, 1]]
+    torch.testing.assert_close(encoded.view(5, 3), torch.tensor(expected))
+    # Existence, order and kind of doubtful bonds: limits ½, and ½, 1.5 and 2.5 of the order.
+    values = [
+        ([0.49, 1.0, 0.0], 0), ([0.5, 0.34, 0.0], 1), ([0.9, 0.16, 0.4], 0),
+        ([0.9, 0.17, 0.9], 1), ([0.9, 0.16, 0.5], AROMATIC), ([0.9, 0.51, 0.9], 2),
+        ([0.9, 2.0, 0.0], 3), ([0.4, 0.0, 1.0], 0),
+    ]  # fmt: skip
+    pair = torch.zeros(len(values), 2, 2, 3)
+    pair[:, 0, 1] = pair[:, 1, 0] = 2 * torch.tensor([v for v, _ in values]) - 1
+    decoded = field.decode(pair)["bond_orders"]
+    assert decoded[:, 0, 1].tolist() == decoded[:, 1, 0].tolist() == [o for _, o in values]
+
+
+def test_signed_elements():
+    field = build_layout(("positions", "elements"), SIGNED, STATISTICS).fields["elements"]
+    numbers = torch.tensor([[6, 9]])
+    encoded = field.encode({"atomic_numbers": numbers, "positions": torch.zeros(1)})
+    expected = torch.tensor([[[-1, 1, -1, -1, -1], [-1, -1, -1, -1, 1]]]) / 4
+    torch.testing.assert_close(encoded, expected)
+    assert torch.equal(field.decode(encoded)["atomic_numbers"], numbers.to(torch.uint8))
 
 
 def test_decoded_values_stay_within_those_of_the_data():

@@ -1,10 +1,11 @@
-"""JODO's training: dropout, its loss in float64, published weights, other elements and bad input."""
+"""JODO's training: dropout, its loss in float64, published weights, other data and bad input."""
 
 from __future__ import annotations
 
 import os
 import signal
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -162,9 +163,7 @@ def test_the_objective_is_jodos(bonded, name):
 
     loss = KabschError(align="noisy") if name == "kabsch" else PairwiseEnergy("inverse", 3.7)
     weights = Weights(1.0, {"elements": 0.25, "formal_charges": 0.25, "bonds": 0.1})
-    objective = Objective(
-        CosineDiffusion(), loss, weights, weighting="clean", reduction="sum"
-    )
+    objective = Objective(CosineDiffusion(), loss, weights, weighting="clean", reduction="sum")
     found = objective(model, clean, random)
     times = CosineDiffusion().draw_levels(objective.timesteps.draw(random)).numpy()
     assert len(seen) == 1
@@ -212,7 +211,7 @@ def test_training_makes_as_many_predictions_as_are_set(data, passes):
     task.loss(task.model, task.epoch(0)[0], 0)
     assert [grad for _, _, grad in calls] == [False] * passes + [True]
     assert calls[0][0] is None
-    for (_, result, _), (previous, _, _) in zip(calls, calls[1:], strict=False):
+    for (_, result, _), (previous, _, _) in pairwise(calls):
         torch.testing.assert_close(previous.atoms, result.atoms, rtol=0, atol=1e-5)
 
 
