@@ -162,7 +162,8 @@ def _modulated(values: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     if shift.numel() == width.numel():
         one_row = (part.flatten().to(values.dtype) for part in (scale, shift))
         return F.layer_norm(values, width, *one_row, eps=1e-6)
-    return torch.addcmul(shift, F.layer_norm(values, width, eps=1e-6), scale)
+    # The gradient of `addcmul` takes two more products.
+    return F.layer_norm(values, width, eps=1e-6) * scale + shift
 
 
 def _parts(modulation: Tensor, count: int) -> list[Tensor]:
