@@ -4,6 +4,7 @@
     python benchmarks/compare_losses.py data --seeds 0,1 --set model.width=64 --steps 6400
     python benchmarks/compare_losses.py parts --rows mse,energy --front "-n 2000 --at-fcd 3,4"
     python benchmarks/compare_losses.py torsions --dry-run      # only print the commands
+    python benchmarks/compare_losses.py jodo --config qm9_jodo_cpu --data qm9.h5 --steps 2400
 
 Each row of a plan is trained once for each seed, --jobs runs at a time with one thread each. Then
 `front.py` draws and compares. Runs stay in --work and are named after what they are trained with,
@@ -100,6 +101,14 @@ PLANS: dict[str, tuple[Row, ...]] = {
             {"chirality": 0.1},
             {"torsion": 0.1, "chirality": 0.1},
         )
+    ),
+    # Of a network that generates bonds: --config qm9_jodo_cpu, or qm9_jodo.
+    "jodo": (
+        Row("original", {"loss.name": "kabsch", "loss.align": "noisy"}),
+        *(
+            Row(family, {**ENERGY, "loss.springs.family": family, "loss.springs.scale": "jodo"})
+            for family in ("inverse", "exponential", "constant")
+        ),
     ),
 }
 
