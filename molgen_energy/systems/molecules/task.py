@@ -152,7 +152,7 @@ class MoleculeTask:
             config = config.replaced(
                 {"data.in_memory": broadcast(_in_memory(config, summary, columns, device))}
             )
-            self._train, self._valid = self._open(config, file, columns, statistics, progress)
+            self._train, self._valid = self._open(config, file, columns, progress)
             # Processes on different machines must agree.
             mean_atoms = summary.training_atoms / summary.training_molecules
             resolved = self._resolve_auto(config, mean_atoms)
@@ -184,7 +184,6 @@ class MoleculeTask:
         config: MoleculeConfig,
         file: MoleculeFile,
         columns: frozenset[str],
-        statistics: MoleculeStatistics,
         progress: ProgressCallback,
     ) -> tuple[TrainingData[_Split], _Split | None]:
         """Training data and validation molecules, with the further inputs of the loss."""
@@ -234,7 +233,6 @@ class MoleculeTask:
             return train, None
         ascending = np.argsort(in_valid)
         molecules = file.read(in_valid[ascending], columns).select(np.argsort(ascending))
-        _check_known(file, molecules, in_valid, statistics)
         return train, split(molecules, in_valid, None, progress=progress)
 
     def _resolve_auto(self, config: MoleculeConfig, mean_atoms: float) -> MoleculeConfig:
@@ -515,13 +513,16 @@ def _required_columns(config: MoleculeConfig, file: MoleculeFile) -> frozenset[s
 def _statistics(
     file: MoleculeFile, elements: tuple[int, ...], columns: frozenset[str]
 ) -> MoleculeStatistics:
-    """Elements, charges, kinds of bonds and of atoms; reads charges and bonds if needed."""
+    """Elements, charges, kinds of bonds and of atoms; reads charges and bonds if needed.
+
+    Charges and bonds of validation molecules count too, so that fields can hold them.
+    """
     wanted = columns & {"formal_charges", "bonds"}
     low = high = 0
     aromatic = False
     atoms: Counter[AtomKind] = Counter()
-    train = file.split_indices("train")
-    for chunk in _chunks(file, train, wanted) if wanted else ():
+    read = np.concatenate([file.split_indices(split) for split in ("train", "valid")])
+    for chunk in _chunks(file, np.sort(read), wanted) if wanted else ():
         if chunk.formal_charges is not None and len(chunk.formal_charges):
             low = min(low, int(chunk.formal_charges.min()))
             high = max(high, int(chunk.formal_charges.max()))
@@ -531,37 +532,6 @@ def _statistics(
             atoms += count_atoms(chunk)
     known = Counter({kind: atoms[kind] for kind in without_radicals(atoms)}) if atoms else None
     return MoleculeStatistics(elements, (low, high), aromatic, known)
-
-
-def _check_known(
-    file: MoleculeFile,
-    molecules: Molecules,
-    numbers: NDArray[np.int64],
-    statistics: MoleculeStatistics,
-) -> None:
-    """Raise `InputError` for charges or bonds that no training molecule has; fields lack them.
-
-    `molecules` of the validation split have these numbers in the file, (M,).
-    """
-    low, high = statistics.charges
-    beyond, what = np.zeros(len(molecules), bool), ""
-    if molecules.formal_charges is not None:
-        charges = molecules.formal_charges
-        (atoms,) = np.nonzero((charges < low) | (charges > high))
-        if len(atoms):
-            beyond[molecules.molecule_index[atoms]] = True
-            what = f"a formal charge of {charges[atoms[0]]:+d}, training molecules {low} to {high}"
-    if not what and molecules.bonds is not None and not statistics.aromatic:
-        (rows,) = np.nonzero(molecules.bonds.order == AROMATIC)
-        bonded = np.repeat(np.arange(len(molecules)), np.diff(molecules.bonds.offsets))
-        beyond[bonded[rows]] = True
-        what = "aromatic bonds, and no training molecule has any"
-    if beyond.any():
-        number = int(numbers[np.argmax(beyond)]) + 1
-        raise InputError(
-            f"{file.path}: molecule {number}, of the validation split, has {what}; leave it out, "
-            "or preprocess again with another --seed"
-        )
 
 
 def _chunks(
