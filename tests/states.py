@@ -127,3 +127,9 @@ def inputs_of(
     noisy = state(positions)
     previous = state(positions + 0.3 * torch.randn(positions.shape).to(positions))
     return Inputs(noisy, time, mask, None, previous if self_condition else None)
+
+
+def alike(ours: State, others: State):
+    """The tensors of two states, side by side."""
+    assert list(ours.tensors) == list(others.tensors)
+    return zip(ours.tensors.values(), others.tensors.values(), strict=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import dense_orders, padded_batch
 from scipy.spatial.transform import Rotation
-from states import CALLS, layout_of, network
+from states import CALLS, alike, layout_of, network
 from states import inputs_of as network_inputs
 from torch.autograd import forward_ad
 
@@ -904,12 +904,6 @@ class TestModels:
         positions = torch.randn(1, atoms, 3)
         result = model(*network_inputs(model, positions, mask, self_condition=again))
         assert all(torch.isfinite(values).all() for values in result.tensors.values())
-
-
-def alike(ours: State, others: State):
-    """The tensors of two states, side by side."""
-    assert list(ours.tensors) == list(others.tensors)
-    return zip(ours.tensors.values(), others.tensors.values(), strict=True)
 
 
 def assert_zero_outside(state: State):

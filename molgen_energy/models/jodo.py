@@ -123,9 +123,17 @@ class _Pairs:
         result: Tensor = checkpoint(function, *arguments, use_reentrant=False)
         return result
 
+    def difference(self, x: Tensor) -> Tensor:
+        """x_i − x_j of the pairs, (P, C), from values of atoms (B·N, C)."""
+        return x.index_select(0, self.first) - x.index_select(0, self.second)
+
+    def sum(self, h: Tensor) -> Tensor:
+        """h_i + h_j of the pairs, (P, C), from values of atoms (B·N, C)."""
+        return h.index_select(0, self.first) + h.index_select(0, self.second)
+
     def gather(self, dense: Tensor) -> Tensor:
         """Values of the pairs, (P, C), from a symmetric tensor (B, N, N, C)."""
-        return dense.flatten(0, 2)[self._places[0]]
+        return dense.flatten(0, 2).index_select(0, self._places[0])
 
     def scatter(self, values: Tensor) -> Tensor:
         """A symmetric tensor (B, N, N, C) from values of the pairs (P, C), zero elsewhere."""
@@ -137,7 +145,7 @@ class _Pairs:
         The weights of all pairs that have the same receiver add up to 1.
         """
         dense = self._dense(logits, _NO_PAIR).softmax(dim=2).flatten(0, 2)
-        return torch.stack([dense[place] for place in self._places], dim=1)
+        return torch.stack([dense.index_select(0, p) for p in self._places], dim=1)
 
     def _dense(self, values: Tensor, fill: float) -> Tensor:
         """(B, N, N, C), of receivers and senders, from both directions of pairs (P, 2, C)."""
@@ -149,8 +157,24 @@ class _Pairs:
 
 
 def _modulated(values: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """mod(y) = LN(y)·(1 + scale) + shift; all have the shape of y or are broadcast to it."""
-    return torch.addcmul(shift, F.layer_norm(values, values.shape[-1:], eps=1e-6), 1 + scale)
+    """mod(y), with shift and 1 + scale of the shape of y, broadcast to it, or one row for all."""
+    width = values.shape[-1:]
+    if shift.numel() == width.numel():
+        one_row = (part.flatten().to(values.dtype) for part in (scale, shift))
+        return F.layer_norm(values, width, *one_row, eps=1e-6)
+    # The gradient of `addcmul` takes two more products.
+    return F.layer_norm(values, width, eps=1e-6) * scale + shift
+
+
+def _parts(modulation: Tensor, count: int) -> list[Tensor]:
+    """So many parts of the last axis: shift, 1 + scale and gate, and these again."""
+    parts = modulation.chunk(count, dim=-1)
+    return [1 + part if place % 3 == 1 else part for place, part in enumerate(parts)]
+
+
+def _for_pairs(of_molecules: Tensor, molecule: Tensor) -> Tensor:
+    """Values (P, C) of the molecules of pairs from (B, C), or one row (1, C) for all as it is."""
+    return of_molecules if len(of_molecules) == 1 else of_molecules.index_select(0, molecule)
 
 
 def _feedforward(width: int, ratio: int, dropout: float) -> nn.Sequential:
@@ -200,15 +224,17 @@ class ConditionalGaussianBasis(nn.Module):
         squares
             d², (P,).
         activated
-            SiLU(c), (B, 4W).
+            SiLU(c), (B, 4W), or (1, 4W) for one noise level of all samples.
         molecule
             The sample of each pair, (P,).
         """
-        scale, shift = self.modulation(activated).to(squares.dtype).unbind(dim=-1)
-        z = torch.addcmul(shift[molecule], squares, (1 + scale)[molecule])[:, None]
+        scale, shift = _for_pairs(self.modulation(activated).to(squares.dtype), molecule).chunk(
+            2, 1
+        )
+        z = torch.addcmul(shift, squares[:, None], 1 + scale)
         widths = self.widths.abs() + 1e-5
-        exponents = ((z - self.means) / widths).square() / -2
-        return torch.cat([z, exponents.exp() / (math.sqrt(2 * math.pi) * widths)], dim=-1)
+        roots = (z - self.means) * (math.sqrt(0.5) / widths)
+        return torch.cat([z, (-roots.square()).exp() / (math.sqrt(2 * math.pi) * widths)], dim=-1)
 
 
 class CoordinateUpdate(nn.Module):
@@ -248,11 +274,11 @@ class CoordinateUpdate(nn.Module):
         pairs
             The pairs.
         activated
-            SiLU(c), (B, 4W).
+            SiLU(c), (B, 4W) or (1, 4W).
         """
         receiver, sender, _, _ = torch.split(self.input.weight, self._widths, dim=1)
         receivers, senders = F.linear(h, receiver, self.input.bias), F.linear(h, sender)
-        modulation = self.modulation(activated)
+        modulation = _parts(self.modulation(activated), 2)
         factors = [
             pairs.compute(
                 self._factors,
@@ -261,12 +287,12 @@ class CoordinateUpdate(nn.Module):
                 edges[block.rows],
                 basis[block.rows],
                 adjacency[block.rows],
-                modulation[block.molecules],
+                *(part if len(part) == 1 else part[block.molecules] for part in modulation),
                 block,
             )
             for block in pairs.blocks
         ]
-        difference = x[pairs.first] - x[pairs.second]
+        difference = pairs.difference(x)
         length = difference.square().sum(dim=-1, keepdim=True).clamp(min=1e-16).sqrt()
         towards = self.step * difference / length
         factor = torch.cat(factors)
@@ -280,16 +306,18 @@ class CoordinateUpdate(nn.Module):
         edges: Tensor,
         basis: Tensor,
         adjacency: Tensor,
-        modulation: Tensor,
+        shift: Tensor,
+        scale: Tensor,
         block: _Block,
     ) -> Tensor:
         """mean(tanh(φ)·[1, A, B]) of both directions of the pairs of a block, (p, 2)."""
         _, _, edge, distance = torch.split(self.input.weight, self._widths, dim=1)
         symmetric = F.linear(edges, edge) + F.linear(basis, distance)
-        shift, scale = modulation[block.molecule].chunk(2, dim=-1)
+        shift, scale = (_for_pairs(part, block.molecule) for part in (shift, scale))
         factors = []
         for i, j in ((block.first, block.second), (block.second, block.first)):
-            hidden = _modulated(symmetric + receivers[i] + senders[j], shift, scale)
+            hidden = symmetric + receivers.index_select(0, i) + senders.index_select(0, j)
+            hidden = _modulated(hidden, shift, scale)
             phi = torch.tanh(self.output(F.silu(self.hidden(hidden)))).to(adjacency.dtype)
             factors.append((phi[:, 0] + (phi[:, 1:] * adjacency).sum(dim=-1)) / _UPDATES)
         return torch.stack(factors, dim=-1)
@@ -352,15 +380,17 @@ class JODOLayer(nn.Module):
         pairs
             The pairs.
         activated
-            SiLU(c), (B, 4W).
+            SiLU(c), (B, 4W) or (1, 4W).
         """
-        squares = (x[pairs.first] - x[pairs.second]).square().sum(dim=-1)
+        squares = pairs.difference(x).square().sum(dim=-1)
         basis = self.basis(squares, activated, pairs.molecule)
         distance, edge = self.combine.weight.chunk(2, dim=1)
         combined = F.linear(basis, distance) + F.linear(edges, edge, self.combine.bias)
 
-        of_nodes = self.node_modulation(activated)[:, None].chunk(6, dim=-1)
-        of_edges = self.edge_modulation(activated)[pairs.molecule].chunk(6, dim=-1)
+        of_nodes = _parts(self.node_modulation(activated)[:, None], 6)
+        of_edges = [
+            _for_pairs(part, pairs.molecule) for part in _parts(self.edge_modulation(activated), 6)
+        ]
         attended = self._attention(
             _modulated(h, *of_nodes[:2]).flatten(0, 1),
             _modulated(combined, *of_edges[:2]),
@@ -369,7 +399,7 @@ class JODOLayer(nn.Module):
         )
         message = self.edge_message(attended)
         # The bias of the sum of both atoms counts once.
-        message = message[pairs.first] + message[pairs.second] - self.edge_message.bias
+        message = pairs.sum(message) - self.edge_message.bias
 
         h = _modulated(h + of_nodes[2] * attended.view_as(h), *of_nodes[3:5])
         h = h + of_nodes[5] * self.node_feedforward(h)
@@ -404,14 +434,12 @@ class JODOLayer(nn.Module):
         factor = torch.tanh(self.edge_query(edges)) / math.sqrt(
             self.value.out_features / self.heads
         )
-        both = torch.stack(
-            [
-                query[block.first] * key[block.second] * factor,
-                query[block.second] * key[block.first] * factor,
-            ],
-            dim=1,
-        )
-        return both.unflatten(-1, (self.learned, self.query.out_features // self.learned)).sum(-1)
+        shape = self.learned, self.query.out_features // self.learned
+        logits = []
+        for i, j in ((block.first, block.second), (block.second, block.first)):
+            products = query.index_select(0, i) * key.index_select(0, j) * factor
+            logits.append(products.unflatten(-1, shape).sum(dim=-1))
+        return torch.stack(logits, dim=1)
 
     def _messages(self, value: Tensor, weights: Tensor, edges: Tensor, block: _Block) -> Tensor:
         """Sums over the pairs of a block, for its atoms."""
@@ -423,7 +451,7 @@ class JODOLayer(nn.Module):
         for direction, (i, j) in enumerate(
             ((block.first, block.second), (block.second, block.first))
         ):
-            message = weights[:, direction] * factor * values[j]
+            message = weights[:, direction] * factor * values.index_select(0, j)
             total = total.index_add(0, i, message.flatten(1))
         return total
 
@@ -585,6 +613,8 @@ class JODO(Denoiser):
         condition: Tensor | None,
         previous: State | None,
     ) -> State:
+        if condition is None and bool((time == time[:1]).all()):  # as in sampling
+            time = time[:1]
         activated = F.silu(self._embed_noise(time, condition))
         pairs = _Pairs(mask, self.embed_nodes.out_features)
         atoms = torch.where(mask[..., None], state.atoms, 0)
@@ -598,7 +628,7 @@ class JODO(Denoiser):
             before = torch.where(mask[..., None], previous.atoms, 0)
             h = self.embed_nodes(torch.cat([features, before[..., 3:]], dim=-1))
             positions = before[..., :3].flatten(0, 1)
-            squares = (positions[pairs.first] - positions[pairs.second]).square().sum(dim=-1)
+            squares = pairs.difference(positions).square().sum(dim=-1)
             basis = self.basis(squares, activated, pairs.molecule)
             predicted = pairs.gather(previous.tensors["pair"])
             edges = self.embed_edges(torch.cat([kinds, predicted], dim=-1))
@@ -624,7 +654,7 @@ class JODO(Denoiser):
         return State(self.layout, mask, tensors).projected()
 
     def _embed_noise(self, time: Tensor, condition: Tensor | None) -> Tensor:
-        """c, (B, 4W)."""
+        """c, (B, 4W), or (1, 4W) if there is one level for all samples."""
         angles = 2 * math.pi * time[:, None] * self.frequencies
         inputs = torch.cat([time[:, None], angles.sin(), angles.cos()], dim=-1)
         embedding: Tensor = self.time_out(F.gelu(self.time_hidden(inputs)))
