@@ -12,6 +12,9 @@ from molgen_energy.training.checkpoint import load_checkpoint, load_weights
 from molgen_energy.training.pretrained import file_digest, resolve_checkpoint
 from molgen_energy.training.task import Task
 
+_OF_TRAINING = {"dropout"}
+"""Keys of models that do not change the function that weights stand for."""
+
 
 def initialise(task: Task) -> None:
     """Give the model the weights of `training.initial_weights`, if it names any.
@@ -84,7 +87,7 @@ def _different_values(theirs: Config, ours: Config) -> list[str]:
         differences += [
             f"{section}.{key}={_shown(there[key])} (here {_shown(here.get(key))})"
             for key in keys
-            if there[key] != here.get(key)
+            if key not in _OF_TRAINING and there[key] != here.get(key)
         ]
     return differences
 
