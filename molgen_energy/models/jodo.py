@@ -160,8 +160,8 @@ def _modulated(values: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """mod(y), with shift and 1 + scale of the shape of y, broadcast to it, or one row for all."""
     width = values.shape[-1:]
     if shift.numel() == width.numel():
-        one_row = (part.flatten().to(values.dtype) for part in (scale, shift))
-        return F.layer_norm(values, width, *one_row, eps=1e-6)
+        weight, bias = (part.flatten().to(values.dtype) for part in (scale, shift))
+        return F.layer_norm(values, width, weight, bias, eps=1e-6)
     # The gradient of `addcmul` takes two more products.
     return F.layer_norm(values, width, eps=1e-6) * scale + shift
 
