@@ -198,8 +198,8 @@ class TrainingStep:
     def __call__(self, batch: Batch) -> None:
         self.network.train()
         result = batch.call(self.network, batch.log_snr)
-        loss = sum((values**2).sum() for values in result.tensors.values())
-        loss.backward()
+        loss = torch.stack([values.square().sum() for values in result.tensors.values()]).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
