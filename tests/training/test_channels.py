@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from runs import CPU
 
+from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.data.batches import DeviceMolecules
 from molgen_energy.diffusion.state import State
 from molgen_energy.errors import InputError
@@ -35,7 +37,9 @@ OWN = condition(("size", "mu", "gap"), (9.0, 1.5, 3.0), (1.0, 2.0, 0.25))
 
 
 def layout_of(name, elements):
-    return build_layout(MODELS[name].Config.fields, ScalesConfig(), MoleculeStatistics(elements))
+    """Only data of the permuted elements have aromatic bonds."""
+    statistics = MoleculeStatistics(elements, (-1, 1), aromatic=elements == PERMUTED)
+    return build_layout(MODELS[name].Config.fields, ScalesConfig(), statistics)
 
 
 def network(name, elements, properties, seed=0):
@@ -82,12 +86,15 @@ def test_output_is_the_same_for_known_channels(name, conditional, molecules):
     assert set(fitted.new) >= {"elements Cl", "elements S"} and not fitted.left_out
     after.load_state_dict(dict(fitted.tensors))
 
-    batch = DeviceMolecules(molecules, CPU).batch(np.arange(5, 2000, 400))
+    few = perceive(molecules.select(np.arange(5, 2000, 400)))
+    few = replace(few, formal_charges=np.zeros(len(few.positions), np.int8))
+    batch = DeviceMolecules(few, CPU, dense_bonds=True).batch(np.arange(5))
     time = torch.linspace(0.05, 0.95, len(batch.mask))
     generator = torch.Generator().manual_seed(2)
     properties = torch.rand(len(time), 2, generator=generator, dtype=torch.float64)
     properties[1, 0] = torch.nan
-    outputs, noise = [], 0.3 * torch.randn(*batch.mask.shape, 9, generator=generator)
+    shared_channels = before.layout.channels["atom"]
+    outputs, noise = [], 0.3 * torch.randn(*batch.mask.shape, shared_channels, generator=generator)
     for model, given in ((before, theirs), (after, own)):
         layout = model.layout
         values = {key: field.encode(batch.data) for key, field in layout.fields.items()}
@@ -106,7 +113,7 @@ def test_output_is_the_same_for_known_channels(name, conditional, molecules):
         with torch.no_grad():
             predicted = model(clean.with_atoms(atoms).projected(), time, batch.mask, known)
         outputs.append(predicted.atoms[..., shared])
-    assert (outputs[1] - outputs[0]).abs().max() < 1e-5 * outputs[0].abs().max()
+    assert (outputs[1] - outputs[0]).abs().max() < 1e-4 * outputs[0].abs().max()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -118,19 +125,29 @@ def test_new_channels_start_small_and_depend_on_the_seed_alone(name):
         return fit_weights(before.state_dict(), after.state_dict(), axes, own_axes, seed)
 
     weights = fitted(3)
-    axis, names = own_axes["readout.weight"]
-    rows = weights.tensors["readout.weight"].select(axis, names.index("elements S"))
-    others = before.state_dict()["readout.weight"]
+    readout, names = next(
+        (key, names)
+        for key, (axis, names) in own_axes.items()
+        if axis == 0 and "elements S" in names
+    )
+    rows = weights.tensors[readout][names.index("elements S")]
+    others = before.state_dict()[readout]
     assert 0 < float(rows.square().mean().sqrt()) < 0.03 * float(others.square().mean().sqrt())
     embedded = weights.tensors["embed_condition.weight"]  # a layer that only this network has
     torch.testing.assert_close(embedded, 0.01 * after.state_dict()["embed_condition.weight"])
     condition_size = sum(
         after.state_dict()[f"embed_condition.{part}"].numel() for part in ("weight", "bias")
     )
-    assert weights.drawn == 2 * (16 + 16 + 1) + condition_size
+    new = sum(
+        after.state_dict()[key].movedim(axis, 0)[[n not in axes[key].names for n in names]].numel()
+        for key, (axis, names) in own_axes.items()
+        if key in axes
+    )
+    assert weights.drawn == new + condition_size
     same, other = fitted(3).tensors, fitted(4).tensors
     assert all(torch.equal(same[key], value) for key, value in weights.tensors.items())
-    assert not torch.equal(other["embed.weight"], weights.tensors["embed.weight"])
+    embedding = next(key for key, (axis, _) in own_axes.items() if axis == 1)
+    assert not torch.equal(other[embedding], weights.tensors[embedding])
 
 
 def test_channels_that_the_data_do_not_have_are_left_out():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from states import layout_of
+from states import network
 from torch import nn
 
 from molgen_energy.models import MODELS
@@ -64,7 +64,7 @@ def test_learns_a_linear_map():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_matrices_are_those_between_states(name):
-    model = MODELS[name](layout_of(6), layers=2, width=64)
+    model = network(name, width=64)
     found = set(hidden_matrices(model))
     names = {label for label, parameter in model.named_parameters() if parameter in found}
     assert names
