@@ -146,8 +146,8 @@ def command(
         rich_help_panel="Sampler",
         autocompletion=one_of(*_SPACINGS),
         help="Spacing of the noise levels: log, even or quadratic, for flow matching even or "
-        "quadratic. Default: log for diffusion, else even, or what pretrained weights were "
-        "evaluated with.",
+        "quadratic. Default: log for diffusion, even with a cosine process and for flow matching, "
+        "or what pretrained weights were evaluated with.",
     ),
     eta: float | None = typer.Option(
         None,

@@ -461,6 +461,11 @@ class MoleculeFile:
 
     Offsets and split are checked when it is opened, other values when they are read.
 
+    Parameters
+    ----------
+    remedy
+        How to make the file, for the message where it does not exist.
+
     Raises
     ------
     InputError
@@ -468,8 +473,10 @@ class MoleculeFile:
         no molecules, or is not as declared.
     """
 
-    def __init__(self, path: Path) -> None:
-        remedy = "`molgen-energy preprocess qm9 -o {path}` or from your own SDF or XYZ file"
+    def __init__(self, path: Path, remedy: str = "") -> None:
+        remedy = remedy or (
+            "`molgen-energy preprocess qm9 -o {path}` or from your own SDF or XYZ file"
+        )
         if (
             path.suffix.lower() not in (".h5", ".hdf5")
             and path.is_file()

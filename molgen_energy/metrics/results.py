@@ -162,9 +162,12 @@ def evaluate_inputs(
         _compare_with(data, evaluation, source, options)
         samples.append(evaluation)
     if data.evaluation.bonds != samples[0].bonds:
+        remedy = ""
+        if loaded is not None and options.checks.bonds == "given":  # of QM9 alone
+            remedy = "; --reference qm9.h5 of `preprocess qm9 --bonds` compares with given ones"
         notes.append(
             f"bonds of {data.name} are {data.evaluation.bonds}; those of the samples are "
-            f"{samples[0].bonds}"
+            f"{samples[0].bonds}{remedy}"
         )
     elif data.evaluation.valence != samples[0].valence:
         notes.append(
@@ -320,7 +323,10 @@ def _training_hashes(
         )
         return None, _NO_TRAINING
     if bonds == "given" and bundled.name == "qm9":
-        notes.append(f"novelty: QM9 has no bonds, {_NOVELTY_OF_PERCEIVED}")
+        notes.append(
+            f"novelty: the bundled QM9 has no bonds, {_NOVELTY_OF_PERCEIVED}; --train qm9.h5 of "
+            "`preprocess qm9 --bonds` has them"
+        )
     known = bundled.training_hashes(bonds, loaded)
     if known is None:
         notes.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,7 +140,7 @@ class MoleculeTask:
         self.device = device
         path = expand_home(config.data.path) if config.data.path else bundled_sample()
         with ExitStack() as stack:
-            file = stack.enter_context(MoleculeFile(path))
+            file = stack.enter_context(MoleculeFile(path, _how_to_make(config, path)))
             source, summary = file.source, file.summarize()
             if not summary.training_molecules:
                 raise InputError(
@@ -481,6 +482,16 @@ def _same_channels(
     fields = all(theirs.channel_names(domain) == own.channel_names(domain) for domain in DOMAINS)
     properties = [None if c is None else c.names for c in (their_condition, condition)]
     return fields and properties[0] == properties[1]
+
+
+def _how_to_make(config: MoleculeConfig, path: Path) -> str:
+    """The commands that make a data file which the model can be trained on."""
+    bonds = "bonds" in config.model.fields
+    dataset = "qm9 --bonds" if bonds else "qm9"
+    if path.stem == "ccd":  # of the configurations for drug-like molecules
+        dataset = "ccd"
+    own = "SDF with bonds" if bonds else "SDF or XYZ file"
+    return f"`molgen-energy preprocess {dataset} -o {{path}}` or from your own {own}"
 
 
 def _required_columns(config: MoleculeConfig, file: MoleculeFile) -> frozenset[str]:
