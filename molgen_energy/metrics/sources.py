@@ -240,8 +240,8 @@ def _chunks_by_bonds(molecules: Iterable[tuple[int, Molecule]]) -> Iterator[Mole
                 yield MoleculeChunk(np.array(records, np.int64), Molecules.from_list(members))
 
 
-def _declared_perceived(molecule: Any) -> bool:
-    return bool(molecule.HasProp(BONDS)) and str(molecule.GetProp(BONDS)).startswith("perceived")
+def _declares(molecule: Any, bonds: str) -> bool:
+    return bool(molecule.HasProp(BONDS)) and str(molecule.GetProp(BONDS)).startswith(bonds)
 
 
 def _scanned(molecule: Any) -> ScannedRecord:
@@ -257,8 +257,9 @@ def _scanned(molecule: Any) -> ScannedRecord:
         molecule.GetNumBonds() > 0
         or molecule.GetNumAtoms() <= 1
         or any(atom.GetFormalCharge() for atom in molecule.GetAtoms())
+        or _declares(molecule, "given")
     )
-    return ScannedRecord(has_bonds, _declared_perceived(molecule), parse)
+    return ScannedRecord(has_bonds, _declares(molecule, "perceived"), parse)
 
 
 def _skipped_notes(reader: MoleculeReader) -> list[str]:

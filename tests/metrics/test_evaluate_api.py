@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rdkit import Chem
+from rdkit.Chem.AllChem import EmbedMolecule
 
 from molgen_energy.api.evaluate import evaluate
 from molgen_energy.chemistry.bonds import perceive
@@ -140,3 +141,21 @@ def test_ions_in_memory_need_no_bonds_as_those_of_a_file():
     for molecule in mols:
         molecule.AddConformer(Chem.Conformer(molecule.GetNumAtoms()))
     assert RDKitSource(mols).given_bonds.every
+
+
+def test_a_generated_molecule_without_bonds_has_given_ones(tmp_path):
+    """A network may generate none; its other molecules keep theirs."""
+    methane = Chem.AddHs(Chem.MolFromSmiles("C"))
+    EmbedMolecule(methane, randomSeed=1)
+    bare = Chem.RWMol(methane)
+    for bond in list(bare.GetBonds()):
+        bare.RemoveBond(bond.GetBeginAtomIdx(), bond.GetEndAtomIdx())
+    molecules = [methane, bare.GetMol()]
+    with Chem.SDWriter(str(tmp_path / "both.sdf")) as writer:
+        for molecule in molecules:
+            molecule.SetProp("bonds", "given")
+            writer.write(molecule)
+    for source in (molecules, tmp_path / "both.sdf"):
+        report = evaluate(source, **FAST)
+        assert report.summary.startswith("bonds given in the file; valences strict")
+        assert report.files[0].metrics["molecule_stability"].value == 0.5

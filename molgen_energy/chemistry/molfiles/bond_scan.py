@@ -39,7 +39,8 @@ class ScannedRecord(NamedTuple):
     """The bonds of one record."""
 
     has_bonds: bool
-    """Whether it has any, or needs none as a single atom or as ions."""
+    """Whether it has any, or needs none as a single atom or as ions, or says that its bonds are
+    given: a generated molecule may have none."""
     declared_perceived: bool
     """Whether it says that its bonds were perceived from distances."""
     parse: Callable[[], Molecule | None]
@@ -83,11 +84,11 @@ def scan_xyz(lines: Lines) -> Iterator[ScannedRecord]:
 def scan_sdf(lines: Lines) -> Iterator[ScannedRecord]:
     """The records of an SDF, of which only the counts and the field `bonds` are read."""
     for _, record in split_records(lines):
-        perceived = any(
-            header[0] == ">" and _FIELD in header and value.startswith("perceived")
-            for header, value in pairwise(record)
+        declared = next(
+            (v for header, v in pairwise(record) if header[0] == ">" and _FIELD in header), ""
         )
-        yield ScannedRecord(_has_bonds(record), perceived, _parser(record))
+        has_bonds = _has_bonds(record) or declared.startswith("given")
+        yield ScannedRecord(has_bonds, declared.startswith("perceived"), _parser(record))
 
 
 def _parser(record: list[str]) -> Callable[[], Molecule | None]:

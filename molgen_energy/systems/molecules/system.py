@@ -152,7 +152,10 @@ class MoleculeSystem(System):
         return f"{config.loss.describe()}{PROCESSES[config.process.name].description}"
 
     def after_training(self, config: Any) -> str:
-        """After a run on the bundled sample, the commands that train on all of QM9."""
+        """What to know before sampling; after a run on the bundled sample, how to train on QM9."""
+        if PROCESSES[config.process.name].continuous:
+            steps = config.process.steps
+            return f"sampling takes {steps:,} network evaluations by default; --steps 50 takes 50"
         if config.data.path is not None:
             return ""
         return (
