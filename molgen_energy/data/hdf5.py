@@ -461,6 +461,13 @@ class MoleculeFile:
 
     Offsets and split are checked when it is opened, other values when they are read.
 
+    Parameters
+    ----------
+    path
+        Its name.
+    bonds
+        Whether bonds are needed, for the message where there is no file.
+
     Raises
     ------
     InputError
@@ -468,8 +475,9 @@ class MoleculeFile:
         no molecules, or is not as declared.
     """
 
-    def __init__(self, path: Path) -> None:
-        remedy = "`molgen-energy preprocess qm9 -o {path}` or from your own SDF or XYZ file"
+    def __init__(self, path: Path, bonds: bool = False) -> None:
+        option, own = (" --bonds", "SDF with bonds") if bonds else ("", "SDF or XYZ file")
+        remedy = f"`molgen-energy preprocess qm9{option} -o {{path}}` or from your own {own}"
         if (
             path.suffix.lower() not in (".h5", ".hdf5")
             and path.is_file()
