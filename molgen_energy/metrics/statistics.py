@@ -39,7 +39,9 @@ class Rate:
         n, p = self.total / self.effect, self.count / self.total
         centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
         half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-        return max(0.0, centre - half), min(1.0, centre + half)
+        # Rounding must not put the bound of no and of all members inside the range.
+        low = max(0.0, centre - half) if self.count else 0.0
+        return low, min(1.0, centre + half) if self.count < self.total else 1.0
 
 
 @dataclass(frozen=True)

@@ -469,6 +469,13 @@ def test_wilson_interval_against_scipy(count, total):
     assert Rate(count, total).interval == pytest.approx((expected.low, expected.high))
 
 
+def test_intervals_hold_rates_of_none_and_of_all():
+    for total in range(1, 100):
+        for count, bound in ((0, 0), (total, 1)):
+            interval = Rate(count, total).interval
+            assert interval is not None and interval[bound] == bound
+
+
 def bootstrap(marked, total, rng) -> tuple[float, float]:
     """95 % interval of the share of unmarked atoms, from drawing molecules again."""
     drawn = rng.integers(0, len(total), (4000, len(total)))

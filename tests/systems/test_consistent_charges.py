@@ -126,6 +126,9 @@ def test_statistics_in_a_checkpoint():
         atoms = [{"element": "C", "charge": 0, "bonds": wrong}]
         with pytest.raises(ValueError, match="three numbers"):
             StatisticsState.model_validate({"charges": [0, 0], "aromatic": True, "atoms": atoms})
+    atoms = [{"element": "C", "charge": 2, "bonds": [[0, 4, 1]]}]
+    with pytest.raises(ValueError, match="a charge that is not from -1 to 1"):
+        StatisticsState.model_validate({"charges": [-1, 1], "aromatic": True, "atoms": atoms})
 
 
 @pytest.mark.parametrize(

@@ -314,6 +314,15 @@ def test_data_without_bonds_are_refused(cli_here, sample_path):
     done = cli_here("train", "--config", "qm9_jodo", "--data", sample_path, code=2)
     assert "which model jodo generates" in done.stderr
     assert "preprocess" in done.stderr
+    done = cli_here("train", "--config", "qm9_jodo", "--data", "none.h5", code=2)
+    assert "preprocess qm9 --bonds -o none.h5` or from your own SDF with bonds" in done.stderr
+
+
+def test_passes_are_refused_for_a_network_that_is_not_self_conditioned():
+    config = load_config("quick").replaced({"objective.self_condition_passes": 2})
+    assert isinstance(config, MoleculeConfig)
+    with pytest.raises(InputError, match=r"self_condition_passes=2 is for .* which gdm is not"):
+        MoleculeTask(config, CPU)
 
 
 def test_weights_of_another_network_are_refused(data, tmp_path):

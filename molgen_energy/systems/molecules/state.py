@@ -72,9 +72,12 @@ class StatisticsState(Schema):
     bonds; earlier versions wrote none."""
 
     @model_validator(mode="after")
-    def _ascending(self) -> StatisticsState:
-        if self.charges[0] > self.charges[1]:
+    def _consistent(self) -> StatisticsState:
+        low, high = self.charges
+        if low > high:
             raise ValueError("expected the lowest charge before the highest one")
+        if not all(low <= row.charge <= high for row in self.atoms or ()):
+            raise ValueError(f"atoms hold a charge that is not from {low} to {high}")
         return self
 
 

@@ -128,7 +128,8 @@ class MoleculeTask:
     ------
     InputError
         The data is missing or broken, has no training molecule, lacks columns that the model, the
-        loss or the condition need, or holds an element outside `data.elements`.
+        loss or the condition need, or holds an element outside `data.elements`; or the model cannot
+        have the passes of self-conditioning.
     """
 
     def __init__(
@@ -167,6 +168,12 @@ class MoleculeTask:
         self.loss_terms: tuple[str, ...] = tuple(f"{name}_loss" for name in dict.fromkeys(names))
         channels = 0 if self._condition is None else self._condition.channels
         self.model: nn.Module = build_model(self.config, self.layout, channels).to(device)
+        passes = self.config.objective.self_condition_passes
+        if passes > 1 and not getattr(self.model, "self_conditioned", False):
+            raise InputError(
+                f"objective.self_condition_passes={passes} is for self-conditioned networks, which "
+                f"{self.config.model.name} is not; leave it out"
+            )
         self.state: dict[str, Any] = {
             "elements": [symbol(z) for z in statistics.elements],
             "statistics": statistics.to_dict(),
