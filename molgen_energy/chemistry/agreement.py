@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS, bond_forms, max_neighbours
+from molgen_energy.chemistry.rdkit import bond_forms
 from molgen_energy.data.molecules import Molecules
 
 
@@ -73,7 +73,7 @@ def _sorted(
     atoms = np.sort(molecules.atoms_of_bonds(), axis=1)
     pair = atoms[:, 0] * len(molecules.atomic_numbers) + atoms[:, 1]
     ascending = np.argsort(pair, kind="stable")
-    owner = np.repeat(np.arange(len(molecules)), np.diff(molecules.bonds.offsets))
+    owner = molecules.molecule_index_of_bonds
     return pair[ascending], molecules.bonds.order[ascending], owner[ascending]
 
 
@@ -81,8 +81,6 @@ def _same_aromatic_form(molecules: Molecules, others: Molecules, k: int) -> bool
     """Whether molecule k has the same bonds in aromatic form; both bond the same pairs."""
     one = molecules[k]
     other = replace(others[k], formal_charges=one.formal_charges)
-    if max_neighbours(one) > MAX_NEIGHBOURS:
-        return False
     forms = []
     for molecule in (one, other):
         assert molecule.bond_index is not None

@@ -63,8 +63,8 @@ def lengths_fit(molecules: Molecules) -> NDArray[np.bool_]:
     """
     fits = np.ones(len(molecules), bool)
     if molecules.bonds is not None:
-        owner = np.repeat(np.arange(len(molecules)), np.diff(molecules.bonds.offsets))
-        fits[owner[~(length_deviations(molecules) <= TOLERANCE)]] = False
+        bad = ~(length_deviations(molecules) <= TOLERANCE)
+        fits[molecules.molecule_index_of_bonds[bad]] = False
     return fits
 
 

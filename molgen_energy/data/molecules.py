@@ -346,6 +346,12 @@ class Molecules:
         """The number of the molecule of each atom, (ΣN,); PyTorch Geometric's batch vector."""
         return np.repeat(np.arange(len(self)), self.sizes)
 
+    @property
+    def molecule_index_of_bonds(self) -> NDArray[np.int64]:
+        """The number of the molecule of each bond, (ΣE,); none where no bonds."""
+        counts = 0 if self.bonds is None else np.diff(self.bonds.offsets)
+        return np.repeat(np.arange(len(self)), counts)
+
     def finite(self) -> NDArray[np.bool_]:
         """Which molecules have finite coordinates, (M,)."""
         if not len(self):

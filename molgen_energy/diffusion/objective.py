@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.diffusion.prediction import Prediction
-from molgen_energy.diffusion.process import Process
+from molgen_energy.diffusion.process import Process, is_self_conditioned
 from molgen_energy.diffusion.state import Domain, State, pairs_inside
 from molgen_energy.losses import AdaptiveSprings, PositionLoss
 
@@ -168,7 +168,7 @@ class Objective:
         random: RandomNumbers,
     ) -> State | None:
         """A clean prediction without gradient for a self-conditioned denoiser, or None."""
-        if not getattr(getattr(model, "module", model), "self_conditioned", False):
+        if not is_self_conditioned(model):
             return None
         # One draw for the whole batch, the same in all processes.
         coin = RandomNumbers(random.seed, random.samples.new_zeros(1))

@@ -19,6 +19,8 @@ Denoise = Callable[..., State]
 """A denoiser, called as `denoiser(state, time, mask, condition, self_condition)`."""
 
 
+MOST_STEPS = 1_000_000
+"""Noise levels of a process, or steps of a sampler in continuous time."""
 _LEAST_FACTOR = 1e-9  # of α and σ in a logarithm
 
 
@@ -26,7 +28,7 @@ class ProcessConfig(Section):
     """Base of the sections of processes, told apart by `name`."""
 
     name: str
-    steps: Annotated[Whole, Option(ge=2, le=1_000_000)] = 1000
+    steps: Annotated[Whole, Option(ge=2, le=MOST_STEPS)] = 1000
     """T; noise levels are 0 … T. In continuous time, the steps of samplers by default."""
 
     def build(self) -> Process:
@@ -352,8 +354,15 @@ def levels_of(count: int, level: float, device: torch.device) -> Tensor:
 
 
 def takes_log_snr(denoiser: object) -> bool:
-    """Whether a denoiser takes the log signal-to-noise ratio in place of the time.
+    """Whether a denoiser takes the log signal-to-noise ratio in place of the time."""
+    return getattr(_unwrapped(denoiser), "noise_input", "time") == "log_snr"
 
-    It may be in a wrapper that distributes its gradients.
-    """
-    return getattr(getattr(denoiser, "module", denoiser), "noise_input", "time") == "log_snr"
+
+def is_self_conditioned(denoiser: object) -> bool:
+    """Whether a denoiser takes its previous clean prediction as input."""
+    return bool(getattr(_unwrapped(denoiser), "self_conditioned", False))
+
+
+def _unwrapped(denoiser: object) -> object:
+    """The denoiser itself, which may be in a wrapper that distributes its gradients."""
+    return getattr(denoiser, "module", denoiser)

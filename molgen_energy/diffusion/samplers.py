@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from molgen_energy.diffusion.guidance import SamplingHook
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.diffusion.prediction import Prediction
-from molgen_energy.diffusion.process import Process, VariancePreserving, levels_of
+from molgen_energy.diffusion.process import (
+    Process,
+    VariancePreserving,
+    is_self_conditioned,
+    levels_of,
+)
 from molgen_energy.diffusion.spacing import VisitedLevel, noise_levels, visited_levels
 from molgen_energy.diffusion.state import Layout, State
 from molgen_energy.diffusion.temperature import Temperature
@@ -95,7 +100,7 @@ class SamplerContext:
         prediction = self._evaluate(state, levels)
         if self.hook is not None:
             prediction = self.hook.after_prediction(prediction, at.level)
-        if getattr(self.model, "self_conditioned", False):
+        if is_self_conditioned(self.model):
             self._previous = prediction.clean.projected()
         factor = self._score_factors[at]
         return prediction if factor == 1 else prediction.with_noise_times(factor)
@@ -176,7 +181,7 @@ class Sampler(ABC):
 
     def check_model(self, model: nn.Module) -> None:
         """Raise `InputError` if a model that is not self-conditioned should have passes."""
-        if self.self_condition_passes > 1 and not getattr(model, "self_conditioned", False):
+        if self.self_condition_passes > 1 and not is_self_conditioned(model):
             raise InputError(
                 f"--self-condition-passes {self.self_condition_passes} is for self-conditioned "
                 "networks, which this one is not; leave it out"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from molgen_energy.diffusion.process import CosineDiffusion, Diffusion, Process
+from molgen_energy.diffusion.process import MOST_STEPS, CosineDiffusion, Diffusion, Process
 from molgen_energy.diffusion.state import Layout
 from molgen_energy.errors import InputError, unknown_name
 
@@ -27,8 +27,6 @@ DEFAULT_SPACINGS = {"diffusion": "log", "flow_matching": "even", "cosine": "even
 
 FIRST_TIME, LAST_TIME = 0.9946, 1e-3
 """Of samplers in continuous time; those of JODO (Huang et al., 2023, arXiv:2305.12347)."""
-MOST_STEPS = 1_000_000
-"""Of samplers in continuous time."""
 
 
 class VisitedLevel(NamedTuple):

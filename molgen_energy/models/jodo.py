@@ -61,6 +61,11 @@ class _Block(NamedTuple):
     second: Tensor
     molecule: Tensor
 
+    @property
+    def directions(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Receivers i and senders j of both directions."""
+        return (self.first, self.second), (self.second, self.first)
+
 
 class _Pairs:
     """The pairs i < j of real atoms of a batch, one molecule after another.
@@ -315,7 +320,7 @@ class CoordinateUpdate(nn.Module):
         symmetric = F.linear(edges, edge) + F.linear(basis, distance)
         shift, scale = (_for_pairs(part, block.molecule) for part in (shift, scale))
         factors = []
-        for i, j in ((block.first, block.second), (block.second, block.first)):
+        for i, j in block.directions:
             hidden = symmetric + receivers.index_select(0, i) + senders.index_select(0, j)
             hidden = _modulated(hidden, shift, scale)
             phi = torch.tanh(self.output(F.silu(self.hidden(hidden)))).to(adjacency.dtype)
@@ -436,7 +441,7 @@ class JODOLayer(nn.Module):
         )
         shape = self.learned, self.query.out_features // self.learned
         logits = []
-        for i, j in ((block.first, block.second), (block.second, block.first)):
+        for i, j in block.directions:
             products = query.index_select(0, i) * key.index_select(0, j) * factor
             logits.append(products.view(-1, *shape).sum(dim=-1))
         return torch.stack(logits, dim=1)
@@ -448,9 +453,7 @@ class JODOLayer(nn.Module):
         values = value.view(-1, *shape)
         weights = weights.to(values.dtype)[..., None]
         total = torch.zeros_like(value)
-        for direction, (i, j) in enumerate(
-            ((block.first, block.second), (block.second, block.first))
-        ):
+        for direction, (i, j) in enumerate(block.directions):
             message = weights[:, direction] * factor * values.index_select(0, j)
             total = total.index_add(0, i, message.flatten(1))
         return total

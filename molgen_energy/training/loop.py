@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from molgen_energy import __version__
 from molgen_energy.config import TrainingConfig
 from molgen_energy.data.batches import BatchIndex, EpochStarts
+from molgen_energy.diffusion.process import is_self_conditioned
 from molgen_energy.distributed import all_reduce_sum, is_main, rank, world_size
 from molgen_energy.errors import InputError, TrainingFailedError
 from molgen_energy.formats.limits import check_memory
@@ -246,6 +247,7 @@ class _Trainer:
         self.training = task.config.training
         self.steps = total_steps(self.training, task.starts)
         self.model: nn.Module = task.model
+        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in task.model.modules())
         if task.device.type == "cpu":
             size = _COPIES * sum(p.numel() * p.element_size() for p in task.model.parameters())
             check_memory(size, "training the network", "lower model.width or model.layers")
@@ -430,8 +432,9 @@ class _Trainer:
         try:
             if world_size() > 1:
                 # Some weights of a self-conditioned network have no gradient in half of the steps.
-                unused = bool(getattr(self.task.model, "self_conditioned", False))
-                self.model = DistributedDataParallel(self.task.model, find_unused_parameters=unused)
+                self.model = DistributedDataParallel(
+                    self.task.model, find_unused_parameters=is_self_conditioned(self.task.model)
+                )
             for batch in self._batches():
                 stop = self._step(batch, interrupted)
                 row_samples += len(batch)
@@ -522,7 +525,7 @@ class _Trainer:
         """
         seed = _derived_seed(self.training.seed, self.at.step)
         place = min(rank(), len(batch) - 1)
-        with _global_random_numbers(_derived_seed(seed, rank()), self.task.device):
+        with self._seeded_dropout(seed):
             losses = self.task.loss(model, batch, seed, place, world_size())
         weight = float(rank() < len(batch))
         if not weight and self.task.adaptive is not None:
@@ -532,6 +535,17 @@ class _Trainer:
         loss.backward()  # type: ignore[no-untyped-call]
         names = ("loss", *self.task.loss_terms)
         return weight * torch.stack([losses[name].detach().sum() for name in names])
+
+    @contextmanager
+    def _seeded_dropout(self, seed: int) -> Iterator[None]:
+        """Draw the masks of dropout, if there is any, from the seed of the step and the process."""
+        if not self._has_dropout:  # small networks would notice the time
+            yield
+            return
+        device = self.task.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(_derived_seed(seed, rank()))
+            yield
 
     def _update(self, values: list[float], norm: float, weight: float) -> None:
         if weight != 1:
@@ -685,14 +699,6 @@ def _norm(parameters: list[nn.Parameter]) -> float:
 def _derived_seed(seed: int, number: int) -> int:
     """The seed of a step, or of a process."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]) >> 1
-
-
-@contextmanager
-def _global_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the random numbers that PyTorch draws for dropout; restores their state afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class ScalesConfig(Section):
 
 @dataclass(frozen=True)
 class MoleculeStatistics:
-    """Statistics of the training molecules that fields need."""
+    """Statistics of the training and validation molecules that fields need."""
 
     elements: tuple[int, ...]
     """Atomic numbers, ascending."""
@@ -106,6 +106,26 @@ class MoleculeField(Field):
 
 
 @dataclass(frozen=True)
+class ClassField(MoleculeField):
+    """A field of classes, each value from no to yes: from 0 to 1, or from −1 to 1 if signed."""
+
+    signed: bool = False
+
+    @property
+    def midpoint(self) -> float:
+        return 0.0 if self.signed else super().midpoint
+
+    def _from_unit(self, values: Tensor) -> Tensor:
+        """Values in the units of the state, from values from 0 to 1."""
+        return (2 * values - 1 if self.signed else values) / self.scale
+
+    def _to_unit(self, values: Tensor) -> Tensor:
+        """The inverse of `_from_unit`."""
+        values = values * self.scale
+        return (values + 1) / 2 if self.signed else values
+
+
+@dataclass(frozen=True)
 class Positions(MoleculeField):
     """Centred positions; encodes and decodes `positions` (B, N, 3) in Å."""
 
@@ -115,12 +135,10 @@ class Positions(MoleculeField):
 
 
 @dataclass(frozen=True)
-class Elements(MoleculeField):
+class Elements(ClassField):
     """One-hot elements; encodes and decodes `atomic_numbers` (B, N)."""
 
     elements: tuple[int, ...] = ()
-    signed: bool = False
-    """Whether the other elements are −1 rather than 0."""
 
     @classmethod
     def build(cls, scales: ScalesConfig, statistics: MoleculeStatistics) -> Elements:
@@ -131,18 +149,13 @@ class Elements(MoleculeField):
         )  # fmt: skip
 
     @property
-    def midpoint(self) -> float:
-        return 0.0 if self.signed else 0.5 / self.scale
-
-    @property
     def channel_names(self) -> tuple[str, ...]:
         return tuple(f"elements {symbol(number)}" for number in self.elements)
 
     def encode(self, data: Mapping[str, Tensor]) -> Tensor:
         numbers = data["atomic_numbers"].long()
         index = _element_index(self.elements, numbers.device)[numbers]
-        one_hot = F.one_hot(index, self.channels).to(data["positions"].dtype)
-        return (2 * one_hot - 1 if self.signed else one_hot) / self.scale
+        return self._from_unit(F.one_hot(index, self.channels).to(data["positions"].dtype))
 
     def decode(self, values: Tensor) -> dict[str, Tensor]:
         numbers = torch.tensor(self.elements, dtype=torch.uint8, device=values.device)
@@ -201,16 +214,13 @@ class FormalCharges(MoleculeField):
 
 
 @dataclass(frozen=True)
-class Bonds(MoleculeField):
+class Bonds(ClassField):
     """Whether a bond exists, a third of its order, and whether it is aromatic.
 
     Encodes and decodes `bond_orders` (B, N, N), 0 without a bond; an aromatic bond has no order.
     The third channel is there if the data has aromatic bonds. JODO's compressed edges (Huang et
     al., 2023, arXiv:2305.12347).
     """
-
-    signed: bool = False
-    """Whether values are from −1 to 1 rather than from 0 to 1."""
 
     @classmethod
     def build(cls, scales: ScalesConfig, statistics: MoleculeStatistics) -> Bonds:
@@ -219,10 +229,6 @@ class Bonds(MoleculeField):
             "bonds", "pair", channels, scales.bonds, "symmetric",
             discrete=True, signed=scales.signed,
         )  # fmt: skip
-
-    @property
-    def midpoint(self) -> float:
-        return 0.0 if self.signed else 0.5 / self.scale
 
     @property
     def channel_names(self) -> tuple[str, ...]:
@@ -237,13 +243,10 @@ class Bonds(MoleculeField):
         aromatic = orders == AROMATIC
         kinds = [orders > 0, torch.where(aromatic, 0, orders) / _HIGHEST_ORDER, aromatic]
         values = torch.stack([kind.to(data["positions"].dtype) for kind in kinds], dim=-1)
-        values = values[..., : self.channels]
-        return (2 * values - 1 if self.signed else values) / self.scale
+        return self._from_unit(values[..., : self.channels])
 
     def decode(self, values: Tensor) -> dict[str, Tensor]:
-        values = values * self.scale
-        if self.signed:
-            values = (values + 1) / 2
+        values = self._to_unit(values)
         orders = (values[..., 1] * _HIGHEST_ORDER).nan_to_num().round().clamp(0, _HIGHEST_ORDER)
         orders = orders.to(torch.uint8)
         if self.channels == 3:

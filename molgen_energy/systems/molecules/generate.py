@@ -236,13 +236,13 @@ class ConsistentCharges:
     """Formal charges that fit generated bonds, without radicals and implicit hydrogens.
 
     An atom whose charge fits its bonds stays. Another one gets the nearest charge with which atoms
-    of its element have such bonds in the training molecules (`nearest_charges`). Where there is
-    none, the atom stays as it was generated.
+    of its element have such bonds in the training or validation molecules (`nearest_charges`).
+    Where there is none, the atom stays as it was generated.
 
     Parameters
     ----------
     layout, statistics
-        Fields of the model, and what is known of the training molecules.
+        Fields of the model, and what is known of the data.
     checkpoint
         That holds them.
     device

@@ -48,7 +48,7 @@ def _check_histogram(histogram: dict[int, int]) -> dict[int, int]:
 
 
 class AtomState(Schema):
-    """Training atoms of one element and formal charge."""
+    """Atoms of one element and formal charge."""
 
     element: Annotated[str, AfterValidator(_check_element)]
     """Symbol."""
@@ -60,16 +60,16 @@ class AtomState(Schema):
 
 
 class StatisticsState(Schema):
-    """Statistics of the training molecules."""
+    """Statistics of the training and validation molecules."""
 
     charges: Annotated[list[Charge], Field(min_length=2, max_length=2)]
     """Lowest and highest formal charge."""
     aromatic: bool
     """Whether there are aromatic bonds."""
     atoms: list[AtomState] | None = None
-    """Training atoms without radicals by `element`, `charge` and `bonds`, rows of three numbers:
-    aromatic bonds, sum of the orders of the others, atoms. Of networks that generate charges and
-    bonds; earlier versions wrote none."""
+    """Atoms without radicals by `element`, `charge` and `bonds`, rows of three numbers: aromatic
+    bonds, sum of the orders of the others, atoms. Of networks that generate charges and bonds;
+    earlier versions wrote none."""
 
     @model_validator(mode="after")
     def _consistent(self) -> StatisticsState:

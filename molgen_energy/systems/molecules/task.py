@@ -30,6 +30,7 @@ from molgen_energy.data.molecules import AROMATIC, Molecules, batch_by_size
 from molgen_energy.diffusion.geometry import rotated, rotations_from_quaternions
 from molgen_energy.diffusion.noise import RandomNumbers
 from molgen_energy.diffusion.objective import Objective, Terms, TimestepDistribution, Weights
+from molgen_energy.diffusion.process import is_self_conditioned
 from molgen_energy.diffusion.state import DOMAINS, Layout, State
 from molgen_energy.distributed import (
     all_reduce_sum,
@@ -169,7 +170,7 @@ class MoleculeTask:
         channels = 0 if self._condition is None else self._condition.channels
         self.model: nn.Module = build_model(self.config, self.layout, channels).to(device)
         passes = self.config.objective.self_condition_passes
-        if passes > 1 and not getattr(self.model, "self_conditioned", False):
+        if passes > 1 and not is_self_conditioned(self.model):
             raise InputError(
                 f"objective.self_condition_passes={passes} is for self-conditioned networks, which "
                 f"{self.config.model.name} is not; leave it out"
