@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from os import PathLike
@@ -12,6 +12,7 @@ from typing import Any
 
 from molgen_energy.api.molecule_list import MoleculeList
 from molgen_energy.data.shards import shards_folder
+from molgen_energy.diffusion.spacing import levels_text
 from molgen_energy.diffusion.temperature import range_text
 from molgen_energy.display.progress import NotebookProgress, in_notebook
 from molgen_energy.distributed import broadcast, is_main, local_device, process_group
@@ -54,6 +55,7 @@ def sample_to(
     sampler: str | None = None,
     steps: int | None = None,
     spacing: str | None = None,
+    levels: Sequence[float] | None = None,
     eta: float | None = None,
     temperature: float | None = None,
     temperature_of: str | None = None,
@@ -94,7 +96,11 @@ def sample_to(
     aromatic
         Write generated aromatic bonds to an SDF as such; by default Kekulised.
     sampler, steps, spacing, eta
-        See `molgen_energy.diffusion.samplers`.
+        See `molgen_energy.diffusion.samplers`; by default as the checkpoint was tuned, distilled or
+        evaluated.
+    levels
+        Noise levels to visit, in place of steps and spacing: descending, the first pure noise. If
+        the last is above 0, the sample is the clean prediction there.
     temperature
         Below 1 molecules are more probable, above 1 more diverse; by default 1.
     temperature_of
@@ -146,6 +152,7 @@ def sample_to(
         "sampler": sampler,
         "steps": steps,
         "spacing": spacing,
+        "levels": None if levels is None else tuple(levels),
         "eta": eta,
         "temperature": temperature,
         "temperature_of": temperature_of,
@@ -230,8 +237,7 @@ def _resumed_options(
         if value != there:
             was = there
             if isinstance(there, tuple):
-                is_range = name == "temperature_range"
-                was = range_text(*there) if is_range else "-".join(map(str, there))
+                was = _TUPLES.get(name, _joined)(there)
             raise InputError(
                 f"{option_name(name)} cannot change: {shards_folder(resume)} was begun with "
                 f"{'the default' if was is None else was}; --resume needs no other option"
@@ -243,6 +249,17 @@ def _resumed_options(
             raise
         raise InputError(f"{origin} does not exist; name its new place with --checkpoint") from None
     return found, resume, options
+
+
+def _joined(values: tuple[int, ...]) -> str:
+    return "-".join(map(str, values))
+
+
+# Of options that are no range of numbers.
+_TUPLES: dict[str, Callable[[tuple[Any, ...]], str]] = {
+    "temperature_range": lambda ends: range_text(*ends),
+    "levels": levels_text,
+}
 
 
 def option_name(name: str) -> str:
@@ -286,6 +303,7 @@ def sample(
     sampler: str | None = None,
     steps: int | None = None,
     spacing: str | None = None,
+    levels: Sequence[float] | None = None,
     eta: float | None = None,
     temperature: float | None = None,
     temperature_of: str | None = None,
@@ -327,11 +345,12 @@ def sample(
     consistent_charges, aromatic
         See `sample_to`; `aromatic` needs an output.
     sampler, steps, spacing, eta
-        `ancestral`, `ddim`, `dpm++`, `heun` or `euler`, and its number of steps, their spacing and
-        its noise; see `molgen_energy.diffusion.samplers`. Fewer steps are faster.
+        `ancestral`, `ddim`, `dpm++`, `sde-dpm++`, `heun` or `euler`, and its number of steps, their
+        spacing and its noise; see `molgen_energy.diffusion.samplers`. Fewer steps are faster.
     temperature
         Below 1 molecules are more probable, above 1 more diverse; by default 1.
-    temperature_of, temperature_range, final_noise, ancestral_positions, self_condition_passes
+    levels, temperature_of, temperature_range, final_noise, ancestral_positions,
+    self_condition_passes
         See `sample_to`.
     batch_size
         Samples in a batch; by default chosen by size and device.
@@ -370,6 +389,7 @@ def sample(
         "sampler": sampler,
         "steps": steps,
         "spacing": spacing,
+        "levels": levels,
         "eta": eta,
         "temperature": temperature,
         "temperature_of": temperature_of,

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # Panels of the help.
 _WHAT, _TEMPERATURE, _COMPUTATION = "What to sample", "Temperature", "Computation"
 # Names for completion, without importing PyTorch; a test compares the registries.
-_SAMPLERS = ("ancestral", "ddim", "dpm++", "heun", "euler")
+_SAMPLERS = ("ancestral", "ddim", "dpm++", "sde-dpm++", "heun", "euler")
 _SPACINGS = ("log", "even", "quadratic")
 EXAMPLES = """
 molgen-energy sample -n 1000
@@ -129,7 +129,8 @@ def command(
         metavar="NAME",
         rich_help_panel="Sampler",
         autocompletion=one_of(*_SAMPLERS),
-        help="ancestral, ddim, dpm++ or heun; for flow matching euler or heun. Default: the first.",
+        help="ancestral, ddim, dpm++, sde-dpm++ or heun; for flow matching euler or heun. Default: "
+        "that of the checkpoint, else the first.",
     ),
     steps: int | None = typer.Option(
         None,
@@ -137,7 +138,8 @@ def command(
         metavar="N",
         rich_help_panel="Sampler",
         help="Steps of the sampler, at most those of training, with a cosine process any number; "
-        "default: as many as in training, or as pretrained weights were evaluated with.",
+        "default: those of the checkpoint, if it was tuned, distilled or evaluated, else all of "
+        "training.",
     ),
     spacing: str | None = typer.Option(
         None,
@@ -146,8 +148,17 @@ def command(
         rich_help_panel="Sampler",
         autocompletion=one_of(*_SPACINGS),
         help="Spacing of the noise levels: log, even or quadratic, for flow matching even or "
-        "quadratic. Default: log for diffusion, even with a cosine process and for flow matching, "
-        "or what pretrained weights were evaluated with.",
+        "quadratic. Default: that of the checkpoint, else log for diffusion, even with a cosine "
+        "process and for flow matching.",
+    ),
+    levels: str | None = typer.Option(
+        None,
+        "--levels",
+        metavar="T,…",
+        rich_help_panel="Sampler",
+        help="Noise levels to visit, in place of steps and spacing, such as 1000,600,300,100: the "
+        "first those of training, pure noise; the sample is the clean prediction at the last, or "
+        "as after all steps if that is 0.",
     ),
     eta: float | None = typer.Option(
         None,
@@ -252,6 +263,7 @@ def command(
                 sampler=sampler,
                 steps=steps,
                 spacing=spacing,
+                levels=None if levels is None else _parse_levels(levels),
                 eta=eta,
                 temperature=temperature,
                 temperature_of=temperature_of,
@@ -392,6 +404,15 @@ def _parse_sizes(text: str) -> tuple[int, int]:
     if not 1 <= low <= high:
         raise InputError(f"--n-atoms {text}: expected a number such as 12, or a range such as 9-18")
     return low, high
+
+
+def _parse_levels(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise InputError(
+            f"--levels {text}: expected numbers with commas, such as 1000,600,300,100"
+        ) from None
 
 
 def _parse_range(text: str) -> tuple[float | None, float | None]:

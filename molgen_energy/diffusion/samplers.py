@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -24,7 +24,12 @@ from molgen_energy.diffusion.process import (
     is_self_conditioned,
     levels_of,
 )
-from molgen_energy.diffusion.spacing import VisitedLevel, noise_levels, visited_levels
+from molgen_energy.diffusion.spacing import (
+    VisitedLevel,
+    chosen_levels,
+    noise_levels,
+    visited_levels,
+)
 from molgen_energy.diffusion.state import Layout, State
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.errors import InputError, unknown_name
@@ -69,6 +74,7 @@ class SamplerContext:
     ) -> None:
         self.model, self.process, self.random = model, sampler.process, random
         self.layout, self.mask, self.condition = layout, mask, condition
+        self.ends_clean = sampler.ends_clean
         self.hook = hook
         self.advance = advance
         self._passes = sampler.self_condition_passes
@@ -132,11 +138,14 @@ class Sampler(ABC):
     self_condition_passes
         Evaluations of a self-conditioned denoiser for each prediction. Each gets the clean
         prediction of the one before, the first that of the level before.
+    levels
+        The noise levels to visit, in place of steps and spacing; see `chosen_levels`.
 
     Raises
     ------
     InputError
-        A number is out of range, or the spacing is not defined for the process.
+        A number is out of range, the spacing is not defined for the process, or there are levels
+        beside steps or spacing.
     """
 
     processes: ClassVar[tuple[str, ...]]
@@ -145,6 +154,11 @@ class Sampler(ABC):
     """η, for samplers that have one."""
     ancestral_positions: bool = False
     """Whether positions take ancestral steps, other than the other fields."""
+    ends_clean: bool
+    """Whether samples are the clean prediction of all fields at the last level, as of a process
+    that ends so, and of chosen levels that do not end at 0."""
+    levels: tuple[float, ...] | None
+    """The levels that were chosen; None where steps and spacing give them."""
 
     def __init__(
         self,
@@ -153,10 +167,22 @@ class Sampler(ABC):
         spacing: str | None = None,
         temperature: Temperature | None = None,
         self_condition_passes: int = 1,
+        levels: Sequence[float] | None = None,
     ) -> None:
         self.process = process
-        self.steps = process.steps if steps is None else steps
-        self.visited, self.spacing = visited_levels(process, self.steps, spacing)
+        self.ends_clean = process.ends_clean
+        self.levels: tuple[float, ...] | None = None
+        if levels is None:
+            self.steps = process.steps if steps is None else steps
+            self.visited, self.spacing = visited_levels(process, self.steps, spacing)
+        else:
+            for option, value in (("--steps", steps), ("--spacing", spacing)):
+                if value is not None:
+                    raise InputError(f"--levels names every noise level; leave out {option}")
+            self.visited, self.spacing = chosen_levels(process, levels), None
+            self.levels = tuple(at.level for at in self.visited)
+            self.ends_clean |= self.levels[-1] > 0
+            self.steps = len(self.visited) - (not self.ends_clean)
         self.temperature = Temperature() if temperature is None else temperature
         if self_condition_passes < 1:
             raise InputError(
@@ -233,12 +259,12 @@ class DiffusionSampler(Sampler):
 def last_step(x: State, at: VisitedLevel, context: SamplerContext, spread: float = 0.0) -> State:
     """The end of a diffusion, from the last level to data.
 
-    If the process ends with clean predictions, x̂ of all fields. Otherwise x̂ + spread·(σ/α)·ε for
+    If the sampler ends with clean predictions, x̂ of all fields. Otherwise x̂ + spread·(σ/α)·ε for
     continuous fields, and x itself for discrete ones: their remaining noise is far below half a
     unit, so rounding removes it.
     """
     clean = context.predict(x, at).clean
-    if context.process.ends_clean:
+    if context.ends_clean:
         return context.finish_step(clean, 0.0)
     if spread:
         ratio = _sqrt(at.sigma2) / _sqrt(at.alpha2)
@@ -303,8 +329,9 @@ class DDIMSampler(DiffusionSampler):
         eta: float = 0.0,
         temperature: Temperature | None = None,
         self_condition_passes: int = 1,
+        levels: Sequence[float] | None = None,
     ) -> None:
-        super().__init__(process, steps, spacing, temperature, self_condition_passes)
+        super().__init__(process, steps, spacing, temperature, self_condition_passes, levels)
         if not 0 <= eta <= 1:
             raise InputError(f"--eta {eta:g}: expected a number from 0 (no noise) to 1 (ancestral)")
         self.eta = eta
@@ -349,8 +376,9 @@ class DPMSolverSampler(DiffusionSampler):
         temperature: Temperature | None = None,
         self_condition_passes: int = 1,
         ancestral_positions: bool = False,
+        levels: Sequence[float] | None = None,
     ) -> None:
-        super().__init__(process, steps, spacing, temperature, self_condition_passes)
+        super().__init__(process, steps, spacing, temperature, self_condition_passes, levels)
         self.ancestral_positions = ancestral_positions
 
     @property
@@ -378,6 +406,38 @@ class DPMSolverSampler(DiffusionSampler):
         return last_step(x, self.visited[-1], context, float(self.ancestral_positions))
 
 
+class StochasticDPMSolverSampler(DiffusionSampler):
+    """SDE-DPM-Solver++(2M) (Lu et al., 2022, arXiv:2211.01095, section 5): noise at every step.
+
+    x_s = (σ_s/σ_t) e^{−h} x_t + α_s (1 − e^{−2h}) D + σ_s √(1 − e^{−2h}) ε with h and D as in
+    `DPMSolverSampler`. With D = x̂_t, as in the first step, this is the step of `AncestralSampler`,
+    and so is the end.
+    """
+
+    @property
+    def adds_noise(self) -> bool:
+        return True
+
+    def _sample(self, context: SamplerContext) -> State:
+        alpha, sigma = self._factors()
+        log_ratio = (alpha / sigma).log()
+        x = context.start()
+        before: tuple[State, float] | None = None
+        for k, (t, s) in enumerate(pairwise(self.visited)):
+            h = float(log_ratio[k + 1] - log_ratio[k])
+            clean = toward = context.predict(x, t).clean
+            if before is not None:
+                r = before[1] / h
+                toward = clean + (clean - before[0]) / (2 * r)
+            removed = -math.expm1(-2 * h)
+            kept = float(sigma[k + 1] / sigma[k]) * math.exp(-h)
+            x = kept * x + float(alpha[k + 1]) * removed * toward
+            x = x + float(sigma[k + 1]) * math.sqrt(removed) * context.noise(t)
+            x = context.finish_step(x, s.level)
+            before = clean, h
+        return last_step(x, self.visited[-1], context, spread=1.0)
+
+
 class HeunSampler(Sampler):
     """Heun's method on the probability-flow ODE (Karras et al., NeurIPS 2022, algorithm 1).
 
@@ -393,7 +453,8 @@ class HeunSampler(Sampler):
     @property
     def _predictions(self) -> int:
         steps = len(self.visited) - 1
-        return 2 * steps + (1 if isinstance(self.process, VariancePreserving) else -1)
+        ends_with_prediction = self.ends_clean or isinstance(self.process, VariancePreserving)
+        return 2 * steps + (1 if ends_with_prediction else -1)
 
     def _sample(self, context: SamplerContext) -> State:
         process = self.process
@@ -412,7 +473,7 @@ class HeunSampler(Sampler):
             if s.level >= process.first_level:
                 slope = (slope + context.predict(x, s).target) / 2
                 x = context.finish_step(scaled + step * slope, s.level)
-        if isinstance(process, VariancePreserving):
+        if self.ends_clean or isinstance(process, VariancePreserving):
             return last_step(x, self.visited[-1], context)
         return x
 
@@ -435,13 +496,14 @@ class EulerSampler(Sampler):
         for t, s in pairwise(self.visited):
             step = (t.level - s.level) / self.process.steps
             x = context.finish_step(x - context.predict(x, t).velocity * step, s.level)
-        return x
+        return last_step(x, self.visited[-1], context) if self.ends_clean else x
 
 
 SAMPLERS: dict[str, type[Sampler]] = {
     "ancestral": AncestralSampler,
     "ddim": DDIMSampler,
     "dpm++": DPMSolverSampler,
+    "sde-dpm++": StochasticDPMSolverSampler,
     "heun": HeunSampler,
     "euler": EulerSampler,
 }
@@ -464,6 +526,7 @@ def build_sampler(
     temperature: Temperature | None = None,
     ancestral_positions: bool = False,
     self_condition_passes: int = 1,
+    levels: Sequence[float] | None = None,
 ) -> Sampler:
     """The named sampler; None selects the defaults of the process, η = 0, and τ = 1.
 
@@ -499,6 +562,7 @@ def build_sampler(
         spacing,
         temperature=temperature,
         self_condition_passes=self_condition_passes,
+        levels=levels,
         **own,
     )
     _check_temperature(sampler, name)

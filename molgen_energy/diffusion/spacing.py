@@ -8,6 +8,8 @@ equally far apart in log(σ/α), in t or in √t.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -27,6 +29,8 @@ DEFAULT_SPACINGS = {"diffusion": "log", "flow_matching": "even", "cosine": "even
 
 FIRST_TIME, LAST_TIME = 0.9946, 1e-3
 """Of samplers in continuous time; those of JODO (Huang et al., 2023, arXiv:2305.12347)."""
+LEAST_FIRST_TIME = 0.99
+"""Of levels that are named, since samplers start from pure noise."""
 
 
 class VisitedLevel(NamedTuple):
@@ -80,6 +84,52 @@ def visited_levels(
     return visited, None if steps == process.steps else spacing
 
 
+def chosen_levels(process: Process, levels: Sequence[float]) -> list[VisitedLevel]:
+    """Levels that a user or a checkpoint names, as a sampler visits them.
+
+    Parameters
+    ----------
+    process
+        The process of the training.
+    levels
+        Descending, the first T, pure noise. If the last is 0, a sampler ends as after steps to 0.
+        Otherwise its samples are the clean prediction at the last one. Of a process in continuous
+        time they are times below 1, from at least `LEAST_FIRST_TIME` to at least that of training.
+
+    Raises
+    ------
+    InputError
+        They are not.
+    """
+    named = f"--levels {levels_text(levels)}"
+    if not levels or not all(a > b for a, b in pairwise(levels)):
+        raise InputError(f"{named}: expected noise levels in descending order")
+    first, last = levels[0], levels[-1]
+    if process.continuous:
+        low = process.first_level
+        if not LEAST_FIRST_TIME <= first < 1 or last < low:
+            raise InputError(
+                f"{named}: expected times, the first from {LEAST_FIRST_TIME} to 1, such as "
+                f"{FIRST_TIME}, and none below {low:g}"
+            )
+        times = map(float, levels)
+        return [
+            VisitedLevel(time, *process.squares(time), len(levels) - 1 - place)
+            for place, time in enumerate(times)
+        ]
+    if any(level != int(level) for level in levels) or first != process.steps or last < 0:
+        raise InputError(
+            f"{named}: expected whole numbers from {process.steps} (pure noise) to 0 (data), the "
+            f"first {process.steps}"
+        )
+    return [VisitedLevel(int(at), *process.squares(int(at)), int(at)) for at in levels]
+
+
+def levels_text(levels: Sequence[float]) -> str:
+    """Levels as the command line has them, such as `1000,600,300,100`."""
+    return ",".join(f"{level:.17g}" if level % 1 else f"{level:.0f}" for level in levels)
+
+
 def _places(process: Process, spacing: str) -> Tensor:
     """The quantity in which levels are equally far apart, at each level, (T+1,) float64."""
     if spacing == "log":
@@ -128,6 +178,49 @@ def spaced_times(process: CosineDiffusion, steps: int, spacing: str) -> list[flo
 
 def _evenly(first: float, last: float, count: int) -> Tensor:
     return torch.linspace(first, last, count, dtype=torch.float64)
+
+
+def power_levels(
+    process: Process, count: int, high: float, power: float, low: float | None = None
+) -> list[float]:
+    """Levels with equal distances in (σ/α)^{1/power} between two noise levels, after the first.
+
+    Equation 5 of Karras et al. (NeurIPS 2022), after a step from pure noise. A high power comes
+    close to equal distances in log(σ/α).
+
+    Parameters
+    ----------
+    process
+        A diffusion; with continuous time a level is a time.
+    count
+        Levels, all different, of which a sampler evaluates the network once at each; at least 2.
+    high
+        σ/α of the second level.
+    low
+        σ/α of the last level; None ends at 0, or in continuous time at `LAST_TIME`.
+    """
+    first: float = FIRST_TIME if process.continuous else process.steps
+    end: float = LAST_TIME if process.continuous else 0
+    ratios = _evenly(high ** (1 / power), (low or _ratio(process, end)) ** (1 / power), count - 1)
+    ratios = ratios**power
+    if isinstance(process, CosineDiffusion):
+        return [first, *process.schedule.time(-2 * ratios.log()).tolist()]
+    assert isinstance(process, Diffusion)
+    known = (process.schedule.sigma2 / process.schedule.alpha2).log() / 2
+    nearest = (known[:, None] - ratios.log()).abs().argmin(dim=0).tolist()
+    if low is None:
+        nearest[-1] = 0
+    levels = [process.steps]
+    for place, level in enumerate(nearest):
+        room = len(nearest) - 1 - place if low is None else len(nearest) - place
+        levels.append(max(min(level, levels[-1] - 1), room))
+    return list(levels)
+
+
+def _ratio(process: Process, level: float) -> float:
+    """σ/α at a level."""
+    alpha2, sigma2 = process.squares(level)
+    return math.sqrt(sigma2 / alpha2)
 
 
 def noise_levels(process: Process, layout: Layout, level: Tensor) -> Tensor:

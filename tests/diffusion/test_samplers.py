@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from states import ExactRandomNumbers, layout_of
@@ -19,7 +20,7 @@ from molgen_energy.diffusion.samplers import (
     build_sampler,
     samplers_for,
 )
-from molgen_energy.diffusion.spacing import DEFAULT_SPACINGS
+from molgen_energy.diffusion.spacing import DEFAULT_SPACINGS, power_levels
 from molgen_energy.errors import InputError
 
 SERVED = [(process, name) for process in DEFAULT_SAMPLERS for name in samplers_for(process)]
@@ -155,7 +156,7 @@ def test_mean_and_covariance_of_a_gaussian(process, name, steps):
     positions = deviation[..., :3].square().sum(dim=1).mean(dim=0) / 5  # 5 of 6 atoms are free
     features = deviation[..., 3:].flatten(0, 1)
     covariance = features.T @ features / len(features)
-    near = 0.08 if steps == 400 or name in ("dpm++", "heun") else 0.18
+    near = 0.08 if steps == 400 or name in ("dpm++", "sde-dpm++", "heun") else 0.18
     expected = torch.tensor([[0.5, 0.3], [0.3, 0.4]]).double()
     torch.testing.assert_close(positions, torch.full((3,), 0.25).double(), rtol=near, atol=0)
     torch.testing.assert_close(covariance, expected, rtol=near, atol=0)
@@ -209,6 +210,120 @@ def test_each_step_has_the_mean_and_variance_of_the_papers(eta, steps):
     if eta == "ancestral":
         end = end + sigma2[0].sqrt() / alpha[0] * noise_of(noise, mask, 0)
     torch.testing.assert_close(drawn, torch.cat([end[..., :3], x[..., 3:]], dim=-1))
+
+
+@pytest.mark.parametrize("levels", [None, (20, 13, 9, 5, 2)])
+def test_stochastic_dpm_solver_is_the_papers(levels):
+    """SDE-DPM-Solver++(2M) with x̂ and λ = log(α/σ), and its first step that of the first order."""
+    best = gaussian("diffusion", 20)
+    schedule, mask = best.process.schedule, torch.ones(4, 6, dtype=torch.bool)
+    noise = ExactRandomNumbers(3, torch.arange(4))
+    steps = 7 if levels is None else None
+    sampler = build_sampler(best.process, "sde-dpm++", steps, levels=levels)
+    seen, drawn = evaluations(sampler, best, noise, mask)
+    alpha, sigma = schedule.alpha2.sqrt(), schedule.sigma2.sqrt()
+    clean = {t: (x - sigma[t] * output) / alpha[t] for t, (x, output) in seen.items()}
+    visited = list(seen)
+    for k, (t, s) in enumerate(pairwise(visited)):
+        h = (alpha[s] / sigma[s] * sigma[t] / alpha[t]).log()
+        toward = clean[t]
+        if k:
+            before = visited[k - 1]
+            r = (alpha[t] / sigma[t] * sigma[before] / alpha[before]).log() / h
+            toward = toward + (clean[t] - clean[before]) / (2 * r)
+        removed = 1 - (-2 * h).exp()
+        expected = sigma[s] / sigma[t] * (-h).exp() * seen[t][0] + alpha[s] * removed * toward
+        expected = expected + sigma[s] * removed.sqrt() * noise_of(noise, mask, t)
+        torch.testing.assert_close(seen[s][0], expected, rtol=1e-5, atol=1e-5)
+    end = clean[visited[-1]]
+    if levels is None:
+        end = end + sigma[0] / alpha[0] * noise_of(noise, mask, 0)
+        end = torch.cat([end[..., :3], seen[0][0][..., 3:]], dim=-1)
+    torch.testing.assert_close(drawn, end, rtol=1e-5, atol=1e-5)
+
+
+CHOSEN = {
+    "diffusion": (400, 250, 120, 40, 9),
+    "cosine": (0.995, 0.7, 0.4, 0.1, 0.02),
+    "flow_matching": (400, 250, 120, 40, 9),
+}
+
+
+@served
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_chosen_levels_end_with_the_clean_prediction(process, name, count):
+    """K levels are K evaluations (Heun's method 2K − 1), and the sample is x̂ of all fields."""
+    best, mask = gaussian(process, 400), torch.ones(2, 6, dtype=torch.bool)
+    levels = CHOSEN[process][:count]
+    sampler = build_sampler(best.process, name, levels=levels)
+    expected = levels if process == "cosine" else tuple(map(int, levels))
+    assert sampler.levels == tuple(levels_of(sampler)) == expected
+    calls = []
+
+    def watched(state, time, *others):
+        calls.append((state, time))
+        return best(state, time, *others)
+
+    drawn = sampler.sample(watched, RandomNumbers(0, torch.arange(2)), LAYOUT, mask)
+    made = 2 * count - 1 if name == "heun" else count
+    assert len(calls) == sampler.evaluations == made
+    assert sampler.steps == count
+    x, time = calls[-1]
+    alpha, sigma = best.level(time[0])
+    output = best.output(x.atoms, time)
+    clean = x.atoms - sigma * output if best.flow else (x.atoms - sigma * output) / alpha
+    torch.testing.assert_close(drawn.atoms, clean, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("process", "name"), [pair for pair in SERVED if pair[0] != "cosine"])
+def test_chosen_levels_that_end_at_0_are_those_of_steps(process, name):
+    best, mask = gaussian(process, 400), torch.ones(2, 6, dtype=torch.bool)
+    random = RandomNumbers(0, torch.arange(2))
+    spaced = build_sampler(best.process, name, 12, spacing="quadratic")
+    chosen = build_sampler(best.process, name, levels=levels_of(spaced))
+    assert (chosen.steps, chosen.spacing, chosen.evaluations) == (12, None, spaced.evaluations)
+    drawn = [each.sample(best, random, LAYOUT, mask) for each in (spaced, chosen)]
+    assert torch.equal(drawn[0].atoms, drawn[1].atoms)
+
+
+@pytest.mark.parametrize(
+    ("process", "options", "message"),
+    [
+        ("diffusion", {"levels": ()}, "--levels : expected noise levels in descending order"),
+        ("diffusion", {"levels": (20, 5, 5)}, "--levels 20,5,5: expected noise levels in desc"),
+        ("diffusion", {"levels": (19, 5)}, "expected whole numbers from 20 (pure noise) to 0"),
+        ("diffusion", {"levels": (20, 2.5)}, "--levels 20,2.5: expected whole numbers"),
+        ("flow_matching", {"levels": (20, -1)}, "--levels 20,-1: expected whole numbers"),
+        ("diffusion", {"levels": (math.nan, 1)}, "--levels nan,1: expected noise levels"),
+        ("cosine", {"levels": (0.9, 0.1)}, "expected times, the first from 0.99 to 1"),
+        ("cosine", {"levels": (0.995, 0)}, "expected times, the first from 0.99 to 1"),
+        ("diffusion", {"levels": (20, 5), "steps": 2}, "names every noise level; leave out --st"),
+        ("cosine", {"levels": (1, 0), "spacing": "log"}, "noise level; leave out --spacing"),
+    ],
+)
+def test_bad_levels(process, options, message):
+    with pytest.raises(InputError) as refused:
+        build_sampler(PROCESSES[process](20), **options)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("low", [None, 0.03])
+def test_levels_by_a_power_of_the_noise_level(low):
+    """Equal distances in (σ/α)^{1/ρ} from the second level on, and all different."""
+    process = Diffusion(100_000)
+    levels = power_levels(process, 9, 2.5, 3.0, low)
+    schedule = process.schedule
+    roots = (schedule.sigma2 / schedule.alpha2).sqrt()[levels] ** (1 / 3)
+    assert levels[0] == 100_000 and (levels[-1] == 0) == (low is None)
+    assert float(roots[1]) == pytest.approx(2.5 ** (1 / 3), rel=1e-3)
+    np.testing.assert_allclose(roots[1:].diff()[:-1], float(roots[1:].diff().mean()), rtol=0.01)
+    times = power_levels(PROCESSES["cosine"](), 9, 2.5, 3.0, low)
+    ratios = [math.sqrt(1 / cosine(time)[0] ** 2 - 1) for time in times[1:]]
+    assert ratios[0] == pytest.approx(2.5)
+    np.testing.assert_allclose(np.diff(np.cbrt(ratios), 2), 0, atol=1e-6)
+    few = power_levels(Diffusion(12), 12, 2.5, 3.0, low)
+    assert sorted(set(few), reverse=True) == few and len(few) == 12
+    build_sampler(Diffusion(12), levels=few)
 
 
 def test_all_levels_are_edms_algorithm_to_the_last_bit():
@@ -309,10 +424,11 @@ def test_only_random_steps_draw_noise(process, name):
     sampler = build_sampler(PROCESSES[process](10), name)
     mask = torch.ones(1, 3, dtype=torch.bool)
     sampler.sample(lambda x, *others: 0 * x, Counted(0, torch.arange(1)), LAYOUT, mask)
+    random = name in ("ancestral", "sde-dpm++")
     if process == "cosine":
-        assert drawn == [Stream.START, *(range(9, 0, -1) if name == "ancestral" else ())]
+        assert drawn == [Stream.START, *(range(9, 0, -1) if random else ())]
     else:
-        assert drawn == ([11, *range(10, -1, -1)] if name == "ancestral" else [11])
+        assert drawn == ([11, *range(10, -1, -1)] if random else [11])
 
 
 @pytest.mark.parametrize(
@@ -337,7 +453,7 @@ def test_only_random_steps_draw_noise(process, name):
         ("flow_matching", {"eta": 0.5}, "--eta goes with --sampler ddim, not euler"),
         ("diffusion", {"name": "ddim", "eta": 1.5}, "--eta 1.5: expected a number from 0"),
         ("diffusion", {"name": "ddim", "eta": math.nan}, "--eta nan: expected a number from 0"),
-        ("cosine", {"name": "euler"}, "choose ancestral or ddim or dpm++ or heun"),
+        ("cosine", {"name": "euler"}, "choose ancestral or ddim or dpm++ or sde-dpm++ or heun"),
         ("cosine", {"steps": 0}, "--steps 0: choose 1 to 1,000,000"),
         ("cosine", {"steps": 10**12}, "--steps 1000000000000: choose 1 to 1,000,000"),
         ("cosine", {"spacing": "lgo"}, "unknown spacing 'lgo'; did you mean 'log'"),

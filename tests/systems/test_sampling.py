@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -278,8 +279,9 @@ def test_other_weights_are_refused(checkpoint, tmp_path):
         ("steps", {"steps": 5}),
         ("batch size", {"batch_size": 6}),
         ("low precision", {"low_precision": True}),
-        ("temperature", {"temperature": Temperature(0.9, "score", 0.3, 2.0)}),
+        ("temperature", {"temperature": Temperature(0.9, "score", 0.3, 2.0).options}),
         ("sampler", {"sampler": "dpm++", "ancestral_positions": True}),
+        ("steps", {"steps": None, "levels": (20, 6)}),
     ],
 )
 def test_another_job_is_refused(checkpoint, tmp_path, name, changed):
@@ -293,11 +295,11 @@ def test_temperature_is_resumed_and_written(checkpoint, tmp_path, suffix):
     """Resumed as the uninterrupted job, and other molecules than without."""
     options = {
         "sampler": "ancestral", "steps": 6, "sizes": (4, 12),
-        "temperature": Temperature(0.5, "noise", None, 4.0, final_noise=0.0),
+        "temperature": Temperature(0.5, "noise", None, 4.0, final_noise=0.0).options,
     }  # fmt: skip
     draw(checkpoint, tmp_path / f"whole.{suffix}", batch_size=5, **options)
     interrupt(checkpoint, tmp_path / f"a.{suffix}", **options)
-    other = options | {"temperature": Temperature(0.5, "noise", None, 5.0, final_noise=0.0)}
+    other = options | {"temperature": Temperature(0.5, "noise", None, 5.0, final_noise=0.0).options}
     with pytest.raises(InputError, match=r"temperature range \[None, 4.0\], which cannot change"):
         draw(checkpoint, tmp_path / f"a.{suffix}", resume=True, **other)
     draw(checkpoint, tmp_path / f"a.{suffix}", resume=True, **options)
@@ -313,6 +315,50 @@ def test_temperature_is_resumed_and_written(checkpoint, tmp_path, suffix):
         assert not np.array_equal(cold.positions, warm.positions)
     else:
         assert len(list(MoleculeReader(tmp_path / f"whole.{suffix}"))) == 30
+
+
+def test_chosen_levels_are_resumed_and_written(checkpoint, tmp_path):
+    options = {"sampler": "sde-dpm++", "steps": None, "levels": (20, 10, 3)}
+    draw(checkpoint, tmp_path / "whole.h5", batch_size=5, **options)
+    interrupt(checkpoint, tmp_path / "a.h5", **options)
+    with pytest.raises(InputError, match=r"levels .* cannot change to"):
+        draw(checkpoint, tmp_path / "a.h5", resume=True, **options | {"levels": (20, 10, 4)})
+    draw(checkpoint, tmp_path / "a.h5", resume=True, **options)
+    whole = (tmp_path / "whole.h5").read_bytes()
+    assert (tmp_path / "a.h5").read_bytes() == whole
+    assert b'"levels": "20,10,3"' in whole
+
+
+STORED = {
+    "sampler": "ddim", "levels": [20, 9, 2], "eta": 0.5, "temperature": 0.9,
+    "final_noise": 0.5, "spacing": "quadratic",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("ddim", (20, 9, 2), 3, None, 0.5, 0.9, 0.5)),
+        ({"temperature": {"temperature": 0.8}}, ("ddim", (20, 9, 2), 3, None, 0.5, 0.8, 0.5)),
+        ({"temperature": {"final_noise": 1.0}}, ("ddim", (20, 9, 2), 3, None, 0.5, 0.9, 1)),
+        ({"steps": 7}, ("ddim", None, 7, "quadratic", 0.5, 0.9, 0.5)),
+        ({"spacing": "log"}, ("ddim", None, 20, None, 0.5, 0.9, 0.5)),
+        ({"levels": (20, 5)}, ("ddim", (20, 5), 2, None, 0.5, 0.9, 0.5)),
+        ({"eta": 0.1}, ("ddim", (20, 9, 2), 3, None, 0.1, 0.9, 0.5)),
+        ({"sampler": "heun"}, ("heun", (20, 9, 2), 3, None, None, 1, 1)),
+        ({"sampler": "ddim"}, ("ddim", (20, 9, 2), 3, None, 0.0, 1, 1)),
+    ],
+)
+def test_options_replace_what_a_checkpoint_stores(checkpoint, options, expected):
+    """A named sampler also replaces the noise of the stored one, which it may not have."""
+    tuned = replace(checkpoint, state=checkpoint.state | {"sampling": STORED})
+    generator = MoleculeGenerator(tuned, CPU, **options)
+    sampler, noise = generator.sampler, generator.sampler.temperature
+    found = (
+        generator.sampler_name, sampler.levels, sampler.steps, sampler.spacing, sampler.eta,
+        noise.value, noise.final_noise,
+    )  # fmt: skip
+    assert found == expected
 
 
 def test_ancestral_positions_are_resumed_and_written(checkpoint, tmp_path):

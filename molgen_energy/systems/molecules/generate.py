@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,22 +65,23 @@ class MoleculeGenerator:
     low_precision
         Run the work on pairs in bfloat16.
     sampler
-        One of `SAMPLERS`; None is the default of the process.
+        One of `SAMPLERS`; None is that of the checkpoint (`SamplingState`), with its noise and
+        temperature, else the default of the process.
     steps
-        Steps of the sampler, at most those of the training unless that has continuous time. None is
-        the number that pretrained weights were evaluated with, else that of the process.
+        Steps of the sampler, at most those of the training unless that has continuous time. None
+        takes the levels or the number of the checkpoint, else the number of the process.
     eta
         Noise of the sampler `ddim`, 0 to 1; None for other samplers.
     spacing
-        Spacing of the levels that the sampler visits, one of `SPACINGS`. None is the one that
-        pretrained weights were evaluated with, else the default of the process.
+        Spacing of the levels that the sampler visits, one of `SPACINGS`. None is that of the
+        checkpoint, else the default of the process.
     condition
         Values of properties on which the model was conditioned, by name; properties without a
         value are unconditional. None draws them from the training molecules.
     hook
         Guidance and constraints.
     temperature
-        Of noise or score, by levels in Å; None changes nothing.
+        Options of a `Temperature`, those that are not None; others are as the checkpoint has them.
     consistent_charges
         Replace each formal charge that does not fit the generated bonds of its atom, see
         `ConsistentCharges`.
@@ -87,6 +89,8 @@ class MoleculeGenerator:
         With the sampler `dpm++`: positions take ancestral steps.
     self_condition_passes
         Evaluations of a self-conditioned network for each prediction.
+    levels
+        Noise levels to visit, in place of steps and spacing; see `chosen_levels`.
 
     Raises
     ------
@@ -109,10 +113,11 @@ class MoleculeGenerator:
         spacing: str | None = None,
         condition: Mapping[str, float] | None = None,
         hook: SamplingHook | None = None,
-        temperature: Temperature | None = None,
+        temperature: Mapping[str, Any] | None = None,
         consistent_charges: bool = False,
         ancestral_positions: bool = False,
         self_condition_passes: int = 1,
+        levels: Sequence[float] | None = None,
     ) -> None:
         self.config = checkpoint.config_as(MoleculeConfig)
         state = checkpoint.state_as(MoleculeState)
@@ -153,19 +158,30 @@ class MoleculeGenerator:
         counts = torch.tensor(list(histogram.values()), dtype=torch.float64)
         self._cumulated = counts.cumsum(0) / counts.sum()
         process = config.process.build()
+        stored = state.sampling or SamplingState()
+        noise = {name: value for name, value in (temperature or {}).items() if value is not None}
+        if sampler is None:
+            # What belongs to the stored sampler, which others may not have.
+            sampler = stored.sampler
+            eta = stored.eta if eta is None else eta
+            ancestral_positions = ancestral_positions or bool(stored.ancestral_positions)
+            noise = _noise_of(stored) | noise
+        if levels is None and steps is None and spacing is None:
+            levels = stored.levels
+        if levels is None:
+            steps = stored.steps if steps is None else steps
+            spacing = stored.spacing if spacing is None else spacing
         self.sampler_name = DEFAULT_SAMPLERS[process.name] if sampler is None else sampler
-        evaluated_with = state.sampling or SamplingState()
-        steps = evaluated_with.steps if steps is None else steps
-        spacing = evaluated_with.spacing if spacing is None else spacing
         self.sampler = build_sampler(
             process,
             self.sampler_name,
             steps,
             eta,
             spacing,
-            temperature,
+            Temperature.from_options(Temperature().options | noise),
             ancestral_positions,
             self_condition_passes,
+            levels,
         )
         self.sampler.check_model(self.model)
 
@@ -230,6 +246,12 @@ class MoleculeGenerator:
             for name, count in zip(CHARGE_COUNTS, counts.cpu().double().numpy(), strict=True):
                 properties[name] = Property(count, "atoms")
         return _molecules(decoded, mask, properties)
+
+
+def _noise_of(stored: SamplingState) -> dict[str, float]:
+    """The options of a temperature that a checkpoint stores."""
+    options = {"temperature": stored.temperature, "final_noise": stored.final_noise}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 class ConsistentCharges:

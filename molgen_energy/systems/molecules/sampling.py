@@ -29,6 +29,7 @@ from molgen_energy.chemistry.rdkit import sanitize, short_reason
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules, batch_by_size
 from molgen_energy.data.shards import FORMAT
+from molgen_energy.diffusion.spacing import levels_text
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.distributed import barrier, is_main, rank, world_size
 from molgen_energy.errors import InputError, counted
@@ -141,6 +142,11 @@ def _check_aromatic(output: Path, generator: MoleculeGenerator) -> None:
         )
 
 
+def pairs_in_batch(device: torch.device) -> int:
+    """Pairs of atoms in a batch on a device."""
+    return _PAIRS_CPU if device.type == "cpu" else _PAIRS_GPU
+
+
 def _job(
     generator: MoleculeGenerator, count: int, batch_size: int | None, aromatic: bool = False
 ) -> SamplingJob:
@@ -155,6 +161,7 @@ def _job(
         "sampler": generator.sampler_name,
         "steps": generator.sampler.steps,
         "spacing": generator.sampler.spacing,
+        "levels": generator.sampler.levels,
         "eta": generator.sampler.eta,
         **generator.sampler.temperature.options,
         "ancestral_positions": generator.sampler.ancestral_positions,
@@ -165,7 +172,7 @@ def _job(
         "aromatic": aromatic,
         "low_precision": generator.low_precision,
         "batch_size": batch_size,
-        "pairs": _PAIRS_CPU if on_cpu else _PAIRS_GPU,
+        "pairs": pairs_in_batch(generator.device),
         "window": max(_WINDOW_CPU if on_cpu else _WINDOW_GPU, batch_size or 0),
         "weights": generator.fingerprint(),
         "checkpoint": checkpoint_name(path),
@@ -444,6 +451,8 @@ def _writer(
     }
     if job.spacing is not None:
         origin["spacing"] = job.spacing
+    if job.levels is not None:
+        origin["levels"] = levels_text(job.levels)
     if job.eta is not None:
         origin["eta"] = f"{job.eta:g}"
     origin |= Temperature.from_options(job.model_dump()).provenance()
@@ -469,7 +478,7 @@ def _append(
     order = np.argsort(numbers)
     molecules = Molecules.concatenate(drawn).select(order)
     if isinstance(writer, MoleculeWriter):
-        writer.append(_at_origin(molecules, ~molecules.finite()))  # text formats have a field
+        writer.append(at_origin(molecules, ~molecules.finite()))  # text formats have a field
     else:
         writer.append(molecules, numbers[order])
     return molecules
@@ -483,7 +492,7 @@ def _count(path: Path) -> int:
     return count_records(path)
 
 
-def _at_origin(molecules: Molecules, which: NDArray[np.bool_]) -> Molecules:
+def at_origin(molecules: Molecules, which: NDArray[np.bool_]) -> Molecules:
     """The molecules, with all atoms of the chosen ones at the origin."""
     atoms = np.repeat(which, molecules.sizes)[:, None]
     return replace(molecules, positions=np.where(atoms, np.float32(0), molecules.positions))

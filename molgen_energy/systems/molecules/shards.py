@@ -15,7 +15,7 @@ from molgen_energy.data.shards import Manifest, ShardFolder, check_unchanged, sh
 from molgen_energy.errors import InputError
 from molgen_energy.formats.yaml import YAMLFormat
 from molgen_energy.output import check_writable, open_to_append
-from molgen_energy.systems.molecules.state import Atoms
+from molgen_energy.systems.molecules.state import MOST_LEVELS, Atoms
 
 _DONE = ".done"
 _MOST = 10**9  # molecules of a job
@@ -76,6 +76,11 @@ class SamplingJob(Manifest):
     """Å; None is an open end."""
     final_noise: Finite = 1.0
     """Factor of the noise of steps below that range, and of the last noise."""
+    levels: (
+        Annotated[tuple[Finite, ...], Strict(False), Field(min_length=1, max_length=MOST_LEVELS)]
+        | None
+    ) = None
+    """Noise levels of the sampler that were named; None where steps and spacing give them."""
     ancestral_positions: bool = False
     """Whether positions take ancestral steps in the sampler dpm++."""
     self_condition_passes: Positive = 1

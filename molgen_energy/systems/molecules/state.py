@@ -17,6 +17,9 @@ Atoms = Annotated[int, Field(ge=1, le=MOST_ATOMS)]
 Charge = Annotated[int, Field(ge=-100, le=100)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+MOST_LEVELS = 10_000
+"""Noise levels of a sampler that are listed one by one."""
 _MOST_PROPERTIES = 1000
 
 
@@ -104,12 +107,24 @@ class ConditionState(Schema):
 
 
 class SamplingState(Schema):
-    """What pretrained weights were evaluated with."""
+    """How `sample` draws without options: as weights were evaluated, tuned or distilled."""
 
+    sampler: Name | None = None
+    """Name of the sampler."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Of the sampler."""
     spacing: str | None = None
     """Of its levels."""
+    levels: Annotated[list[_NotNegative], Field(min_length=1, max_length=MOST_LEVELS)] | None = None
+    """Its noise levels, or times, descending, in place of steps and spacing."""
+    eta: Finite | None = None
+    """Noise in the steps of the sampler ddim."""
+    ancestral_positions: bool | None = None
+    """Whether positions take ancestral steps in the sampler dpm++."""
+    temperature: _NotNegative | None = None
+    """Factor of the noise of steps from 0.3 Å."""
+    final_noise: _NotNegative | None = None
+    """Factor of the noise of steps below, and of the last noise."""
 
 
 class MoleculeState(RunState):
@@ -126,7 +141,7 @@ class MoleculeState(RunState):
     condition: ConditionState | None = None
     """Of a network with a condition."""
     sampling: SamplingState | None = None
-    """Of pretrained weights."""
+    """Of pretrained weights, tuned checkpoints and students."""
     training: dict[str, str | float] | None = None
     """Of pretrained weights: command, hardware and minutes."""
 

@@ -42,6 +42,8 @@ class _MoleculeSampling:
         self.origin = generator.checkpoint.origin
         sampler = generator.sampler
         spacing = "" if sampler.spacing is None else f" of {sampler.spacing} spacing"
+        if sampler.levels is not None:
+            spacing = " at chosen levels"
         temperature = sampler.temperature.describe()
         positions = " with ancestral positions" if sampler.ancestral_positions else ""
         self.method = (
@@ -80,8 +82,9 @@ class MoleculeSystem(System):
             "sampler": None,
             "steps": None,
             "spacing": None,
+            "levels": None,
             "eta": None,
-            **Temperature().options,
+            **dict.fromkeys(Temperature().options),
             "ancestral_positions": False,
             "self_condition_passes": 1,
             "condition": None,
@@ -119,10 +122,11 @@ class MoleculeSystem(System):
             options["eta"],
             options["spacing"],
             options["condition"],
-            temperature=Temperature.from_options(options),
+            temperature={name: options[name] for name in Temperature().options},
             ancestral_positions=options["ancestral_positions"],
             self_condition_passes=options["self_condition_passes"],
             consistent_charges=options["consistent_charges"],
+            levels=options["levels"],
         )
         return _MoleculeSampling(
             generator, options["count"], options["batch_size"], options["aromatic"]
@@ -145,7 +149,8 @@ class MoleculeSystem(System):
     def sampling_options(self, output: Path) -> Mapping[str, Any]:
         """Options of the interrupted job of a file."""
         job = read_sampling_job(output)
-        return {name: getattr(job, name) for name in (*self.sampling, "checkpoint")}
+        options = {name: getattr(job, name) for name in (*self.sampling, "checkpoint")}
+        return options if job.levels is None else options | {"steps": None, "spacing": None}
 
     def details(self, config: Any) -> str:
         """Springs and edges, and the process if it is not EDM's diffusion."""
