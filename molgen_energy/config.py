@@ -45,6 +45,7 @@ PositiveInt = Annotated[Whole, Field(gt=0, lt=2**63)]
 Layers = Annotated[Whole, Field(gt=0, le=1000)]
 """Layers of a network; its width is limited by the memory that is available."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Decay = Annotated[float, Field(ge=0, lt=1)]
 Self = TypeVar("Self", bound="Config")
 
 _OPTIONS = "the given options"  # source of the changes of `replaced`, in messages
@@ -229,7 +230,9 @@ class TrainingConfig(Section):
     decay: Literal["none", "cosine"] = "none"
     """Learning rate after the warm-up: constant, or a half cosine to zero at the last step."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-12
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    ema_decay: _Decay = 0.9999
+    adam_betas: tuple[_Decay, _Decay] = (0.9, 0.999)
+    """Decay of the two averages of AdamW."""
     clip_gradients: bool = True
     max_gradient_norm: PositiveFloat | None = None
     """The bound of `clip_gradients`, which recent steps determine, is never above this; null sets

@@ -37,6 +37,8 @@ class Stream(IntEnum):
     SELF_CONDITION = _WORD - 7
     START = _WORD - 8
     """Of the noise that samplers in continuous time start with."""
+    LOWER_LEVEL = _WORD - 9
+    """Of the second level of distillation."""
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> list[Tensor]:

@@ -153,6 +153,18 @@ class Objective:
         noisy = process.add_noise(clean, noise, level)
         previous = self._first_prediction(model, noisy, level, condition, random)
         prediction = process.predict(model, noisy, level, condition, previous)
+        return self.compare(prediction, clean, noise, level, random, loss_inputs)
+
+    def compare(
+        self,
+        prediction: Prediction,
+        clean: State,
+        noise: State,
+        level: Tensor,
+        random: RandomNumbers,
+        loss_inputs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Terms:
+        """The losses of a prediction at the noisy state of this data and noise, at levels (B,)."""
         parts = {
             **self._position_terms(prediction, clean, level, random, loss_inputs),
             **self._error_terms(prediction, clean, noise, level),
@@ -225,7 +237,7 @@ class Objective:
             else:
                 in_time = self._clean_weight(level)
             if self.reduction == "sum" and not loss.Config.extensive:
-                values = values * _places("atom", clean.mask)
+                values = values * places("atom", clean.mask)
             terms[name] = weight * in_time * values
         return terms
 
@@ -242,7 +254,7 @@ class Objective:
         for name, field in clean.layout.fields.items():
             if name == "positions":
                 continue
-            difference = _without_padding(
+            difference = without_padding(
                 field.domain, predicted[name] - true[name], clean.mask
             ).flatten(1)
             error = difference.square() if degree == 2 else difference.abs() ** degree
@@ -254,12 +266,12 @@ class Objective:
         """What the sum of a field's errors is divided by, a number or (B,)."""
         channels = clean.layout.channels[domain]
         if self.reduction == "mean":
-            return _places(domain, clean.mask) * channels
+            return places(domain, clean.mask) * channels
         positions = clean.layout.fields["positions"]
         return channels - positions.channels if domain == positions.domain else channels
 
 
-def _without_padding(domain: Domain, values: Tensor, mask: Tensor) -> Tensor:
+def without_padding(domain: Domain, values: Tensor, mask: Tensor) -> Tensor:
     """Values with zero at padding, even where it holds NaN."""
     if domain == "graph":
         return values
@@ -267,7 +279,7 @@ def _without_padding(domain: Domain, values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(inside[..., None], values, 0)
 
 
-def _places(domain: Domain, mask: Tensor) -> Tensor:
+def places(domain: Domain, mask: Tensor) -> Tensor:
     """Atoms, or ordered pairs of atoms, of each sample, at least 1, (B,)."""
     atoms = mask.sum(dim=1)
     count = {"atom": atoms, "pair": atoms * (atoms - 1), "graph": torch.ones_like(atoms)}[domain]

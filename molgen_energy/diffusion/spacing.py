@@ -202,19 +202,27 @@ def power_levels(
     first: float = FIRST_TIME if process.continuous else process.steps
     end: float = LAST_TIME if process.continuous else 0
     ratios = _evenly(high ** (1 / power), (low or _ratio(process, end)) ** (1 / power), count - 1)
-    ratios = ratios**power
-    if isinstance(process, CosineDiffusion):
-        return [first, *process.schedule.time(-2 * ratios.log()).tolist()]
-    assert isinstance(process, Diffusion)
-    known = (process.schedule.sigma2 / process.schedule.alpha2).log() / 2
-    nearest = (known[:, None] - ratios.log()).abs().argmin(dim=0).tolist()
+    nearest = levels_near(process, ratios**power)
+    if process.continuous:
+        return [first, *nearest]
     if low is None:
         nearest[-1] = 0
-    levels = [process.steps]
+    levels: list[float] = [process.steps]
     for place, level in enumerate(nearest):
         room = len(nearest) - 1 - place if low is None else len(nearest) - place
         levels.append(max(min(level, levels[-1] - 1), room))
-    return list(levels)
+    return levels
+
+
+def levels_near(process: Process, ratios: Tensor) -> list[float]:
+    """The levels of a diffusion whose σ/α are nearest to some ratios; in continuous time, times."""
+    if isinstance(process, CosineDiffusion):
+        times: list[float] = process.schedule.time(-2 * ratios.log()).tolist()
+        return times
+    assert isinstance(process, Diffusion)
+    known = (process.schedule.sigma2 / process.schedule.alpha2).log() / 2
+    nearest: list[float] = (known[:, None] - ratios.log()).abs().argmin(dim=0).tolist()
+    return nearest
 
 
 def _ratio(process: Process, level: float) -> float:

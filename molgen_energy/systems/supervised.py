@@ -22,6 +22,7 @@ from molgen_energy.losses import AdaptiveSprings, LossConfig
 from molgen_energy.paths import expand_home, portable_path
 from molgen_energy.training.channels import FittedWeights
 from molgen_energy.training.checkpoint import Checkpoint
+from molgen_energy.training.task import Auxiliary
 
 _CHUNK = 1024  # samples in an evaluation without gradients
 
@@ -108,6 +109,7 @@ class SupervisedTask:
         self.config = config.replaced({"data.path": portable_path(file.path)})
         self.device = device
         self.model = model.to(device)
+        self.auxiliary: Auxiliary | None = None
         self._loss = loss
         self._train = examples(file.select(in_train)).to(device)
         self._valid = examples(file.select(in_valid)).to(device) if len(in_valid) else None

@@ -73,6 +73,15 @@ class InitialWeightsState(Schema):
     """Channels of the weights that the run does not have."""
 
 
+class TeacherState(Schema):
+    """The weights that a student learns from."""
+
+    origin: Annotated[str, Field(max_length=10_000)]
+    """Run and step of these weights."""
+    sha256: Digest
+    """Of their file, `ema.safetensors`; a resumed run needs the same."""
+
+
 class RunState(Schema):
     """The state of a checkpoint; systems may add keys."""
 
@@ -93,6 +102,8 @@ class RunState(Schema):
     """The data of the run."""
     initial_weights: InitialWeightsState | None = None
     """The weights that the run started from, unless these were random."""
+    teacher: TeacherState | None = None
+    """Of a student."""
 
 
 State = TypeVar("State", bound=RunState)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,22 @@ from molgen_energy.data.batches import BatchIndex, EpochStarts
 from molgen_energy.losses import AdaptiveSprings
 from molgen_energy.training.channels import FittedWeights
 from molgen_energy.training.checkpoint import Checkpoint
+
+
+@dataclass
+class Auxiliary:
+    """A network that is trained beside the model; samples do not need it."""
+
+    network: nn.Module
+    lr: float = 1.0
+    """Its learning rates relative to those of the model."""
+    wrapper: nn.Module | None = None
+    """What averages its gradients over the processes of a job, while there are several."""
+
+    @property
+    def called(self) -> nn.Module:
+        """What the loss calls."""
+        return self.network if self.wrapper is None else self.wrapper
 
 
 class Task(Protocol):
@@ -28,6 +45,8 @@ class Task(Protocol):
     state: dict[str, Any]
     """What sampling needs from a checkpoint. The key `data` holds `source` in words, the number of
     `training_samples`, and the `fingerprint` of the training data."""
+    auxiliary: Auxiliary | None
+    """Whose gradients the loss has too, if there is one."""
     loss_terms: tuple[str, ...]
     """Names of the parts of the loss: keys of `loss`, and columns of `metrics.csv`."""
 
