@@ -129,11 +129,12 @@ class RandomNumbers:
     def _words(self, streams: int | Tensor, items: int | Tensor, domain: int = 0) -> Tensor:
         """Words (B, K, 4) of K items of a stream, or of one item of K streams."""
         device = self.samples.device
-        counter = [
+        item, place, stream = (
             values[None] if isinstance(values, Tensor) else torch.full((), values, device=device)
             for values in (items, domain, streams)
-        ]
-        return torch.stack(philox((*counter, self.samples[:, None]), self._key), dim=-1)
+        )
+        counter = item, place, stream, self.samples[:, None]
+        return torch.stack(philox(counter, self._key), dim=-1)
 
     @cached_property
     def _singles(self) -> Tensor:
