@@ -164,7 +164,7 @@ class DeviceMolecules:
     def batch(self, which: NDArray[np.int64]) -> MoleculeBatch:
         """The chosen molecules (B,), padded to the largest of them."""
         largest = int(self.sizes[which].max())
-        index = torch.from_numpy(which).to(self._offsets.device)
+        index = on_device(which, self._offsets.device)
         atoms = self._offsets[index, None] + torch.arange(largest, device=index.device)
         mask = atoms < self._offsets[index + 1, None]
         atoms = torch.where(mask, atoms, 0)
@@ -193,13 +193,21 @@ class DeviceMolecules:
     def _bonds_of(self, index: Tensor, counts: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Edge list (3, E) and orders (E,) of the chosen molecules, from their numbers of bonds."""
         device, total = index.device, int(counts.sum())
-        repeats = torch.from_numpy(counts).to(device)
+        repeats = on_device(counts, device)
         place = torch.arange(len(counts), device=device)
         molecule = torch.repeat_interleave(place, repeats, output_size=total)
         first = self._bond_offsets[index] - (repeats.cumsum(0) - repeats)
         rows = torch.arange(total, device=device) + first[molecule]
         pairs = self._bond_index[rows].long()
         return torch.cat([molecule[None], pairs.t()]), self._bond_order[rows]
+
+
+def on_device(values: NDArray[np.int64], device: torch.device) -> Tensor:
+    """An array on a device. A GPU does not finish its other work before the copy."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class EpochStarts:

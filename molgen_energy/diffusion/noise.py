@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 from enum import IntEnum
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,25 +43,56 @@ class Stream(IntEnum):
     """Of the second level of distillation."""
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Four tensors of random 32-bit words (int64) from counters (broadcast together) and a key."""
+class _Constants(NamedTuple):
+    """Of the ten rounds, on a device: copying them at every call would make a GPU wait."""
+
+    multipliers: Tensor
+    """(10, 2)."""
+    order: Tensor
+    """Which words of the key a round takes, (10, 2)."""
+    steps: Tensor
+    """What is added to them, (10, 2)."""
+
+
+@lru_cache
+def _constants(device: torch.device) -> _Constants:
+    # The halves of the counter swap places in every round, and multipliers and keys with them.
+    turns = range(_ROUNDS)
+    order = [(1, 0) if turn % 2 == 0 else (0, 1) for turn in turns]
+    multipliers = [[_MULTIPLIERS[1 - word] for word in words] for words in order]
+    steps = [[turn * _KEY_STEPS[k] for k in order[turn]] for turn in turns]
+    return _Constants(*(torch.tensor(rows, device=device) for rows in (multipliers, order, steps)))
+
+
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int] | Tensor
+) -> list[Tensor]:
+    """Four tensors of random 32-bit words (int64) from counters (broadcast together) and a key.
+
+    The key is two words, or a tensor of them on the device, (2,) int64.
+    """
     a, b, c, d = torch.broadcast_tensors(*counter)  # type: ignore[no-untyped-call]
-    device = a.device
-    # Both multiplications of a round are one operation on stacked words. The halves swap places
-    # in every round, and multipliers and keys swap with them.
+    if not isinstance(key, Tensor):
+        key = _key_on(key, a.device)
+    constants = _constants(a.device)
+    shape = (_ROUNDS, 2, *[1] * a.ndim)
+    keys = ((key[constants.order] + constants.steps) & _WORD).view(shape)
+    multipliers = constants.multipliers.view(shape)
+    # Both multiplications of a round are one operation on stacked words.
     first, second = torch.stack([a, c]), torch.stack([b, d])
-    shape = (2, *[1] * a.ndim)
-    multipliers = torch.tensor(_MULTIPLIERS, device=device).view(shape)
-    k0, k1 = key
     for turn in range(_ROUNDS):
-        keys = torch.tensor([k1, k0] if turn % 2 == 0 else [k0, k1], device=device).view(shape)
-        product = first * multipliers
+        product = first * multipliers[turn]
         # The product of two 32-bit words fits 64 bits; the mask undoes the sign of int64.
-        first = ((product >> 32) & _WORD) ^ second.flip(0) ^ keys
+        first = ((product >> 32) & _WORD).bitwise_xor_(second.flip(0)).bitwise_xor_(keys[turn])
         second = product & _WORD
-        multipliers = multipliers.flip(0)
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
     return [first[0], second[0], first[1], second[1]]  # an even number of rounds: as at the start
+
+
+def _key_on(key: tuple[int, int], device: torch.device) -> Tensor:
+    """A key on a device, filled there: a copy would make a GPU wait."""
+    words = torch.full((2,), key[0], device=device)
+    words[1] = key[1]
+    return words
 
 
 def pair_numbers(atoms: int, device: torch.device) -> Tensor:
@@ -75,7 +108,8 @@ class RandomNumbers:
     Parameters
     ----------
     seed
-        An integer of 64 bits.
+        An integer of 64 bits; or its lower and upper 32 bits on the device of the samples,
+        (2,) int64.
     samples
         (B,) int64, the number that identifies each sample, below 2³².
     population
@@ -83,28 +117,36 @@ class RandomNumbers:
         require that `samples` are below it.
     """
 
-    def __init__(self, seed: int, samples: Tensor, population: int | None = None) -> None:
+    def __init__(self, seed: int | Tensor, samples: Tensor, population: int | None = None) -> None:
         self.seed = seed
-        self._key = (seed & _WORD, (seed >> 32) & _WORD)
         self.samples = samples
         self.population = len(samples) if population is None else population
 
-    def _words(self, stream: int, items: Tensor, domain: int = 0) -> Tensor:
-        """Words (B, items, 4) of a stream."""
+    @cached_property
+    def _key(self) -> Tensor:
+        if isinstance(self.seed, Tensor):
+            return self.seed
+        return _key_on((self.seed & _WORD, (self.seed >> 32) & _WORD), self.samples.device)
+
+    def _words(self, streams: int | Tensor, items: int | Tensor, domain: int = 0) -> Tensor:
+        """Words (B, K, 4) of K items of a stream, or of one item of K streams."""
         device = self.samples.device
-        counter = (
-            items[None],
-            torch.full((), domain, device=device),
-            torch.full((), stream, device=device),
-            self.samples[:, None],
+        item, place, stream = (
+            values[None] if isinstance(values, Tensor) else torch.full((), values, device=device)
+            for values in (items, domain, streams)
         )
+        counter = item, place, stream, self.samples[:, None]
         return torch.stack(philox(counter, self._key), dim=-1)
+
+    @cached_property
+    def _singles(self) -> Tensor:
+        """Words (B, S, 4) of all streams of one number, computed together."""
+        streams = torch.arange(_WORD, _WORD - len(Stream), -1, device=self.samples.device)
+        return self._words(streams, 0)
 
     def _single(self, stream: Stream) -> Tensor:
         """Words (B, 4)."""
-        return self._words(stream, torch.zeros(1, dtype=torch.long, device=self.samples.device))[
-            :, 0
-        ]
+        return self._singles[:, _WORD - stream]
 
     def uniform(self, stream: Stream) -> Tensor:
         """A number in [0, 1) for each sample, (B,) float32."""
@@ -116,7 +158,8 @@ class RandomNumbers:
         Each of the `population` equal parts of the interval holds the number of one sample.
         """
         everyone = torch.arange(self.population, device=self.samples.device)
-        order = RandomNumbers(self.seed, everyone)._single(Stream.STRATUM)[:, 0].argsort()
+        words = RandomNumbers(self._key, everyone)._words(Stream.STRATUM, everyone[:1])
+        order = words[:, 0, 0].argsort()
         stratum = torch.empty_like(order)
         stratum[order] = everyone
         return (stratum[self.samples] + self.uniform(stream)) / self.population

@@ -183,7 +183,8 @@ class Objective:
         if not is_self_conditioned(model):
             return None
         # One draw for the whole batch, the same in all processes.
-        coin = RandomNumbers(random.seed, random.samples.new_zeros(1))
+        # On the CPU, which would wait for a device to decide.
+        coin = RandomNumbers(random.seed, torch.zeros(1, dtype=torch.long))
         if float(coin.uniform(Stream.SELF_CONDITION)) >= self.self_condition_probability:
             return None
         previous = None

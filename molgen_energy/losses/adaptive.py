@@ -34,7 +34,7 @@ class AdaptiveSprings:
         shape = _LEVELS[2], _DISTANCES[2]
         self._squares = torch.zeros(shape, dtype=torch.float64)  # Σ r² near a node
         self._pairs = torch.zeros(shape, dtype=torch.float64)
-        self._steps = 0
+        self._steps = torch.zeros((), dtype=torch.long)
         self._new: Tensor | None = None  # (2, levels, distances), since the previous step
         self._log_variance = self._fit()
 
@@ -95,23 +95,37 @@ class AdaptiveSprings:
     def _add(self, grid: Tensor) -> None:
         self._new = grid if self._new is None else self._new + grid
 
-    def finish_step(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:
+    def finish_step(
+        self,
+        reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+        accepted: Tensor | None = None,
+    ) -> None:
         """Learn from what was recorded since the previous step.
 
         Parameters
         ----------
         reduce
             Adds a tensor, (2, levels, distances), over the processes of a job.
+        accepted
+            Whether to learn at all, () bool on the device: else what was recorded is forgotten.
+            None learns.
         """
         if self._new is None:
             self._new = self._pairs.new_zeros(2, *self._pairs.shape)
         new = reduce(self._new)
-        keep = min(_MEMORY, (1 + self._steps) / (10 + self._steps))
-        self._squares = keep * self._squares.to(new.device) + new[0]
-        self._pairs = keep * self._pairs.to(new.device) + new[1]
-        self._steps += 1
+        for name in ("_squares", "_pairs", "_steps", "_log_variance"):
+            if getattr(self, name).device != new.device:
+                setattr(self, name, getattr(self, name).to(new.device))
+        keep = ((1 + self._steps).double() / (10 + self._steps)).clamp(max=_MEMORY)
+        if accepted is not None:
+            new = torch.where(accepted, new, 0)
+            keep = torch.where(accepted, keep, 1)
+        # In place, for steps that are recorded as a CUDA graph.
+        self._squares.mul_(keep).add_(new[0])
+        self._pairs.mul_(keep).add_(new[1])
+        self._steps += 1 if accepted is None else accepted
         self._new = None
-        self._log_variance = self._fit()
+        self._log_variance.copy_(self._fit())
 
     def discard_step(self) -> None:
         """Forget what was recorded since the previous step."""
@@ -132,13 +146,13 @@ class AdaptiveSprings:
 
     def state(self) -> dict[str, Tensor]:
         """The sums over past steps: `squares` and `pairs`, (levels, distances), and `steps`, ()."""
-        steps = torch.tensor(self._steps)
-        return {"squares": self._squares, "pairs": self._pairs, "steps": steps}
+        tensors = {"squares": self._squares, "pairs": self._pairs, "steps": self._steps}
+        return {name: tensor.clone() for name, tensor in tensors.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a `state`, with its shapes."""
-        self._squares, self._pairs = state["squares"], state["pairs"]
-        self._steps, self._new = int(state["steps"]), None
+        self._squares, self._pairs = state["squares"].clone(), state["pairs"].clone()
+        self._steps, self._new = state["steps"].clone(), None
         self._log_variance = self._fit()
 
     def _level_weights(self, noise_level: Tensor) -> tuple[_Nodes, _Nodes]:

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from molgen_energy.config import Config
 from molgen_energy.data.arrays import ArrayFile
-from molgen_energy.data.batches import BatchIndex, EpochStarts, batches_per_epoch, epoch_batches
+from molgen_energy.data.batches import (
+    BatchIndex,
+    EpochStarts,
+    batches_per_epoch,
+    epoch_batches,
+    on_device,
+)
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.distributed import all_reduce_sum, rank, world_size
 from molgen_energy.errors import InputError
@@ -41,7 +47,7 @@ class Examples:
 
     def batch(self, which: NDArray[np.int64]) -> Examples:
         """The samples with these indices."""
-        index = torch.from_numpy(which).to(self.targets.device)
+        index = on_device(which, self.targets.device)
         return Examples(self.inputs[index], self.targets[index])
 
     def to(self, device: torch.device) -> Examples:

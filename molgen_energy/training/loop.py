@@ -18,12 +18,13 @@ import shlex
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, NoReturn, Protocol
+from typing import IO, Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ from molgen_energy.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from molgen_energy.training.clipping import GradientClipper
+from molgen_energy.training.clipping import GradientClipper, gradients_of, total_norm
 from molgen_energy.training.curves import write_curves
 from molgen_energy.training.devices import peak_memory
 from molgen_energy.training.ema import ExponentialMovingAverage
@@ -103,6 +104,49 @@ class _Progress:
     # Steps skipped because loss or gradient was not finite: in all, and in a row up to now.
     skipped: int = 0
     skipped_in_row: int = 0
+
+
+class _Rates(NamedTuple):
+    """What an update depends on besides gradients: numbers, or tensors () on the device."""
+
+    lr: float | Tensor
+    muon_lr: float | Tensor
+    ema: float | Tensor
+    """Weight of the new parameters in their average."""
+    weight: float | Tensor
+    """Of the batch, see `BatchIndex.weight`."""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a step found, which is read from the device when it is needed, or a step later."""
+
+    step: int
+    """Steps with this one."""
+    samples: int
+    weight: float
+    """Of the batch."""
+    values: Tensor
+    """Sums of the loss and its terms over the batch, processes that were interrupted, and the norm
+    of the gradient; on the CPU, once the device is `ready`."""
+    ready: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, step: int, batch: BatchIndex, values: Tensor) -> _Outcome:
+        """Begin to copy the values from the device."""
+        ready = None
+        if values.device.type == "cuda":
+            values = values.to("cpu", non_blocking=True)
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
+        return cls(step, len(batch), batch.weight, values, ready)
+
+    def read(self) -> tuple[list[float], bool, float]:
+        """Means of the loss and its terms, whether to stop, and the norm of the gradient."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        *sums, stopped, norm = self.values.tolist()
+        return [value / self.samples for value in sums], stopped > 0, norm
 
 
 def total_steps(training: TrainingConfig, starts: EpochStarts) -> int:
@@ -257,6 +301,9 @@ class _Trainer:
         self._muon_ratio = self.training.muon_lr / self.training.lr
         self.optimizers = _optimizers(self.training, task.model, task.device)
         self.at = _Progress(sums=self._zero_sums())
+        # A GPU works on a step while the outcome of the one before is read.
+        self._unread: deque[_Outcome] = deque()
+        self._most_unread = 1 if task.device.type == "cuda" else 0
         self.metrics: MetricsLog | None = None
         self.lock: IO[bytes] | None = None
 
@@ -327,7 +374,8 @@ class _Trainer:
     def _is_finite(self) -> bool:
         """Whether all weights are finite."""
         models = (self.task.model, self.ema.model)
-        return all(bool(torch.isfinite(p).all()) for model in models for p in model.parameters())
+        finite = [torch.isfinite(p).all() for model in models for p in model.parameters()]
+        return bool(torch.stack(finite).all())
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         tensors = {_NORMS: self.clipper.state()}
@@ -413,6 +461,7 @@ class _Trainer:
             count += 1
             if count >= 3 and time.perf_counter() - began > seconds:
                 break
+        self._read_outcomes(0)
         step = (time.perf_counter() - began) / count
         began = time.perf_counter()
         with torch.no_grad():
@@ -438,6 +487,12 @@ class _Trainer:
             for batch in self._batches():
                 stop = self._step(batch, interrupted)
                 row_samples += len(batch)
+                last = self.at.step == self.steps
+                validate = last or self.at.step % self.training.validate_every == 0
+                log = validate or self.at.step % self.training.log_every == 0
+                save = last or self.at.step % self.training.checkpoint_every == 0
+                if log or save:
+                    stop = self._read_outcomes(0) or stop
                 now = time.perf_counter()
                 self.at.seconds = before + now - began
                 self.callback(
@@ -446,21 +501,20 @@ class _Trainer:
                     self.at.sums[0] / self.at.weight if self.at.weight else math.nan,
                     row_samples / (now - row_began),
                 )
-                last = self.at.step == self.steps
-                validate = last or self.at.step % self.training.validate_every == 0
                 if validate:
                     self._validate()
-                if validate or self.at.step % self.training.log_every == 0:
+                if log:
                     self._write_row(row_samples / (now - row_began))
                     if validate:
                         self._draw()
                     row_began, row_samples = time.perf_counter(), 0
                 if last and not self._is_finite():
                     self._fail("the weights are not finite", "train again with a lower --lr")
-                if last or self.at.step % self.training.checkpoint_every == 0:
+                if save:
                     self._save("last")
                 alone = world_size() == 1 and interrupted.is_set()
                 if (stop or alone) and not last:
+                    self._read_outcomes(0)
                     self._save("last")
                     self._draw()
                     self._log(f"interrupted at step {self.at.step}")
@@ -497,21 +551,37 @@ class _Trainer:
                 yield batch
 
     def _step(self, batch: BatchIndex, interrupted: threading.Event) -> bool:
-        """One update, or none if loss or gradient are not finite; returns whether to stop."""
+        """One update, or none if loss or gradient are not finite; returns whether to stop.
+
+        The device decides itself, so that no step waits for it. What it found is read after the
+        next step was started, in all processes at the same step.
+        """
+        rates = self._rates(batch)
         sums = self._backward(self.model, batch)
-        # One transfer from the device for all decisions, the same in all processes.
-        stop = sums.new_tensor([float(interrupted.is_set())])
-        *values, stopped = all_reduce_sum(torch.cat([sums, stop])).tolist()
-        values = [value / len(batch) for value in values]
-        parameters = list(self.task.model.parameters())
-        norm = self.clipper.clip(parameters) if self.training.clip_gradients else _norm(parameters)
-        self.at.step += 1
-        if math.isfinite(values[0]) and math.isfinite(norm):
-            self._update(values, norm, batch.weight)
-        else:
-            self._skip(values[0], norm)
+        stop = sums.new_full((1,), float(interrupted.is_set()))
+        outcome = self._update(all_reduce_sum(torch.cat([sums, stop])), rates)
         self._zero_grad()
-        return bool(stopped > 0)
+        self.at.step += 1
+        self._unread.append(_Outcome.of(self.at.step, batch, outcome))
+        return self._read_outcomes(self._most_unread)
+
+    def _rates(self, batch: BatchIndex) -> _Rates:
+        rate = learning_rate(self.training, self.at.step, self.steps)
+        ema = self.ema.weight(self.at.step + 1)
+        return _Rates(rate, rate * self._muon_ratio, ema, batch.weight)
+
+    def _read_outcomes(self, unread: int) -> bool:
+        """Read what steps found, but for the last ones; returns whether to stop."""
+        stop = False
+        while len(self._unread) > unread:
+            outcome = self._unread.popleft()
+            values, stopped, norm = outcome.read()
+            stop = stop or stopped
+            if math.isfinite(values[0]) and math.isfinite(norm):
+                self._count(values, norm, outcome.weight)
+            else:
+                self._skip(outcome.step, values[0], norm)
+        return stop
 
     def _zero_grad(self) -> None:
         for optimizer in self.optimizers:
@@ -547,20 +617,35 @@ class _Trainer:
             torch.manual_seed(_derived_seed(seed, rank()))
             yield
 
-    def _update(self, values: list[float], norm: float, weight: float) -> None:
-        if weight != 1:
-            torch._foreach_mul_(
-                [p.grad for p in self.task.model.parameters() if p.grad is not None], weight
-            )
-        rate = learning_rate(self.training, self.at.step - 1, self.steps)
+    def _update(self, totals: Tensor, rates: _Rates) -> Tensor:
+        """Update parameters, average and springs, unless the loss or the gradient is not finite.
+
+        Returns the totals and the norm of the gradient, on the device.
+        """
+        parameters = list(self.task.model.parameters())
+        if self.training.clip_gradients:
+            norm = self.clipper.clip(parameters, rates.weight)
+        else:
+            gradients = gradients_of(parameters)
+            norm = total_norm(gradients)
+            torch._foreach_mul_(gradients, rates.weight)
+        accepted = totals[0].isfinite() & norm.isfinite()
+        refused = (~accepted).float()
         for optimizer in self.optimizers:
             muon = isinstance(optimizer, Muon)
             for group in optimizer.param_groups:
-                group["lr"] = rate * self._muon_ratio if muon else rate
-            optimizer.step()
-        self.ema.update(self.task.model, self.at.step)
+                group["lr"] = rates.muon_lr if muon else rates.lr
+            if muon or _fused(optimizer):
+                optimizer.found_inf = refused  # type: ignore[attr-defined]
+                optimizer.step()
+            elif not bool(refused):  # such optimizers cannot decide on the device
+                optimizer.step()
+        self.ema.update(self.task.model, accepted * rates.ema)
         if self.task.adaptive is not None:
-            self.task.adaptive.finish_step(all_reduce_sum)
+            self.task.adaptive.finish_step(all_reduce_sum, accepted)
+        return torch.cat([totals, norm[None]])
+
+    def _count(self, values: list[float], norm: float, weight: float) -> None:
         self.at.sums = tuple(
             old + weight * new for old, new in zip(self.at.sums, (*values, norm), strict=True)
         )
@@ -568,16 +653,14 @@ class _Trainer:
         self.at.weight += weight
         self.at.skipped_in_row = 0
 
-    def _skip(self, loss: float, norm: float) -> None:
+    def _skip(self, step: int, loss: float, norm: float) -> None:
         self.at.skipped += 1
         self.at.skipped_in_row += 1
-        if self.task.adaptive is not None:
-            self.task.adaptive.discard_step()
-        self._log(f"step {self.at.step} skipped: loss {loss:g}, norm of the gradient {norm:g}")
+        self._log(f"step {step} skipped: loss {loss:g}, norm of the gradient {norm:g}")
         if self.at.skipped_in_row == _MOST_SKIPPED:
             what = "loss" if not math.isfinite(loss) else "gradient's norm"
             text = f"the {what} was not finite for {_MOST_SKIPPED} steps in a row"
-            self._fail(text, "train again with a lower --lr")
+            self._fail(text, "train again with a lower --lr", step)
 
     def _out_of_memory(self, batch: BatchIndex) -> tuple[str, str]:
         """Message and remedy, with the batch size that fits the largest samples."""
@@ -610,8 +693,8 @@ class _Trainer:
             )
         return what, "not even one sample fits"
 
-    def _fail(self, what: str, remedy: str) -> NoReturn:
-        text = f"{what} at step {self.at.step}"
+    def _fail(self, what: str, remedy: str, step: int | None = None) -> NoReturn:
+        text = f"{what} at step {self.at.step if step is None else step}"
         self._log(text)
         raise TrainingFailedError(
             f"{text}; the last good checkpoint is {self.folder / 'checkpoints' / 'last'}; {remedy}"
@@ -690,10 +773,6 @@ def _check_not_negative(tensors: Mapping[str, Tensor], where: Path) -> None:
 
 def _fused(optimizer: torch.optim.Optimizer) -> bool:
     return bool(optimizer.defaults.get("fused"))
-
-
-def _norm(parameters: list[nn.Parameter]) -> float:
-    return float(torch.nn.utils.clip_grad_norm_(parameters, math.inf))
 
 
 def _derived_seed(seed: int, number: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from molgen_energy.models.pair_network import PairNetwork
+from molgen_energy.training.clipping import gradients_of
 
 _MOMENTUM = 0.95
 _ITERATIONS = 5
@@ -36,26 +37,35 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update; parameters without a gradient are unchanged."""
+        """One update; parameters without a gradient are unchanged.
+
+        If the attribute `found_inf` is set, as for PyTorch's fused optimizers, nothing changes
+        where it is 1.
+        """
+        refused: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             alike: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     alike.setdefault(tuple(parameter.shape), []).append(parameter)
             for shape, parameters in alike.items():
-                updates = orthogonal(torch.stack(self._directions(parameters)))
+                updates = orthogonal(self._directions(parameters, refused))
                 rate = group["lr"] * _SIZE * max(shape) ** 0.5
-                torch._foreach_add_([*parameters], list(updates.unbind()), alpha=-rate)
+                updates *= -rate if refused is None else -rate * (1 - refused)
+                torch._foreach_add_([*parameters], list(updates.unbind()))
 
-    def _directions(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """Update the momenta, and return Nesterov's interpolation from gradients to momenta."""
+    def _directions(self, parameters: list[nn.Parameter], refused: Tensor | None) -> Tensor:
+        """Update the momenta, and return Nesterov's interpolation from gradients, (B, m, n)."""
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
-        return list(torch._foreach_lerp(gradients, momenta, _MOMENTUM))
+        own = [self.state[parameter]["momentum"] for parameter in parameters]
+        gradients, momenta = torch.stack(gradients_of(parameters)), torch.stack(own)
+        if refused is not None:  # gradients may hold NaN
+            gradients = torch.where(refused > 0, momenta, gradients)
+        momenta.lerp_(gradients, 1 - _MOMENTUM)
+        torch._foreach_copy_(own, list(momenta.unbind()))
+        return gradients.lerp_(momenta, _MOMENTUM)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -66,7 +76,8 @@ def orthogonal(matrices: Tensor) -> Tensor:
     a, b, c = _COEFFICIENTS
     for _ in range(_ITERATIONS):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, factor, x, beta=a)
     result: Tensor = x if wide else x.mT
     return result
 

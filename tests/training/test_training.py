@@ -775,7 +775,7 @@ def test_ema():
     value = 0.0
     for step in range(1, 200):
         model.weight.data.fill_(float(step))
-        ema.update(model, step)
+        ema.update(model, torch.tensor(ema.weight(step)))
         decay = min(0.9, (1 + step) / (10 + step))
         value = decay * value + (1 - decay) * step
     assert float(ema.model.weight) == pytest.approx(value, rel=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -134,7 +135,7 @@ class PropertyCondition:
         if random is not None and self.dropout:
             withheld = random.uniform(Stream.CONDITION_DROPOUT) < self.dropout
             known = known & ~withheld[:, None]
-        mean, std = values.new_tensor(self.mean), values.new_tensor(self.std)
+        mean, std = _on(values.device, self.mean), _on(values.device, self.std)
         normalised = torch.where(known, (values - mean) / std, 0)
         return torch.cat([normalised, known.to(values.dtype)], dim=1).float()
 
@@ -156,6 +157,12 @@ class PropertyCondition:
                 raise InputError(unknown_name("condition", name, self.names))
         row = [wanted.get(name, float("nan")) for name in self.names]
         return torch.tensor(row, dtype=torch.float64).expand(count, -1)
+
+
+@lru_cache
+def _on(device: torch.device, numbers: tuple[float, ...]) -> Tensor:
+    """Numbers on a device, float64; copying them at every step would make a GPU wait."""
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
 def _known(name: str) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from molgen_energy.chemistry.charges import AtomKind
 from molgen_energy.config import PositiveFloat, Section
@@ -155,7 +154,8 @@ class Elements(ClassField):
     def encode(self, data: Mapping[str, Tensor]) -> Tensor:
         numbers = data["atomic_numbers"].long()
         index = _element_index(self.elements, numbers.device)[numbers]
-        return self._from_unit(F.one_hot(index, self.channels).to(data["positions"].dtype))
+        one_hot = index[..., None] == torch.arange(self.channels, device=index.device)
+        return self._from_unit(one_hot.to(data["positions"].dtype))
 
     def decode(self, values: Tensor) -> dict[str, Tensor]:
         numbers = torch.tensor(self.elements, dtype=torch.uint8, device=values.device)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from molgen_energy.chemistry.bonds import perceive
-from molgen_energy.data.batches import MoleculeBatch
+from molgen_energy.data.batches import MoleculeBatch, on_device
 from molgen_energy.data.molecules import Molecules, batch_by_size
 from molgen_energy.diffusion.state import State
 from molgen_energy.errors import InputError
@@ -137,10 +137,10 @@ class _NeighbourLists:
         device, atoms = mask.device, mask.shape[1]
         widths = self.widths[which]
         most = int(widths.max()) if len(widths) else 0
-        width = widths.to(device)[:, None, None]
+        width = on_device(widths.numpy(), device)[:, None, None]
         row, place = torch.arange(atoms, device=device)[:, None], torch.arange(most, device=device)
         used = mask[:, :, None] & (place < width)
-        at = torch.from_numpy(which).to(device)
+        at = on_device(which, device)
         source = torch.where(used, self.starts[at, None, None] + row * width + place, 0)
         if not len(self.index):  # no molecule has a pair
             return Neighbours(row.expand(source.shape), torch.zeros(source.shape, device=device))
