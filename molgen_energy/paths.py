@@ -37,7 +37,7 @@ def expand_home(text: str) -> Path:
 
 
 def find_again(text: str, run: Path) -> Path:
-    """The file that a run names by `portable_path`.
+    """The file or folder that a run names by `portable_path`.
 
     Parameters
     ----------
@@ -54,6 +54,6 @@ def find_again(text: str, run: Path) -> Path:
     path = expand_home(text)
     if not path.is_absolute():
         for folder in real_path(run).parents:
-            if (folder / path).is_file():
+            if (folder / path).exists():
                 return folder / path
     return path

@@ -16,9 +16,10 @@ from molgen_energy.distributed import broadcast, is_main, local_device, process_
 from molgen_energy.errors import InputError
 from molgen_energy.losses import LOSSES
 from molgen_energy.output import check_folder, real_path
-from molgen_energy.paths import find_again, portable_path
+from molgen_energy.paths import expand_home, find_again, portable_path
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.systems.base import System
+from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.registry import (
     DEFAULT_SYSTEM,
     SYSTEMS,
@@ -40,6 +41,8 @@ from molgen_energy.training.pretrained import checkpoint_name, resolve_checkpoin
 from molgen_energy.training.run import Run
 from molgen_energy.training.state import Progress
 from molgen_energy.training.task import Task
+
+_TEACHER = "distillation.teacher"
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ def train(
     lr: float | None = None,
     seed: int | None = None,
     initial_weights: str | PathLike[str] | None = None,
+    teacher: str | PathLike[str] | None = None,
     changes: Mapping[str, Any] | None = None,
     device: str = "auto",
     output: str | PathLike[str] | None = None,
@@ -98,6 +102,9 @@ def train(
     initial_weights
         A run, a checkpoint, or the name of pretrained weights to start from, also of other
         elements; by default random weights.
+    teacher
+        With the configuration `distil`: a run, a checkpoint, or the name of pretrained weights,
+        from which the student learns.
     changes
         Other values by dotted key, such as ``{"model.layers": 6}``.
     device
@@ -105,7 +112,8 @@ def train(
     output
         Folder of the run; by default a new one under `runs/`.
     resume
-        Folder of a run to continue; only `steps`, `epochs`, `data` and `device` can be set then.
+        Folder of a run to continue; only `steps`, `epochs`, `data`, `teacher` and `device` can be
+        set then.
     callback
         Called after each step; by default a notebook shows a bar.
     progress
@@ -127,7 +135,9 @@ def train(
     TrainingFailedError
         Training diverged or ran out of memory.
     """
-    given = _given(data, loss, springs, edges, steps, epochs, batch_size, lr, seed, initial_weights)
+    given = _given(
+        data, loss, springs, edges, steps, epochs, batch_size, lr, seed, initial_weights, teacher
+    )
     with _prepared(config, given, changes, device, output, resume, progress) as run:
         if run.finished >= run.steps:
             assert run.progress is not None
@@ -157,8 +167,8 @@ def estimate_training(
     Parameters
     ----------
     options
-        `data`, `loss`, `springs`, `edges`, `steps`, `epochs`, `batch_size`, `lr`, `seed` and
-        `initial_weights` of `train`.
+        `data`, `loss`, `springs`, `edges`, `steps`, `epochs`, `batch_size`, `lr`, `seed`,
+        `initial_weights` and `teacher` of `train`.
 
     Returns
     -------
@@ -189,6 +199,7 @@ def _given(
     lr: float | None = None,
     seed: int | None = None,
     initial_weights: str | PathLike[str] | None = None,
+    teacher: str | PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """The options that are not None, by the dotted keys of the configuration."""
     options = {
@@ -199,8 +210,9 @@ def _given(
         "training.lr": lr,
         "training.seed": seed,
         "training.initial_weights": (
-            None if initial_weights is None else _initial_weights(Path(initial_weights))
+            None if initial_weights is None else _stored_name(Path(initial_weights), "--from")
         ),
+        _TEACHER: None if teacher is None else _stored_name(Path(teacher), "--teacher"),
         "training.steps": steps,
         "training.epochs": epochs,
         "data.path": None if data is None else str(Path(data)),
@@ -236,6 +248,11 @@ def _prepared(
                         f"{found}, the data of {run}, does not exist; name it with --data FILE"
                     )
                 given["data.path"] = str(found)
+            taught_by = getattr(getattr(begun, "distillation", None), "teacher", None)
+            if _TEACHER not in given and taught_by is not None:
+                found = find_again(taught_by, run)
+                if found.exists():
+                    given[_TEACHER] = _stored_name(found, "--teacher")
             settings: Config = begun.replaced(given)
             progress_of_run = checkpoint.progress
         else:
@@ -273,6 +290,12 @@ def _configuration(
         base = config
     else:
         base = load_config(config or str(SYSTEMS[DEFAULT_SYSTEM].default_config))
+    teacher = next(
+        (values[_TEACHER] for values in (options, changes) if values.get(_TEACHER)),
+        getattr(getattr(base, "distillation", None), "teacher", None),
+    )
+    if teacher is not None:
+        base = _of_student(base, str(teacher), changes)
     loss = options.get("loss.name", changes.get("loss.name", loss_name(base)))
     for name, key in (("springs", "loss.springs.family"), ("edges", "loss.edges.kind")):
         section = key.split(".")[1]
@@ -282,6 +305,19 @@ def _configuration(
     return base.replaced(changes | options)
 
 
+def _of_student(base: Config, teacher: str, changes: Mapping[str, Any]) -> MoleculeConfig:
+    """The configuration of a student, with what it has of its teacher."""
+    if not isinstance(base, MoleculeConfig):
+        raise InputError(f"--teacher is for networks of molecules, not of {base.system}")
+    if changes.get("distillation.evaluations", base.distillation.evaluations) is None:
+        raise InputError(
+            f"--teacher goes with a configuration that trains a student, such as --config distil; "
+            f"{base.name} does not"
+        )
+    checkpoint = load_checkpoint(resolve_checkpoint(expand_home(teacher), "--teacher"))
+    return base.with_values_of(checkpoint.config_as(MoleculeConfig))
+
+
 def _check_resumable(
     given: Mapping[str, Any],
     run: Path,
@@ -289,20 +325,20 @@ def _check_resumable(
     changes: Mapping[str, Any] | None,
     output: str | PathLike[str] | None,
 ) -> None:
-    refused = sorted(given.keys() - {"training.steps", "training.epochs", "data.path"})
+    refused = sorted(given.keys() - {"training.steps", "training.epochs", "data.path", _TEACHER})
     if refused or config is not None or changes or output is not None:
         what = refused[0] if refused else "its configuration or folder"
         raise InputError(
             f"--resume continues a run as it is, so {what} cannot change; only --steps, --epochs, "
-            "--data (if it was moved) and --device can"
+            "--data and --teacher (if they were moved) and --device can"
         )
     if (run / "state.yaml").is_file():
         raise InputError(f"--resume {run} is a checkpoint; name its run, {run.parent.parent}")
 
 
-def _initial_weights(name: Path) -> str:
-    """The value of `training.initial_weights` for a name."""
-    found = checkpoint_name(resolve_checkpoint(name, "--from"))
+def _stored_name(name: Path, option: str) -> str:
+    """The name of weights in a configuration, for the value of an option."""
+    found = checkpoint_name(resolve_checkpoint(name, option))
     return portable_path(Path(found)) if Path(found).is_absolute() else found
 
 

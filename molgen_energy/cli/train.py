@@ -41,6 +41,7 @@ EXAMPLES = """
 molgen-energy train --loss energy
 molgen-energy train --loss mse --data mine.h5 --epochs 200 -o runs/mine
 molgen-energy train --config qm9_gdm_aug --dry-run
+molgen-energy train --config distil --teacher qm9_energy --data qm9.h5
 molgen-energy train --resume runs/mine
 """
 
@@ -108,6 +109,15 @@ def command(
         autocompletion=checkpoints,
         help="Start from the weights of a run, a checkpoint, or the name of pretrained weights.",
     ),
+    teacher: Path | None = typer.Option(
+        None,
+        "--teacher",
+        metavar="RUN|NAME",
+        rich_help_panel=_WHAT,
+        autocompletion=checkpoints,
+        help="With --config distil: the run, checkpoint, or name of pretrained weights that a "
+        "student learns from. The student samples in 8 evaluations of the network.",
+    ),
     steps: int | None = typer.Option(
         None, "--steps", metavar="N", rich_help_panel=_HOW, help="Length of the run in steps."
     ),
@@ -173,6 +183,7 @@ def command(
         "lr": lr,
         "seed": seed,
         "initial_weights": initial_weights,
+        "teacher": teacher,
         "changes": parse_assignments(assignments),
         "device": device,
         "output": output,
@@ -265,6 +276,8 @@ def _announce(run: TrainingRun) -> None:
     initial = describe_initial_weights(task.state)
     if initial:
         say(f"from    {initial}")
+    if "teacher" in task.state:
+        say(f"teacher {task.state['teacher']['origin']}")
     size = counted(task.config.training.batch_size or 0, samples)
     if (pairs := task.config.training.pairs_per_batch) is not None:
         mean = data["training_samples"] / task.starts[1]

@@ -23,8 +23,12 @@ from molgen_energy.errors import InputError
 _LEAST_DISTANCE = 1e-3
 """In the units of the state, added to the distance that gradients are divided by."""
 _ABOVE, _BELOW = 2.0, 0.05
-"""Networks are compared from `_BELOW` times the lowest level of the student, where the data is known,
-to `_ABOVE` times its second one, above which little but the size of the data is."""
+"""Networks are compared at levels from `_BELOW` times the lowest one of the student, where little
+noise is left, to `_ABOVE` times its second one, above which little is left of the data."""
+
+
+DISTANCES = ("teacher_distance", "moment_distance")
+"""What `DistillationTerms` holds besides the losses."""
 
 
 class DistillationTerms(NamedTuple):
@@ -89,7 +93,9 @@ class Distillation:
         # Of numbered levels s is below t, so that no segment is empty.
         unit = 0 if process.continuous else 1
         lows = [*levels[1:], min(low, levels[-1] - unit)]
-        highs = [max(min(level, high), below + unit) for level, below in zip(levels, lows)]
+        highs = [
+            max(min(level, high), below + unit) for level, below in zip(levels, lows, strict=True)
+        ]
         return torch.tensor(lows, dtype=torch.float64), torch.tensor(highs, dtype=torch.float64)
 
     def __call__(
@@ -158,7 +164,7 @@ class Distillation:
         return (t, s) if self.process.continuous else (t.long(), s.long())
 
     def posterior(self, clean: State, noisy: State, t: Tensor, s: Tensor, noise: State) -> State:
-        """A state drawn from q(x_s | x_t, x), for levels s below t, (B,); see `AncestralSampler`."""
+        """A state from q(x_s | x_t, x) for levels s below t, (B,), the step of `AncestralSampler`."""
         alpha_t, sigma_t, alpha_s, sigma_s = (
             factor(level).double()
             for level in (t, s)

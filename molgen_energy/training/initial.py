@@ -8,7 +8,7 @@ from typing import Any
 from molgen_energy.config import Config
 from molgen_energy.errors import InputError
 from molgen_energy.paths import expand_home
-from molgen_energy.training.checkpoint import load_checkpoint, load_weights
+from molgen_energy.training.checkpoint import Checkpoint, load_checkpoint, load_weights
 from molgen_energy.training.pretrained import file_digest, resolve_checkpoint
 from molgen_energy.training.task import Task
 
@@ -33,23 +33,34 @@ def initialise(task: Task) -> None:
         return
     name = expand_home(given)
     checkpoint = load_checkpoint(resolve_checkpoint(name, "--from"), weights=["ema"])
-    differences = _different_values(checkpoint.config_as(type(task.config)), task.config)
-    if differences:
-        raise InputError(
-            f"--from {name} was trained with {', '.join(differences)}; set the same values"
-        )
+    check_same_function(checkpoint, task.config, f"--from {name}")
     fitted = task.fit_weights(checkpoint)
     load_weights(task.model, fitted.tensors, checkpoint.path)
-    stored = (checkpoint.state.get("sha256") or {}).get("ema")
     values = sum(tensor.numel() for tensor in task.model.state_dict().values())
     task.state["initial_weights"] = {
-        "origin": checkpoint.origin,
-        "sha256": stored or file_digest(checkpoint.path / "ema.safetensors"),
+        **provenance(checkpoint),
         "values": values - fitted.drawn,
         "drawn": fitted.drawn,
         "new": list(fitted.new),
         "left_out": list(fitted.left_out),
     }
+
+
+def check_same_function(checkpoint: Checkpoint, config: Config, option: str) -> None:
+    """Raise `InputError` if a configuration gives the checkpoint's weights another meaning.
+
+    `option` stands at the start of the message.
+    """
+    differences = _different_values(checkpoint.config_as(type(config)), config)
+    if differences:
+        raise InputError(f"{option} was trained with {', '.join(differences)}; set the same values")
+
+
+def provenance(checkpoint: Checkpoint) -> dict[str, str]:
+    """Run and step of EMA weights, `origin`, and the SHA-256 of their file, `sha256`."""
+    stored = (checkpoint.state.get("sha256") or {}).get("ema")
+    digest = stored or file_digest(checkpoint.path / "ema.safetensors")
+    return {"origin": checkpoint.origin, "sha256": digest}
 
 
 def describe_initial_weights(state: Mapping[str, Any]) -> str:

@@ -66,6 +66,7 @@ _MEASURED_BATCHES = 64  # at most, to estimate what a run needs
 _WRITTEN = ("config.yaml", "metrics.csv", "curves.svg", "log.txt", "tensorboard", "checkpoints")
 _MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
 _COPIES = 5  # of the weights while training: average, gradient, and the optimiser's
+_AUXILIARY = "auxiliary"  # weights of the auxiliary network, and the prefix of its parameters
 _NORMS = "clipper/norms"  # the tensor of the gradient clipper, beside those of optimizers
 _NOT_NEGATIVE = ("step", "exp_avg_sq", "max_exp_avg_sq")  # tensors of AdamW
 _PEER_LOST = re.compile("(closed|reset) by peer|broken pipe|remote process", re.IGNORECASE)
@@ -291,21 +292,33 @@ class _Trainer:
         self.training = task.config.training
         self.steps = total_steps(self.training, task.starts)
         self.model: nn.Module = task.model
-        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in task.model.modules())
+        others = [] if task.auxiliary is None else [task.auxiliary.network]
+        self.networks = (task.model, *others)
+        modules = [module for network in self.networks for module in network.modules()]
+        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in modules)
         if task.device.type == "cpu":
-            size = _COPIES * sum(p.numel() * p.element_size() for p in task.model.parameters())
+            size = _COPIES * sum(p.numel() * p.element_size() for p in self._parameters())
             check_memory(size, "training the network", "lower model.width or model.layers")
         self.ema = ExponentialMovingAverage(task.model, self.training.ema_decay)
         self.clipper = GradientClipper(self.training.max_gradient_norm or math.inf)
         assert not isinstance(self.training.lr, str)
         self._muon_ratio = self.training.muon_lr / self.training.lr
-        self.optimizers = _optimizers(self.training, task.model, task.device)
+        self.optimizers = _optimizers(self.training, task)
         self.at = _Progress(sums=self._zero_sums())
         # A GPU works on a step while the outcome of the one before is read.
         self._unread: deque[_Outcome] = deque()
         self._most_unread = 1 if task.device.type == "cuda" else 0
         self.metrics: MetricsLog | None = None
         self.lock: IO[bytes] | None = None
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """Of all networks that are trained."""
+        return [parameter for network in self.networks for parameter in network.parameters()]
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """With the names that their tensors of an optimizer have in a checkpoint."""
+        for prefix, network in zip(("", _AUXILIARY), self.networks, strict=False):
+            yield from network.named_parameters(prefix)
 
     def _zero_sums(self) -> tuple[float, ...]:
         """Sums of loss, its terms and gradient norm, over no steps."""
@@ -340,6 +353,9 @@ class _Trainer:
         initial = describe_initial_weights(self.task.state)
         if initial and not resume:
             self._log(f"weights from {initial}")
+        teacher = self.task.state.get("teacher")
+        if teacher is not None and not resume:
+            self._log(f"student of {teacher['origin']}")
 
     def _log(self, text: str) -> None:
         if not is_main() or self.lock is None:  # measuring a run does not write its folder
@@ -363,6 +379,8 @@ class _Trainer:
         }
         if which == "last":
             weights["optimizer"] = self._optimizer_tensors()
+            if self.task.auxiliary is not None:
+                weights[_AUXILIARY] = self.task.auxiliary.network.state_dict()
         if self.task.adaptive is not None:
             weights["springs"] = self.task.adaptive.state()
         at = self.at
@@ -373,13 +391,13 @@ class _Trainer:
 
     def _is_finite(self) -> bool:
         """Whether all weights are finite."""
-        models = (self.task.model, self.ema.model)
+        models = (*self.networks, self.ema.model)
         finite = [torch.isfinite(p).all() for model in models for p in model.parameters()]
         return bool(torch.stack(finite).all())
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         tensors = {_NORMS: self.clipper.state()}
-        for name, parameter in self.task.model.named_parameters():
+        for name, parameter in self._named_parameters():
             for optimizer in self.optimizers:
                 for key, value in optimizer.state.get(parameter, {}).items():
                     tensors[f"{name}/{key}"] = value
@@ -393,10 +411,18 @@ class _Trainer:
                 f"{theirs.get('training_samples')} samples) than {ours['source']} "
                 f"({ours['training_samples']}); name its data with --data"
             )
+        taught, teacher = checkpoint.state.get("teacher"), self.task.state.get("teacher")
+        if taught is not None and teacher is not None and taught["sha256"] != teacher["sha256"]:
+            raise InputError(
+                f"{checkpoint.path} is a student of {taught['origin']}, whose weights have changed "
+                "since; put the earlier ones back, or train a new student"
+            )
         if checkpoint.state.get("initial_weights") is not None:
             self.task.state["initial_weights"] = checkpoint.state["initial_weights"]
         checkpoint.load_weights(self.task.model, "model")
         checkpoint.load_weights(self.ema.model, "ema")
+        if self.task.auxiliary is not None:
+            checkpoint.load_weights(self.task.auxiliary.network, _AUXILIARY)
         self._restore_optimizers(checkpoint)
         if self.task.adaptive is not None:
             springs = checkpoint.read_tensors("springs")
@@ -424,7 +450,7 @@ class _Trainer:
         }
         own = {
             f"{name}/{key}": (parameter, key)
-            for name, parameter in self.task.model.named_parameters()
+            for name, parameter in self._named_parameters()
             if any(tensor.startswith(f"{name}/") for tensor in tensors)
             for key in _state_keys(optimizer_of[parameter])
         }
@@ -484,6 +510,9 @@ class _Trainer:
                 self.model = DistributedDataParallel(
                     self.task.model, find_unused_parameters=is_self_conditioned(self.task.model)
                 )
+                if self.task.auxiliary is not None:
+                    wrapper = DistributedDataParallel(self.task.auxiliary.network)
+                    self.task.auxiliary.wrapper = wrapper
             for batch in self._batches():
                 stop = self._step(batch, interrupted)
                 row_samples += len(batch)
@@ -530,6 +559,8 @@ class _Trainer:
             self._fail(what, f"then: molgen-energy train --resume {shlex.quote(str(self.folder))}")
         finally:
             self.model = self.task.model  # the wrapper holds the process group
+            if self.task.auxiliary is not None:
+                self.task.auxiliary.wrapper = None
             if self.metrics is not None:
                 self.metrics.close()
             if self.lock is not None:
@@ -622,7 +653,7 @@ class _Trainer:
 
         Returns the totals and the norm of the gradient, on the device.
         """
-        parameters = list(self.task.model.parameters())
+        parameters = self._parameters()
         if self.training.clip_gradients:
             norm = self.clipper.clip(parameters, rates.weight)
         else:
@@ -634,7 +665,7 @@ class _Trainer:
         for optimizer in self.optimizers:
             muon = isinstance(optimizer, Muon)
             for group in optimizer.param_groups:
-                group["lr"] = rates.muon_lr if muon else rates.lr
+                group["lr"] = group["factor"] * (rates.muon_lr if muon else rates.lr)
             if muon or _fused(optimizer):
                 optimizer.found_inf = refused  # type: ignore[attr-defined]
                 optimizer.step()
@@ -739,22 +770,36 @@ class _Trainer:
         self._begin_row()
 
 
-def _optimizers(
-    training: TrainingConfig, model: nn.Module, device: torch.device
-) -> list[torch.optim.Optimizer]:
-    """Optimizers of disjoint parts of the parameters; learning rates are set at each step."""
-    matrices = hidden_matrices(model) if training.optimizer == "muon" else []
-    if training.optimizer == "muon" and not matrices:
-        raise InputError("training.optimizer: muon finds no matrices in this network; choose adamw")
-    taken = set(matrices)
+def _optimizers(training: TrainingConfig, task: Task) -> list[torch.optim.Optimizer]:
+    """Optimizers of disjoint parts of the parameters.
+
+    Learning rates are set at each step, those of a group relative to the others by its `factor`.
+    """
+    networks = [(task.model, 1.0)]
+    if task.auxiliary is not None:
+        networks.append((task.auxiliary.network, task.auxiliary.lr))
+    groups, groups_of_matrices = [], []
+    for network, factor in networks:
+        matrices = hidden_matrices(network) if training.optimizer == "muon" else []
+        if training.optimizer == "muon" and not matrices:
+            raise InputError(
+                "training.optimizer: muon finds no matrices in this network; choose adamw"
+            )
+        taken = set(matrices)
+        others = [parameter for parameter in network.parameters() if parameter not in taken]
+        groups.append({"params": others, "factor": factor})
+        groups_of_matrices.append({"params": matrices, "factor": factor})
+    muon = training.optimizer == "muon"
     adamw = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter not in taken],
+        groups,
         lr=0.0,
+        betas=training.adam_betas,
         weight_decay=training.weight_decay,
-        amsgrad=not matrices,
-        fused=device.type in ("cpu", "cuda"),
+        # A largest second moment would keep the loss of a student, which moves, from large steps.
+        amsgrad=not muon and task.auxiliary is None,
+        fused=task.device.type in ("cpu", "cuda"),
     )
-    return [adamw, Muon(matrices, lr=0.0)] if matrices else [adamw]
+    return [adamw, Muon(groups_of_matrices, lr=0.0)] if muon else [adamw]
 
 
 def _state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

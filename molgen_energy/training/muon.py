@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from molgen_energy.models.pair_network import PairNetwork
 from molgen_energy.training.clipping import gradients_of
@@ -27,12 +27,12 @@ class Muon(torch.optim.Optimizer):
     Parameters
     ----------
     parameters
-        Matrices.
+        Matrices, or groups of them.
     lr
         η.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+    def __init__(self, parameters: ParamsT, lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
 
     @torch.no_grad()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, ValidationError, field_validator
+from pydantic import AfterValidator, ValidationError, field_validator, model_validator
 from pydantic import Field as Option
 
 from molgen_energy.config import (
@@ -15,8 +17,10 @@ from molgen_energy.config import (
     PositiveFloat,
     PositiveInt,
     PositiveOrAuto,
+    RawConfig,
     Section,
     TrainingConfig,
+    Whole,
     one_of,
 )
 from molgen_energy.diffusion.process import PROCESSES, Diffusion, ProcessConfig
@@ -51,6 +55,23 @@ class MoleculeDataConfig(DataConfig):
     streams them if they would take more than a quarter of the available memory."""
     window: PositiveInt = 200_000
     """Training molecules in a window of streamed data; two windows are in memory."""
+
+
+_OF_TEACHER = ("model", "process", "scales", "loss", "objective", "condition")
+"""Sections that give the weights of a network a meaning, or say what it learnt."""
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees of values; those `above` hold. Sections of another name are not mixed."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(under, Mapping):
+            same = value.get("name", under.get("name")) == under.get("name")
+            merged[key] = _merged(under, value) if same else value
+        else:
+            merged[key] = value
+    return merged
 
 
 class WeightedTerm(NamedTuple):
@@ -122,6 +143,32 @@ class ObjectiveConfig(Section):
         return [_term(name, value) for name, value in self.terms.items()]
 
 
+class DistillationConfig(Section):
+    """Training of a student, a network that draws in a few evaluations what its teacher would."""
+
+    evaluations: Annotated[Whole, Option(ge=3, le=1000)] | None = None
+    """K, evaluations of the student for a sample; null trains no student."""
+    teacher: str | None = None
+    """A run, a checkpoint, or the name of pretrained weights. The student starts from its EMA
+    weights."""
+    highest: PositiveFloat = 5.0
+    """Noise of the second level, σ/α in Å; the first is pure noise."""
+    lowest: PositiveFloat = 0.1
+    """Noise of the last level, Å."""
+    power: PositiveFloat = 2.0
+    """In between levels have equal distances in (σ/α)^(1/power)."""
+    auxiliary_lr: PositiveFloat = 1.0
+    """Learning rates of the auxiliary network relative to those of the student."""
+    regulariser: Annotated[float, Option(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight of the loss that keeps the auxiliary network near the teacher; 1 in the paper."""
+
+    @model_validator(mode="after")
+    def _descending(self) -> DistillationConfig:
+        if self.lowest >= self.highest:
+            raise ValueError(f"lowest {self.lowest:g} is not below highest {self.highest:g}")
+        return self
+
+
 class MoleculeTrainingConfig(TrainingConfig):
     """Optimisation. Either `steps` or `epochs` sets the length.
 
@@ -147,12 +194,33 @@ class MoleculeConfig(Config):
     objective: ObjectiveConfig = ObjectiveConfig()
     condition: Annotated[Section, OneOf("condition", CONDITIONS)] = NoConditionConfig()
     training: MoleculeTrainingConfig = MoleculeTrainingConfig()
+    distillation: DistillationConfig = DistillationConfig()
+
+    def with_values_of(self, teacher: MoleculeConfig) -> MoleculeConfig:
+        """The configuration of a student: what this one does not set is as of its teacher.
+
+        These are model, process, scales, loss, objective, condition, elements and random rotations.
+        """
+        own, theirs = self.model_dump(exclude_unset=True), teacher.model_dump()
+        taken: dict[str, Any] = {section: theirs[section] for section in _OF_TEACHER}
+        taken["data"] = {"elements": theirs["data"]["elements"]}
+        taken["training"] = {"augment_rotations": theirs["training"]["augment_rotations"]}
+        return MoleculeConfig.of(RawConfig(f"config {self.name}", _merged(taken, own)))
 
     @property
     def loss_requires(self) -> frozenset[str]:
         """Inputs that the loss on positions and the terms beside it require."""
         terms = self.objective.weighted_terms()
         return self.loss.requires.union(*(term.config.requires for term in terms))
+
+    def without_paths(self) -> MoleculeConfig:
+        """A copy for files that users share: of paths of data and weights, only the names."""
+        config = super().without_paths()
+        teacher = self.distillation.teacher
+        if teacher is None:
+            return config
+        section = self.distillation.model_copy(update={"teacher": Path(teacher).name})
+        return config.model_copy(update={"distillation": section})
 
     @classmethod
     def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:

@@ -153,11 +153,19 @@ class MoleculeSystem(System):
         return options if job.levels is None else options | {"steps": None, "spacing": None}
 
     def details(self, config: Any) -> str:
-        """Springs and edges, and the process if it is not EDM's diffusion."""
-        return f"{config.loss.describe()}{PROCESSES[config.process.name].description}"
+        """Springs and edges, the process if it is not EDM's diffusion, and whether a student."""
+        student, evaluations = "", config.distillation.evaluations
+        if evaluations is not None:
+            student = f", a student of {evaluations} evaluations"
+        return f"{config.loss.describe()}{PROCESSES[config.process.name].description}{student}"
 
     def after_training(self, config: Any) -> str:
         """What to know before sampling; after a run on the bundled sample, how to train on QM9."""
+        if config.distillation.evaluations is not None:
+            return (
+                f"sampling takes {config.distillation.evaluations} network evaluations; there is "
+                "no validation loss, judge the samples: molgen-energy evaluate samples.sdf"
+            )
         if PROCESSES[config.process.name].continuous:
             steps = config.process.steps
             return f"sampling takes {steps:,} network evaluations by default; --steps 50 takes 50"

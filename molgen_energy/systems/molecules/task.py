@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -27,9 +28,10 @@ from molgen_energy.data.batches import (
 )
 from molgen_energy.data.hdf5 import DatasetSummary, MoleculeFile
 from molgen_energy.data.molecules import AROMATIC, Molecules, batch_by_size
+from molgen_energy.diffusion.distillation import DISTANCES, Distillation, student_levels
 from molgen_energy.diffusion.geometry import rotated, rotations_from_quaternions
 from molgen_energy.diffusion.noise import RandomNumbers
-from molgen_energy.diffusion.objective import Objective, Terms, TimestepDistribution, Weights
+from molgen_energy.diffusion.objective import Objective, TimestepDistribution, Weights
 from molgen_energy.diffusion.process import is_self_conditioned
 from molgen_energy.diffusion.state import DOMAINS, Layout, State
 from molgen_energy.distributed import (
@@ -64,10 +66,13 @@ from molgen_energy.systems.molecules.loss_inputs import (
     with_required_bonds,
 )
 from molgen_energy.systems.molecules.state import MoleculeState
+from molgen_energy.systems.molecules.teacher import load_teacher
 from molgen_energy.systems.networks import build_network
 from molgen_energy.training.channels import FittedWeights, fit_weights
-from molgen_energy.training.checkpoint import Checkpoint
+from molgen_energy.training.checkpoint import Checkpoint, load_weights
 from molgen_energy.training.devices import available_memory, lower_precision
+from molgen_energy.training.initial import provenance
+from molgen_energy.training.task import Auxiliary
 
 _SAMPLE = 100_000  # streamed molecules that means are taken over
 _SMALL = 256_000_000  # bytes of training molecules that always stay in memory
@@ -113,6 +118,15 @@ class _Split(NamedTuple):
     inputs: LossInputs
 
 
+class _Inputs(NamedTuple):
+    """What an objective takes besides the model."""
+
+    clean: State
+    random: RandomNumbers
+    condition: Tensor | None
+    loss_inputs: dict[str, Any]
+
+
 class MoleculeTask:
     """Training a denoiser of molecules.
 
@@ -141,6 +155,7 @@ class MoleculeTask:
     ) -> None:
         self.device = device
         path = expand_home(config.data.path) if config.data.path else bundled_sample()
+        teacher = None if config.distillation.evaluations is None else load_teacher(config)
         with ExitStack() as stack:
             file = stack.enter_context(MoleculeFile(path, _how_to_make(config, path)))
             source, summary = file.source, file.summarize()
@@ -167,6 +182,7 @@ class MoleculeTask:
         self._objective = _build_objective(self.config, self.layout)
         names = ["positions", *self._objective.terms, *self.layout.fields]
         self.loss_terms: tuple[str, ...] = tuple(f"{name}_loss" for name in dict.fromkeys(names))
+        self.auxiliary: Auxiliary | None = None
         channels = 0 if self._condition is None else self._condition.channels
         self.model: nn.Module = build_model(self.config, self.layout, channels).to(device)
         passes = self.config.objective.self_condition_passes
@@ -187,6 +203,30 @@ class MoleculeTask:
         }
         if self._condition is not None:
             self.state["condition"] = self._condition.to_dict()
+        self._distillation: Distillation | None = None
+        if teacher is not None:
+            self._distillation = self._learn_from(teacher)
+            self.loss_terms = ("student_loss", "auxiliary_loss", *DISTANCES)
+
+    def _learn_from(self, teacher: Checkpoint) -> Distillation:
+        """Begin with the weights of a teacher, as student and as auxiliary network."""
+        section, process = self.config.distillation, self._objective.process
+        assert section.evaluations is not None
+        fitted = self.fit_weights(teacher)
+        if fitted.drawn:
+            raise InputError(
+                f"--teacher {section.teacher} does not know {', '.join(fitted.new)}; name another "
+                "teacher, or leave out --set data.elements"
+            )
+        load_weights(self.model, fitted.tensors, teacher.path)
+        scale = self.layout.fields["positions"].scale
+        levels = student_levels(
+            process, scale, section.evaluations, section.highest, section.lowest, section.power
+        )
+        self.auxiliary = Auxiliary(copy.deepcopy(self.model), section.auxiliary_lr)
+        self.state["teacher"] = provenance(teacher)
+        self.state["sampling"] = {"sampler": "ancestral", "levels": list(levels)}
+        return Distillation(self._objective, copy.deepcopy(self.model), levels, section.regulariser)
 
     def _open(
         self,
@@ -238,7 +278,8 @@ class MoleculeTask:
         in_valid = file.split_indices("valid")
         order = np.random.default_rng(training.seed).permutation(len(in_valid))
         in_valid = in_valid[order[: training.validation_molecules]]
-        if not len(in_valid):
+        # A student has no validation loss: its own is low too where it has not learnt anything.
+        if not len(in_valid) or config.distillation.evaluations is not None:
             return train, None
         ascending = np.argsort(in_valid)
         molecules = file.read(in_valid[ascending], columns).select(np.argsort(ascending))
@@ -356,7 +397,10 @@ class MoleculeTask:
         places = torch.arange(len(batch), device=self.device)[rank::world]
         random = RandomNumbers(seed, places, len(batch))
         augment = self.config.training.augment_rotations
-        terms = self._loss(model, split, shard.which, random, augment)
+        inputs = self._inputs(model, split, shard.which, random, augment)
+        if self._distillation is not None:
+            return self._student_losses(self._distillation, model, inputs)
+        terms = self._objective(model, *inputs)
         return {"loss": terms.total} | {
             f"{name}_loss": values for name, values in terms.parts.items()
         }
@@ -397,17 +441,32 @@ class MoleculeTask:
         for which in chunks[rank() :: world_size()]:
             samples = torch.from_numpy(which).to(self.device)
             random = RandomNumbers(training.seed, samples, count)
-            total += self._loss(model, self._valid, which, random, False).total.double().sum()
+            inputs = self._inputs(model, self._valid, which, random, False)
+            total += self._objective(model, *inputs).total.double().sum()
         return float(all_reduce_sum(total)) / count
 
-    def _loss(
+    def _student_losses(
+        self, distillation: Distillation, model: nn.Module, inputs: _Inputs
+    ) -> dict[str, Tensor]:
+        """The losses of student and auxiliary network, and distances of their predictions."""
+        assert self.auxiliary is not None
+        terms = distillation(model, self.auxiliary.called, *inputs)
+        distances = {name: getattr(terms, name) for name in DISTANCES}
+        return {
+            "loss": terms.student + terms.auxiliary,
+            "student_loss": terms.student,
+            "auxiliary_loss": terms.auxiliary,
+            **distances,
+        }
+
+    def _inputs(
         self,
         model: nn.Module,
         split: _Split,
         which: NDArray[np.int64],
         random: RandomNumbers,
         augment: bool,
-    ) -> Terms:
+    ) -> _Inputs:
         batch = split.data.batch(which)
         if augment:
             rotations = rotations_from_quaternions(random.quaternions())
@@ -419,8 +478,7 @@ class MoleculeTask:
             condition = self._condition.encode(
                 torch.stack(values, dim=1), random if model.training else None
             )
-        inputs = split.inputs.of(which, batch, clean)
-        return self._objective(model, clean, random, condition, inputs)
+        return _Inputs(clean, random, condition, split.inputs.of(which, batch, clean))
 
 
 def _batch_size(config: MoleculeConfig) -> BatchSize:
