@@ -164,7 +164,7 @@ class Distillation:
         return (t, s) if self.process.continuous else (t.long(), s.long())
 
     def posterior(self, clean: State, noisy: State, t: Tensor, s: Tensor, noise: State) -> State:
-        """A state from q(x_s | x_t, x) for levels s below t, (B,), the step of `AncestralSampler`."""
+        """A state from q(x_s | x_t, x), levels s below t (B,), the step of `AncestralSampler`."""
         alpha_t, sigma_t, alpha_s, sigma_s = (
             factor(level).double()
             for level in (t, s)
