@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from molgen_energy.api.sample import sample
     from molgen_energy.api.show import MoleculeView, show
     from molgen_energy.api.train import train
+    from molgen_energy.api.tune import tune
     from molgen_energy.errors import InputError
     from molgen_energy.metrics.report.model import Report
     from molgen_energy.training.run import Run
@@ -39,6 +40,7 @@ _MODULES = {
     "sample": "api.sample",
     "show": "api.show",
     "train": "api.train",
+    "tune": "api.tune",
 }
 """Modules of the public names, imported when first used: PyTorch and RDKit take a second."""
 
@@ -56,6 +58,7 @@ __all__ = [
     "sample",
     "show",
     "train",
+    "tune",
 ]
 
 

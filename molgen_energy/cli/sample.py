@@ -18,7 +18,9 @@ from molgen_energy.cli.console import (
     ThrottledLog,
     progress_bar,
     say,
+    show,
     show_pairs,
+    stdout,
     time_left,
     warn,
 )
@@ -90,7 +92,7 @@ def command(
         metavar="FILE",
         rich_help_panel=_WHAT,
         help="For spins: couplings, HDF5 of `preprocess` or .npz with `right` and `down`; default: "
-        "the test split of the run's data.",
+        "the test split of the run's data. With --tune: real molecules.",
     ),
     seed: int | None = typer.Option(
         None,
@@ -181,6 +183,15 @@ def command(
         help="Evaluations of a self-conditioned network for each prediction, each with the clean "
         "prediction of the one before; default: 1.",
     ),
+    tune: bool = typer.Option(
+        False,
+        "--tune",
+        rich_help_panel="Sampler",
+        help="Find the best sampler, levels and noise for --steps network evaluations (default: "
+        "20) and store them in the checkpoint; or with -o in a copy, a folder. Reads real "
+        "molecules: --data, else those of the run. -n molecules of each of the last candidates, "
+        "default: 256.",
+    ),
     temperature: float | None = typer.Option(
         None,
         "--temperature",
@@ -248,6 +259,23 @@ def command(
     if checkpoint == Path("list") and not checkpoint.exists():
         _list_pretrained()
         return
+    if tune:
+        others = {
+            "--n-atoms": n_atoms, "--condition": condition, "--sampler": sampler,
+            "--consistent-charges": consistent_charges, "--aromatic": aromatic,
+            "--resume": resume, "--spacing": spacing, "--levels": levels, "--eta": eta,
+            "--ancestral-positions": ancestral_positions, "--temperature": temperature,
+            "--self-condition-passes": self_condition_passes, "--temperature-of": temperature_of,
+            "--temperature-range": temperature_range, "--final-noise": final_noise,
+            "--batch-size": batch_size, "--overwrite": overwrite,
+        }  # fmt: skip
+        if given := [name for name, value in others.items() if value]:
+            raise InputError(f"--tune chooses for itself; leave out {given[0]}")
+        _tune(
+            checkpoint, output, data, device, low_precision,
+            count=count, steps=steps, seed=seed,
+        )  # fmt: skip
+        return
     job = _Job(output is None, overwrite or resume is not None)
     try:
         with job:
@@ -312,6 +340,61 @@ def _list_pretrained() -> None:
 
     rows = [(name, weights.summary) for name, weights in pretrained_weights().items()]
     show_pairs([("name", "weights"), *rows])
+
+
+def _tune(
+    checkpoint: Path | None,
+    output: Path | None,
+    data: Path | None,
+    device: str,
+    low_precision: bool,
+    **numbers: int | None,
+) -> None:
+    """Search for a sampler, show the candidates, and say where the best one is stored."""
+    from molgen_energy.api.tune import TuningJobInfo, tune
+    from molgen_energy.cli.tuning_table import tuning_table
+
+    work: list[Path] = []
+    log = ThrottledLog()
+
+    def start(job: TuningJobInfo) -> None:
+        work.append(job.work)
+        say(
+            f"tuning {job.checkpoint.origin} by {job.data}: at most {job.search.molecules:,} "
+            f"molecules, {job.search.network_evaluations:,} network evaluations"
+        )
+
+    with progress_bar() as bar:
+        handle = bar.add_task("tuning", total=None)
+
+        def progress(done: int, total: int | None) -> None:
+            bar.update(handle, completed=done, total=total)
+            log.say(f"{done:,} of at most {total:,} network evaluations{time_left(bar)}")
+
+        try:
+            result = tune(
+                checkpoint,
+                data=data,
+                output=output,
+                device=device,
+                low_precision=low_precision,
+                progress=progress,
+                on_start=start,
+                **{name: value for name, value in numbers.items() if value is not None},
+            )
+        except (KeyboardInterrupt, OSError, RuntimeError, MemoryError):
+            if work and work[0].exists():
+                say(f"molecules that were drawn stay in {work[0]}; the same command goes on")
+            raise
+    show(tuning_table(result, stdout.width))
+    assert result.chosen.choice is not None
+    options = result.chosen.choice.options
+    if result.stored is None:
+        say("pretrained weights stay as they are; -o FOLDER stores the choice in a copy")
+        say(f"next: molgen-energy sample --checkpoint {result.name} {options}")
+    else:
+        say(f"stored in {result.stored}: {options}")
+        say(f"next: molgen-energy sample --checkpoint {shlex.quote(str(result.stored))}")
 
 
 class SamplingBar:

@@ -26,8 +26,16 @@ from molgen_energy.errors import InputError
 from molgen_energy.formats.parts import check_part, read_part
 from molgen_energy.formats.tensors import pack_tensors, read_tensors
 from molgen_energy.formats.yaml import MOST_BYTES, dump_yaml, load_yaml, shown, validate_as
-from molgen_energy.output import display_path, flush_to_disk, real_path, remove, with_filename
-from molgen_energy.training.pretrained import verify_checksums
+from molgen_energy.output import (
+    atomic_write,
+    display_path,
+    flush_to_disk,
+    real_path,
+    remove,
+    temporary_folder,
+    with_filename,
+)
+from molgen_energy.training.pretrained import SUMS, verify_checksums
 from molgen_energy.training.state import Progress, RunState, State
 
 FORMAT = 3
@@ -226,6 +234,63 @@ def save_checkpoint(
         path.rename(old)
     temporary.rename(path)
     remove(old)
+
+
+def is_released(folder: Path) -> bool:
+    """Whether a checkpoint's folder lists the SHA-256 of its files, as pretrained weights do."""
+    return (folder / SUMS).exists()
+
+
+def store_in_state(checkpoint: Checkpoint, values: Mapping[str, Any]) -> None:
+    """Add keys to the `state.yaml` of a checkpoint, in one step.
+
+    Raises
+    ------
+    InputError
+        Another checkpoint has replaced it since it was read.
+    OSError
+        It cannot be written; the old state stays.
+    """
+    _check_unchanged(checkpoint)
+    content = dump_yaml(checkpoint.state | dict(values)).encode()
+    atomic_write(checkpoint.path / "state.yaml", content, own=True)
+
+
+def copy_for_sampling(checkpoint: Checkpoint, values: Mapping[str, Any], path: Path) -> None:
+    """Write the configuration, EMA weights and state of a checkpoint, with more keys of the state.
+
+    Raises
+    ------
+    InputError
+        Another checkpoint has replaced it since it was read.
+    OSError
+        The folder cannot be written.
+    """
+    content = pack_tensors(checkpoint.read_tensors("ema"))
+    sha256 = {"ema": hashlib.sha256(content).hexdigest()}
+    config = read_part(checkpoint.path / "config.yaml", MOST_BYTES)
+    _check_unchanged(checkpoint)
+    files = {
+        "ema.safetensors": content,
+        "config.yaml": config,
+        "state.yaml": dump_yaml(checkpoint.state | {"sha256": sha256} | dict(values)).encode(),
+    }
+    try:
+        with temporary_folder(path) as temporary:
+            for name, text in files.items():
+                (temporary / name).write_bytes(text)
+                flush_to_disk(temporary / name)
+            temporary.rename(path)
+    except OSError as error:
+        raise with_filename(error, path) from None
+
+
+def _check_unchanged(checkpoint: Checkpoint) -> None:
+    """Raise `InputError` if the files are not those that were read."""
+    if _read(checkpoint.path).state != checkpoint.state:
+        raise InputError(
+            f"{checkpoint.path} was replaced meanwhile; try again when its training has ended"
+        )
 
 
 def find_checkpoint(path: Path, which: str = "last") -> Path:

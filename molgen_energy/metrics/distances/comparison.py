@@ -165,6 +165,15 @@ def compare(
     return result
 
 
+def wasserstein_distance(
+    source: Distributions, target: Distributions, kind: str, types: GeometryTypes
+) -> Estimate:
+    """The Wasserstein distance of a kind of geometry, as of `compare`, and nothing else."""
+    pairs, _ = _common_types(source, target, kind, types)
+    rows = [_wasserstein(pair, source.groups, PERIODS.get(kind)) for pair in pairs.values()]
+    return _mean_over_types(rows, int(source.sizes.sum()), 0.0)
+
+
 def _with_jackknife(values: list[float], molecules: int) -> Estimate:
     """A statistic, first of all groups and then without each, with its interval."""
     if molecules < MIN_MOLECULES or len(values) < 3:
