@@ -164,6 +164,7 @@ def _job(
         "consistent_charges": generator.charges is not None,
         "aromatic": aromatic,
         "low_precision": generator.low_precision,
+        "cuda_graphs": generator.cuda_graphs,
         "batch_size": batch_size,
         "pairs": _PAIRS_CPU if on_cpu else _PAIRS_GPU,
         "window": max(_WINDOW_CPU if on_cpu else _WINDOW_GPU, batch_size or 0),

@@ -89,6 +89,7 @@ class MoleculeSystem(System):
             "aromatic": False,
             "batch_size": None,
             "low_precision": False,
+            "cuda_graphs": False,
         }
     )
     output = "samples.sdf"
@@ -123,6 +124,7 @@ class MoleculeSystem(System):
             ancestral_positions=options["ancestral_positions"],
             self_condition_passes=options["self_condition_passes"],
             consistent_charges=options["consistent_charges"],
+            cuda_graphs=options["cuda_graphs"],
         )
         return _MoleculeSampling(
             generator, options["count"], options["batch_size"], options["aromatic"]
