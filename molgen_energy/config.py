@@ -237,6 +237,8 @@ class TrainingConfig(Section):
     max_gradient_norm: PositiveFloat | None = None
     """The bound of `clip_gradients`, which recent steps determine, is never above this; null sets
     no limit. JODO has 10 for QM9 and 20 for GEOM-Drugs."""
+    cuda_graphs: bool = False
+    """Record a step on a GPU once for each shape of a batch, and repeat it without Python."""
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     initial_weights: str | None = None
     """A run, a checkpoint, or the name of pretrained weights, whose EMA weights training starts

@@ -65,6 +65,7 @@ def sample_to(
     self_condition_passes: int | None = None,
     batch_size: int | None = None,
     low_precision: bool | None = None,
+    cuda_graphs: bool | None = None,
     data: str | PathLike[str] | None = None,
     device: str = "auto",
     resume: str | PathLike[str] | None = None,
@@ -119,6 +120,8 @@ def sample_to(
         Samples in a batch; by default chosen by size and device.
     low_precision
         Run the work on pairs of atoms in bfloat16.
+    cuda_graphs
+        Record the evaluations of a batch on a GPU once, and repeat them without Python.
     data
         For spins: file of couplings to predict ground states for.
     device
@@ -162,10 +165,13 @@ def sample_to(
         "self_condition_passes": self_condition_passes,
         "batch_size": batch_size,
         "low_precision": low_precision or None,
+        "cuda_graphs": cuda_graphs or None,
         "data": None if data is None else Path(data),
     }
     given = {name: value for name, value in values.items() if value is not None}
     target = local_device(choose_device(device))
+    if cuda_graphs and target.type != "cuda":
+        raise InputError(f"--cuda-graphs is for GPUs, not {target.type}; leave it out")
     with process_group(target):
         # The first process decides for all, since another run may be the newest one a second later.
         found, path, options = broadcast(
@@ -313,6 +319,7 @@ def sample(
     self_condition_passes: int | None = None,
     batch_size: int | None = None,
     low_precision: bool | None = None,
+    cuda_graphs: bool | None = None,
     data: str | PathLike[str] | None = None,
     device: str = "auto",
     resume: str | PathLike[str] | None = None,
@@ -356,6 +363,8 @@ def sample(
         Samples in a batch; by default chosen by size and device.
     low_precision
         Run the work on pairs of atoms in bfloat16.
+    cuda_graphs
+        Record the evaluations of a batch on a GPU once, and repeat them without Python.
     data
         For spins: file of couplings to predict ground states for.
     device
@@ -399,6 +408,7 @@ def sample(
         "self_condition_passes": self_condition_passes,
         "batch_size": batch_size,
         "low_precision": low_precision,
+        "cuda_graphs": cuda_graphs,
         "data": data,
         "device": device,
         "callback": callback,

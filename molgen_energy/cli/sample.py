@@ -246,6 +246,12 @@ def command(
         rich_help_panel=_COMPUTATION,
         help="bfloat16 for pairs of atoms: faster, slightly less precise.",
     ),
+    cuda_graphs: bool = typer.Option(
+        False,
+        "--cuda-graphs",
+        rich_help_panel=_COMPUTATION,
+        help="On a GPU, record the evaluations of a batch once and repeat them without Python.",
+    ),
 ) -> None:
     """Sample molecules from a trained model into a file of exactly N records.
 
@@ -303,6 +309,7 @@ def command(
                 self_condition_passes=self_condition_passes,
                 batch_size=batch_size,
                 low_precision=low_precision,
+                cuda_graphs=cuda_graphs,
                 data=data,
                 device=device,
                 resume=resume,

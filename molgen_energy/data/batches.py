@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Generic, NamedTuple, Protocol, TypeVar, overload
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, overload
 
 import numpy as np
 import torch
@@ -202,7 +202,7 @@ class DeviceMolecules:
         return torch.cat([molecule[None], pairs.t()]), self._bond_order[rows]
 
 
-def on_device(values: NDArray[np.int64], device: torch.device) -> Tensor:
+def on_device(values: NDArray[Any], device: torch.device) -> Tensor:
     """An array on a device. A GPU does not finish its other work before the copy."""
     tensor = torch.from_numpy(values)
     if device.type == "cuda":

@@ -66,6 +66,8 @@ class Distillation:
     regulariser
         Weight of the same objective between φ and the prediction of the teacher in the loss of φ,
         which keeps φ near the teacher (1 in the paper).
+    student_share
+        Share of batches whose loss has a gradient for the student; φ learns from all of them.
     """
 
     def __init__(
@@ -74,14 +76,17 @@ class Distillation:
         teacher: nn.Module,
         levels: Sequence[float],
         regulariser: float = 0.0,
+        student_share: float = 1.0,
     ) -> None:
         self.objective, self.process = objective, objective.process
         self.teacher = teacher.eval().requires_grad_(False)
         self.levels, self.regulariser = tuple(levels), regulariser
-        self._lows, self._highs = self._segments()
+        self.student_share = student_share
+        # Of the device that is used, since a copy to a GPU would wait for it.
+        self._segments = torch.tensor(self._bounds(), dtype=torch.float64)
 
-    def _segments(self) -> tuple[Tensor, Tensor]:
-        """Lowest and highest level s for each level t, (K,); of numbered levels s is below t."""
+    def _bounds(self) -> list[Sequence[float]]:
+        """Each level t, and the lowest and highest level s that goes with it, (3, K)."""
         process, levels = self.process, self.levels
         ratios = [
             process.sigma(torch.tensor(level)) / process.alpha(torch.tensor(level))
@@ -96,7 +101,7 @@ class Distillation:
         highs = [
             max(min(level, high), below + unit) for level, below in zip(levels, lows, strict=True)
         ]
-        return torch.tensor(lows, dtype=torch.float64), torch.tensor(highs, dtype=torch.float64)
+        return [levels, lows, highs]
 
     def __call__(
         self,
@@ -127,7 +132,8 @@ class Distillation:
         process = self.process
         t, s = self.draw_levels(random)
         noisy = process.add_noise(clean, random.noise(clean.layout, clean.mask, 0), t)
-        drawn = process.predict(student, noisy, t, condition).clean.projected()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._student_learns(random)):
+            drawn = process.predict(student, noisy, t, condition).clean.projected()
         fixed = drawn.detach()
         lower = self.posterior(fixed, noisy, t, s, random.noise(clean.layout, clean.mask, 1))
         with torch.no_grad():
@@ -150,6 +156,13 @@ class Distillation:
             _student_loss(drawn, moment, expected), auxiliary_loss, distances[0], distances[1]
         )
 
+    def _student_learns(self, random: RandomNumbers) -> bool:
+        """Whether the student gets a gradient; one draw for the batch, the same everywhere."""
+        if self.student_share == 1:
+            return True
+        coin = RandomNumbers(random.seed, random.samples.new_zeros(1))
+        return float(coin.uniform(Stream.STUDENT)) < self.student_share
+
     def draw_levels(self, random: RandomNumbers) -> tuple[Tensor, Tensor]:
         """Levels t and s of the samples, (B,), int64 or of a continuous process float64.
 
@@ -157,9 +170,10 @@ class Distillation:
         uniform between the next one and t.
         """
         count, device = len(self.levels), random.samples.device
+        if self._segments.device != device:
+            self._segments = self._segments.to(device)
         place = (count * random.stratified(Stream.LEVEL)).long().clamp(max=count - 1)
-        low, high = self._lows.to(device)[place], self._highs.to(device)[place]
-        t = torch.tensor(self.levels, dtype=torch.float64, device=device)[place]
+        t, low, high = self._segments[:, place]
         s = low + (high - low) * random.uniform(Stream.LOWER_LEVEL).double()
         return (t, s) if self.process.continuous else (t.long(), s.long())
 

@@ -41,6 +41,8 @@ class Stream(IntEnum):
     """Of the noise that samplers in continuous time start with."""
     LOWER_LEVEL = _WORD - 9
     """Of the second level of distillation."""
+    STUDENT = _WORD - 10
+    """Whether a student learns from a batch."""
 
 
 class _Constants(NamedTuple):
@@ -123,7 +125,8 @@ class RandomNumbers:
         self.population = len(samples) if population is None else population
 
     @cached_property
-    def _key(self) -> Tensor:
+    def key(self) -> Tensor:
+        """The lower and upper 32 bits of the seed, on the device of the samples, (2,) int64."""
         if isinstance(self.seed, Tensor):
             return self.seed
         return _key_on((self.seed & _WORD, (self.seed >> 32) & _WORD), self.samples.device)
@@ -136,7 +139,7 @@ class RandomNumbers:
             for values in (items, domain, streams)
         )
         counter = item, place, stream, self.samples[:, None]
-        return torch.stack(philox(counter, self._key), dim=-1)
+        return torch.stack(philox(counter, self.key), dim=-1)
 
     @cached_property
     def _singles(self) -> Tensor:
@@ -158,7 +161,7 @@ class RandomNumbers:
         Each of the `population` equal parts of the interval holds the number of one sample.
         """
         everyone = torch.arange(self.population, device=self.samples.device)
-        words = RandomNumbers(self._key, everyone)._words(Stream.STRATUM, everyone[:1])
+        words = RandomNumbers(self.key, everyone)._words(Stream.STRATUM, everyone[:1])
         order = words[:, 0, 0].argsort()
         stratum = torch.empty_like(order)
         stratum[order] = everyone

@@ -301,7 +301,11 @@ class SparseEdges(Edges):
         key = atoms, dimension, device
         circles = self._circles.get(key)
         if circles is None:
-            if sum(known.order.numel() for known in self._circles.values()) > self._CACHE_SIZE:
+            # Steps that a GPU has recorded may read its circles again.
+            if (
+                device.type == "cpu"
+                and sum(known.order.numel() for known in self._circles.values()) > self._CACHE_SIZE
+            ):
                 self._circles.clear()
             circles = _circles(self.orders(atoms), dimension)
             circles = self._circles[key] = _Circles(*(x.to(device) for x in circles))

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from molgen_energy import __version__
 from molgen_energy.config import TrainingConfig
-from molgen_energy.data.batches import BatchIndex, EpochStarts
+from molgen_energy.data.batches import BatchIndex, EpochStarts, on_device
 from molgen_energy.diffusion.process import is_self_conditioned
 from molgen_energy.distributed import all_reduce_sum, is_main, rank, world_size
 from molgen_energy.errors import InputError, TrainingFailedError
@@ -56,11 +56,12 @@ from molgen_energy.training.clipping import GradientClipper, gradients_of, total
 from molgen_energy.training.curves import write_curves
 from molgen_energy.training.devices import peak_memory
 from molgen_energy.training.ema import ExponentialMovingAverage
+from molgen_energy.training.graphs import CUDARecorder, GraphCache, Recorder
 from molgen_energy.training.initial import describe_initial_weights, initialise
 from molgen_energy.training.metrics import MetricsLog
 from molgen_energy.training.muon import Muon, hidden_matrices
 from molgen_energy.training.run import Run
-from molgen_energy.training.task import Task
+from molgen_energy.training.task import Recordable, Task
 
 _MEASURED_BATCHES = 64  # at most, to estimate what a run needs
 _WRITTEN = ("config.yaml", "metrics.csv", "curves.svg", "log.txt", "tensorboard", "checkpoints")
@@ -135,9 +136,10 @@ class _Outcome:
     @classmethod
     def of(cls, step: int, batch: BatchIndex, values: Tensor) -> _Outcome:
         """Begin to copy the values from the device."""
-        ready = None
-        if values.device.type == "cuda":
-            values = values.to("cpu", non_blocking=True)
+        ready, waits = None, values.device.type != "cuda"
+        # A copy even on the CPU: a recorded step overwrites the values.
+        values = values.to("cpu", non_blocking=not waits, copy=True)
+        if not waits:
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
         return cls(step, len(batch), batch.weight, values, ready)
@@ -303,6 +305,9 @@ class _Trainer:
         self.clipper = GradientClipper(self.training.max_gradient_norm or math.inf)
         assert not isinstance(self.training.lr, str)
         self._muon_ratio = self.training.muon_lr / self.training.lr
+        self._recorded: GraphCache | None = None
+        if self.training.cuda_graphs:
+            self._recorded = GraphCache(_recorder(task, self._has_dropout))
         self.optimizers = _optimizers(self.training, task)
         self.at = _Progress(sums=self._zero_sums())
         # A GPU works on a step while the outcome of the one before is read.
@@ -588,13 +593,32 @@ class _Trainer:
         next step was started, in all processes at the same step.
         """
         rates = self._rates(batch)
-        sums = self._backward(self.model, batch)
-        stop = sums.new_full((1,), float(interrupted.is_set()))
-        outcome = self._update(all_reduce_sum(torch.cat([sums, stop])), rates)
-        self._zero_grad()
+        if self._recorded is None:
+            sums = self._backward(self.model, batch)
+            stop = sums.new_full((1,), float(interrupted.is_set()))
+            outcome = self._update(all_reduce_sum(torch.cat([sums, stop])), rates)
+            self._zero_grad()
+        else:
+            outcome = self._recorded_step(self._recorded, batch, rates)
         self.at.step += 1
         self._unread.append(_Outcome.of(self.at.step, batch, outcome))
         return self._read_outcomes(self._most_unread)
+
+    def _recorded_step(self, graphs: GraphCache, batch: BatchIndex, rates: _Rates) -> Tensor:
+        """As `_backward` and `_update`, of one process, for shapes of batches that come again."""
+        task = self.task
+        assert isinstance(task, Recordable)
+        prepared = task.prepare(batch, _derived_seed(self.training.seed, self.at.step))
+
+        def step(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            self._zero_grad()
+            losses = task.prepared_loss(self.model, prepared.with_tensors(tensors))
+            sums = self._differentiate(losses, 1.0, len(batch))
+            totals = torch.cat([sums, torch.zeros_like(sums[:1])])  # `interrupted` is known
+            return {"outcome": self._update(totals, _Rates(*tensors["rates"].unbind()))}
+
+        numbers = on_device(np.array(rates, np.float32), task.device)
+        return graphs(step, {**prepared.tensors(), "rates": numbers})["outcome"]
 
     def _rates(self, batch: BatchIndex) -> _Rates:
         rate = learning_rate(self.training, self.at.step, self.steps)
@@ -631,8 +655,11 @@ class _Trainer:
         weight = float(rank() < len(batch))
         if not weight and self.task.adaptive is not None:
             self.task.adaptive.discard_step()
+        return self._differentiate(losses, weight, len(batch))
+
+    def _differentiate(self, losses: Mapping[str, Tensor], weight: float, samples: int) -> Tensor:
         # Gradients are averaged over processes afterwards.
-        loss = losses["loss"].sum() * (weight * world_size() / len(batch))
+        loss = losses["loss"].sum() * (weight * world_size() / samples)
         loss.backward()  # type: ignore[no-untyped-call]
         names = ("loss", *self.task.loss_terms)
         return weight * torch.stack([losses[name].detach().sum() for name in names])
@@ -770,6 +797,21 @@ class _Trainer:
         self._begin_row()
 
 
+def _recorder(task: Task, has_dropout: bool) -> Recorder:
+    """What records the steps of a run; `InputError` where they cannot be recorded."""
+    option = "training.cuda_graphs"
+    reason = None
+    if not isinstance(task, Recordable):
+        reason = "only steps on molecules can be recorded"
+    elif world_size() > 1:
+        reason = "steps of several processes cannot be recorded"
+    elif has_dropout or is_self_conditioned(task.model):
+        reason = "steps with dropout or self-conditioning cannot be recorded"
+    if reason is not None:
+        raise InputError(f"{option}: {reason}; leave it out")
+    return CUDARecorder(task.device, option)
+
+
 def _optimizers(training: TrainingConfig, task: Task) -> list[torch.optim.Optimizer]:
     """Optimizers of disjoint parts of the parameters.
 
@@ -798,6 +840,7 @@ def _optimizers(training: TrainingConfig, task: Task) -> list[torch.optim.Optimi
         # A largest second moment would keep the loss of a student, which moves, from large steps.
         amsgrad=not muon and task.auxiliary is None,
         fused=task.device.type in ("cpu", "cuda"),
+        capturable=training.cuda_graphs,
     )
     return [adamw, Muon(groups_of_matrices, lr=0.0)] if muon else [adamw]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,18 @@ class Auxiliary:
     def called(self) -> nn.Module:
         """What the loss calls."""
         return self.network if self.wrapper is None else self.wrapper
+
+
+class PreparedBatch(Protocol):
+    """Samples of a batch on the device, with all that their loss depends on besides the network."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that differs between batches of the same shapes, on the device, by name."""
+        ...
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> PreparedBatch:
+        """A batch of the same shapes with other tensors."""
+        ...
 
 
 class Task(Protocol):
@@ -97,4 +109,17 @@ class Task(Protocol):
 
     def close(self) -> None:
         """Close the files of the data."""
+        ...
+
+
+@runtime_checkable
+class Recordable(Protocol):
+    """Of a task: the two parts of `Task.loss`, of which a GPU can record the second one."""
+
+    def prepare(self, batch: BatchIndex, seed: int, rank: int = 0, world: int = 1) -> PreparedBatch:
+        """The samples of a batch that process `rank` of `world` has."""
+        ...
+
+    def prepared_loss(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """The loss of a batch of `prepare` and its terms, without waiting for the device."""
         ...

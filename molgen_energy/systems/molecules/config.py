@@ -159,6 +159,8 @@ class DistillationConfig(Section):
     """In between levels have equal distances in (σ/α)^(1/power)."""
     auxiliary_lr: PositiveFloat = 1.0
     """Learning rates of the auxiliary network relative to those of the student."""
+    student_share: Annotated[float, Option(gt=0, le=1)] = 1.0
+    """Share of the steps that change the student; all steps change the auxiliary network."""
     regulariser: Annotated[float, Option(ge=0, allow_inf_nan=False)] = 0.0
     """Weight of the loss that keeps the auxiliary network near the teacher; 1 in the paper."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from molgen_energy.chemistry.charges import (
     HIGHEST_SUM,
@@ -34,10 +34,12 @@ from molgen_energy.formats.limits import check_memory
 from molgen_energy.systems.molecules.condition import PropertyCondition
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.fields import MoleculeStatistics, build_layout
+from molgen_energy.systems.molecules.recorded import RecordedDenoiser
 from molgen_energy.systems.molecules.state import MoleculeState, SamplingState
 from molgen_energy.systems.molecules.task import build_model
 from molgen_energy.training.checkpoint import Checkpoint
 from molgen_energy.training.devices import lower_precision
+from molgen_energy.training.graphs import CUDARecorder, Recorder
 
 _BYTES_OF_PAIR = 32  # of a pair of atoms, at least: positions, distance, features
 
@@ -91,6 +93,8 @@ class MoleculeGenerator:
         Evaluations of a self-conditioned network for each prediction.
     levels
         Noise levels to visit, in place of steps and spacing; see `chosen_levels`.
+    cuda_graphs
+        Record the evaluations of a batch on a GPU; no effect elsewhere.
 
     Raises
     ------
@@ -118,6 +122,7 @@ class MoleculeGenerator:
         ancestral_positions: bool = False,
         self_condition_passes: int = 1,
         levels: Sequence[float] | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         self.config = checkpoint.config_as(MoleculeConfig)
         state = checkpoint.state_as(MoleculeState)
@@ -149,6 +154,10 @@ class MoleculeGenerator:
         self.checkpoint, self.device, self.seed, self.hook = checkpoint, device, seed, hook
         self.trained_on = "" if state.data is None else state.data.source
         self.n_atoms, self.low_precision = sizes, low_precision
+        self.cuda_graphs = cuda_graphs
+        self._recorder: Recorder | None = None
+        if cuda_graphs and device.type == "cuda":
+            self._recorder = CUDARecorder(device, "--cuda-graphs")
         histogram = (
             state.size_histogram
             if sizes is None
@@ -237,9 +246,10 @@ class MoleculeGenerator:
                 self._condition.names, self._condition.units, values.T.numpy(), strict=True
             ):
                 properties[f"condition_{name}"] = Property(np.ascontiguousarray(column), unit)
-        state = self.sampler.sample(
-            self.model, random, self.layout, mask, condition, self.hook, advance
-        )
+        model: nn.Module = self.model
+        if self._recorder is not None:  # for this batch, whose shape few others have
+            model = RecordedDenoiser(self.model, self._recorder)
+        state = self.sampler.sample(model, random, self.layout, mask, condition, self.hook, advance)
         decoded = state.decode()
         if self.charges is not None:
             decoded, counts = self.charges.apply(decoded, mask)

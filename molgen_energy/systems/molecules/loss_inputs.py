@@ -90,14 +90,23 @@ class LossInputs:
 
     def of(self, which: NDArray[np.int64], batch: MoleculeBatch, state: State) -> dict[str, Any]:
         """Arguments of the loss for a batch of the molecules with these numbers (B,)."""
+        return self.prepared(which, batch) | feature_inputs(self._requires, state)
+
+    def prepared(self, which: NDArray[np.int64], batch: MoleculeBatch) -> dict[str, Any]:
+        """Those of the arguments that do not depend on a state."""
         inputs: dict[str, Any] = {}
-        if "features" in self._requires:
-            inputs["features"] = state.atoms[..., state.layout.fields["positions"].channels :]
         if "bonds" in self._requires:
             inputs["bonds"] = batch.bonds
         if self._neighbours is not None:
             inputs["neighbours"] = self._neighbours.padded(which, batch.mask)
         return inputs
+
+
+def feature_inputs(requires: frozenset[str], state: State) -> dict[str, Any]:
+    """The features of a state's atoms, if losses require them."""
+    if "features" not in requires:
+        return {}
+    return {"features": state.atoms[..., state.layout.fields["positions"].channels :]}
 
 
 def table_bytes(loss: LossConfig, pairs: int) -> int:

@@ -171,6 +171,7 @@ def _job(
         "consistent_charges": generator.charges is not None,
         "aromatic": aromatic,
         "low_precision": generator.low_precision,
+        "cuda_graphs": generator.cuda_graphs,
         "batch_size": batch_size,
         "pairs": pairs_in_batch(generator.device),
         "window": max(_WINDOW_CPU if on_cpu else _WINDOW_GPU, batch_size or 0),

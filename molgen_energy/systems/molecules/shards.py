@@ -85,6 +85,8 @@ class SamplingJob(Manifest):
     """Whether positions take ancestral steps in the sampler dpm++."""
     self_condition_passes: Positive = 1
     """Evaluations of a self-conditioned network for each prediction."""
+    cuda_graphs: bool = False
+    """Whether a GPU records evaluations of the network."""
     units: dict[Text, Annotated[str, Field(max_length=200)]] = Field(default_factory=dict)
     """Of the properties that molecules will have."""
 

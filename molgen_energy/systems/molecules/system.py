@@ -92,6 +92,7 @@ class MoleculeSystem(System):
             "aromatic": False,
             "batch_size": None,
             "low_precision": False,
+            "cuda_graphs": False,
         }
     )
     output = "samples.sdf"
@@ -127,6 +128,7 @@ class MoleculeSystem(System):
             self_condition_passes=options["self_condition_passes"],
             consistent_charges=options["consistent_charges"],
             levels=options["levels"],
+            cuda_graphs=options["cuda_graphs"],
         )
         return _MoleculeSampling(
             generator, options["count"], options["batch_size"], options["aromatic"]

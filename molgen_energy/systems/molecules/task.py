@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from molgen_energy.data.batches import (
     ResidentData,
     StreamedData,
     TrainingData,
+    on_device,
 )
 from molgen_energy.data.hdf5 import DatasetSummary, MoleculeFile
 from molgen_energy.data.molecules import AROMATIC, Molecules, batch_by_size
@@ -43,7 +45,7 @@ from molgen_energy.distributed import (
 )
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError, unknown_name
-from molgen_energy.losses import AdaptiveSprings, PositionLoss
+from molgen_energy.losses import AdaptiveSprings, Neighbours, PositionLoss
 from molgen_energy.models import Denoiser
 from molgen_energy.models.base import PUBLISHED_ATOMS, Published
 from molgen_energy.paths import expand_home, portable_path
@@ -62,6 +64,7 @@ from molgen_energy.systems.molecules.fields import (
 )
 from molgen_energy.systems.molecules.loss_inputs import (
     LossInputs,
+    feature_inputs,
     table_bytes,
     with_required_bonds,
 )
@@ -125,6 +128,64 @@ class _Inputs(NamedTuple):
     random: RandomNumbers
     condition: Tensor | None
     loss_inputs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PreparedMolecules:
+    """Molecules of a batch, and all else that their loss depends on besides the network.
+
+    molecules
+        B of them.
+    inputs
+        Arguments of the loss, see `LossInputs.prepared`.
+    seed
+        Of random numbers, or its two words on the device, see `RandomNumbers`.
+    samples
+        Their places in the whole batch, (B,).
+    population
+        Molecules in the whole batch.
+    """
+
+    molecules: MoleculeBatch
+    inputs: dict[str, Any]
+    seed: int | Tensor
+    samples: Tensor
+    population: int
+
+    @property
+    def random(self) -> RandomNumbers:
+        """Their random numbers."""
+        return RandomNumbers(self.seed, self.samples, self.population)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that differs between batches of one shape, on the device, by name."""
+        batch = self.molecules
+        found = {"mask": batch.mask, "samples": self.samples, "seed": self.random.key}
+        found |= {f"data/{name}": values for name, values in batch.data.items()}
+        found |= {f"properties/{name}": values for name, values in batch.properties.items()}
+        if (bonds := self.inputs.get("bonds")) is not None:
+            found["bonds"] = bonds
+        if (neighbours := self.inputs.get("neighbours")) is not None:
+            found |= {"index": neighbours.index, "weight": neighbours.weight}
+        return found
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> PreparedMolecules:
+        """A batch of this shape with other `tensors`."""
+        batch = self.molecules
+        data = {name: tensors[f"data/{name}"] for name in batch.data}
+        properties = {name: tensors[f"properties/{name}"] for name in batch.properties}
+        inputs: dict[str, Any] = {}
+        if "bonds" in self.inputs:
+            inputs["bonds"] = tensors["bonds"]
+        if "neighbours" in self.inputs:
+            inputs["neighbours"] = Neighbours(tensors["index"], tensors["weight"])
+        return replace(
+            self,
+            molecules=MoleculeBatch(tensors["mask"], data, properties),
+            inputs=inputs,
+            seed=tensors["seed"],
+            samples=tensors["samples"],
+        )
 
 
 class MoleculeTask:
@@ -392,12 +453,19 @@ class MoleculeTask:
         InputError
             The file of streamed molecules is damaged.
         """
+        return self.prepared_loss(model, self.prepare(batch, seed, rank, world))
+
+    def prepare(
+        self, batch: BatchIndex, seed: int, rank: int = 0, world: int = 1
+    ) -> PreparedMolecules:
+        """The molecules of process `rank`'s shard of a batch; see `loss`."""
         split = self._train.window(batch.window)
-        shard = batch.shard(rank, world)
         places = torch.arange(len(batch), device=self.device)[rank::world]
-        random = RandomNumbers(seed, places, len(batch))
-        augment = self.config.training.augment_rotations
-        inputs = self._inputs(model, split, shard.which, random, augment)
+        return _prepared(split, batch.shard(rank, world).which, seed, places, len(batch))
+
+    def prepared_loss(self, model: nn.Module, batch: PreparedMolecules) -> dict[str, Tensor]:
+        """The objective of prepared molecules, and its terms, (B,) each."""
+        inputs = self._inputs(model, batch, self.config.training.augment_rotations)
         if self._distillation is not None:
             return self._student_losses(self._distillation, model, inputs)
         terms = self._objective(model, *inputs)
@@ -439,9 +507,9 @@ class MoleculeTask:
             pairs = training.batch_size * 400
         chunks = list(batch_by_size(self._valid.data.sizes, pairs))
         for which in chunks[rank() :: world_size()]:
-            samples = torch.from_numpy(which).to(self.device)
-            random = RandomNumbers(training.seed, samples, count)
-            inputs = self._inputs(model, self._valid, which, random, False)
+            samples = on_device(which, self.device)
+            batch = _prepared(self._valid, which, training.seed, samples, count)
+            inputs = self._inputs(model, batch, False)
             total += self._objective(model, *inputs).total.double().sum()
         return float(all_reduce_sum(total)) / count
 
@@ -459,18 +527,12 @@ class MoleculeTask:
             **distances,
         }
 
-    def _inputs(
-        self,
-        model: nn.Module,
-        split: _Split,
-        which: NDArray[np.int64],
-        random: RandomNumbers,
-        augment: bool,
-    ) -> _Inputs:
-        batch = split.data.batch(which)
+    def _inputs(self, model: nn.Module, prepared: PreparedMolecules, augment: bool) -> _Inputs:
+        batch, random = prepared.molecules, prepared.random
         if augment:
             rotations = rotations_from_quaternions(random.quaternions())
-            batch.data["positions"] = rotated(batch.data["positions"], rotations)
+            positions = rotated(batch.data["positions"], rotations)
+            batch = replace(batch, data={**batch.data, "positions": positions})
         clean = self.encode(batch)
         condition = None
         if self._condition is not None:
@@ -478,7 +540,16 @@ class MoleculeTask:
             condition = self._condition.encode(
                 torch.stack(values, dim=1), random if model.training else None
             )
-        return _Inputs(clean, random, condition, split.inputs.of(which, batch, clean))
+        inputs = prepared.inputs | feature_inputs(self.config.loss_requires, clean)
+        return _Inputs(clean, random, condition, inputs)
+
+
+def _prepared(
+    split: _Split, which: NDArray[np.int64], seed: int, samples: Tensor, population: int
+) -> PreparedMolecules:
+    molecules = split.data.batch(which)
+    inputs = split.inputs.prepared(which, molecules)
+    return PreparedMolecules(molecules, inputs, seed, samples, population)
 
 
 def _batch_size(config: MoleculeConfig) -> BatchSize:
