@@ -262,9 +262,10 @@ def draw_file(
     generator = MoleculeGenerator(
         load_checkpoint(weights.path), device, sampler=sampler, steps=steps, spacing=spacing
     )
+    levels = generator.sampler.levels
     method = {
         "sampler": generator.sampler_name,
-        "spacing": generator.sampler.spacing,
+        "spacing": generator.sampler.spacing if levels is None else "chosen",
         "steps": generator.sampler.steps,
     }
     kind = "-".join(map(str, [*method.values(), count]))
@@ -409,12 +410,13 @@ def draw_samples(samples: Path) -> None:
 def draw_curves(name: str, weights: dict[str, PretrainedWeights]) -> None:
     """Validation loss by molecules seen, and stability by steps of the sampler where measured."""
     by_steps = DEFAULT in weights
-    panels = len(weights) + by_steps
+    validated = [one for one in weights.values() if "teacher" not in state_of(one)]
+    panels = len(validated) + by_steps
     width = 3.6 * panels + (1.2 if by_steps else 0)
     figure = Figure(figsize=(width, 2.9), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    for one, panel, colour in zip(weights.values(), axes, ("#2563c9", "#d9651b") * 9, strict=False):
+    for one, panel, colour in zip(validated, axes, ("#2563c9", "#d9651b") * 9, strict=False):
         rows = read(one.path / "training.csv")
         each = seen(one) / state_of(one)["progress"]["step"]
         molecules = [each * int(row["step"]) / 1e6 for row in rows]
@@ -461,9 +463,12 @@ def card(weights: PretrainedWeights) -> str:
     rates = figures(file, "molecule_stability", 100)
     model, loss, family = config["model"], config["loss"], family_of(weights)
     network = f"{model['name']} {model['layers']}×{model['width']}"
+    kind, levels, teacher = network, f"of {drawn['spacing']} spacing", teacher_of(weights)
+    if student := student_in_words(weights):
+        kind, levels = f"{student}; {network}", "at the levels of the student"
     lines = [
         "---",
-        f'summary: "{network} with the {loss["name"]} loss, {epochs:.1f} passes over '
+        f'summary: "{kind} with the {loss["name"]} loss, {epochs:.1f} passes over '
         f'{family.data}; {rates} % of {file["molecules"]:,} molecules stable"',
         "license: mit",
         "---",
@@ -485,41 +490,49 @@ def card(weights: PretrainedWeights) -> str:
         f"| data | {state_of(weights)['data']['source']}: {trained_on(weights):,} "
         f"{family.training} |",
         *started_from(weights),
+        *taught_by(weights),
         f"| length | {config['training']['steps']:,} steps of {batch_in_words(config)}: "
         f"{seen(weights) / 1e6:.2f} million molecules, {epochs:.1f} passes |",
-        f"| optimiser | Muon (matrices, {config['training']['muon_lr']:g}) and AdamW "
-        f"({config['training']['lr']:g}), {config['training']['warmup_steps']:,} steps of warm-up, "
-        f"cosine decay; weights are their mean (EMA {config['training']['ema_decay']:g}) |",
+        f"| optimiser | {optimiser_in_words(config)}, {config['training']['warmup_steps']:,} steps "
+        "of warm-up, cosine decay; weights are their mean (EMA "
+        f"{config['training']['ema_decay']:g}) |",
         f"| seed | {config['training']['seed']} |",
         f"| hardware | {training['hardware']}; {duration(training)} |",
         f"| command | `{training['command']}` |",
         f"| stored as | {stored(weights)} |",
         "",
-        "`config.yaml` has all hyperparameters, `training.csv` the validation loss during "
-        "training. There was one run of one seed. These are its last weights, and no choice used "
-        "test molecules.",
+        "`config.yaml` has all hyperparameters, `training.csv` the "
+        f"{'losses' if student else 'validation loss'} during training. There was one run of "
+        "one seed. These are its last weights, and no choice used test molecules.",
         "",
         f"## Evaluation on {file['molecules']:,} samples",
         "",
-        f"Seed {drawn['seed']}, {drawn['sampler']} sampler, {drawn['steps']} steps of "
-        f"{drawn['spacing']} spacing (the default of these weights), drawn on {drawn['device']}; "
+        f"Seed {drawn['seed']}, {drawn['sampler']} sampler, {drawn['steps']} steps {levels} (the "
+        f"default of these weights), drawn on {drawn['device']}; "
         "bonds perceived from distances. The 95 % intervals are those of the sampling; they do not "
         "include what another seed of the training would change. The column of the data is for "
         f"{family.data}'s test molecules, with distances from them to training molecules.",
         "",
-        "| | samples | data |",
-        "|---|---|---|",
     ]
+    columns = {"samples": file, "data": data}
+    if teacher is not None:
+        calls = report(teacher)["drawn"]["evaluations"]
+        columns = {"samples": file, f"teacher, {calls}": report(teacher)["files"][0], "data": data}
+        lines += [f"`{teacher.name}`, the teacher, draws in {calls} evaluations.", ""]
+    lines += [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for valence in family.valences:
         other = found[f"valence_{valence}"]
         for key in STABILITY:
             both = [figures({"metrics": other[part]}, key, 100) for part in ("samples", "data")]
+            both[1:1] = [""] * (len(columns) - 2)
             name = RATES[key].replace(", %", f" (`--valence {valence}`), %")
             lines.append(f"| {name} | {' | '.join(both)} |")
     for key, label in (RATES | MORE_RATES).items():
-        lines.append(f"| {label} | {figures(file, key, 100)} | {figures(data, key, 100)} |")
+        cells = [figures(column, key, 100) for column in columns.values()]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     for key, label in (MEASURES | family.measures).items():
-        lines.append(f"| {label} | {figures(file, key)} | {figures(data, key)} |")
+        cells = [figures(column, key) for column in columns.values()]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     if RELAXED in found:
         lines += [
             "",
@@ -598,6 +611,8 @@ def table(family: Family, weights: dict[str, PretrainedWeights], columns: tuple[
         cells = [figures(file, key, 100) for key in columns] + [figures(file, "fcd")]
         count = f"{passes(one):.0f}" if passes(one) >= 10 else f"{passes(one):.1f}"
         length = f"{count} epochs, {duration(training)} on {training['hardware']}"
+        if student := student_in_words(one):
+            length = f"{student}; {length}"
         lines.append(f"| `{one.name}` | {length} | {' | '.join(cells)} |")
     for loss, values in family.paper.items():
         cells = [f"{values[key]:g}" if key in values else "" for key in columns]
@@ -708,6 +723,37 @@ def started_from(weights: PretrainedWeights) -> list[str]:
         return []
     text = describe_initial_weights({"initial_weights": taken})
     return [f"| initial weights | {text}; SHA-256 `{taken['sha256']}` |"]
+
+
+def taught_by(weights: PretrainedWeights) -> list[str]:
+    """The row of the teacher of a student."""
+    taught = state_of(weights).get("teacher")
+    if taught is None:
+        return []
+    return [f"| teacher | {taught['origin']}; SHA-256 `{taught['sha256']}` |"]
+
+
+def teacher_of(weights: PretrainedWeights) -> PretrainedWeights | None:
+    """The teacher of a student, if its weights and their report ship with the package."""
+    taught = state_of(weights).get("teacher") or {}
+    found = pretrained_weights().get(str(taught.get("origin")).partition(",")[0])
+    return found if found is not None and (found.path / "report.json").exists() else None
+
+
+def student_in_words(weights: PretrainedWeights) -> str:
+    """`student of X, K evaluations`; empty of other weights."""
+    state = state_of(weights)
+    if "teacher" not in state:
+        return ""
+    name = str(state["teacher"]["origin"]).partition(",")[0]
+    return f"student of {name}, {len(state['sampling']['levels'])} evaluations"
+
+
+def optimiser_in_words(config: dict[str, Any]) -> str:
+    training = config["training"]
+    if training["optimizer"] == "adamw":
+        return f"AdamW ({training['lr']:g})"
+    return f"Muon (matrices, {training['muon_lr']:g}) and AdamW ({training['lr']:g})"
 
 
 def trained_on(weights: PretrainedWeights) -> int:

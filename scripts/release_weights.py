@@ -3,7 +3,8 @@
     python scripts/release_weights.py runs/mine qm9_energy --hardware "2 cores of ..."
 
 EMA weights in half precision (float16, or float32 with --float32), the configuration without paths
-of this machine, SHA-256 sums, and `training.csv`, a row for each validation. The card comes from
+of this machine, SHA-256 sums, and `training.csv`, a row for each validation (for students, which
+have none, for each row of the run). A student keeps its levels. The card comes from
 `scripts/measure_weights.py`.
 """
 
@@ -25,9 +26,12 @@ from molgen_energy.resources import bundled_sample
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.generate import MoleculeGenerator
 from molgen_energy.training.checkpoint import load_checkpoint, save_checkpoint
+from molgen_energy.training.metrics import loss_terms
 from molgen_energy.training.pretrained import weights_directory, write_checksums
 
-KEPT = ("elements", "statistics", "size_histogram", "data", "condition", "initial_weights")
+KEPT = (
+    "elements", "statistics", "size_histogram", "data", "condition", "initial_weights", "teacher",
+)  # fmt: skip
 """What is kept of the state, where it is there."""
 COLUMNS = ("step", "loss", "valid_loss", "lr", "seconds")
 
@@ -74,7 +78,8 @@ def release(arguments: argparse.Namespace) -> None:
         )
     state: dict[str, Any] = {
         "progress": {"step": progress["step"]},
-        "sampling": {"steps": arguments.steps, "spacing": arguments.spacing},
+        "sampling": checkpoint.state.get("sampling")
+        or {"steps": arguments.steps, "spacing": arguments.spacing},
         "training": {
             "command": arguments.command,
             "hardware": arguments.hardware,
@@ -90,12 +95,12 @@ def release(arguments: argparse.Namespace) -> None:
     save_checkpoint(folder, config.without_paths(), state, {"ema": weights})
     write_checksums(folder)
     with (arguments.run / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["valid_loss"]]
+        rows = [row for row in csv.DictReader(file) if row["valid_loss"] or "teacher" in state]
     with (
         atomic_replace(folder / "training.csv") as output,
         output.temporary.open("w", newline="", encoding="utf-8") as file,
     ):
-        terms = [name for name in rows[0] if name.endswith("_loss") and name != "valid_loss"]
+        terms = loss_terms(rows[0])
         columns = [*COLUMNS[:2], *terms, *COLUMNS[2:]]
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()

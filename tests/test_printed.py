@@ -159,7 +159,8 @@ def shortened(arguments: list[str]) -> list[str]:
     if name == "train" and not resumed:
         shapes = any("shapes" in word for word in words)
         short += ["--steps", "1"] if "--epochs" not in words else []
-        small = [] if "--from" in words else TINY[:4]  # weights have the size of their network
+        # Weights have the size of their network.
+        small = [] if {"--from", "--teacher"} & set(words) else TINY[:4]
         short += small if shapes else [*small, *TINY[4:]]
     if name == "sample" and not resumed and "list" not in words:
         if "-n" not in words and not Path("spins.h5").exists():

@@ -160,7 +160,8 @@ class Distillation:
         """Whether the student gets a gradient; one draw for the batch, the same everywhere."""
         if self.student_share == 1:
             return True
-        coin = RandomNumbers(random.seed, random.samples.new_zeros(1))
+        # On the CPU, which would wait for a device to decide.
+        coin = RandomNumbers(random.seed, torch.zeros(1, dtype=torch.long))
         return float(coin.uniform(Stream.STUDENT)) < self.student_share
 
     def draw_levels(self, random: RandomNumbers) -> tuple[Tensor, Tensor]:

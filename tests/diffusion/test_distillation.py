@@ -166,6 +166,26 @@ def test_networks_that_agree_do_not_move_the_student():
     assert float(terms.teacher_distance.min()) > 0
 
 
+def test_the_student_learns_from_its_share_of_the_batches():
+    """Its losses are the same in all of them, and the auxiliary network learns from all."""
+    own = Setting("gdm", "diffusion")
+    values = own.terms()
+    own.distillation.student_share = 0.3
+    learns = []
+    for seed in range(60):
+        own.random = ExactRandomNumbers(seed, torch.arange(2))
+        own.clean = State(own.clean.layout, own.clean.mask[:2], {"atom": own.clean.atoms[:2]})
+        terms = own.terms()
+        assert terms.auxiliary.requires_grad
+        learns.append(terms.student.requires_grad)
+    assert 9 <= sum(learns) <= 28  # 99.9 %
+    own = Setting("gdm", "diffusion")
+    own.distillation.student_share = 1e-6
+    found = own.terms()
+    assert not found.student.requires_grad
+    torch.testing.assert_close(torch.stack(found), torch.stack(values), rtol=0, atol=0)
+
+
 def test_the_regulariser_is_the_objective_towards_the_teacher():
     losses = [Setting("gdm", "diffusion", regulariser=r).terms().auxiliary for r in (0, 1, 2)]
     torch.testing.assert_close(losses[2] - losses[1], losses[1] - losses[0])

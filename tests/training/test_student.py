@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import config_of, torchrun_to_end
+from conftest import config_of, imported_script, torchrun_to_end
 from runs import CPU, TINY, Watcher, assert_same_run, rewrite_weights, tiny, weights
 
 import molgen_energy as mg
@@ -17,12 +20,13 @@ from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.errors import InputError
 from molgen_energy.systems.molecules.task import MoleculeTask
 from molgen_energy.systems.registry import load_config
+from molgen_energy.training import pretrained
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.loop import TrainingInterrupted, train
 from molgen_energy.training.metrics import read_metrics
+from molgen_energy.training.pretrained import pretrained_weights
 
 CHANGES = {name: value for name, value in TINY.items() if name.startswith("training.")} | {
-    "training.max_gradient_norm": 1.0,
     "distillation.evaluations": 4,
     "distillation.auxiliary_lr": 2.0,
 }
@@ -190,3 +194,30 @@ def test_two_processes_distil_as_one(teacher, unbroken, sample_path, tmp_path):
         # A coordinate whose mean is taken away has no gradient but rounding.
         for key in one.keys() - {"readout.bias"}:
             assert float((one[key] - two[key]).norm() / one[key].norm()) < 1e-3, key
+
+
+def test_a_released_student_has_a_card_beside_its_teacher(unbroken, tmp_path, monkeypatch):
+    folder, shipped = tmp_path / "weights", pretrained_weights()["qm9_energy"]
+    monkeypatch.setattr(pretrained, "weights_directory", lambda: folder)
+    with imported_script("release_weights") as releasing:
+        monkeypatch.setattr(releasing, "weights_directory", lambda: folder)
+        monkeypatch.setattr(sys, "argv", [
+            "release", str(unbroken), "qm9_student", "--hardware", "a core", "--command", "train",
+        ])  # fmt: skip
+        releasing.main()
+    released, rows = folder / "qm9_student", ["3", "6", "9", "12"]
+    with (released / "training.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == rows
+    with imported_script("measure_weights") as measuring:
+        report = measuring.report(shipped)
+        (released / "report.json").write_text(json.dumps(report))
+        student = pretrained.PretrainedWeights("qm9_student", released)
+        alone = measuring.card(student)
+        assert 'summary: "student of teacher, 4 evaluations; gdm 2×16 with the energy' in alone
+        assert "| | samples | data |" in alone and "| teacher | teacher, step 2; SHA" in alone
+        assert "| optimiser | AdamW (0.0002), 30 steps" in alone
+        monkeypatch.setattr(measuring, "teacher_of", lambda weights: shipped)
+        assert "| | samples | teacher, 101 | data |" in measuring.card(student)
+    mg.sample(2, tmp_path / "s.h5", checkpoint=released, device="cpu")
+    with MoleculeFile(tmp_path / "s.h5") as file:
+        assert file.provenance["steps"] == "4"

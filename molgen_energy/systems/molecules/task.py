@@ -287,7 +287,13 @@ class MoleculeTask:
         self.auxiliary = Auxiliary(copy.deepcopy(self.model), section.auxiliary_lr)
         self.state["teacher"] = provenance(teacher)
         self.state["sampling"] = {"sampler": "ancestral", "levels": list(levels)}
-        return Distillation(self._objective, copy.deepcopy(self.model), levels, section.regulariser)
+        return Distillation(
+            self._objective,
+            copy.deepcopy(self.model),
+            levels,
+            section.regulariser,
+            section.student_share,
+        )
 
     def _open(
         self,

@@ -43,6 +43,11 @@ def load_teacher(config: MoleculeConfig) -> Checkpoint:
             f"{option}: {config.model.name} takes its previous prediction as input, and such "
             "networks cannot be distilled; name another teacher"
         )
+    if config.training.cuda_graphs and config.distillation.student_share < 1:
+        raise InputError(
+            "training.cuda_graphs: steps that do not all change the student cannot be recorded; "
+            "leave it out, or set distillation.student_share=1"
+        )
     needed = sorted(config.loss_requires & _OF_DATA)
     if needed:
         raise InputError(
