@@ -112,7 +112,8 @@ def sample_to(
     batch_size
         Samples in a batch; by default chosen by size and device.
     low_precision
-        Run the work on pairs of atoms in bfloat16.
+        Run the work on pairs of atoms in bfloat16; by default where that is faster on a CPU, with a
+        network that was trained so.
     data
         For spins: file of couplings to predict ground states for.
     device
@@ -154,7 +155,7 @@ def sample_to(
         "ancestral_positions": ancestral_positions or None,
         "self_condition_passes": self_condition_passes,
         "batch_size": batch_size,
-        "low_precision": low_precision or None,
+        "low_precision": low_precision,
         "data": None if data is None else Path(data),
     }
     given = {name: value for name, value in values.items() if value is not None}
@@ -336,7 +337,8 @@ def sample(
     batch_size
         Samples in a batch; by default chosen by size and device.
     low_precision
-        Run the work on pairs of atoms in bfloat16.
+        Run the work on pairs of atoms in bfloat16; by default where that is faster on a CPU, with a
+        network that was trained so.
     data
         For spins: file of couplings to predict ground states for.
     device

@@ -218,11 +218,12 @@ def command(
         autocompletion=one_of("auto", "cpu", "cuda"),
         help="auto, cpu, cuda, cuda:1.",
     ),
-    low_precision: bool = typer.Option(
-        False,
-        "--low-precision",
+    low_precision: bool | None = typer.Option(
+        None,
+        "--low-precision/--full-precision",
         rich_help_panel=_COMPUTATION,
-        help="bfloat16 for pairs of atoms: faster, slightly less precise.",
+        help="bfloat16 or float32 for pairs of atoms; default: bfloat16 where that is faster on a "
+        "CPU, with a network that was trained so.",
     ),
 ) -> None:
     """Sample molecules from a trained model into a file of exactly N records.
