@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from molgen_energy.cli.common import OVERWRITE, check_output, checkpoints, one_of
+from molgen_energy.cli.common import OVERWRITE, check_output, checkpoints, imports, one_of
 from molgen_energy.cli.console import (
     INTERRUPTED,
     ThrottledLog,
@@ -232,8 +232,9 @@ def command(
     samples. Finished batches stay in FILE.shards until all are drawn, so that an interruption loses
     little. `torchrun --nproc-per-node K -m molgen_energy sample` shares the work.
     """
-    from molgen_energy.api.sample import sample_to
-    from molgen_energy.data.shards import shards_folder
+    with imports():
+        from molgen_energy.api.sample import sample_to
+        from molgen_energy.data.shards import shards_folder
 
     if checkpoint == Path("list") and not checkpoint.exists():
         _list_pretrained()

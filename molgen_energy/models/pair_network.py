@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 # Elements of a block. On a CPU three buffers for each core fit in its part of the cache; on a GPU
 # memory limits the size of a block.
-_BLOCK_PER_THREAD, _BLOCK_GPU = 1 << 18, 1 << 27
+_BLOCK_PER_THREAD, _BLOCK_GPU = 1 << 20, 1 << 27
 # A layer keeps the product with W for the backward pass up to this many bytes, else recomputes it:
 # a third more work.
 _KEPT_CPU, _KEPT_GPU = 1 << 28, 1 << 29
