@@ -119,7 +119,8 @@ def sample_to(
     batch_size
         Samples in a batch; by default chosen by size and device.
     low_precision
-        Run the work on pairs of atoms in bfloat16.
+        Run the work on pairs of atoms in bfloat16; by default where that is faster on a CPU, with a
+        network that was trained so.
     cuda_graphs
         Record the evaluations of a batch on a GPU once, and repeat them without Python.
     data
@@ -164,7 +165,7 @@ def sample_to(
         "ancestral_positions": ancestral_positions or None,
         "self_condition_passes": self_condition_passes,
         "batch_size": batch_size,
-        "low_precision": low_precision or None,
+        "low_precision": low_precision,
         "cuda_graphs": cuda_graphs or None,
         "data": None if data is None else Path(data),
     }
@@ -362,7 +363,8 @@ def sample(
     batch_size
         Samples in a batch; by default chosen by size and device.
     low_precision
-        Run the work on pairs of atoms in bfloat16.
+        Run the work on pairs of atoms in bfloat16; by default where that is faster on a CPU, with a
+        network that was trained so.
     cuda_graphs
         Record the evaluations of a batch on a GPU once, and repeat them without Python.
     data

@@ -15,7 +15,7 @@ from molgen_energy.paths import find_again
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.resources import bundled_sample
 from molgen_energy.systems.molecules.config import MoleculeConfig
-from molgen_energy.systems.molecules.generate import MoleculeGenerator
+from molgen_energy.systems.molecules.generate import MoleculeGenerator, samples_in_bfloat16
 from molgen_energy.systems.molecules.state import MoleculeState
 from molgen_energy.systems.molecules.tuning import SEED, SamplerSearch, TuningResult
 from molgen_energy.systems.registry import system_of_checkpoint
@@ -51,7 +51,7 @@ def tune(
     data: str | PathLike[str] | None = None,
     output: str | PathLike[str] | None = None,
     seed: int = SEED,
-    low_precision: bool = False,
+    low_precision: bool | None = None,
     device: str = "auto",
     workers: int | None = None,
     progress: ProgressCallback = no_progress,
@@ -83,7 +83,8 @@ def tune(
     seed
         Of the molecules of the search.
     low_precision
-        Run the work on pairs of atoms in bfloat16.
+        Run the work on pairs of atoms in bfloat16; by default where that is faster on a CPU, with a
+        network that was trained so.
     device
         `auto`, `cpu`, `cuda` or `cuda:1`.
     workers
@@ -119,9 +120,10 @@ def tune(
     elif not is_released(loaded.path):
         check_writable(loaded.path / "state.yaml")
     real = _real_molecules(loaded) if data is None else Path(data)
-    generator = MoleculeGenerator(
-        loaded, choose_device(device), seed=seed, low_precision=low_precision
-    )
+    on = choose_device(device)
+    if low_precision is None:
+        low_precision = samples_in_bfloat16(loaded, on)
+    generator = MoleculeGenerator(loaded, on, seed=seed, low_precision=low_precision)
     work = Path(f"{real_path(chosen).name}-{steps}.tuning")
     search = SamplerSearch(generator, real, steps, count, work, worker_count(workers))
     on_start(TuningJobInfo(loaded, real, search, work))

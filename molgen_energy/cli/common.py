@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,20 @@ QUIET = typer.Option(
 OVERWRITE = typer.Option(
     False, "--overwrite", rich_help_panel="Output", help="Replace files that exist."
 )
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """Import large modules without the garbage collection, which takes a sixth of that time.
+
+    Modules leave hardly any garbage, and no later collection looks through what they hold.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def with_common_options(function: Callable[..., None]) -> Callable[..., None]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from molgen_energy.cli.common import OVERWRITE, check_output, checkpoints, one_of
+from molgen_energy.cli.common import OVERWRITE, check_output, checkpoints, imports, one_of
 from molgen_energy.cli.console import (
     INTERRUPTED,
     ThrottledLog,
@@ -240,11 +240,12 @@ def command(
         autocompletion=one_of("auto", "cpu", "cuda"),
         help="auto, cpu, cuda, cuda:1.",
     ),
-    low_precision: bool = typer.Option(
-        False,
-        "--low-precision",
+    low_precision: bool | None = typer.Option(
+        None,
+        "--low-precision/--full-precision",
         rich_help_panel=_COMPUTATION,
-        help="bfloat16 for pairs of atoms: faster, slightly less precise.",
+        help="bfloat16 or float32 for pairs of atoms; default: bfloat16 where that is faster on a "
+        "CPU, with a network that was trained so.",
     ),
     cuda_graphs: bool = typer.Option(
         False,
@@ -259,8 +260,9 @@ def command(
     samples. Finished batches stay in FILE.shards until all are drawn, so that an interruption loses
     little. `torchrun --nproc-per-node K -m molgen_energy sample` shares the work.
     """
-    from molgen_energy.api.sample import sample_to
-    from molgen_energy.data.shards import shards_folder
+    with imports():
+        from molgen_energy.api.sample import sample_to
+        from molgen_energy.data.shards import shards_folder
 
     if checkpoint == Path("list") and not checkpoint.exists():
         _list_pretrained()
@@ -354,7 +356,7 @@ def _tune(
     output: Path | None,
     data: Path | None,
     device: str,
-    low_precision: bool,
+    low_precision: bool | None,
     **numbers: int | None,
 ) -> None:
     """Search for a sampler, show the candidates, and say where the best one is stored."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from molgen_energy.cli.common import checkpoints, one_of
+from molgen_energy.cli.common import checkpoints, imports, one_of
 from molgen_energy.cli.console import (
     INTERRUPTED,
     ThrottledLog,
@@ -168,9 +168,10 @@ def command(
 
     Without a configuration, `--loss energy` trains a small model on the bundled sample of QM9.
     """
-    from molgen_energy.api.train import estimate_training, train
-    from molgen_energy.config import parse_assignments
-    from molgen_energy.training.loop import TrainingInterrupted
+    with imports():
+        from molgen_energy.api.train import estimate_training, train
+        from molgen_energy.config import parse_assignments
+        from molgen_energy.training.loop import TrainingInterrupted
 
     options: dict[str, Any] = {
         "data": data,

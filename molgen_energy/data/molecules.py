@@ -460,6 +460,29 @@ def batch_by_size(sizes: NDArray[np.int64], pairs: int) -> Iterator[NDArray[np.i
         order = order[count:]
 
 
+def batch_with_least_work(
+    sizes: NDArray[np.int64], pairs: int, overhead: int
+) -> Iterator[NDArray[np.int64]]:
+    """As `batch_by_size`, with the least work of all batches, by dynamic programming.
+
+    The work of a batch is its pairs, padded to its largest molecule, and `overhead` pairs more,
+    the cost of the calls that it takes. So batches of one size need not be full.
+    """
+    order = np.argsort(sizes, kind="stable")
+    squares = sizes[order] ** 2
+    least, begins = np.zeros(len(order) + 1), np.zeros(len(order), np.int64)
+    for end, square in enumerate(squares, start=1):
+        first = max(0, end - max(1, pairs // max(1, int(square))))
+        work = least[first:end] + np.arange(end - first, 0, -1) * square
+        best = int(work.argmin())
+        least[end], begins[end - 1] = work[best] + overhead, first + best
+    ends = [len(order)]
+    while ends[-1]:
+        ends.append(int(begins[ends[-1] - 1]))
+    for end, begin in reversed(list(pairwise(ends))):
+        yield order[begin:end]
+
+
 def _check_offsets(name: str, offsets: NDArray[np.int64], end: int) -> None:
     if not len(offsets) or offsets[0] != 0 or offsets[-1] != end or np.any(np.diff(offsets) < 0):
         raise InputError(f"array '{name}': expected numbers that ascend from 0 to {end:,}")

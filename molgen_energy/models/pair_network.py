@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 # Elements of a block. On a CPU three buffers for each core fit in its part of the cache; on a GPU
 # memory limits the size of a block.
-_BLOCK_PER_THREAD, _BLOCK_GPU = 1 << 18, 1 << 27
+_BLOCK_PER_THREAD, _BLOCK_GPU = 1 << 20, 1 << 27
 # A layer keeps the product with W for the backward pass up to this many bytes, else recomputes it:
 # a third more work.
 _KEPT_CPU, _KEPT_GPU = 1 << 28, 1 << 29
@@ -154,6 +154,33 @@ def _has_kernels(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def has_onednn() -> bool:
+    """Whether PyTorch has oneDNN here."""
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+def _fuses_silu(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies such matrices, and computes SiLU within the product."""
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return False  # by MKL or OpenBLAS
+    return _has_fused_silu(dtype)
+
+
+@lru_cache
+def _has_fused_silu(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch has the operation, which is not part of its public interface."""
+    if not has_onednn():
+        return False
+    one = torch.ones(1, 1, dtype=dtype)
+    try:
+        found = torch.ops.mkldnn._linear_pointwise(one, one, one[0], "swish", [], "")
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.allclose(found, F.silu(one + 1), rtol=0.01)
+
+
 class _Block(NamedTuple):
     """Some receivers of some molecules, with all senders: whole molecules, or part of one."""
 
@@ -231,24 +258,27 @@ class _PairFunction(torch.autograd.Function):
         kept = receiver.new_empty(shape, dtype=dtype) if keep else None
         values = receiver.new_empty(batch, atoms, atoms)
         gathered = torch.empty_like(receiver) if pairs is not None else None
-        network = _Forward(sender, features, weight, bias, feature, dtype)
+        network = _Forward(receiver, sender, features, weight, bias, feature, dtype)
         reader, channels = read.to(dtype), len(read) - 1
-        further = receiver.new_empty(batch, atoms, atoms, channels)
+        numbers = receiver.new_empty(batch, atoms, atoms, len(read), dtype=dtype)
         buffers = _Buffers(2, receiver, dtype)
+        fused = not recording and _fuses_silu(receiver.device, dtype)
         for block in _blocks(batch, atoms, width, receiver.device):
             hidden, message = buffers.of(block)
-            network.hidden(block, receiver, hidden)
+            network.hidden(block, hidden)
             F.silu(hidden, inplace=True)
-            linear = message if kept is None else kept[block]
-            network.linear(hidden, linear)
-            torch.ops.aten.silu.out(linear, out=message)
-            part = values[block]
-            if channels:
-                numbers = torch.mm(message.view(-1, width), reader.t())
-                part.copy_(numbers[:, 0].view(part.shape))
-                further[block].copy_(numbers[:, 1:].view(further[block].shape))
+            if fused:
+                message = network.activated(hidden)
             else:
-                part.copy_(torch.mv(message.view(-1, width), reader[0]).view(part.shape))
+                linear = message if kept is None else kept[block]
+                network.linear(hidden, linear)
+                torch.ops.aten.silu.out(linear, out=message)
+            part, read_out = values[block], numbers[block]
+            if channels:
+                torch.mm(message.view(-1, width), reader.t(), out=read_out.view(-1, len(read)))
+            else:
+                torch.mv(message.view(-1, width), reader[0], out=read_out.view(-1))
+            part.copy_(read_out[..., 0])
             if gathered is not None:
                 assert pairs is not None
                 if offset is not None:
@@ -259,6 +289,7 @@ class _PairFunction(torch.autograd.Function):
                 gathered[block].copy_(rows.view(gathered[block].shape))
         if gathered is None and offset is not None:
             values.add_(offset[0])
+        further = numbers[..., 1:].to(receiver.dtype, copy=True)
         if offset is not None:
             further.add_(offset[1:])
         ctx.dtype = dtype
@@ -277,8 +308,8 @@ class _PairFunction(torch.autograd.Function):
         ) = ctx.saved_tensors  # fmt: skip
         dtype: torch.dtype = ctx.dtype
         batch, atoms, width = receiver.shape
-        network = _Forward(sender, features, weight, bias, feature, dtype)
-        reader, matrix, channels = read.to(dtype), weight.to(dtype), len(read) - 1
+        network = _Forward(receiver, sender, features, weight, bias, feature, dtype)
+        reader, matrix, channels = read.to(dtype), network.matrix, len(read) - 1
         d_receiver, d_sender = torch.empty_like(receiver), torch.zeros_like(sender)
         # Features are data, unless the input needs a gradient.
         wanted = features is not None and ctx.needs_input_grad[2]
@@ -291,7 +322,7 @@ class _PairFunction(torch.autograd.Function):
         for block in _blocks(batch, atoms, width, receiver.device):
             first, second, third = buffers.of(block)
             if kept is None:
-                network.hidden(block, receiver, first)
+                network.hidden(block, first)
                 F.silu(first, inplace=True)
                 linear = third
                 network.linear(first, linear)
@@ -324,7 +355,7 @@ class _PairFunction(torch.autograd.Function):
             rows = d_linear.view(-1, width)
             d_bias += rows.sum(dim=0, dtype=bias.dtype)
             # `linear` is not needed any more: `third` is free, and `first` after the next lines.
-            network.hidden(block, receiver, third)
+            network.hidden(block, third)
             torch.ops.aten.silu.out(third, out=first)
             _add_product(d_weight, rows.t(), first.view(-1, width))
             torch.mm(rows, matrix, out=first.view(-1, width))
@@ -355,34 +386,51 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-class _Forward(NamedTuple):
-    """The two linear steps of the network, on a block."""
+class _Forward:
+    """The two linear steps of the network, on a block; parameters are converted once for all."""
 
-    sender: Tensor
-    features: Tensor | None
-    weight: Tensor
-    bias: Tensor
-    feature: Tensor | None
-    dtype: torch.dtype
+    def __init__(
+        self,
+        receiver: Tensor,
+        sender: Tensor,
+        features: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        feature: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._receiver, self._sender, self._features = receiver, sender, features
+        self._columns = None if feature is None else feature.t()
+        self.matrix, self._bias = weight.to(dtype), bias.to(dtype)
+        self._exact: Tensor | None = None  # memory for sums in a higher precision
 
-    def hidden(self, block: _Block, receiver: Tensor, out: Tensor) -> None:
+    def hidden(self, block: _Block, out: Tensor) -> None:
         """a_i + b_j + Σ_k e_ijk·f_k, before the first SiLU; summed in the precision of a."""
-        exact = out if self.features is None or out.dtype == receiver.dtype else None
-        exact = torch.empty_like(out, dtype=receiver.dtype) if exact is None else exact
-        torch.add(receiver[block][:, :, None], self.sender[block.molecules][:, None], out=exact)
-        if self.features is not None:
-            assert self.feature is not None
-            own = self.features[block].reshape(-1, self.features.shape[-1])
-            exact.view(-1, out.shape[-1]).addmm_(own, self.feature.t())
+        receiver, sender = self._receiver[block][:, :, None], self._sender[block.molecules][:, None]
+        if self._features is None:
+            torch.add(receiver, sender, out=out)
+            return
+        exact = out
+        if out.dtype != receiver.dtype:
+            if self._exact is None:  # the first block is the largest
+                self._exact = torch.empty_like(out, dtype=receiver.dtype).view(-1)
+            exact = self._exact[: out.numel()].view(out.shape)
+        torch.add(receiver, sender, out=exact)
+        assert self._columns is not None
+        own = self._features[block].reshape(-1, self._features.shape[-1])
+        exact.view(-1, out.shape[-1]).addmm_(own, self._columns)
         if exact is not out:
             out.copy_(exact)
 
     def linear(self, hidden: Tensor, out: Tensor) -> None:
         """W·hidden + c."""
         width = hidden.shape[-1]
-        torch.addmm(
-            self.bias.to(self.dtype),
-            hidden.view(-1, width),
-            self.weight.t().to(self.dtype),
-            out=out.view(-1, width),
+        torch.addmm(self._bias, hidden.view(-1, width), self.matrix.t(), out=out.view(-1, width))
+
+    def activated(self, hidden: Tensor) -> Tensor:
+        """SiLU(W·hidden + c), by one call of oneDNN; see `_fuses_silu`."""
+        rows = hidden.view(-1, hidden.shape[-1])
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows, self.matrix, self._bias, "swish", [], ""
         )
+        return product.view(hidden.shape)

@@ -15,7 +15,13 @@ import torch
 from molgen_energy.data import hdf5
 from molgen_energy.data.batches import DeviceMolecules, epoch_batches
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
-from molgen_energy.data.molecules import Molecule, Molecules, Property, batch_by_size
+from molgen_energy.data.molecules import (
+    Molecule,
+    Molecules,
+    Property,
+    batch_by_size,
+    batch_with_least_work,
+)
 from molgen_energy.data.splits import random_split
 from molgen_energy.errors import InputError
 
@@ -292,6 +298,29 @@ def test_pieces_by_size_hold_all_within_the_bound():
     assert sorted(np.concatenate(pieces).tolist()) == list(range(500))
     assert all(len(p) * sizes[p].max() ** 2 <= 2000 for p in pieces)
     assert [p.tolist() for p in batch_by_size(np.array([100, 3]), 50)] == [[1], [0]]
+
+
+def test_batches_with_least_work(molecules):
+    """Of all ways to cut nine molecules, tried one by one; and that padding nearly disappears."""
+    random = np.random.default_rng(0)
+    for pairs, overhead in ((40, 5), (100, 30), (1000, 0), (1, 7)):
+        sizes = random.integers(1, 9, 9)
+        ascending = np.sort(sizes)
+        works = []
+        for cuts in range(2**8):
+            ends = [k + 1 for k in range(8) if cuts >> k & 1]
+            parts = np.split(ascending, ends)
+            if all(len(part) == 1 or len(part) * part[-1] ** 2 <= pairs for part in parts):
+                works.append(sum(len(part) * part[-1] ** 2 + overhead for part in parts))
+        pieces = list(batch_with_least_work(sizes, pairs, overhead))
+        assert sorted(np.concatenate(pieces).tolist()) == list(range(9))
+        assert sum(len(p) * sizes[p].max() ** 2 + overhead for p in pieces) == min(works)
+    sizes = molecules.sizes[:100]
+    padding = [
+        sum(len(p) * sizes[p].max() ** 2 for p in pieces) / (sizes**2).sum() - 1
+        for pieces in (batch_by_size(sizes, 4000), batch_with_least_work(sizes, 4000, 250))
+    ]
+    assert padding[1] < 0.05 < padding[0]
 
 
 def test_a_batch_on_the_device_is_the_molecules(molecules):

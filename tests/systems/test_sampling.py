@@ -44,6 +44,15 @@ def checkpoint(tmp_path_factory):
     return load_checkpoint(moved)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So that interruptions come at a known place."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Counter:
     """Of molecules that are drawn; sends a signal to this process when there are so many."""
 

@@ -179,7 +179,7 @@ class MoleculeTrainingConfig(TrainingConfig):
 
     augment_rotations: bool = False
     low_precision: bool | Literal["auto"] = "auto"
-    """bfloat16 for pairs; `auto` uses it on devices with units for it (AMX, a GPU)."""
+    """bfloat16 for pairs; `auto` uses it on a GPU and where a CPU multiplies far faster in it."""
     validation_molecules: PositiveInt = 2048
     """Most molecules of the validation split that the validation loss is averaged over."""
 

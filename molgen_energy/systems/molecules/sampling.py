@@ -27,7 +27,7 @@ from molgen_energy.chemistry.fields import TRAINED_ON
 from molgen_energy.chemistry.molfiles import BondForm, MoleculeTextWriter, count_records
 from molgen_energy.chemistry.rdkit import sanitize, short_reason
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
-from molgen_energy.data.molecules import Molecules, batch_by_size
+from molgen_energy.data.molecules import Molecules, batch_with_least_work
 from molgen_energy.data.shards import FORMAT
 from molgen_energy.diffusion.spacing import levels_text
 from molgen_energy.diffusion.temperature import Temperature
@@ -43,6 +43,7 @@ from molgen_energy.systems.molecules.shards import (
     Shard,
     check_same,
 )
+from molgen_energy.systems.molecules.threads import DrawingThreads
 from molgen_energy.training.pretrained import checkpoint_name
 
 SUFFIXES = (".sdf", ".xyz", ".h5")
@@ -50,8 +51,11 @@ SUFFIXES = (".sdf", ".xyz", ".h5")
 # The molecules of a window are sorted by size and cut into batches: molecules of similar size need
 # little padding, and memory is that of a window. On a CPU batches are small, so windows may be.
 _WINDOW_CPU, _WINDOW_GPU = 1024, 4096
-# Pairs of atoms in a batch. On a CPU, batches beyond the size of its cache are slower.
+# Pairs of atoms in a batch. On a CPU, batches beyond the size of its cache are slower, and each
+# thread draws its own, so a small job has smaller ones.
 _PAIRS_CPU, _PAIRS_GPU = 20_000, 1_000_000
+_FEWEST_PAIRS_CPU, _BATCHES_CPU = 4_000, 8
+_OVERHEAD = 16  # batches in the work of which the calls of the interpreter are that of one batch
 _MOST_REASONS = 3  # that are named at the end
 _POLL = 0.2  # seconds between checks whether other processes have finished
 
@@ -142,11 +146,6 @@ def _check_aromatic(output: Path, generator: MoleculeGenerator) -> None:
         )
 
 
-def pairs_in_batch(device: torch.device) -> int:
-    """Pairs of atoms in a batch on a device."""
-    return _PAIRS_CPU if device.type == "cpu" else _PAIRS_GPU
-
-
 def _job(
     generator: MoleculeGenerator, count: int, batch_size: int | None, aromatic: bool = False
 ) -> SamplingJob:
@@ -173,7 +172,7 @@ def _job(
         "low_precision": generator.low_precision,
         "cuda_graphs": generator.cuda_graphs,
         "batch_size": batch_size,
-        "pairs": pairs_in_batch(generator.device),
+        "pairs": pairs_in_batch(generator, count),
         "window": max(_WINDOW_CPU if on_cpu else _WINDOW_GPU, batch_size or 0),
         "weights": generator.fingerprint(),
         "checkpoint": checkpoint_name(path),
@@ -183,6 +182,15 @@ def _job(
         "units": generator.units,
     }
     return validate_as(SamplingJob, options, "the options", "choose other values")
+
+
+def pairs_in_batch(generator: MoleculeGenerator, count: int) -> int:
+    """Pairs of atoms in a batch of a job of `count` molecules; on a CPU several for each core."""
+    if generator.device.type != "cpu":
+        return _PAIRS_GPU
+    some = torch.arange(min(count, _WINDOW_CPU))
+    pairs = float(generator.sizes(some).double().square().mean()) * count
+    return int(min(max(pairs // _BATCHES_CPU, _FEWEST_PAIRS_CPU), _PAIRS_CPU))
 
 
 def _open_shards(output: Path, job: SamplingJob, resume: bool) -> MoleculeShards:
@@ -283,6 +291,7 @@ class _SamplingRun:
     ) -> None:
         self._generator, self._shards, self._callback = generator, shards, callback
         self._output, self._job = output, shards.job
+        self._threads = DrawingThreads(self._draw, callback.advance)
 
     def windows(self) -> Iterator[list[Shard]]:
         """The shards of each window, by ascending size; the same in every process."""
@@ -313,6 +322,12 @@ class _SamplingRun:
             for place in np.argsort(np.argsort(spread)):
                 yield shards[place]
 
+    def _number_of_threads(self) -> int:
+        """Threads that draw batches, each with its share of the cores."""
+        if self._generator.device.type != "cpu" or self._generator.hook is not None:
+            return 1  # a hook may keep what belongs to one batch
+        return min(torch.get_num_threads(), len(self.window(0)))
+
     def finished(self) -> int:
         """Molecules in finished shards."""
         begun = self._shards.windows()  # the only ones whose batches need to be known
@@ -328,9 +343,12 @@ class _SamplingRun:
         before = self.finished()
         if before:
             self._callback.found(before)
-        for place, shard in enumerate(self.in_turn()):
-            if place % world_size() == rank() and self._shards.read(shard) is None:
-                self._draw(shard)
+        missing = (
+            shard
+            for place, shard in enumerate(self.in_turn())
+            if place % world_size() == rank() and self._shards.read(shard) is None
+        )
+        self._threads.run(missing, self._number_of_threads())
         drawn = self._job.count - before
         if not is_main():
             self._shards.mark_done(rank())
@@ -377,7 +395,7 @@ class _SamplingRun:
         size, share = len(numbers) * world_size(), 1 / self._generator.sampler.evaluations
 
         def advance() -> None:
-            self._callback.advance(size, share)
+            self._threads.advance(size, share)
 
         try:
             return self._generator.draw(numbers, advance)
@@ -432,7 +450,7 @@ class _SamplingRun:
 
 def _by_size(sizes: NDArray[np.int64], job: SamplingJob) -> Iterator[NDArray[np.int64]]:
     if job.batch_size is None:
-        yield from batch_by_size(sizes, job.pairs)
+        yield from batch_with_least_work(sizes, job.pairs, job.pairs // _OVERHEAD)
         return
     order = np.argsort(sizes, kind="stable")
     for start in range(0, len(order), job.batch_size):
@@ -461,6 +479,8 @@ def _writer(
         origin["consistent_charges"] = "yes"
     if job.ancestral_positions:
         origin["ancestral_positions"] = "yes"
+    if job.low_precision:
+        origin["precision"] = "bfloat16 for pairs of atoms"
     if job.self_condition_passes != 1:
         origin["self_condition_passes"] = str(job.self_condition_passes)
     if path.suffix.lower() == ".h5":

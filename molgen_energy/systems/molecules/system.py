@@ -15,12 +15,13 @@ from molgen_energy.chemistry.fields import BONDS, CREATED_BY, TRAINED_ON
 from molgen_energy.data.hdf5 import MOLECULES, MoleculeFile
 from molgen_energy.diffusion.process import PROCESSES
 from molgen_energy.diffusion.temperature import Temperature
+from molgen_energy.distributed import broadcast
 from molgen_energy.errors import counted
 from molgen_energy.output import check_writable
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.base import SamplingCallback, SamplingResult, System
 from molgen_energy.systems.molecules.config import MoleculeConfig
-from molgen_energy.systems.molecules.generate import MoleculeGenerator
+from molgen_energy.systems.molecules.generate import MoleculeGenerator, samples_in_bfloat16
 from molgen_energy.systems.molecules.sampling import check_name, sample_to_file
 from molgen_energy.systems.molecules.shards import read_sampling_job
 from molgen_energy.systems.molecules.state import MoleculeState
@@ -91,7 +92,7 @@ class MoleculeSystem(System):
             "consistent_charges": False,
             "aromatic": False,
             "batch_size": None,
-            "low_precision": False,
+            "low_precision": None,
             "cuda_graphs": False,
         }
     )
@@ -112,12 +113,16 @@ class MoleculeSystem(System):
         self, checkpoint: Checkpoint, device: torch.device, options: Mapping[str, Any]
     ) -> _MoleculeSampling:
         """The generator of molecules for a checkpoint."""
+        low_precision = options["low_precision"]
+        if low_precision is None:
+            # Decided once, since the processes of a job may find it differently.
+            low_precision = broadcast(samples_in_bfloat16(checkpoint, device))
         generator = MoleculeGenerator(
             checkpoint,
             device,
             options["seed"],
             options["n_atoms"],
-            options["low_precision"],
+            low_precision,
             options["sampler"],
             options["steps"],
             options["eta"],

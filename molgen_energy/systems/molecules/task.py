@@ -48,6 +48,7 @@ from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.losses import AdaptiveSprings, Neighbours, PositionLoss
 from molgen_energy.models import Denoiser
 from molgen_energy.models.base import PUBLISHED_ATOMS, Published
+from molgen_energy.models.precision import bfloat16_pays
 from molgen_energy.paths import expand_home, portable_path
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.resources import bundled_sample
@@ -100,18 +101,6 @@ def build_model(config: MoleculeConfig, layout: Layout, condition_channels: int 
     )
     assert isinstance(model, Denoiser)
     return model
-
-
-def has_native_bfloat16(device: torch.device) -> bool:
-    """Whether the device has units that make matrix products in bfloat16 faster than in float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        # Only tiles (AMX) make bfloat16 faster: without AVX512_BF16 it is emulated, and with it
-        # alone products take 1.7 times as long as in float32 (Xeon, PyTorch 2.13).
-        native = getattr(torch.cpu, "_is_amx_tile_supported", None)
-        return native is not None and bool(native())
-    return False
 
 
 class _Split(NamedTuple):
@@ -377,7 +366,7 @@ class MoleculeTask:
         if training.lr == "auto":
             changes["training.lr"] = _published(config, "training.lr").lr
         if training.low_precision == "auto":
-            changes["training.low_precision"] = has_native_bfloat16(self.device)
+            changes["training.low_precision"] = bfloat16_pays(self.device, training=True)
         return config.replaced(changes)
 
     def _samples(self) -> Iterator[dict[str, Any]]:

@@ -59,7 +59,8 @@ _NOISE_TOLERANCE = 1.1  # relative to those of the same levels with all noise
 _GRID = ((1.0, 2.0), (1.0, 3.0), (1.5, 3.0), (1.5, 5.0), (2.5, 3.0), (2.5, 5.0), (5.0, 3.0),
          (5.0, 5.0), (10.0, 7.0))  # fmt: skip
 _LAST, _OTHER_LAST = 0.03, (0.0, 0.015, 0.06)
-_NOISE = (("final_noise", 0.5), ("final_noise", 0.0), ("temperature", 0.9))
+# Temperatures and final noises that are tried.
+_NOISE = ((1.0, 0.5), (1.0, 0.0), (0.9, 1.0))
 _SHARES = (4, 2, 1)  # of the molecules, in each round
 _KEPT = (4, 2)  # candidates after each round but the last
 
@@ -233,7 +234,8 @@ class SamplerSearch:
         state = generator.checkpoint.state_as(MoleculeState)
         self.before = sampler_so_far(state, self._process, evaluations)
         self._drawn: dict[SamplerChoice, Molecules] = {}
-        self._progress, self._done = no_progress, 0
+        self._progress: ProgressCallback = no_progress
+        self._done = 0
 
     @property
     def molecules(self) -> int:
@@ -325,7 +327,7 @@ class SamplerSearch:
         """The same sampler with less noise, if it has any."""
         if not choice.build(self._process).adds_noise:
             return []
-        return [replace(choice, **{name: value}) for name, value in _NOISE]
+        return [replace(choice, temperature=value, final_noise=last) for value, last in _NOISE]
 
     def _round(
         self, candidates: Sequence[SamplerChoice], count: int, judge: _Judge
@@ -372,7 +374,7 @@ class SamplerSearch:
             numbers = torch.arange(low, high)
             sizes = generator.sizes(numbers).numpy()
             parts, places = [], []
-            for which in batch_by_size(sizes, pairs_in_batch(generator.device)):
+            for which in batch_by_size(sizes, pairs_in_batch(generator, len(numbers))):
 
                 def advance(size: int = len(which)) -> None:
                     self._done += size
