@@ -86,6 +86,19 @@ def test_recorded_steps_equal_steps(tmp_path, monkeypatch, case):
 
 
 @pytest.mark.parametrize(
+    "changes", [{"loss__edges__kind": "symmetrized"}, {"loss__springs__family": "lennard_jones"}]
+)
+def test_a_batch_is_its_tensors(changes):
+    """With the bonds and neighbours that losses require."""
+    task = MoleculeTask(tiny(**changes), CPU)
+    batch, other = (task.prepare(b, 3) for b in task.epoch(0)[:2])
+    expected = task.prepared_loss(task.model, batch)["loss"]
+    copy = other.with_tensors(batch.tensors())
+    assert torch.equal(task.prepared_loss(task.model, copy)["loss"], expected)
+    assert {"bonds", "weight"} & batch.tensors().keys()
+
+
+@pytest.mark.parametrize(
     ("self_conditioned", "message"),
     [
         (False, "training.cuda_graphs is for GPUs, not cpu; leave it out"),
