@@ -152,7 +152,8 @@ class TrainingStep:
         self.clipper.clip(list(self.network.parameters()))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.network, self.count)
+        weight = torch.full((), self.ema.weight(self.count), device=self.task.device)
+        self.ema.update(self.network, weight)
 
 
 class Evaluation:

@@ -93,7 +93,7 @@ def philox(
 def _key_on(key: tuple[int, int], device: torch.device) -> Tensor:
     """A key on a device, filled there: a copy would make a GPU wait."""
     words = torch.full((2,), key[0], device=device)
-    words[1] = key[1]
+    words[1].fill_(key[1])
     return words
 
 

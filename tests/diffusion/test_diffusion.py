@@ -38,6 +38,13 @@ def test_philox_known_answers(counter, key, expected):
     assert " ".join(f"{int(w):08x}" for w in words) == expected
 
 
+def test_a_seed_on_the_device_gives_the_same_numbers():
+    seed, samples = 2**62 + 12345, torch.tensor([3, 77, 2**31 + 5])
+    words = torch.tensor([seed & 0xFFFFFFFF, seed >> 32])
+    for of in (lambda r: r.integers(Stream.EDGES), lambda r: r.uniform(Stream.LEVEL)):
+        assert torch.equal(of(RandomNumbers(seed, samples)), of(RandomNumbers(words, samples)))
+
+
 def mask_of(count, atoms):
     return torch.ones(count, atoms, dtype=torch.bool)
 

@@ -30,3 +30,15 @@ def test_graphs_are_for_a_gpu(tmp_path, monkeypatch, capsys):
     command = ["sample", "-n", "1", "--cuda-graphs", "--device", "cpu", "-o", tmp_path / "a.sdf"]
     assert run_command(command, monkeypatch) == 2
     assert "--cuda-graphs is for GPUs, not cpu; leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_a_gpu_repeats_evaluations():
+    checkpoint = load_checkpoint(weights_directory() / "qm9_energy")
+    drawn = [
+        MoleculeGenerator(
+            checkpoint, torch.device("cuda"), sampler="dpm++", steps=8, cuda_graphs=recorded
+        ).draw(torch.arange(16))
+        for recorded in (False, True)
+    ]
+    torch.testing.assert_close(*(torch.from_numpy(x.positions) for x in drawn), rtol=0, atol=1e-3)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+
 import pytest
 import torch
 from graph_recorder import ListRecorder, Waits
-from runs import CPU, tiny, weights
+from runs import CPU, Watcher, tiny, weights
 
 from molgen_energy.errors import InputError
 from molgen_energy.systems.molecules.task import MoleculeTask
 from molgen_energy.training import loop
 from molgen_energy.training.graphs import GraphCache
+from molgen_energy.training.metrics import read_columns
 
 
 def test_shapes_that_come_again_are_recorded():
@@ -81,6 +86,19 @@ def test_recorded_steps_equal_steps(tmp_path, monkeypatch, case):
 
 
 @pytest.mark.parametrize(
+    "changes", [{"loss__edges__kind": "symmetrized"}, {"loss__springs__family": "lennard_jones"}]
+)
+def test_a_batch_is_its_tensors(changes):
+    """With the bonds and neighbours that losses require."""
+    task = MoleculeTask(tiny(**changes), CPU)
+    batch, other = (task.prepare(b, 3) for b in task.epoch(0)[:2])
+    expected = task.prepared_loss(task.model, batch)["loss"]
+    copy = other.with_tensors(batch.tensors())
+    assert torch.equal(task.prepared_loss(task.model, copy)["loss"], expected)
+    assert {"bonds", "weight"} & batch.tensors().keys()
+
+
+@pytest.mark.parametrize(
     ("self_conditioned", "message"),
     [
         (False, "training.cuda_graphs is for GPUs, not cpu; leave it out"),
@@ -92,3 +110,40 @@ def test_what_cannot_be_recorded(tmp_path, self_conditioned, message):
     task.model.self_conditioned = self_conditioned
     with pytest.raises(InputError, match=message):
         loop.train(task, tmp_path / "run")
+
+
+GPU = {"model__name": "gdm_pairs", "model__width": 64, "training__optimizer": "muon"}
+
+
+@pytest.mark.gpu
+def test_a_gpu_repeats_steps(tmp_path):
+    """Losses are those of steps that are launched, but for rounding, also after a resumption."""
+    found = {}
+    for name, recorded, ends in (("launched", False, (40,)), ("recorded", True, (25, 40))):
+        for steps in ends:
+            config = tiny(
+                training__steps=40, training__decay="none", training__cuda_graphs=recorded, **GPU
+            )
+            task = MoleculeTask(config, torch.device("cuda"))
+            stop = Watcher({25: lambda: os.kill(os.getpid(), signal.SIGINT)} if steps == 25 else {})
+            try:
+                loop.train(task, tmp_path / name, stop, resume=steps > ends[0])
+            except loop.TrainingInterrupted:
+                assert steps == 25
+        found[name] = read_columns(tmp_path / name / "metrics.csv")["loss"]
+    assert found["recorded"] == pytest.approx(found["launched"], rel=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["exponential", "auto"])
+def test_no_step_waits_for_a_gpu(tmp_path, family):
+    task = MoleculeTask(tiny(loss__springs__family=family, **GPU), torch.device("cuda"))
+    trainer, batches = loop._Trainer(task, tmp_path / "run", loop.no_callback), task.epoch(0)[:8]
+    for batch in batches:  # compiles kernels, and makes tables on the device
+        trainer._step(batch, threading.Event())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches:
+            trainer._step(batch, threading.Event())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -43,6 +43,32 @@ def test_a_matrix_alone_is_updated_as_among_others():
         torch.testing.assert_close(updated([k])[0], together[k])
 
 
+def test_stacked_iterations_are_those_of_each_matrix():
+    """Against the published iteration, in float64."""
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 8, 12, dtype=torch.float64)
+    for matrix, found in zip(matrices, orthogonal(matrices), strict=True):
+        x = matrix / matrix.norm()
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        torch.testing.assert_close(found, x, rtol=0, atol=1e-12)
+
+
+def test_a_refused_update_changes_nothing():
+    parameter = nn.Parameter(torch.randn(8, 8))
+    optimizer = Muon([parameter], lr=0.1)
+    for refused in (0.0, 1.0):
+        before = parameter.detach().clone()
+        parameter.grad = torch.full((8, 8), torch.nan) if refused else torch.randn(8, 8)
+        optimizer.found_inf = torch.tensor(refused)
+        momentum = optimizer.state[parameter].get("momentum", torch.zeros(8, 8)).clone()
+        optimizer.step()
+        unchanged = torch.equal(parameter, before)
+        assert unchanged == torch.equal(optimizer.state[parameter]["momentum"], momentum)
+        assert unchanged == bool(refused)
+
+
 def test_size_of_an_update_is_about_adams():
     for shape in [(64, 64), (64, 200)]:
         parameter = nn.Parameter(torch.zeros(shape))
