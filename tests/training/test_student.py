@@ -29,6 +29,7 @@ from molgen_energy.training.pretrained import pretrained_weights
 CHANGES = {name: value for name, value in TINY.items() if name.startswith("training.")} | {
     "distillation.evaluations": 4,
     "distillation.auxiliary_lr": 2.0,
+    "distillation.student_share": 0.75,
 }
 
 
