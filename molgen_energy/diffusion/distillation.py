@@ -22,7 +22,7 @@ from molgen_energy.errors import InputError
 
 _LEAST_DISTANCE = 1e-3
 """In the units of the state, added to the distance that gradients are divided by."""
-_ABOVE, _BELOW = 2.0, 0.05
+_ABOVE, _BELOW = 4.0, 0.1
 """Networks are compared at levels from `_BELOW` times the lowest one of the student, where little
 noise is left, to `_ABOVE` times its second one, above which little is left of the data."""
 

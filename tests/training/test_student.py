@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import config_of, imported_script, torchrun_to_end
+from graph_recorder import ListRecorder
 from runs import CPU, TINY, Watcher, assert_same_run, rewrite_weights, tiny, weights
 
 import molgen_energy as mg
 from molgen_energy.data.hdf5 import MoleculeFile
+from molgen_energy.diffusion.noise import RandomNumbers
 from molgen_energy.errors import InputError
 from molgen_energy.systems.molecules.task import MoleculeTask
 from molgen_energy.systems.registry import load_config
-from molgen_energy.training import pretrained
+from molgen_energy.training import loop, pretrained
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.loop import TrainingInterrupted, train
 from molgen_energy.training.metrics import read_metrics
@@ -29,6 +31,7 @@ from molgen_energy.training.pretrained import pretrained_weights
 CHANGES = {name: value for name, value in TINY.items() if name.startswith("training.")} | {
     "distillation.evaluations": 4,
     "distillation.auxiliary_lr": 2.0,
+    "distillation.student_share": 0.75,
 }
 
 
@@ -85,7 +88,7 @@ def test_in_the_first_step_only_the_auxiliary_network_learns(teacher, sample_pat
     theirs = weights(teacher, "ema")
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in weights(run, "model").items())
     moved = [(t - theirs[key]).abs().max() for key, t in weights(run, "auxiliary").items()]
-    assert float(max(moved)) == pytest.approx(2.0 * 2e-4 / 30, rel=2e-2)  # warm-up of 30 steps
+    assert float(max(moved)) == pytest.approx(2.0 * 1e-4 / 30, rel=2e-2)  # warm-up of 30 steps
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -137,8 +140,14 @@ def test_a_student_resumes_with_its_teacher_alone(teacher, sample_path, tmp_path
         ("distil", "nothing", {}, r"^--teacher nothing does not exist; name a run's folder"),
         ("distil", True, {"model.width": 8}, r"was trained with model\.width=16 \(here 8\)"),
         ("distil", True, {"process.name": "flow_matching"}, r"process\.name=diffusion \(here flow"),
-        ("distil", True, {"distillation.lowest": 9.0}, r"lowest 9 is not below highest 5"),
+        ("distil", True, {"distillation.lowest": 9.0}, r"lowest 9 is not below highest 2\.5"),
         ("distil", True, {"distillation.evaluations": 2}, r"evaluations: .* 3 \(it is 2\)"),
+        (
+            "distil",
+            True,
+            {"training.cuda_graphs": True},
+            r"be recorded; leave it out, or set",
+        ),
         ("distil", True, {"loss.edges.kind": "bonds"}, r"needs bonds of the data, and a student"),
         (
             "distil",
@@ -196,6 +205,26 @@ def test_two_processes_distil_as_one(teacher, unbroken, sample_path, tmp_path):
             assert float((one[key] - two[key]).norm() / one[key].norm()) < 1e-3, key
 
 
+def test_recorded_steps_of_a_student_equal_steps(teacher, sample_path, tmp_path, monkeypatch):
+    """In all bits, for learning rates that float32 holds; none of them waits for the device."""
+    exact = {
+        "training__lr": 2**-10, "training__warmup_steps": 0, "training__decay": "none",
+        "distillation__student_share": 1.0,
+    }  # fmt: skip
+    recorder = ListRecorder()
+    monkeypatch.setattr(loop, "_recorder", lambda task, dropout: recorder)
+    # It runs what it records, of samples that are not set yet and have no place in an order.
+    monkeypatch.setattr(RandomNumbers, "stratified", RandomNumbers.uniform)
+    runs = [
+        student(teacher, tmp_path / f"{graphs}", sample_path, training__cuda_graphs=graphs, **exact)
+        for graphs in (False, True)
+    ]
+    assert recorder.recorded > 1
+    for name in ("model", "ema", "auxiliary"):
+        plain, recorded = (weights(run, name) for run in runs)
+        assert all(torch.equal(values, recorded[key]) for key, values in plain.items())
+
+
 def test_a_released_student_has_a_card_beside_its_teacher(unbroken, tmp_path, monkeypatch):
     folder, shipped = tmp_path / "weights", pretrained_weights()["qm9_energy"]
     monkeypatch.setattr(pretrained, "weights_directory", lambda: folder)
@@ -215,7 +244,7 @@ def test_a_released_student_has_a_card_beside_its_teacher(unbroken, tmp_path, mo
         alone = measuring.card(student)
         assert 'summary: "student of teacher, 4 evaluations; gdm 2×16 with the energy' in alone
         assert "| | samples | data |" in alone and "| teacher | teacher, step 2; SHA" in alone
-        assert "| optimiser | AdamW (0.0002), 30 steps" in alone
+        assert "| optimiser | AdamW (0.0001), 30 steps" in alone
         monkeypatch.setattr(measuring, "teacher_of", lambda weights: shipped)
         assert "| | samples | teacher, 101 | data |" in measuring.card(student)
     mg.sample(2, tmp_path / "s.h5", checkpoint=released, device="cpu")

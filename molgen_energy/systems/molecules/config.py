@@ -151,11 +151,11 @@ class DistillationConfig(Section):
     teacher: str | None = None
     """A run, a checkpoint, or the name of pretrained weights. The student starts from its EMA
     weights."""
-    highest: PositiveFloat = 5.0
+    highest: PositiveFloat = 2.5
     """Noise of the second level, σ/α in Å; the first is pure noise."""
-    lowest: PositiveFloat = 0.1
+    lowest: PositiveFloat = 0.06
     """Noise of the last level, Å."""
-    power: PositiveFloat = 2.0
+    power: PositiveFloat = 5.0
     """In between levels have equal distances in (σ/α)^(1/power)."""
     auxiliary_lr: PositiveFloat = 1.0
     """Learning rates of the auxiliary network relative to those of the student."""
