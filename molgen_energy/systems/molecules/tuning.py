@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ _NOISE_TOLERANCE = 1.1  # relative to those of the same levels with all noise
 _GRID = ((1.0, 2.0), (1.0, 3.0), (1.5, 3.0), (1.5, 5.0), (2.5, 3.0), (2.5, 5.0), (5.0, 3.0),
          (5.0, 5.0), (10.0, 7.0))  # fmt: skip
 _LAST, _OTHER_LAST = 0.03, (0.0, 0.015, 0.06)
-_NOISE = (("final_noise", 0.5), ("final_noise", 0.0), ("temperature", 0.9))
+_NOISE = ((1.0, 0.5), (1.0, 0.0), (0.9, 1.0))  # temperature and final noise
 _SHARES = (4, 2, 1)  # of the molecules, in each round
 _KEPT = (4, 2)  # candidates after each round but the last
 
@@ -87,16 +88,17 @@ class SamplerChoice:
         )
 
     @property
-    def state(self) -> SamplingState:
-        """What a checkpoint stores."""
-        return SamplingState(
-            sampler=self.sampler,
-            steps=self.steps,
-            spacing=self.spacing,
-            levels=None if self.levels is None else list(self.levels),
-            temperature=None if self.temperature == 1 else self.temperature,
-            final_noise=None if self.final_noise == 1 else self.final_noise,
-        )
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint stores, see `SamplingState`."""
+        state = {
+            "sampler": self.sampler,
+            "steps": self.steps,
+            "spacing": self.spacing,
+            "levels": None if self.levels is None else list(self.levels),
+            "temperature": None if self.temperature == 1 else self.temperature,
+            "final_noise": None if self.final_noise == 1 else self.final_noise,
+        }
+        return {name: value for name, value in state.items() if value is not None}
 
     @property
     def options(self) -> str:
@@ -161,7 +163,7 @@ class TuningResult:
 
 
 def sampler_so_far(state: MoleculeState, process: Process, evaluations: int) -> SamplerChoice:
-    """What `sample` takes without tuning, in at most so many evaluations.
+    """The stored levels of a checkpoint, or its sampler with as many steps as evaluations allow.
 
     Raises
     ------
@@ -170,6 +172,11 @@ def sampler_so_far(state: MoleculeState, process: Process, evaluations: int) -> 
     """
     stored = state.sampling or SamplingState()
     name = stored.sampler or DEFAULT_SAMPLERS[process.name]
+    if stored.levels is not None:
+        noise = [1.0 if x is None else x for x in (stored.temperature, stored.final_noise)]
+        choice = SamplerChoice(name, None, None, tuple(stored.levels), *noise, label="stored")
+        if choice.build(process).evaluations <= evaluations:
+            return choice
     for steps in range(min(evaluations, process.steps), 0, -1):
         sampler = build_sampler(process, name, steps, spacing=stored.spacing)
         if sampler.evaluations <= evaluations:
@@ -233,7 +240,8 @@ class SamplerSearch:
         state = generator.checkpoint.state_as(MoleculeState)
         self.before = sampler_so_far(state, self._process, evaluations)
         self._drawn: dict[SamplerChoice, Molecules] = {}
-        self._progress, self._done = no_progress, 0
+        self._progress: ProgressCallback = no_progress
+        self._done = 0
 
     @property
     def molecules(self) -> int:
@@ -315,7 +323,9 @@ class SamplerSearch:
         return SamplerChoice(name, levels=tuple(levels), label=label)
 
     def _other_ends(self, choice: SamplerChoice) -> list[SamplerChoice]:
-        """The same levels but for the last ones."""
+        """The same levels but for the last ones; none of a spacing, which ends at the data."""
+        if choice.levels is None:
+            return []
         for high, power in _GRID:
             if choice == self._powered(choice.sampler, high, power):
                 return [self._powered(choice.sampler, high, power, last) for last in _OTHER_LAST]
@@ -325,7 +335,10 @@ class SamplerSearch:
         """The same sampler with less noise, if it has any."""
         if not choice.build(self._process).adds_noise:
             return []
-        return [replace(choice, **{name: value}) for name, value in _NOISE]
+        return [
+            replace(choice, temperature=temperature, final_noise=final_noise)
+            for temperature, final_noise in _NOISE
+        ]
 
     def _round(
         self, candidates: Sequence[SamplerChoice], count: int, judge: _Judge
