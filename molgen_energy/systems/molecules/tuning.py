@@ -173,8 +173,13 @@ def sampler_so_far(state: MoleculeState, process: Process, evaluations: int) -> 
     stored = state.sampling or SamplingState()
     name = stored.sampler or DEFAULT_SAMPLERS[process.name]
     if stored.levels is not None:
-        noise = [1.0 if x is None else x for x in (stored.temperature, stored.final_noise)]
-        choice = SamplerChoice(name, None, None, tuple(stored.levels), *noise, label="stored")
+        choice = SamplerChoice(
+            name,
+            levels=tuple(stored.levels),
+            temperature=1.0 if stored.temperature is None else stored.temperature,
+            final_noise=1.0 if stored.final_noise is None else stored.final_noise,
+            label="stored",
+        )
         if choice.build(process).evaluations <= evaluations:
             return choice
     for steps in range(min(evaluations, process.steps), 0, -1):
