@@ -53,7 +53,8 @@ SEED = 1_000_000
 FEWEST = 3
 """Network evaluations that levels can be chosen for."""
 _MOST_REAL = 5000  # molecules of each split
-_TOLERANCE = 1.25  # of distances, relative to those of the sampler so far
+# Of distances in each round, relative to those of the sampler so far. Those of few molecules vary.
+_TOLERANCES = (2.0, 1.5, 1.25)
 _NOISE_TOLERANCE = 1.1  # relative to those of the same levels with all noise
 
 # Second level in Å and power of `power_levels`, and its last level in Å.
@@ -61,6 +62,7 @@ _GRID = ((1.0, 2.0), (1.0, 3.0), (1.5, 3.0), (1.5, 5.0), (2.5, 3.0), (2.5, 5.0),
          (5.0, 5.0), (10.0, 7.0))  # fmt: skip
 _LAST, _OTHER_LAST = 0.03, (0.0, 0.015, 0.06)
 _NOISE = ((1.0, 0.5), (1.0, 0.0), (0.9, 1.0))  # temperature and final noise
+_LEAST_DISTANCE = 1e-6  # that others are divided by
 _SHARES = (4, 2, 1)  # of the molecules, in each round
 _KEPT = (4, 2)  # candidates after each round but the last
 
@@ -271,7 +273,7 @@ class SamplerSearch:
             candidates = self._grid
             for place, count in enumerate(self._counts):
                 last = place + 1 == len(self._counts)
-                judged = self._round(candidates, count, judge)
+                judged = self._round(candidates, count, _TOLERANCES[place], judge)
                 every |= {each.choice: each for each in judged if each.choice is not None}
                 ranked = sorted(judged, key=lambda each: judge.rank(each, last))
                 if last:
@@ -346,7 +348,7 @@ class SamplerSearch:
         ]
 
     def _round(
-        self, candidates: Sequence[SamplerChoice], count: int, judge: _Judge
+        self, candidates: Sequence[SamplerChoice], count: int, tolerance: float, judge: _Judge
     ) -> list[JudgedSampler]:
         """Judge the first molecules of each candidate, with the limits of their distances."""
         judged: dict[SamplerChoice, JudgedSampler] = {}
@@ -355,7 +357,7 @@ class SamplerSearch:
             molecules = self._draw(choice, sampler, count)
             found = judge.judge(molecules, choice, sampler.evaluations)
             plain = replace(choice, temperature=1.0, final_noise=1.0)
-            limit, factor = judged.get(self.before, found), _TOLERANCE
+            limit, factor = judged.get(self.before, found), tolerance
             if plain != choice and plain in judged:
                 limit, factor = judged[plain], _NOISE_TOLERANCE
             near = choice == self.before or all(
@@ -440,14 +442,18 @@ class _Judge:
         distances = _distances(found.distributions, self._reference.distributions, self._types)
         return JudgedSampler(choice, evaluations, molecules, atoms, distances)
 
-    def rank(self, judged: JudgedSampler, last: bool) -> tuple[bool, float]:
-        """Ascends with the distance of stability from that of the data.
+    def rank(self, judged: JudgedSampler, last: bool) -> tuple[bool, float, float]:
+        """Ascends with the distance of stability from that of the data, then with the others.
 
         Before the last round, of few molecules, it is that of atoms, which varies less.
         """
         name = "molecule_stability" if last else "atom_stability"
         found, real = (getattr(each, name).value for each in (judged, self.real))
-        return not judged.near, abs((found or 0.0) - (real or 0.0))
+        others = (
+            _value(judged.distances[kind]) / max(_value(self.real.distances[kind]), _LEAST_DISTANCE)
+            for kind in KINDS
+        )
+        return not judged.near, abs((found or 0.0) - (real or 0.0)), sum(others)
 
 
 class _Drawn:
