@@ -165,8 +165,10 @@ def shortened(arguments: list[str]) -> list[str]:
     if name == "sample" and not resumed and "list" not in words:
         if "-n" not in words and not Path("spins.h5").exists():
             short += ["-n", "2"]
-        if "--steps" not in words and not Path("shapes.h5").exists():
+        if not {"--steps", "--levels"} & set(words) and not Path("shapes.h5").exists():
             short += ["--steps", "2"]
+        if "--tune" in words:
+            short += ["--steps", "3", "-n", "16"]
     if name == "evaluate" and not any("predicted" in word for word in words):
         short += ["--workers", "0", "--subset", "4"]
     if name == "preprocess" and words[0] == "qm9":

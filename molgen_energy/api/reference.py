@@ -34,8 +34,13 @@ class Page:
 PAGES: tuple[Page, ...] = (
     Page(
         "Functions",
-        "What `import molgen_energy` has: prepare data, train, sample, evaluate, show.",
-        {"molgen_energy": ()},
+        "What `import molgen_energy` has: prepare data, train, tune, sample, evaluate, show.",
+        {
+            "molgen_energy": (),
+            "molgen_energy.systems.molecules.tuning": (
+                "TuningResult", "JudgedSampler", "SamplerChoice",
+            ),
+        },
     ),
     Page(
         "Losses",

@@ -130,7 +130,7 @@ def tune(
     with notebook_progress("tuning", "evaluations", progress) as report:
         result = search.run(report)
     assert result.chosen.choice is not None
-    values = {"sampling": result.chosen.choice.state.model_dump(exclude_none=True)}
+    values = {"sampling": result.chosen.choice.state}
     if target is not None:
         copy_for_sampling(loaded, values, target)
         result = replace(result, stored=target)

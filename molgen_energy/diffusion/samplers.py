@@ -406,12 +406,15 @@ class DPMSolverSampler(DiffusionSampler):
         return last_step(x, self.visited[-1], context, float(self.ancestral_positions))
 
 
+_LEAST_RATIO = 0.5  # of the step before to this one, in log(α/σ)
+
+
 class StochasticDPMSolverSampler(DiffusionSampler):
     """SDE-DPM-Solver++(2M) (Lu et al., 2022, arXiv:2211.01095, section 5): noise at every step.
 
     x_s = (σ_s/σ_t) e^{−h} x_t + α_s (1 − e^{−2h}) D + σ_s √(1 − e^{−2h}) ε with h and D as in
-    `DPMSolverSampler`. With D = x̂_t, as in the first step, this is the step of `AncestralSampler`,
-    and so is the end.
+    `DPMSolverSampler`, but r at least 1/2. With D = x̂_t, as in the first step, this is the step of
+    `AncestralSampler`, and so is the end.
     """
 
     @property
@@ -427,7 +430,9 @@ class StochasticDPMSolverSampler(DiffusionSampler):
             h = float(log_ratio[k + 1] - log_ratio[k])
             clean = toward = context.predict(x, t).clean
             if before is not None:
-                r = before[1] / h
+                # A step much longer than the one before, such as the last one of even times, would
+                # extrapolate too far.
+                r = max(before[1] / h, _LEAST_RATIO)
                 toward = clean + (clean - before[0]) / (2 * r)
             removed = -math.expm1(-2 * h)
             kept = float(sigma[k + 1] / sigma[k]) * math.exp(-h)

@@ -172,6 +172,9 @@ def test_samplers_of_sample(here, tmp_path):
         assert origin["steps"] == ("3" if more[:1] == ("--steps",) else "10")
         assert origin.get("spacing") == ("log" if more[:1] == ("--steps",) else None)
         assert origin.get("eta") == ("0.5" if name == "ddim" else None)
+    code, stderr = here("sample", "-n", 1, "--levels", "10,4,1", "-o", "levels.sdf")
+    assert "ancestral, 3 steps at chosen levels, 3 network evaluations each" in stderr
+    assert ">  <levels>\n10,4,1\n" in (tmp_path / "levels.sdf").read_text()
     cold = ("--temperature", "0.8", "--temperature-range", ":5", "--final-noise", 0, "-o", "c.sdf")
     code, stderr = here("sample", "-n", 1, *cold)
     assert (
@@ -231,6 +234,9 @@ BAD_SAMPLE = {
         ("--resume", "samples.sdf", "--self-condition-passes", "2"), "was begun with 1; --resume",
     ),
     "other range": (("--resume", "samples.sdf", "--temperature-range", ":"), "was begun with 0.3:"),
+    "levels of words": (("--levels", "ten,1"), "--levels ten,1: expected numbers with commas"),
+    "levels and steps": (("--levels", "10,1", "--steps", "2"), "every noise level; leave out --s"),
+    "other levels": (("--resume", "samples.sdf", "--levels", "10,1"), "begun with the default; -"),
     "no such spacing": (("--spacing", "evn"), "unknown spacing 'evn'; did you mean 'even'?"),
     "other sizes": (("--resume", "samples.sdf", "--n-atoms", "9"), "with the default; --resume"),
     "rougher": (("--resume", "samples.sdf", "--low-precision"), "--low-precision cannot change"),

@@ -7,20 +7,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import CPU
+from runs import CPU, tiny
 
 from molgen_energy.api import tune
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules
+from molgen_energy.diffusion.samplers import SAMPLERS
+from molgen_energy.diffusion.spacing import FIRST_TIME
 from molgen_energy.errors import InputError
 from molgen_energy.formats.yaml import load_yaml
 from molgen_energy.resources import bundled_sample
 from molgen_energy.systems.molecules import tuning
+from molgen_energy.systems.molecules.fields import MoleculeStatistics, build_layout
 from molgen_energy.systems.molecules.generate import MoleculeGenerator
-from molgen_energy.systems.molecules.tuning import SamplerChoice, SamplerSearch
+from molgen_energy.systems.molecules.state import MoleculeState
+from molgen_energy.systems.molecules.task import build_model
+from molgen_energy.systems.molecules.tuning import (
+    SamplerChoice,
+    SamplerSearch,
+    sampler_so_far,
+)
 from molgen_energy.training.checkpoint import (
     copy_for_sampling,
     load_checkpoint,
+    save_checkpoint,
     store_in_state,
 )
 from molgen_energy.training.pretrained import write_checksums
@@ -110,6 +120,30 @@ def test_the_candidate_with_the_best_molecules_wins(run, data, tmp_path, monkeyp
     assert [a[0] for a in seen] == sorted(a[0] for a in seen)
 
 
+@pytest.mark.parametrize(("process", "expected"), [("cosine", "dpm++"), ("flow_matching", "heun")])
+def test_other_processes(run, data, tmp_path, monkeypatch, process, expected):
+    """Times in place of levels, or spacings alone; the best sampler is found and stored."""
+    config = tiny(process__name=process, model__layers=1, process__steps=20)
+    state = load_checkpoint(run).state
+    statistics = MoleculeStatistics.of_state(MoleculeState.model_validate(state))
+    model = build_model(config, build_layout(config.model.fields, config.scales, statistics))
+    state = {key: state[key] for key in ("progress", "elements", "size_histogram")}
+    save_checkpoint(tmp_path / "mine", config, state, {"ema": model.state_dict()})
+    Drawn(monkeypatch, lambda sampler: 0.01 if type(sampler) is SAMPLERS[expected] else 0.1)
+    result = search(tmp_path / "mine", data, tmp_path).run()
+    choice = result.chosen.choice
+    assert choice.sampler == expected
+    assert result.chosen.evaluations <= EVALUATIONS
+    if process == "cosine":
+        assert choice.levels[0] == FIRST_TIME and len(choice.levels) == EVALUATIONS
+    store_in_state(
+        load_checkpoint(tmp_path / "mine"),
+        {"sampling": choice.state},
+    )
+    stored = MoleculeGenerator(load_checkpoint(tmp_path / "mine"), CPU).sampler
+    assert stored.visited == choice.build(stored.process).visited
+
+
 def test_regular_molecules_do_not_win(run, data, tmp_path, monkeypatch):
     """Stable, since most are one perfect molecule; but the geometry is far from the data's."""
 
@@ -190,6 +224,10 @@ def test_it_is_stored_beside_the_same_weights(run):
     assert again.state == checkpoint.state | STORED
     sampler = MoleculeGenerator(again, CPU).sampler
     assert (sampler.levels, sampler.temperature.final_noise) == ((20, 9, 2), 0.5)
+    state = again.state_as(MoleculeState)
+    stored = sampler_so_far(state, sampler.process, 3)
+    assert stored == SamplerChoice("sde-dpm++", levels=(20, 9, 2), final_noise=0.5)
+    assert sampler_so_far(state, sampler.process, 2) == SamplerChoice("sde-dpm++", 1, "log")
     with pytest.raises(InputError, match="was replaced meanwhile"):
         store_in_state(checkpoint, STORED)
 
@@ -226,6 +264,7 @@ def test_the_command_stores_what_sample_then_takes(run, data, tmp_path, monkeypa
     assert not list(tmp_path.glob("*.tuning"))
     stored = load_yaml((run / "checkpoints/last/state.yaml").read_bytes(), "state")["sampling"]
     assert stored.keys() == {"sampler", "levels"} and len(stored["levels"]) == 6
+    assert all(type(level) is int for level in stored["levels"])
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     sampler = MoleculeGenerator(load_checkpoint(run), CPU).sampler

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,15 +53,16 @@ SEED = 1_000_000
 FEWEST = 3
 """Network evaluations that levels can be chosen for."""
 _MOST_REAL = 5000  # molecules of each split
-_TOLERANCE = 1.25  # of distances, relative to those of the sampler so far
+# Of distances in each round, relative to those of the sampler so far. Those of few molecules vary.
+_TOLERANCES = (2.0, 1.5, 1.25)
 _NOISE_TOLERANCE = 1.1  # relative to those of the same levels with all noise
 
 # Second level in Å and power of `power_levels`, and its last level in Å.
 _GRID = ((1.0, 2.0), (1.0, 3.0), (1.5, 3.0), (1.5, 5.0), (2.5, 3.0), (2.5, 5.0), (5.0, 3.0),
          (5.0, 5.0), (10.0, 7.0))  # fmt: skip
 _LAST, _OTHER_LAST = 0.03, (0.0, 0.015, 0.06)
-# Temperatures and final noises that are tried.
-_NOISE = ((1.0, 0.5), (1.0, 0.0), (0.9, 1.0))
+_NOISE = ((1.0, 0.5), (1.0, 0.0), (0.9, 1.0))  # temperature and final noise
+_LEAST_DISTANCE = 1e-6  # that others are divided by
 _SHARES = (4, 2, 1)  # of the molecules, in each round
 _KEPT = (4, 2)  # candidates after each round but the last
 
@@ -88,16 +90,17 @@ class SamplerChoice:
         )
 
     @property
-    def state(self) -> SamplingState:
-        """What a checkpoint stores."""
-        return SamplingState(
-            sampler=self.sampler,
-            steps=self.steps,
-            spacing=self.spacing,
-            levels=None if self.levels is None else list(self.levels),
-            temperature=None if self.temperature == 1 else self.temperature,
-            final_noise=None if self.final_noise == 1 else self.final_noise,
-        )
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint stores, see `SamplingState`."""
+        state = {
+            "sampler": self.sampler,
+            "steps": self.steps,
+            "spacing": self.spacing,
+            "levels": None if self.levels is None else list(self.levels),
+            "temperature": None if self.temperature == 1 else self.temperature,
+            "final_noise": None if self.final_noise == 1 else self.final_noise,
+        }
+        return {name: value for name, value in state.items() if value is not None}
 
     @property
     def options(self) -> str:
@@ -162,7 +165,7 @@ class TuningResult:
 
 
 def sampler_so_far(state: MoleculeState, process: Process, evaluations: int) -> SamplerChoice:
-    """What `sample` takes without tuning, in at most so many evaluations.
+    """The stored levels of a checkpoint, or its sampler with as many steps as evaluations allow.
 
     Raises
     ------
@@ -171,6 +174,16 @@ def sampler_so_far(state: MoleculeState, process: Process, evaluations: int) -> 
     """
     stored = state.sampling or SamplingState()
     name = stored.sampler or DEFAULT_SAMPLERS[process.name]
+    if stored.levels is not None:
+        choice = SamplerChoice(
+            name,
+            levels=tuple(stored.levels),
+            temperature=1.0 if stored.temperature is None else stored.temperature,
+            final_noise=1.0 if stored.final_noise is None else stored.final_noise,
+            label="stored",
+        )
+        if choice.build(process).evaluations <= evaluations:
+            return choice
     for steps in range(min(evaluations, process.steps), 0, -1):
         sampler = build_sampler(process, name, steps, spacing=stored.spacing)
         if sampler.evaluations <= evaluations:
@@ -260,7 +273,7 @@ class SamplerSearch:
             candidates = self._grid
             for place, count in enumerate(self._counts):
                 last = place + 1 == len(self._counts)
-                judged = self._round(candidates, count, judge)
+                judged = self._round(candidates, count, _TOLERANCES[place], judge)
                 every |= {each.choice: each for each in judged if each.choice is not None}
                 ranked = sorted(judged, key=lambda each: judge.rank(each, last))
                 if last:
@@ -317,7 +330,9 @@ class SamplerSearch:
         return SamplerChoice(name, levels=tuple(levels), label=label)
 
     def _other_ends(self, choice: SamplerChoice) -> list[SamplerChoice]:
-        """The same levels but for the last ones."""
+        """The same levels but for the last ones; none of a spacing, which ends at the data."""
+        if choice.levels is None:
+            return []
         for high, power in _GRID:
             if choice == self._powered(choice.sampler, high, power):
                 return [self._powered(choice.sampler, high, power, last) for last in _OTHER_LAST]
@@ -327,10 +342,13 @@ class SamplerSearch:
         """The same sampler with less noise, if it has any."""
         if not choice.build(self._process).adds_noise:
             return []
-        return [replace(choice, temperature=value, final_noise=last) for value, last in _NOISE]
+        return [
+            replace(choice, temperature=temperature, final_noise=final_noise)
+            for temperature, final_noise in _NOISE
+        ]
 
     def _round(
-        self, candidates: Sequence[SamplerChoice], count: int, judge: _Judge
+        self, candidates: Sequence[SamplerChoice], count: int, tolerance: float, judge: _Judge
     ) -> list[JudgedSampler]:
         """Judge the first molecules of each candidate, with the limits of their distances."""
         judged: dict[SamplerChoice, JudgedSampler] = {}
@@ -339,7 +357,7 @@ class SamplerSearch:
             molecules = self._draw(choice, sampler, count)
             found = judge.judge(molecules, choice, sampler.evaluations)
             plain = replace(choice, temperature=1.0, final_noise=1.0)
-            limit, factor = judged.get(self.before, found), _TOLERANCE
+            limit, factor = judged.get(self.before, found), tolerance
             if plain != choice and plain in judged:
                 limit, factor = judged[plain], _NOISE_TOLERANCE
             near = choice == self.before or all(
@@ -424,14 +442,18 @@ class _Judge:
         distances = _distances(found.distributions, self._reference.distributions, self._types)
         return JudgedSampler(choice, evaluations, molecules, atoms, distances)
 
-    def rank(self, judged: JudgedSampler, last: bool) -> tuple[bool, float]:
-        """Ascends with the distance of stability from that of the data.
+    def rank(self, judged: JudgedSampler, last: bool) -> tuple[bool, float, float]:
+        """Ascends with the distance of stability from that of the data, then with the others.
 
         Before the last round, of few molecules, it is that of atoms, which varies less.
         """
         name = "molecule_stability" if last else "atom_stability"
         found, real = (getattr(each, name).value for each in (judged, self.real))
-        return not judged.near, abs((found or 0.0) - (real or 0.0))
+        others = (
+            _value(judged.distances[kind]) / max(_value(self.real.distances[kind]), _LEAST_DISTANCE)
+            for kind in KINDS
+        )
+        return not judged.near, abs((found or 0.0) - (real or 0.0)), sum(others)
 
 
 class _Drawn:
