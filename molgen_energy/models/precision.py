@@ -50,7 +50,7 @@ def _speedup_of_cpu() -> float:
     finally:
         torch.set_num_threads(threads)
     exact, rough = (min(column) for column in zip(*times[1:], strict=True))
-    return exact / rough
+    return float(exact / rough)
 
 
 @torch.no_grad()
