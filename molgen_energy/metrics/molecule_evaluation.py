@@ -43,7 +43,7 @@ from molgen_energy.metrics.checks.chunk import (
     ChunkChecks,
     check_chunk,
     check_chunk_without_rdkit,
-    smiles_hash,
+    smiles_hashes,
 )
 from molgen_energy.metrics.checks.posebusters import CHECKS as POSEBUSTERS
 from molgen_energy.metrics.checks.posebusters import posebusters_failed, run_posebusters
@@ -234,8 +234,12 @@ def _novel(
     """Which SMILES are not among the training molecules', (M,); anything where there is none."""
     if training_hashes is None:
         return None
-    hashes = np.array([smiles_hash(text or "") for text in smiles], np.uint64)
-    return ~np.isin(hashes, training_hashes)
+    if not len(training_hashes):
+        return np.ones(len(smiles), bool)
+    hashes = smiles_hashes(text or "" for text in smiles)
+    place = np.minimum(np.searchsorted(training_hashes, hashes), len(training_hashes) - 1)
+    novel: NDArray[np.bool_] = training_hashes[place] != hashes
+    return novel
 
 
 def check_chunks(
@@ -275,7 +279,7 @@ def collect_smiles_hashes(
 
 def hash_smiles(smiles: Iterable[str]) -> NDArray[np.uint64]:
     """Sorted hashes of SMILES."""
-    return np.unique(np.array([smiles_hash(text) for text in smiles], np.uint64))
+    return np.unique(smiles_hashes(smiles))
 
 
 class _ElementFilter:
