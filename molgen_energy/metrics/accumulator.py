@@ -171,6 +171,8 @@ class RandomSubset:
         self, chunk: MoleculeChunk, mask: NDArray[np.bool_], describe: Describe | None = None
     ) -> None:
         """Add the molecules of a chunk where the mask (M,) is set."""
+        if not self._size:
+            return
         key = hash_numbers(chunk.records)
         if len(self._heap) == self._size:
             mask = mask & (key < np.uint64(-self._heap[0][0]))

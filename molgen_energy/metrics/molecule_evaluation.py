@@ -379,9 +379,7 @@ def _add_subset_metrics(
         _add_strain(evaluation, metric, label, records, relaxations)
     if "geometry" in options.metrics:
         centres: list[Stereocentres] = []
-        chunks = _subset_chunks(
-            accumulator.random_complete, options.subset, _STEREOCENTRE_ATOMS
-        )
+        chunks = _subset_chunks(accumulator.random_complete, options.subset, _STEREOCENTRE_ATOMS)
         for _, counted in workers.map(count_stereocentres, chunks, stereocentres_failed):
             centres += counted
         evaluation.rates["stereocentres_r"] = _share_of_r(centres)

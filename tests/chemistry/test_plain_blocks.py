@@ -119,6 +119,14 @@ def test_other_blocks_are_left_to_rdkit(text):
     assert read_plain_blocks([CHARGED, text, CHARGED])[1] is None
 
 
+def test_a_charge_with_a_plus_sign_is_refused():
+    """RDKit reads 0."""
+    text = CHARGED.replace("M  CHG  2   1   1   2  -1", "M  CHG  2   1  +1   2  -1")
+    assert read_plain_blocks([text]) == [None]
+    reason = parse_mol_block(text)
+    assert isinstance(reason, str) and "line 14: expected pairs of an atom and a charge" in reason
+
+
 @pytest.mark.parametrize("lines", [0, 40, 20_000])
 def test_records_do_not_depend_on_how_many_are_read_together(tmp_path: Path, monkeypatch, lines):
     texts = [CHARGED, CHARGED.replace("N  ", "Q  "), "\n", CHARGED.replace("    3D", "é"), CHARGED]
