@@ -1,4 +1,12 @@
-from molgen_energy.cli import main
+"""Starts the command line. Every worker process reads this file, so it imports nothing at first."""
 
-if __name__ == "__main__":  # a worker process reads this file too
+
+def main() -> None:
+    """Entry point of `molgen-energy` and of `python -m molgen_energy`."""
+    from molgen_energy import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
     main()

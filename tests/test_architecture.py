@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import molgen_energy
+from molgen_energy.metrics.evaluation import PRELOAD
 
 ROOT = Path(molgen_energy.__file__).parent
 
@@ -220,6 +221,15 @@ class C:
         ["b", "c", "a", "b"],
         ["c", "a", "b", "c"],
     )
+
+
+def test_worker_processes_import_little():
+    """Each of them reads `__main__` and what `evaluate` works with."""
+    used = ["molgen_energy.__main__", *PRELOAD]
+    others = ("typer", "rich", "pydantic", "yaml", "h5py", "jinja2", "scipy", "torch", "matplotlib")
+    program = f"import sys, {', '.join(used)}\nprint(*({set(others)} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
 
 
 def test_the_command_line_imports_nothing_heavy():

@@ -126,21 +126,26 @@ def perceive(molecules: Molecules) -> Molecules:
 def _near_bonds(
     molecule: Molecule, tolerance: float = 0.0
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Bonds of one large molecule: atoms (E, 2) and orders (E,), without all of its pairs.
+    """Bonds of one molecule: atoms (E, 2) and orders (E,); of a large one without all its pairs.
 
     Distances may be longer by `tolerance` (Å).
     """
-    from scipy.spatial import cKDTree
+    if len(molecule) <= _LARGE:
+        pairs = np.stack(np.triu_indices(len(molecule), k=1), axis=1)
+    else:
+        from scipy.spatial import cKDTree
 
-    reach = float(_longest().max()) / 100 * 1.001 + tolerance
-    pairs = cKDTree(molecule.positions).query_pairs(reach, output_type="ndarray").astype(np.int64)
-    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+        reach = float(_longest().max()) / 100 * 1.001 + tolerance
+        tree = cKDTree(molecule.positions)
+        pairs = tree.query_pairs(reach, output_type="ndarray").astype(np.int64)
+        pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
     i, j = pairs.T
     numbers, positions = molecule.atomic_numbers, molecule.positions
     orders = _orders(positions[i] - positions[j], numbers[i], numbers[j], -tolerance)
     return pairs[orders > 0], orders[orders > 0]
 
 
+@np.errstate(over="ignore")  # as in `perceive`
 def are_perceived(molecule: Molecule, tolerance: float = 0.002) -> bool:
     """Whether a molecule's bonds are those that `perceive` finds.
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from rdkit import Chem, RDConfig, rdBase
-from rdkit.Chem import QED, rdMolDescriptors
+from rdkit.Chem import rdMolDescriptors
 
 from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS, build, max_neighbours
 from molgen_energy.data.molecules import Molecule
@@ -87,6 +87,8 @@ def describe(molecule: Molecule) -> NDArray[np.float32]:
 
 def descriptors(molecule: Chem.Mol) -> dict[str, float]:
     """Descriptors of a sanitised molecule with implicit hydrogens, by key."""
+    from rdkit.Chem import QED  # imports much of RDKit
+
     rings = molecule.GetRingInfo()
     by_size = Counter(map(len, rings.AtomRings()))
     systems = ring_systems(rings.AtomRings(), rings.BondRings())

@@ -159,7 +159,7 @@ def sanitize(
     built = build(molecule)
     parts = Chem.GetMolFrags(built)
     fragments = len(parts)
-    if max_neighbours(molecule) > MAX_NEIGHBOURS:
+    if built.GetAtomsMatchingQuery(_crowded()):  # in C++, at a third of `max_neighbours`
         reason = f"an atom has more than {MAX_NEIGHBOURS} bonds"
         return SanitizationResult(
             False,
@@ -264,6 +264,11 @@ def lacks_hydrogens(atom: Chem.Atom) -> bool:
 def any_lacks_hydrogens(molecule: Chem.Mol) -> bool:
     """Whether `lacks_hydrogens` holds for an atom of a sanitised molecule; in C++ throughout."""
     return any(molecule.GetAtomsMatchingQuery(query) for query in _lacking())
+
+
+@cache
+def _crowded() -> Chem.QueryAtom:
+    return rdqueries.ExplicitDegreeGreaterQueryAtom(MAX_NEIGHBOURS)
 
 
 @cache

@@ -14,7 +14,6 @@ from rdkit import Chem, rdBase
 from rdkit.Chem.rdFingerprintGenerator import GetMorganGenerator
 from rdkit.Chem.rdMolDescriptors import CalcNumRings
 from rdkit.Chem.rdmolops import FragmentOnBRICSBonds
-from rdkit.Chem.Scaffolds.MurckoScaffold import GetScaffoldForMol
 
 FINGERPRINT_BITS = 1024
 _RADIUS = 2
@@ -58,6 +57,8 @@ def _morgan() -> Any:
 
 
 def _scaffold(molecule: Chem.Mol) -> str:
+    from rdkit.Chem.Scaffolds.MurckoScaffold import GetScaffoldForMol  # imports much of RDKit
+
     try:
         scaffold = GetScaffoldForMol(molecule)  # type: ignore[no-untyped-call]  # has no types
     except (ValueError, RuntimeError):

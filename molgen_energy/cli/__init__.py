@@ -140,5 +140,5 @@ app = application()
 
 
 def main() -> None:
-    """Entry point of `molgen-energy` and of `python -m molgen_energy`."""
+    """Run the command of this process's arguments."""
     run_program(app)

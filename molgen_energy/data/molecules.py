@@ -24,13 +24,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from molgen_energy.errors import InputError
-from molgen_energy.formats.tensors import Shapes
+
+if TYPE_CHECKING:  # its import would take longer than all others of a worker process
+    from molgen_energy.formats.tensors import Shapes
 
 AROMATIC = 12
 """The bond order that stands for an aromatic bond; 1.5 does not fit an integer."""

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 from markupsafe import Markup
 
-DISPLAY_TEMPLATES = jinja2.PackageLoader("molgen_energy.display", "templates")
-"""The templates of this package; other environments may include them, such as `viewer.js`."""
+if TYPE_CHECKING:
+    import jinja2
+
+
+def display_templates() -> jinja2.PackageLoader:
+    """The templates of this package; other environments may include them, such as `viewer.js`."""
+    import jinja2
+
+    return jinja2.PackageLoader("molgen_energy.display", "templates")
 
 
 @cache
 def _environment() -> jinja2.Environment:
+    import jinja2
+
     return jinja2.Environment(
-        loader=DISPLAY_TEMPLATES, autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=display_templates(), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
 
 

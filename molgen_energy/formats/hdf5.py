@@ -23,7 +23,6 @@ import h5py
 import numpy as np
 from h5py import h5a, h5d, h5g, h5l, h5o, h5s, h5t, h5z
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 
 from molgen_energy.errors import InputError
 from molgen_energy.formats.declaration import (
@@ -551,6 +550,8 @@ def _checked(spec: AttributeSpec, value: Any) -> Any:
         raise TypeError
     value.encode()  # raises where bytes are not UTF-8
     if spec.kind == "json":
+        from pydantic import TypeAdapter
+
         return TypeAdapter(spec.json).validate_json(value, strict=True)
     if spec.choices is not None and value not in spec.choices:
         raise ValueError

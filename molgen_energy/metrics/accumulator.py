@@ -10,8 +10,8 @@ import heapq
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from molgen_energy.chemistry.agreement import BondAgreement
 from molgen_energy.chemistry.anomalies import AnomalyCounts
 from molgen_energy.chemistry.descriptors import DESCRIPTORS
-from molgen_energy.data.molecules import Molecule, MoleculeChunk
-from molgen_energy.metrics.checks.chunk import ChunkChecks, smiles_hash
+from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
+from molgen_energy.metrics.checks.chunk import ChunkChecks, smiles_hashes
 from molgen_energy.metrics.molecule_values import KeptMolecules, MoleculeValues, TypeValues
 from molgen_energy.metrics.statistics import Clusters, Rate
 
@@ -125,18 +125,17 @@ class DistinctHashes:
 
     def __init__(self) -> None:
         self._sorted = np.zeros(0, np.uint64)
-        self._pending: list[int] = []
+        self._pending: list[NDArray[np.uint64]] = []
 
     def add(self, smiles: list[str | None]) -> None:
         """Add SMILES; None is ignored."""
-        self._pending.extend(smiles_hash(text) for text in smiles if text is not None)
-        if len(self._pending) > self._MAX_PENDING:
+        self._pending.append(smiles_hashes(text for text in smiles if text is not None))
+        if sum(map(len, self._pending)) > self._MAX_PENDING:
             self._merge()
 
     def _merge(self) -> None:
         if self._pending:
-            new = np.array(self._pending, np.uint64)
-            self._sorted = np.unique(np.concatenate([self._sorted, new]))
+            self._sorted = np.unique(np.concatenate([self._sorted, *self._pending]))
             self._pending = []
 
     @property
@@ -165,31 +164,39 @@ class RandomSubset:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._heap: list[tuple[int, int, SelectedMolecule]] = []
+        self._heap: list[tuple[int, int, Molecules, int, SelectedMolecule | None]] = []
+        """Rank and record of each, where its molecule is, and what was described of it."""
 
     def add(
         self, chunk: MoleculeChunk, mask: NDArray[np.bool_], describe: Describe | None = None
     ) -> None:
         """Add the molecules of a chunk where the mask (M,) is set."""
+        if not self._size:
+            return
         key = hash_numbers(chunk.records)
+        if len(self._heap) == self._size:
+            mask = mask & (key < np.uint64(-self._heap[0][0]))
         candidates = np.flatnonzero(mask)
         if len(candidates) > self._size:
             nearest = np.argsort(key[candidates], kind="stable")[: self._size]
             candidates = candidates[nearest]
-        for k in candidates.tolist():
-            rank = -int(key[k])
-            if len(self._heap) == self._size and rank <= self._heap[0][0]:
-                continue
-            record = int(chunk.records[k])
-            selected = SelectedMolecule(record, _copy(chunk.molecules[k]))
+        if not len(candidates):
+            return
+        kept = chunk.molecules.select(candidates)  # a view would keep the whole chunk in memory
+        ranks, records = key[candidates].tolist(), chunk.records[candidates].tolist()
+        for place, (k, rank, record) in enumerate(
+            zip(candidates.tolist(), ranks, records, strict=True)
+        ):
+            described = None
             if describe is not None:
-                selected = describe(k, selected)
-            heapq.heappush(self._heap, (rank, record, selected))
+                described = describe(k, SelectedMolecule(record, kept[place]))
+            heapq.heappush(self._heap, (-rank, record, kept, place, described))
             if len(self._heap) > self._size:
                 heapq.heappop(self._heap)
 
     def __iter__(self) -> Iterator[SelectedMolecule]:
-        return (item[2] for item in sorted(self._heap, key=lambda item: -item[0]))
+        for _, record, molecules, place, described in sorted(self._heap, key=lambda one: -one[0]):
+            yield described or SelectedMolecule(record, molecules[place])
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -439,13 +446,6 @@ class EvaluationAccumulator:
         rows = [list(subset) for _, subset in sorted(self._gallery_failing.items())]
         alternating = [row[k] for k in range(GALLERY_SIZE) for row in rows if k < len(row)]
         return alternating[:GALLERY_SIZE]
-
-
-def _copy(molecule: Molecule) -> Molecule:
-    """A copy of the arrays: views would keep the whole chunk in memory."""
-    columns = vars(molecule).items()
-    arrays: dict[str, Any] = {k: v.copy() for k, v in columns if isinstance(v, np.ndarray)}
-    return replace(molecule, **arrays)
 
 
 def _values_of(checks: ChunkChecks) -> MoleculeValues:

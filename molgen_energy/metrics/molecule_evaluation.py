@@ -43,7 +43,7 @@ from molgen_energy.metrics.checks.chunk import (
     ChunkChecks,
     check_chunk,
     check_chunk_without_rdkit,
-    smiles_hash,
+    smiles_hashes,
 )
 from molgen_energy.metrics.checks.posebusters import CHECKS as POSEBUSTERS
 from molgen_energy.metrics.checks.posebusters import posebusters_failed, run_posebusters
@@ -72,8 +72,10 @@ from molgen_energy.metrics.statistics import (
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.workers import WorkerPool
 
-_SUBSET_CHUNK_SIZE = 10
-_STEREOCENTRE_CHUNK_SIZE = 100
+# Atoms of a chunk: of so few molecules that each process gets several, of so many that NumPy's
+# operations on a chunk take little of its time.
+_SUBSET_ATOMS = 500
+_STEREOCENTRE_ATOMS = 2000
 _XTB_FRACTION = 10  # xTB takes a second for each molecule of QM9, so it gets a tenth of the subset
 _MAX_WORST = 3
 # The rest has rows: `connected` counts fragments, `hydrogens missing` single hydrogens.
@@ -234,8 +236,12 @@ def _novel(
     """Which SMILES are not among the training molecules', (M,); anything where there is none."""
     if training_hashes is None:
         return None
-    hashes = np.array([smiles_hash(text or "") for text in smiles], np.uint64)
-    return ~np.isin(hashes, training_hashes)
+    if not len(training_hashes):
+        return np.ones(len(smiles), bool)
+    hashes = smiles_hashes(text or "" for text in smiles)
+    place = np.minimum(np.searchsorted(training_hashes, hashes), len(training_hashes) - 1)
+    novel: NDArray[np.bool_] = training_hashes[place] != hashes
+    return novel
 
 
 def check_chunks(
@@ -275,7 +281,7 @@ def collect_smiles_hashes(
 
 def hash_smiles(smiles: Iterable[str]) -> NDArray[np.uint64]:
     """Sorted hashes of SMILES."""
-    return np.unique(np.array([smiles_hash(text) for text in smiles], np.uint64))
+    return np.unique(smiles_hashes(smiles))
 
 
 class _ElementFilter:
@@ -373,9 +379,7 @@ def _add_subset_metrics(
         _add_strain(evaluation, metric, label, records, relaxations)
     if "geometry" in options.metrics:
         centres: list[Stereocentres] = []
-        chunks = _subset_chunks(
-            accumulator.random_complete, options.subset, _STEREOCENTRE_CHUNK_SIZE
-        )
+        chunks = _subset_chunks(accumulator.random_complete, options.subset, _STEREOCENTRE_ATOMS)
         for _, counted in workers.map(count_stereocentres, chunks, stereocentres_failed):
             centres += counted
         evaluation.rates["stereocentres_r"] = _share_of_r(centres)
@@ -428,13 +432,17 @@ def mean_key(descriptor: str) -> str:
 
 
 def _subset_chunks(
-    subset: RandomSubset, count: int, size: int = _SUBSET_CHUNK_SIZE
+    subset: RandomSubset, count: int, atoms: int = _SUBSET_ATOMS
 ) -> Iterator[MoleculeChunk]:
+    """The first molecules of a subset in chunks of about so many atoms."""
     selected = list(subset)[:count]
-    for start in range(0, len(selected), size):
-        part = selected[start : start + size]
-        records = np.array([s.record for s in part], np.int64)
-        yield MoleculeChunk(records, Molecules.from_list([s.molecule for s in part]))
+    if not selected:
+        return
+    chunk = np.cumsum([len(s.molecule) for s in selected]) // atoms
+    for part in np.split(np.arange(len(selected)), np.flatnonzero(np.diff(chunk)) + 1):
+        members = [selected[k] for k in part.tolist()]
+        records = np.array([s.record for s in members], np.int64)
+        yield MoleculeChunk(records, Molecules.from_list([s.molecule for s in members]))
 
 
 def _share_of_r(centres: list[Stereocentres]) -> Rate:

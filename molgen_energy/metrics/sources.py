@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -154,6 +155,9 @@ class FileSource:
                 included[rng.choice(members, self.limit, replace=False)] = True
             for chunk in file.chunks(CHUNK_SIZE, split, self.skip_bad):
                 chosen = np.flatnonzero(included[chunk.records - 1])
+                # No metric reads the other columns, which every worker would get and send back.
+                bare = replace(chunk.molecules, smiles=None, properties={})
+                chunk = MoleculeChunk(chunk.records, bare)
                 if len(chosen):
                     yield chunk if len(chosen) == len(chunk) else chunk.select(chosen)
             self.skipped = file.skipped

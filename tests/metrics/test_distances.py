@@ -6,10 +6,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import fft, special, stats
 
 from molgen_energy.metrics.distances.histograms import total_variation, wasserstein_of_counts
-from molgen_energy.metrics.distances.mmd import mmd, mmd_leave_groups_out
+from molgen_energy.metrics.distances.mmd import _transform_length, mmd, mmd_leave_groups_out
 from molgen_energy.metrics.distances.wasserstein import wasserstein, wasserstein_leave_groups_out
 from molgen_energy.metrics.statistics import jackknife_interval
 
@@ -115,3 +115,16 @@ def test_the_jackknife_of_a_mean_is_the_interval_of_a_mean(rng):
     expected = stats.t.interval(0.95, 9, groups.mean(), stats.sem(groups))
     assert (low, high) == pytest.approx(expected)
     assert jackknife_interval(0.1, [0.0, 0.3])[0] == 0
+
+
+@pytest.mark.parametrize("groups", range(2, 11))
+def test_jackknife_quantiles_are_those_of_scipy(rng, groups):
+    """To the last bit, so that no figure depends on which of the two is used."""
+    without = rng.normal(size=groups).tolist()
+    half = special.stdtrit(groups - 1, 0.975) * np.sqrt((groups - 1) * np.var(without))
+    assert jackknife_interval(0.0, without, -np.inf) == (-half, half)
+
+
+def test_lengths_of_transforms_are_those_of_scipy():
+    for least in (*range(1, 700), 99_999, 1_234_567, 1 << 23, (1 << 23) + 1):
+        assert _transform_length(least) == fft.next_fast_len(least, real=True)

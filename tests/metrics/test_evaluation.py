@@ -304,10 +304,14 @@ def test_a_random_subset_does_not_depend_on_the_chunks(molecules):
     drawn = []
     for size in (300, 7):
         subset = RandomSubset(20)
-        for part in chunk.parts(size):
+        parts = list(chunk.parts(size))
+        for part in parts:
             subset.add(part, part.records % 3 == 0)
         drawn.append([s.record for s in subset])
-        assert all(s.molecule.positions.base is None for s in subset)  # no chunk is kept in memory
+        for s in subset:  # no chunk is kept in memory
+            arrays = [part.molecules.positions for part in parts]
+            assert not any(np.shares_memory(s.molecule.positions, array) for array in arrays)
+            assert np.array_equal(s.molecule.positions, molecules[s.record - 1].positions)
     assert drawn[0] == drawn[1]
     assert len(set(drawn[0])) == 20
     assert all(record % 3 == 0 for record in drawn[0])

@@ -9,7 +9,7 @@ import pytest
 from conftest import dense_orders, of_smiles
 from rdkit import Chem
 from rdkit.Chem import AllChem
-from scipy import stats
+from scipy import special, stats
 
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.convert import molecule_from_rdkit
@@ -555,6 +555,13 @@ def test_interval_of_the_median_is_that_of_scipy(rng, count):
     values = rng.normal(size=count)
     low, high = stats.quantile_test(values, p=0.5).confidence_interval(0.95)
     assert median_interval(values) == (None if np.isnan([low, high]).any() else (low, high))
+
+
+def test_ranks_of_the_median_are_binomial_for_all_counts():
+    for count in (*range(6, 400), 1000, 12_345, 200_000):
+        tails = special.bdtr(np.arange(count + 1), count, 0.5)
+        rank = int((tails < 0.025).sum())
+        assert median_interval(np.arange(count, dtype=float)) == (rank - 1, count - rank)
 
 
 def test_over_regular(molecules):

@@ -29,9 +29,8 @@ _SHOWN = 40  # characters of a line
 _THREE = r"(?:  [0-9]| [0-9]{2}|[0-9]{3})"  # columns
 _COUNT_FIELDS = re.compile(_THREE * 2)
 _PROPERTY = re.compile(r"M  [A-Z0-9$]{3}(?: |$)")
-_CHARGES = re.compile(
-    rf"M  CHG{_THREE}(?: {_THREE} (?:  [0-9]| [-+0-9][0-9]|[-+0-9][0-9]{{2}}))*\s*"
-)
+# RDKit reads +1 as 0.
+_CHARGES = re.compile(rf"M  CHG{_THREE}(?: {_THREE} (?:  [0-9]| [-0-9][0-9]|[-0-9][0-9]{{2}}))*\s*")
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _MOST_CHARGE = 127  # RDKit keeps 8 bits, and has no message for more
 
@@ -175,20 +174,21 @@ def _fault_of_properties(lines: list[str], first: int) -> Fault | None:
         if line.startswith("M ") and not is_text:
             if not _PROPERTY.match(line):
                 return _unexpected(_PROPERTY_LINE, k, line)
-            if line.startswith("M  CHG") and not _are_charges(line):
+            if line.startswith("M  CHG") and parse_charges(line) is None:
                 return _unexpected(_CHARGE_LINE, k, line)
         is_text = line.startswith(("A  ", "G  ")) and not is_text
     return None
 
 
-def _are_charges(line: str) -> bool:
-    """Whether `M  CHG` has as many pairs of an atom and a charge as it says."""
+def parse_charges(line: str) -> list[tuple[int, int]] | None:
+    """The atoms and charges of a line `M  CHG`; None unless it has as many as it says."""
     if not _CHARGES.fullmatch(line):
-        return False
+        return None
     values = [int(line[start : start + 4]) for start in range(9, len(line.rstrip()), 4)]
-    return len(values) == 2 * int(line[6:9]) and all(
-        abs(charge) <= _MOST_CHARGE for charge in values[1::2]
-    )
+    pairs = list(zip(values[::2], values[1::2], strict=True))
+    if len(pairs) != int(line[6:9]) or any(abs(charge) > _MOST_CHARGE for _, charge in pairs):
+        return None
+    return pairs
 
 
 def _fault_of_v3000(head: str) -> Fault | None:

@@ -220,6 +220,25 @@ class Lines:
             self.number += 1
         return line
 
+    def until(self, mark: str) -> tuple[list[str], bool]:
+        """The lines before one that begins with a mark, which is read too, or up to the end.
+
+        And whether there was such a line.
+        """
+        found: list[str] = []
+        ended = False
+        peeked = (self._ahead.popleft() for _ in range(len(self._ahead)))
+        sign, add = mark[0], found.append  # comparing one character first takes half the time
+        try:
+            for line in chain(peeked, self._lines):
+                if line[0] == sign and line.startswith(mark):
+                    ended = True
+                    break
+                add(line)
+        finally:
+            self.number += len(found) + ended
+        return found, ended
+
     def ahead(self, k: int) -> str | None:
         """The line that `next` gives after k others, None beyond the end."""
         self._look_ahead(k + 1)

@@ -16,7 +16,8 @@ from rdkit.Chem import rdChemReactions
 from molgen_energy.chemistry.convert import molecule_from_rdkit
 from molgen_energy.chemistry.fields import MOST_FIELDS, check_field_count, parse_number
 from molgen_energy.chemistry.molfiles.columns import COUNTS, find_fault, has_numbers_in_columns
-from molgen_energy.chemistry.molfiles.lines import NUL, Lines, Record
+from molgen_energy.chemistry.molfiles.lines import DAMAGED, NUL, Lines, Record, TooLargeError
+from molgen_energy.chemistry.molfiles.plain_blocks import read_plain_blocks
 from molgen_energy.chemistry.rdkit import build
 from molgen_energy.data.molecules import Molecule
 from molgen_energy.elements import atomic_number, symbol
@@ -31,26 +32,51 @@ _REACTION = "$RXN\n\n\n\n  1  0\n$MOL\n"
 # A header `>  <name>`, and the lines up to an empty one or to the next header.
 _FIELD = re.compile(r"^>[^<\n]*<([^>\n]+)>.*\n((?:(?!>.*<).*\S.*\n?)*)", re.MULTILINE)
 _VERSION = re.compile(r"V[23]000\s*$")
+_LINES_AT_ONCE = 20_000
 
 
 def read_records(lines: Lines) -> Iterator[Record]:
     """The molecule and the data fields of each record."""
-    for start, record in split_records(lines):
-        text = "".join(record)
-        if "\0" in text:
-            yield Record(start, NUL, {})
-        elif not text.strip():
-            yield Record(start, "an empty record", {})
-        elif (second := _second_block(text, record)) is not None:
-            reason = f"a second mol block begins at line {start + second} without $$$$ before it"
-            yield Record(start, reason, {})
-        else:
-            try:
-                fields = _data_fields(text)
-            except ValueError as error:
-                yield Record(start, str(error), {})
-            else:
-                yield Record(start, parse_mol_block(text, start), fields)
+    for part in _together(split_records(lines)):
+        texts = ["".join(record) for _, record in part]
+        plain = read_plain_blocks(texts)
+        for (start, record), text, molecule in zip(part, texts, plain, strict=True):
+            yield _record(start, record, text, molecule)
+
+
+def _record(start: int, lines: list[str], text: str, plain: Molecule | None) -> Record:
+    """A record of lines from a number on; `plain` is its molecule where that was easy to read."""
+    if "\0" in text:
+        return Record(start, NUL, {})
+    if not text or text.isspace():
+        return Record(start, "an empty record", {})
+    if (second := _second_block(text, lines)) is not None:
+        reason = f"a second mol block begins at line {start + second} without $$$$ before it"
+        return Record(start, reason, {})
+    try:
+        fields = _data_fields(text)
+    except ValueError as error:
+        return Record(start, str(error), {})
+    return Record(start, parse_mol_block(text, start) if plain is None else plain, fields)
+
+
+def _together(
+    records: Iterator[tuple[int, list[str]]],
+) -> Iterator[list[tuple[int, list[str]]]]:
+    """Records that are read together; those before what cannot be read come before its error."""
+    part: list[tuple[int, list[str]]] = []
+    count = 0
+    try:
+        for record in records:
+            part.append(record)
+            count += len(record[1])
+            if count > _LINES_AT_ONCE:
+                yield part
+                part, count = [], 0
+    except (*DAMAGED, TooLargeError):
+        yield part
+        raise
+    yield part
 
 
 def split_records(lines: Lines) -> Iterator[tuple[int, list[str]]]:
@@ -61,12 +87,10 @@ def split_records(lines: Lines) -> Iterator[tuple[int, list[str]]]:
     while True:
         lines.begin_record()
         start = lines.number + 1
-        record: list[str] = []
-        while (line := lines.next()) is not None and not line.startswith("$$$$"):
-            record.append(line)
-        if line is not None or any(text.strip() for text in record):
+        record, ended = lines.until("$$$$")
+        if ended or any(text.strip() for text in record):
             yield start, record
-        if line is None:
+        if not ended:
             return
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -347,3 +348,9 @@ def _geometry(
 def smiles_hash(smiles: str) -> int:
     """64-bit hash of a SMILES; a million have a collision with a probability of 3e-8."""
     return int.from_bytes(blake2b(smiles.encode(), digest_size=8).digest(), "little")
+
+
+def smiles_hashes(smiles: Iterable[str]) -> NDArray[np.uint64]:
+    """`smiles_hash` of M SMILES, (M,)."""
+    digests = [blake2b(text.encode(), digest_size=8).digest() for text in smiles]
+    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)

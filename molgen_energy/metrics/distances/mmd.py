@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -202,8 +203,6 @@ def kernel_sums(
     points
         Grid points for each standard deviation of the narrowest kernel.
     """
-    from scipy.fft import irfft, next_fast_len, rfft
-
     if width <= 0:
         _, place = np.unique(values, return_inverse=True)
         counts = np.zeros((rows, place.max() + 1))
@@ -214,10 +213,10 @@ def kernel_sums(
     places = close / step
     length = int(places.max()) + 4
     densities = _spread(places + length * row, rows * length).reshape(rows, length)
-    size = next_fast_len(2 * length, real=True)
+    size = _transform_length(2 * length)
     lag = step * np.minimum(np.arange(size), size - np.arange(size))
-    kernel = rfft(sum(np.exp(-(lag**2) / (width * 2**i)) for i in range(_KERNELS)))
-    smooth = irfft(rfft(densities, size) * kernel, size)[:, :length]
+    kernel = np.fft.rfft(sum(np.exp(-(lag**2) / (width * 2**i)) for i in range(_KERNELS)))
+    smooth = np.fft.irfft(np.fft.rfft(densities, size) * kernel, size)[:, :length]
     sums: NDArray[np.float64] = densities @ smooth.T
     return sums
 
@@ -236,11 +235,15 @@ def _close_gaps(values: NDArray[np.floating[Any]], longest: float) -> NDArray[np
 
 def _quadratic_form(difference: NDArray[np.float64], kernel: NDArray[np.float64]) -> float:
     """Σ_ab w_a w_b K(a − b) for a difference of densities w on a grid (G,), K by lag (G,)."""
-    from scipy.fft import irfft, next_fast_len, rfft
-
-    size = next_fast_len(2 * len(difference), real=True)
-    correlation = irfft(np.abs(rfft(difference, size)) ** 2, size)[: len(difference)]
+    size = _transform_length(2 * len(difference))
+    correlation = np.fft.irfft(np.abs(np.fft.rfft(difference, size)) ** 2, size)[: len(difference)]
     return float(correlation[0] * kernel[0] + 2 * (correlation[1:] @ kernel[1:]))
+
+
+def _transform_length(least: int) -> int:
+    """The least product of powers of 2, 3 and 5 from a length on: others take longer."""
+    odd: list[int] = [3**a * 5**b for a, b in product(range(32), range(20))]
+    return min(part << (-(-least // part) - 1).bit_length() for part in odd if part < 2 * least)
 
 
 def _spread(places: NDArray[np.float64], size: int) -> NDArray[np.float64]:

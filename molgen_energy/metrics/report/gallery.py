@@ -11,7 +11,6 @@ import numpy as np
 from markupsafe import Markup
 from rdkit import Chem, rdBase
 from rdkit.Chem import rdDepictor
-from rdkit.Chem.Draw import rdMolDraw2D
 
 from molgen_energy.chemistry.rdkit import MAX_NEIGHBOURS, build, max_neighbours, short_smiles
 from molgen_energy.data.molecules import Molecule, MoleculeChunk, Molecules
@@ -106,6 +105,8 @@ def drawing_failed(chunk: MoleculeChunk, reason: str) -> list[str]:
 
 
 def _draw(molecule: Molecule, unstable: tuple[int, ...]) -> str:
+    from rdkit.Chem.Draw import rdMolDraw2D  # imports much of RDKit
+
     if max_neighbours(molecule) > MAX_NEIGHBOURS:
         return ""
     built = build(molecule)

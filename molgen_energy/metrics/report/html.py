@@ -9,16 +9,17 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
 from molgen_energy import __version__
-from molgen_energy.display.html import DISPLAY_TEMPLATES
+from molgen_energy.display.html import display_templates
 from molgen_energy.metrics.report.table import metric_text, real_text, uncertainty
 from molgen_energy.output import atomic_write, display_path, remove_leftovers
 
 if TYPE_CHECKING:
+    import jinja2
+
     from molgen_energy.metrics.report.model import EvaluatedFile, MetricValue, Report, ReportColumn
 
 PAGE, VALUES = "report.html", "report.json"
@@ -88,11 +89,13 @@ def notebook_html(report: Report) -> str:
 
 @cache
 def _environment() -> jinja2.Environment:
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader(
             [
                 jinja2.PackageLoader("molgen_energy.metrics.report", "templates"),
-                DISPLAY_TEMPLATES,
+                display_templates(),
             ]
         ),
         autoescape=True,
