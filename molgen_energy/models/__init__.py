@@ -9,8 +9,15 @@ from molgen_energy.models.gdm_pairs import GDMPairs
 from molgen_energy.models.jodo import JODO
 from molgen_energy.models.mlp import MLP
 from molgen_energy.models.resnet import ResNet
+from molgen_energy.models.transformer import Transformer
 
-MODELS: dict[str, type[Denoiser]] = {"gdm": GDM, "edm": EDM, "gdm_pairs": GDMPairs, "jodo": JODO}
+MODELS: dict[str, type[Denoiser]] = {
+    "gdm": GDM,
+    "edm": EDM,
+    "gdm_pairs": GDMPairs,
+    "transformer": Transformer,
+    "jodo": JODO,
+}
 """Denoisers of molecules."""
 
 SHAPE_MODELS: dict[str, type[MLP]] = {"mlp": MLP}
@@ -30,4 +37,5 @@ __all__ = [
     "Denoiser",
     "GDMPairs",
     "ResNet",
+    "Transformer",
 ]

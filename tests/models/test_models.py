@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from molgen_energy.diffusion.state import State
-from molgen_energy.models import EDM, GDM, JODO, MODELS, GDMPairs, jodo, pair_network
+from molgen_energy.models import EDM, GDM, JODO, MODELS, GDMPairs, Transformer, jodo, pair_network
 from molgen_energy.models.pair_network import PairNetwork
 
 
@@ -41,11 +41,15 @@ def timed(norm, h, time):
     return h / h.square().mean(dim=1, keepdim=True).sqrt() * (1 + scale) + shift
 
 
+def embedded(model: nn.Module, time):
+    """Features (W,) of a time."""
+    angles = torch.log(time / (1 - time)) * torch.arange(1, 17) / 4
+    return F.silu(model.time.linear(torch.cat([angles.sin(), angles.cos(), time[None]])))
+
+
 def with_distances(model: GDMPairs, noisy, time, row, col):
     """What `GDMPairs` makes of a molecule, before the mean is taken off."""
-    log_ratio = torch.log(time / (1 - time))
-    angles = log_ratio * torch.arange(1, 17) / 4
-    time = F.silu(model.time.linear(torch.cat([angles.sin(), angles.cos(), time[None]])))
+    time = embedded(model, time)
     relative = noisy[row, :3] - noisy[col, :3]
     d = torch.sqrt((relative**2).sum(dim=1, keepdim=True) + 1e-8)
     gaussians = [torch.exp(-((d - 0.5 - k / 2) ** 2) / (2 * 0.5**2)) for k in range(10)]
@@ -62,6 +66,42 @@ def with_distances(model: GDMPairs, noisy, time, row, col):
     return model.readout(timed(model.norm, h, time))
 
 
+def with_attention(model: Transformer, noisy, time):
+    """What `Transformer` makes of a molecule, before the mean is taken off; head by head."""
+    time, p, atoms = embedded(model, time), noisy[:, :3], len(noisy)
+    d = torch.sqrt(((p[:, None] - p) ** 2).sum(dim=-1) + 1e-8)
+    centres = torch.linspace(0.5, 5, 16)  # in float32, as those of the network
+    gaussians = [torch.exp(-((d - c) ** 2) / (2 * 0.3**2)) for c in centres.tolist()]
+    features = torch.stack([*gaussians, 1 / (1 + d), d / 5, 0 * d], dim=-1)
+    bias = model.bias.weight[:, -1].expand(1 + atoms, 1 + atoms, -1).clone()
+    bias[1:, 1:] = features @ model.bias.weight.T
+    h = torch.cat([model.register[None], model.embed(noisy)]) + model.embed_time(time)
+    for k, layer in enumerate(model.layers):
+        x, heads = timed(layer.attention_norm, h, time), []
+        for head in range(model.heads):
+
+            def part(linear, x=x, head=head):
+                return linear(x).chunk(model.heads, dim=1)[head]
+
+            query, key = (
+                norm.weight * values / values.square().mean(dim=1, keepdim=True).sqrt()
+                for norm, values in (
+                    (layer.query_norm, part(layer.query)),
+                    (layer.key_norm, part(layer.key)),
+                )
+            )
+            logits = query @ key.T / query.shape[1] ** 0.5 + bias[:, :, k * model.heads + head]
+            weight = torch.softmax(logits, dim=1)
+            to_atoms = weight[:, 1:]
+            places = torch.cat([torch.zeros(1, 3), p])
+            moved = (to_atoms[..., None] * (p - places[:, None])).sum(dim=1)
+            count = to_atoms.sum(dim=1, keepdim=True)
+            heads.append(torch.cat([moved, count, weight @ part(layer.value)], dim=1))
+        h = h + layer.output(torch.cat(heads, dim=1))
+        h = h + layer.update_out(F.silu(layer.update_in(timed(layer.update_norm, h, time))))
+    return model.readout(timed(model.norm, h[1:], time))
+
+
 def textbook(model: nn.Module, noisy, time):
     """One molecule (N, 3+F) without padding, over the list of its ordered pairs."""
     atoms = len(noisy)
@@ -75,6 +115,9 @@ def textbook(model: nn.Module, noisy, time):
         shift, features = result[:, :3], result[:, 3:]
     elif isinstance(model, GDMPairs):
         result = with_distances(model, noisy, time, row, col)
+        shift, features = result[:, :3], result[:, 3:]
+    elif isinstance(model, Transformer):
+        result = with_attention(model, noisy, time)
         shift, features = result[:, :3], result[:, 3:]
     else:
         x, h = noisy[:, :3], model.embed(torch.cat([noisy[:, 3:], t], dim=1))
@@ -249,6 +292,7 @@ def test_sizes_are_the_papers():
 
     assert count(GDM) == 3_555_602
     assert count(GDMPairs) == 5_047_130  # not the paper's
+    assert count(Transformer) == 12_640_713  # not of a paper
     assert count(EDM) == 5_339_663  # the readout lacks EDM's unused channel of time
 
 
