@@ -135,6 +135,6 @@ if __name__ == "__main__":
         chosen = INTERPRETED.get(name, tiles) if device == "cpu" else tiles
         for key, value in zip(names, chosen, strict=True):
             setattr(fused_kernels, key, value)
-        kept = case[:6], *case[7:]
+        kept = [*case[:6], *case[7:]]
         found[name] = {"case": kept, "errors": errors(device, *case, kernels=FusedSums)}
     print(json.dumps(found))
