@@ -35,6 +35,7 @@ def test_kernels_are_the_textbook_formula(device: str) -> None:
         wanted = bool(fused) and fused[1]
         # Two results, and gradients of two states and five weights, less those that are empty.
         assert len(result["errors"]) == 6 + bool(features) + bool(channels) + bias + wanted, name
+        # The interpreter cuts bfloat16 off, not rounds it; fused kernels do that more often.
         bound = {"low precision": 2e-2, "fused, low precision": 3e-2}.get(name, 2e-6)
         assert max(result["errors"]) < bound, (name, result["errors"])
 
