@@ -181,7 +181,7 @@ class _Loaded(BundledReference):
 def _import_all() -> None:
     """Import what commands import when they need it, before processes are forked."""
     for module in pkgutil.walk_packages(molgen_energy.__path__, "molgen_energy."):
-        if module.name.rpartition(".")[2] not in ("__main__", "pair_kernels"):
+        if module.name.rpartition(".")[2] not in ("__main__", "pair_kernels", "fused_kernels"):
             importlib.import_module(module.name)
     importlib.import_module("torch._dynamo")  # of optimisers
 

@@ -8,13 +8,13 @@ part, computed once for each atom rather than once for each pair.
 The messages m of a batch of 64 molecules of QM9 at width 256 take 20 MB, and autograd would keep
 five such tensors for each layer. This implementation works in blocks that fit the processor's
 cache, and its backward pass recomputes everything except the product with W. On a GPU with Triton,
-gated sums use the kernels of `pair_kernels`.
+the kernels of `pair_kernels` do the work, or those of `fused_kernels` where they are faster.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib.util import find_spec
 from shutil import which
@@ -31,8 +31,8 @@ _BLOCK_PER_THREAD, _BLOCK_GPU = 1 << 20, 1 << 27
 # A layer keeps the product with W for the backward pass up to this many bytes, else recomputes it:
 # a third more work.
 _KEPT_CPU, _KEPT_GPU = 1 << 28, 1 << 29
-# Most elements of messages for which the kernels are used, and the widths that they support.
-_FUSED_GPU, _FUSED_WIDTHS = 1 << 29, (32, 64, 128, 256, 512)
+# Most elements of messages for which kernels are used, and the widths that they support.
+_KERNELS_GPU, _KERNEL_WIDTHS, _FUSED_WIDTHS = 1 << 29, (32, 64, 128, 256, 512), (64, 128, 256)
 
 
 class PairNetwork(nn.Module):
@@ -104,45 +104,70 @@ class PairNetwork(nn.Module):
         self, h: Tensor, pairs: Tensor | None, features: Tensor | None, low_precision: bool
     ) -> tuple[Tensor, Tensor]:
         receiver, sender = self.receiver(h), self.sender(h)
-        if pairs is not None and _kernels_serve(receiver, features):
-            from molgen_energy.models.pair_kernels import GatedSums
-
-            gathered: tuple[Tensor, Tensor] = GatedSums.apply(  # type: ignore[no-untyped-call]
-                receiver,
-                sender,
-                features,
-                pairs,
-                torch.bfloat16 if low_precision else receiver.dtype,
-                self.linear.weight,
-                self.linear.bias,
-                self.read.weight,
-                self.read.bias,
-                None if self.feature is None else self.feature.weight,
-            )
-            return gathered
-        result: tuple[Tensor, Tensor] = _PairFunction.apply(  # type: ignore[no-untyped-call]
+        dtype = torch.bfloat16 if low_precision else receiver.dtype
+        function = _function(receiver, features, pairs is not None, dtype, self.read.out_features)
+        return function(
             receiver,
             sender,
             features,
             pairs,
-            low_precision,
-            torch.is_grad_enabled(),
+            dtype,
             self.linear.weight,
             self.linear.bias,
             self.read.weight,
             self.read.bias,
             None if self.feature is None else self.feature.weight,
         )
-        return result
 
 
-def _kernels_serve(receiver: Tensor, features: Tensor | None) -> bool:
-    """Whether `pair_kernels` supports such states."""
+PairSums = Callable[..., tuple[Tensor, Tensor]]
+"""Takes states of receivers and senders, features, pairs, the precision, and the weights."""
+
+
+def _in_blocks(
+    receiver: Tensor,
+    sender: Tensor,
+    features: Tensor | None,
+    pairs: Tensor | None,
+    dtype: torch.dtype,
+    *weights: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    low, recording = dtype != receiver.dtype, torch.is_grad_enabled()
+    result: tuple[Tensor, Tensor] = _PairFunction.apply(  # type: ignore[no-untyped-call]
+        receiver, sender, features, pairs, low, recording, *weights
+    )
+    return result
+
+
+def _function(
+    receiver: Tensor, features: Tensor | None, gated: bool, dtype: torch.dtype, numbers: int
+) -> PairSums:
+    """What computes pairs of such states: fused kernels, those of `pair_kernels`, or blocks."""
+    if not _kernels_serve(receiver):
+        return _in_blocks
+    from molgen_energy.models.fused_kernels import FusedSums, is_faster
+    from molgen_energy.models.pair_kernels import GatedSums
+
+    wanted = features is not None and features.requires_grad
+    other: PairSums = GatedSums.apply if gated and not wanted else _in_blocks
+    width, count = receiver.shape[-1], 0 if features is None else features.shape[-1]
+    if (
+        dtype == torch.bfloat16
+        and width in _FUSED_WIDTHS
+        and torch.cuda.get_device_capability(receiver.device) >= (9, 0)
+        and is_faster(other, receiver.device, width, count, numbers, gated, wanted)
+    ):
+        fused: PairSums = FusedSums.apply
+        return fused
+    return other
+
+
+def _kernels_serve(receiver: Tensor) -> bool:
+    """Whether kernels support such states."""
     if not receiver.is_cuda or receiver.dtype != torch.float32 or not _has_kernels(receiver.device):
         return False
     _, atoms, width = receiver.shape
-    wanted = features is not None and features.requires_grad
-    return width in _FUSED_WIDTHS and 0 < receiver.numel() * atoms <= _FUSED_GPU and not wanted
+    return width in _KERNEL_WIDTHS and 0 < receiver.numel() * atoms <= _KERNELS_GPU
 
 
 @lru_cache

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from molgen_energy.models import pair_kernels
+from molgen_energy.models import fused_kernels, pair_kernels
+from molgen_energy.models.fused_kernels import FusedSums, Tile
 from molgen_energy.models.pair_kernels import GatedSums
 
 CASES = {
@@ -36,12 +37,25 @@ CASES = {
 PROGRAMS = {"few programs": 3}
 """Programs of the kernel that sums over all pairs, where each must do several tiles of them."""
 
+FUSED_CASES = {
+    # and whether there are gates, and features get a gradient
+    "fused": (2, 7, 64, 12, 8, True, torch.float32, True, False),
+    "fused, wide": (1, 3, 256, 5, 1, True, torch.float32, True, False),
+    "fused, parts": (1, 17, 32, 0, 0, False, torch.float32, True, False),
+    "fused, one atom": (4, 1, 32, 17, 15, True, torch.float32, True, False),
+    "fused, values": (2, 6, 32, 2, 1, False, torch.float32, False, True),
+    "fused, gradients of features": (2, 4, 32, 2, 0, True, torch.float32, True, True),
+    "fused, low precision": (2, 7, 128, 12, 8, True, torch.bfloat16, True, True),
+}
+INTERPRETED = {"fused, parts": (Tile(16, 1), Tile(16, 1), Tile(16, 1), 16)}
+"""Smaller tiles in the interpreter: of two parts, where the GPU has one."""
+
 
 def textbook(
     receiver: Tensor,
     sender: Tensor,
     features: Tensor | None,
-    pairs: Tensor,
+    pairs: Tensor | None,
     *weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     weight, bias, read, offset, feature = weights
@@ -52,6 +66,8 @@ def textbook(
     numbers = message @ read.t()
     if offset is not None:
         numbers = numbers + offset
+    if pairs is None:
+        return numbers[..., 0], numbers[..., 1:]
     gate = pairs * numbers[..., 0].sigmoid()
     return (gate[..., None] * message).sum(dim=2), numbers[..., 1:]
 
@@ -65,7 +81,11 @@ def errors(
     channels: int,
     biased: bool,
     dtype: torch.dtype,
+    gated: bool = True,
+    wanted: bool = False,
+    kernels: type[torch.autograd.Function] = GatedSums,
 ) -> list[float]:
+    """Largest errors of results and gradients, relative to the largest value of each."""
     generator = torch.Generator().manual_seed(batch + atoms)
 
     def drawn(*shape: int) -> Tensor:
@@ -77,8 +97,8 @@ def errors(
         drawn(1 + channels) if biased else None, drawn(width, count) if count else None,
     ]  # fmt: skip
     features = drawn(batch, atoms, atoms, count) if count else None
-    pairs = (drawn(batch, atoms, atoms) > -0.5).float()
-    outer = drawn(batch, atoms, width), drawn(batch, atoms, atoms, channels)
+    pairs = (drawn(batch, atoms, atoms) > -0.5).float() if gated else None
+    outer = drawn(batch, atoms, width if gated else atoms), drawn(batch, atoms, atoms, channels)
 
     def put(tensor: Tensor | None, like: Tensor, leaf: bool = True) -> Tensor | None:
         return None if tensor is None else tensor.detach().to(like).requires_grad_(leaf)
@@ -86,13 +106,16 @@ def errors(
     found = []
     for like in (torch.empty(0, device=device), torch.empty(0, dtype=torch.float64)):
         own, ours = [put(t, like) for t in states], [put(t, like) for t in weights]
-        given = put(features, like, False), put(pairs, like, False)
+        given = put(features, like, wanted), put(pairs, like, False)
         if like.dtype == torch.float32:
-            results = GatedSums.apply(*own, *given, dtype, *ours)
+            results = kernels.apply(*own, *given, dtype, *ours)
         else:
             results = textbook(*own, *given, *ours)
         torch.autograd.backward(results, [put(t, like, False) for t in outer])
-        every = [*results, *(t.grad for t in (*own, *ours) if t is not None)]
+        every = [
+            *results,
+            *(t.grad for t in (*own, *ours, given[0]) if t is not None and t.requires_grad),
+        ]
         found.append([t.detach().cpu().double() for t in every])
     return [
         float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
@@ -102,8 +125,16 @@ def errors(
 
 
 if __name__ == "__main__":
-    found, default = {}, pair_kernels._PROGRAMS
+    device, found, default = sys.argv[1], {}, pair_kernels._PROGRAMS
     for name, case in CASES.items():
         pair_kernels._PROGRAMS = PROGRAMS.get(name, default)
-        found[name] = {"case": case[:-1], "errors": errors(sys.argv[1], *case)}
+        found[name] = {"case": case[:-1], "errors": errors(device, *case)}
+    names = ("_FORWARD", "_MESSAGE", "_HIDDEN", "_SENDERS")
+    tiles = tuple(getattr(fused_kernels, name) for name in names)
+    for name, case in FUSED_CASES.items():
+        chosen = INTERPRETED.get(name, tiles) if device == "cpu" else tiles
+        for key, value in zip(names, chosen, strict=True):
+            setattr(fused_kernels, key, value)
+        kept = [*case[:6], *case[7:]]
+        found[name] = {"case": kept, "errors": errors(device, *case, kernels=FusedSums)}
     print(json.dumps(found))
