@@ -283,7 +283,7 @@ def measure_processes(
     All processes of a row step at the same time; their molecules count together.
     """
     whole = torch.get_num_threads()
-    rows = {f"{k} processes of {whole // k} threads": k for k in (1, whole) if whole > 1}
+    rows = {f"{k} × {whole // k} (processes × threads)": k for k in (1, whole) if whole > 1}
     taken: dict[tuple[str, str], list[float]] = {}
     with ExitStack() as stack:
         pools = {row: stack.enter_context(WorkerPool(k)) for row, k in rows.items()}
