@@ -54,15 +54,11 @@ OVERWRITE = typer.Option(
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """Import large modules without the garbage collection, which takes a sixth of that time.
-
-    Modules leave hardly any garbage, and no later collection looks through what they hold.
-    """
+    """Import large modules without garbage collection, which takes a sixth of that time."""
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
         gc.enable()
 
 
