@@ -5,8 +5,8 @@
     python scripts/measure_weights.py --write    # only texts and pictures, from what is measured
 
 For each of `assets/weights/`: samples of seed 0 (10,000 of QM9's, 400 of the larger molecules of
-`ccd`), evaluated by every metric (`report.json`), and for the default also quality by sampler and
-steps (`steps.csv`). From these files come the cards, the pictures, and the tables of the README and
+`ccd`), evaluated by every metric (`report.json`), of weights with a tuned sampler also some drawn
+with it, and for the default quality by sampler and steps (`steps.csv`). From these files come the cards, the pictures, and the tables of the README and
 of `docs/results/`. Samples stay in --work; those that exist, or that have a row in `steps.csv`, are
 not drawn again. `--write` needs none. --only takes weights by the beginning of their names.
 """
@@ -41,7 +41,7 @@ from molgen_energy.data.shards import shards_folder
 from molgen_energy.metrics.statistics import Rate
 from molgen_energy.output import atomic_replace
 from molgen_energy.systems.molecules.config import MoleculeConfig
-from molgen_energy.systems.molecules.generate import MoleculeGenerator
+from molgen_energy.systems.molecules.generate import MoleculeGenerator, samples_in_bfloat16
 from molgen_energy.systems.molecules.sampling import sample_to_file
 from molgen_energy.training.checkpoint import load_checkpoint
 from molgen_energy.training.devices import choose_device
@@ -59,6 +59,8 @@ STEPS = {
     ("dpm++", "log"): (10, 20, 50),
     ("ddim", "log"): (20, 50),
 }  # by sampler and spacing of its levels
+REFERENCE = ("ancestral", "quadratic", 100)
+"""Sampler, spacing and steps of the evaluated samples, of weights with a tuned sampler."""
 STABILITY = ("molecule_stability", "atom_stability")
 MEASURED = ("molecule_stability", "atom_stability", "validity", "fcd")  # by steps
 
@@ -194,9 +196,10 @@ def main() -> None:
         if not arguments.write:
             for one in weights.values():
                 evaluate_samples(one, files[one.name][0])
+                if files[one.name][1:]:
+                    evaluate_steps(one, files[one.name][1:])
             if DEFAULT in weights:
-                evaluate_steps(weights[DEFAULT], files[DEFAULT][1:])
-                draw_samples(files[DEFAULT][0])
+                draw_samples(files[DEFAULT][-1 if is_tuned(weights[DEFAULT]) else 0])
         for one in weights.values():
             write_text(one.path / "card.md", card(one))
         for family, members in families(weights).items():
@@ -235,18 +238,27 @@ def digest(weights: PretrainedWeights) -> str:
 def drawn(
     weights: dict[str, PretrainedWeights], work: Path, device: torch.device
 ) -> dict[str, list[Path]]:
-    """Files of samples: those of the default sampler, then, of the default weights, of others."""
+    """Files of samples: those of the report, others for `steps.csv`, those of a tuned sampler."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     files = {}
     for one in weights.values():
+        stored = (None, None, None)
         wanted: list[tuple[str | None, str | None, int | None, int]] = [
-            (None, None, None, family_of(one).samples)
+            (*(REFERENCE if is_tuned(one) else stored), family_of(one).samples)
         ]
         if one.name == DEFAULT:
             wanted += [(*kind, steps, FEW) for kind, every in STEPS.items() for steps in every]
+        if is_tuned(one):
+            wanted.append((*stored, FEW))
         files[one.name] = [draw_file(one, work, device, *kind) for kind in wanted]
     return files
+
+
+def is_tuned(weights: PretrainedWeights) -> bool:
+    """Whether the weights hold levels, not as students do."""
+    state = state_of(weights)
+    return "levels" in state["sampling"] and "teacher" not in state
 
 
 def draw_file(
@@ -259,8 +271,15 @@ def draw_file(
     count: int,
 ) -> Path:
     """Samples of seed 0, unless they are there or in `steps.csv`, with how they were drawn."""
+    checkpoint = load_checkpoint(weights.path)
+    low_precision = samples_in_bfloat16(checkpoint, device)
     generator = MoleculeGenerator(
-        load_checkpoint(weights.path), device, sampler=sampler, steps=steps, spacing=spacing
+        checkpoint,
+        device,
+        low_precision=low_precision,
+        sampler=sampler,
+        steps=steps,
+        spacing=spacing,
     )
     levels = generator.sampler.levels
     method = {
@@ -285,12 +304,14 @@ def draw_file(
     if outcome.interrupted:
         sys.exit(1)
     seconds = time.perf_counter() - began
-    cuda = device.type == "cuda"
+    on = "CPU, bfloat16 for pairs of atoms" if low_precision else "CPU, float32"
+    if device.type == "cuda":
+        on = f"{torch.cuda.get_device_name(device)}, TF32"
     note = {
         **method,
         "evaluations": generator.sampler.evaluations,
         "seed": generator.seed,
-        "device": f"{torch.cuda.get_device_name(device)}, TF32" if cuda else "CPU, float32",
+        "device": on,
         "molecules_per_second": round(outcome.drawn / seconds, 1),
     }
     write_text(path.with_suffix(".json"), json.dumps(note) + "\n")
@@ -464,6 +485,7 @@ def card(weights: PretrainedWeights) -> str:
     model, loss, family = config["model"], config["loss"], family_of(weights)
     network = f"{model['name']} {model['layers']}×{model['width']}"
     kind, levels, teacher = network, f"of {drawn['spacing']} spacing", teacher_of(weights)
+    default = "see below for the default" if is_tuned(weights) else "the default of these weights"
     if student := student_in_words(weights):
         kind, levels = f"{student}; {network}", "at the levels of the student"
     lines = [
@@ -507,8 +529,8 @@ def card(weights: PretrainedWeights) -> str:
         "",
         f"## Evaluation on {file['molecules']:,} samples",
         "",
-        f"Seed {drawn['seed']}, {drawn['sampler']} sampler, {drawn['steps']} steps {levels} (the "
-        f"default of these weights), drawn on {drawn['device']}; "
+        f"Seed {drawn['seed']}, {drawn['sampler']} sampler, {drawn['steps']} steps {levels} "
+        f"({default}), drawn on {drawn['device']}; "
         "bonds perceived from distances. The 95 % intervals are those of the sampling; they do not "
         "include what another seed of the training would change. The column of the data is for "
         f"{family.data}'s test molecules, with distances from them to training molecules.",
@@ -549,12 +571,15 @@ def few_steps(weights: PretrainedWeights) -> list[str]:
     if not path.exists():
         return []
     rows = read(path)
+    tuned = ""
+    if is_tuned(weights):
+        tuned = "`chosen` are the levels in `state.yaml`, the default of these weights. "
     lines = [
         "## Fewer and more steps",
         "",
         f"{int(rows[0]['molecules']):,} molecules each, seed {rows[0]['seed']}. FCD of so few is "
         "biased upwards; use it only to compare rows. Spacing is that of the sampler's levels, "
-        f"`--spacing`. Drawn on {' and '.join(sorted({row['device'] for row in rows}))}.",
+        f"`--spacing`; {tuned}Drawn on {' and '.join(sorted({row['device'] for row in rows}))}.",
         "",
         "| sampler | spacing | steps | evaluations | molecule stability, % | atom stability, % "
         "| validity, % | FCD |",

@@ -109,7 +109,7 @@ def test_other_files_than_those_that_were_released_are_refused(tmp_path):
 def test_sample_without_a_run(cli_here, tmp_path):
     done = cli_here("sample", "-n", "3", "--steps", "2", "-o", "a.sdf")
     begin = (
-        "sampling 3 molecules from qm9_energy, step 4700: ancestral, 2 steps of quadratic spacing"
+        "sampling 3 molecules from qm9_energy, step 4700: sde-dpm++, 2 steps of quadratic spacing"
     )
     assert begin in done.stderr
     assert (tmp_path / "a.sdf").read_text().count("$$$$") == 3

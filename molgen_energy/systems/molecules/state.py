@@ -116,7 +116,8 @@ class SamplingState(Schema):
     spacing: str | None = None
     """Of its levels."""
     levels: Annotated[list[_NotNegative], Field(min_length=1, max_length=MOST_LEVELS)] | None = None
-    """Its noise levels, or times, descending, in place of steps and spacing."""
+    """Its noise levels, or times, descending; steps and spacing count where options name one of
+    them."""
     eta: Finite | None = None
     """Noise in the steps of the sampler ddim."""
     ancestral_positions: bool | None = None
