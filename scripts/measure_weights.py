@@ -6,9 +6,10 @@
 
 For each of `assets/weights/`: samples of seed 0 (10,000 of QM9's, 400 of the larger molecules of
 `ccd`), evaluated by every metric (`report.json`), of weights with a tuned sampler also some drawn
-with it, and for the default quality by sampler and steps (`steps.csv`). From these files come the cards, the pictures, and the tables of the README and
-of `docs/results/`. Samples stay in --work; those that exist, or that have a row in `steps.csv`, are
-not drawn again. `--write` needs none. --only takes weights by the beginning of their names.
+with it, and for the default quality by sampler and steps (`steps.csv`). From these files come the
+cards, the pictures, and the tables of the README and of `docs/results/`. Samples stay in --work;
+those that exist, or that have a row in `steps.csv`, are not drawn again. `--write` needs none.
+--only takes weights by the beginning of their names.
 """
 
 from __future__ import annotations
