@@ -10,7 +10,7 @@ from pathlib import Path
 from molgen_energy.display.progress import notebook_progress
 from molgen_energy.distributed import worker_count, world_size
 from molgen_energy.errors import InputError
-from molgen_energy.output import check_folder, check_writable, real_path, remove
+from molgen_energy.output import check_folder, check_own_file, check_writable, real_path, remove
 from molgen_energy.paths import find_again
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.resources import bundled_sample
@@ -125,6 +125,8 @@ def tune(
         low_precision = samples_in_bfloat16(loaded, on)
     generator = MoleculeGenerator(loaded, on, seed=seed, low_precision=low_precision)
     work = Path(f"{real_path(chosen).name}-{steps}.tuning")
+    check_own_file(work)
+    check_folder(work if work.exists() else work.parent)
     search = SamplerSearch(generator, real, steps, count, work, worker_count(workers))
     on_start(TuningJobInfo(loaded, real, search, work))
     with notebook_progress("tuning", "evaluations", progress) as report:

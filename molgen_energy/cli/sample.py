@@ -275,10 +275,11 @@ def command(
             "--ancestral-positions": ancestral_positions, "--temperature": temperature,
             "--self-condition-passes": self_condition_passes, "--temperature-of": temperature_of,
             "--temperature-range": temperature_range, "--final-noise": final_noise,
-            "--batch-size": batch_size, "--overwrite": overwrite,
+            "--batch-size": batch_size, "--overwrite": overwrite, "--cuda-graphs": cuda_graphs,
         }  # fmt: skip
-        if given := [name for name, value in others.items() if value]:
-            raise InputError(f"--tune chooses for itself; leave out {given[0]}")
+        for name, value in others.items():
+            if value is not None and value is not False and value != []:  # 0 is a value
+                raise InputError(f"--tune chooses for itself; leave out {name}")
         _tune(
             checkpoint, output, data, device, low_precision,
             count=count, steps=steps, seed=seed,

@@ -117,7 +117,8 @@ def chosen_levels(process: Process, levels: Sequence[float]) -> list[VisitedLeve
             VisitedLevel(time, *process.squares(time), len(levels) - 1 - place)
             for place, time in enumerate(times)
         ]
-    if any(level != int(level) for level in levels) or first != process.steps or last < 0:
+    whole = all(math.isfinite(level) and level == int(level) for level in levels)
+    if not whole or first != process.steps or last < 0:
         raise InputError(
             f"{named}: expected whole numbers from {process.steps} (pure noise) to 0 (data), the "
             f"first {process.steps}"

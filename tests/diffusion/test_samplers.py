@@ -297,6 +297,8 @@ def test_chosen_levels_that_end_at_0_are_those_of_steps(process, name):
         ("diffusion", {"levels": (20, 2.5)}, "--levels 20,2.5: expected whole numbers"),
         ("flow_matching", {"levels": (20, -1)}, "--levels 20,-1: expected whole numbers"),
         ("diffusion", {"levels": (math.nan, 1)}, "--levels nan,1: expected noise levels"),
+        ("diffusion", {"levels": (math.nan,)}, "--levels nan: expected whole numbers"),
+        ("flow_matching", {"levels": (math.inf, 1)}, "--levels inf,1: expected whole numbers"),
         ("cosine", {"levels": (0.9, 0.1)}, "expected times, the first from 0.99 to 1"),
         ("cosine", {"levels": (0.995, 0)}, "expected times, the first from 0.99 to 1"),
         ("diffusion", {"levels": (20, 5), "steps": 2}, "names every noise level; leave out --st"),

@@ -370,6 +370,23 @@ def test_options_replace_what_a_checkpoint_stores(checkpoint, options, expected)
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"steps": 5000}, "--steps 5000: the network was trained with 20 steps; choose 1 to 20"),
+        ({"levels": [9, 12]}, "--levels 9,12: expected noise levels in descending order"),
+        ({"eta": 0.5}, "--eta goes with --sampler ddim"),
+    ],
+)
+def test_what_a_checkpoint_stores_is_refused_with_its_file(checkpoint, stored, message):
+    """Options that replace it are not."""
+    edited = replace(checkpoint, state=checkpoint.state | {"sampling": stored})
+    begin = f"{checkpoint.path / 'state.yaml'}: key 'sampling': {message}"
+    with pytest.raises(InputError, match=re.escape(begin)):
+        MoleculeGenerator(edited, CPU)
+    MoleculeGenerator(edited, CPU, sampler="heun", steps=3)
+
+
 def test_ancestral_positions_are_resumed_and_written(checkpoint, tmp_path):
     options = {"sampler": "dpm++", "steps": 4, "ancestral_positions": True}
     draw(checkpoint, tmp_path / "whole.h5", batch_size=5, **options)

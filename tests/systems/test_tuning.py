@@ -184,6 +184,12 @@ def test_an_interrupted_search_draws_nothing_twice(run, data, tmp_path, monkeypa
     drawn.calls.clear()
     assert search(run, data, tmp_path).run() == whole
     assert not drawn.calls  # all were there
+    cut, other, third = sorted((tmp_path / "work").glob("*-0-8.h5"))[:3]
+    cut.write_bytes(cut.read_bytes()[:500])
+    other.write_bytes(bundled_sample().read_bytes())
+    third.unlink()
+    assert search(run, data, tmp_path).run() == whole
+    assert len(drawn.calls) == 3 * 8  # those that are damaged, of other molecules, or missing
 
 
 @pytest.mark.parametrize(
@@ -293,11 +299,15 @@ def test_released_weights_stay_as_they_are(run, data, tmp_path, monkeypatch, cli
     [
         (("--sampler", "ddim"), "--tune chooses for itself; leave out --sampler"),
         (("--resume", "a.sdf"), "--tune chooses for itself; leave out --resume"),
+        (("--final-noise", 0), "--tune chooses for itself; leave out --final-noise"),
+        (("--cuda-graphs",), "--tune chooses for itself; leave out --cuda-graphs"),
         (("--steps", 1), "--steps 1: --tune chooses for 3 to 20"),
         (("--data", "no.h5"), "no.h5"),
         (("-o", "no/folder"), "does not exist; make it first"),
+        (("--steps", 7), "cannot write the output: run-7.tuning is not a folder"),
     ],
 )
-def test_bad_commands(run, cli_here, arguments, message):
+def test_bad_commands(run, cli_here, tmp_path, arguments, message):
+    (tmp_path / "run-7.tuning").touch()
     done = cli_here("sample", "--tune", "--checkpoint", "run", *arguments, code=2)
     assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -26,6 +26,7 @@ from molgen_energy.data.molecules import (
 )
 from molgen_energy.diffusion.guidance import SamplingHook
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
+from molgen_energy.diffusion.process import Process
 from molgen_energy.diffusion.samplers import DEFAULT_SAMPLERS, build_sampler
 from molgen_energy.diffusion.state import Layout
 from molgen_energy.diffusion.temperature import Temperature
@@ -195,17 +196,21 @@ class MoleculeGenerator:
             steps = stored.steps if steps is None else steps
             spacing = stored.spacing if spacing is None else spacing
         self.sampler_name = DEFAULT_SAMPLERS[process.name] if sampler is None else sampler
-        self.sampler = build_sampler(
-            process,
-            self.sampler_name,
-            steps,
-            eta,
-            spacing,
-            Temperature.from_options(Temperature().options | noise),
-            ancestral_positions,
-            self_condition_passes,
-            levels,
-        )
+        try:
+            self.sampler = build_sampler(
+                process,
+                self.sampler_name,
+                steps,
+                eta,
+                spacing,
+                Temperature.from_options(Temperature().options | noise),
+                ancestral_positions,
+                self_condition_passes,
+                levels,
+            )
+        except InputError:
+            _check_stored(stored, process, checkpoint)
+            raise
         self.sampler.check_model(self.model)
 
     @property
@@ -276,6 +281,25 @@ def _noise_of(stored: SamplingState) -> dict[str, float]:
     """The options of a temperature that a checkpoint stores."""
     options = {"temperature": stored.temperature, "final_noise": stored.final_noise}
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_stored(stored: SamplingState, process: Process, checkpoint: Checkpoint) -> None:
+    """Raise `InputError`, which names the file, if what a checkpoint stores is no sampler."""
+    by_levels = stored.levels is not None
+    try:
+        build_sampler(
+            process,
+            stored.sampler,
+            None if by_levels else stored.steps,
+            stored.eta,
+            None if by_levels else stored.spacing,
+            Temperature.from_options(Temperature().options | _noise_of(stored)),
+            bool(stored.ancestral_positions),
+            levels=stored.levels,
+        )
+    except InputError as error:
+        path = checkpoint.path / "state.yaml"
+        raise InputError(f"{path}: key 'sampling': {error}; or remove the key") from None
 
 
 class ConsistentCharges:

@@ -385,9 +385,10 @@ class SamplerSearch:
         return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
     def _stored(self, path: Path, sampler: Sampler, low: int, high: int) -> Molecules:
-        """Molecules of the numbers, from their file if it is there, else drawn into it."""
+        """Molecules of the numbers, from their file if it is whole, else drawn into it."""
         generator, evaluations = self._generator, sampler.evaluations * (high - low)
-        if not path.exists():
+        molecules = _read_drawn(path, high - low)
+        if molecules is None:
             generator.sampler, began = sampler, self._done
             numbers = torch.arange(low, high)
             sizes = generator.sizes(numbers).numpy()
@@ -404,11 +405,23 @@ class SamplerSearch:
             self._work.mkdir(parents=True, exist_ok=True)
             with MoleculeWriter(path, source="candidates of a sampler") as writer:
                 writer.append(at_origin(molecules, ~molecules.finite()))
+            with MoleculeFile(path) as file:
+                molecules = file.load()
             self._done = began
         self._done += evaluations
         self._progress(self._done, self.network_evaluations)
+        return molecules
+
+
+def _read_drawn(path: Path, count: int) -> Molecules | None:
+    """The molecules of a file; None if it is missing or damaged, or holds others."""
+    if not path.exists():
+        return None
+    try:
         with MoleculeFile(path) as file:
-            return file.load()
+            return file.load() if len(file) == count else None
+    except InputError:
+        return None
 
 
 class _Judge:
