@@ -293,6 +293,8 @@ def test_released_weights_stay_as_they_are(run, data, tmp_path, monkeypatch, cli
     [
         (("--sampler", "ddim"), "--tune chooses for itself; leave out --sampler"),
         (("--resume", "a.sdf"), "--tune chooses for itself; leave out --resume"),
+        (("--final-noise", 0), "--tune chooses for itself; leave out --final-noise"),
+        (("--cuda-graphs",), "--tune chooses for itself; leave out --cuda-graphs"),
         (("--steps", 1), "--steps 1: --tune chooses for 3 to 20"),
         (("--data", "no.h5"), "no.h5"),
         (("-o", "no/folder"), "does not exist; make it first"),
