@@ -101,7 +101,9 @@ def _option_panels(command: Any, ctx: Any) -> Iterator[Panel]:
 def _names(option: Any) -> Text:
     short = [name for name in option.opts if not name.startswith("--")]
     long = [name for name in option.opts if name.startswith("--")]
-    text = Text(", ".join(short + long) if short else f"    {long[0]}", "bold cyan")
+    opposites = "".join(f" / {name}" for name in option.secondary_opts)
+    names = ", ".join(short + long) if short else f"    {long[0]}"
+    text = Text(names + opposites, "bold cyan")
     if option.metavar and not option.is_flag:
         text.append(f" {option.metavar}", "yellow")
     return text

@@ -42,6 +42,7 @@ EXAMPLES = """
 molgen-energy sample -n 1000
 molgen-energy sample --checkpoint runs/mine --n-atoms 9-18 -o small.xyz
 molgen-energy sample -n 100 --temperature 0.8 -o cold.sdf
+molgen-energy sample --tune --checkpoint runs/mine --steps 20
 molgen-energy sample --resume samples.sdf
 """
 
@@ -158,9 +159,9 @@ def command(
         "--levels",
         metavar="T,…",
         rich_help_panel="Sampler",
-        help="Noise levels to visit, in place of steps and spacing, such as 1000,600,300,100: the "
-        "first those of training, pure noise; the sample is the clean prediction at the last, or "
-        "as after all steps if that is 0.",
+        help="Noise levels to visit, in place of steps and spacing, such as 1000,600,300,100. The "
+        "first is pure noise: the number of steps of the training. The sample is the clean "
+        "prediction at the last one; if that is 0, it is that after all steps.",
     ),
     eta: float | None = typer.Option(
         None,
@@ -188,9 +189,9 @@ def command(
         "--tune",
         rich_help_panel="Sampler",
         help="Find the best sampler, levels and noise for --steps network evaluations (default: "
-        "20) and store them in the checkpoint; or with -o in a copy, a folder. Reads real "
-        "molecules: --data, else those of the run. -n molecules of each of the last candidates, "
-        "default: 256.",
+        "20) and store them in the checkpoint, or with -o in a copy of it, a folder. `sample` then "
+        "uses them. Compares with real molecules: --data, else those of the run. -n: molecules "
+        "of each candidate in the last round, default: 256.",
     ),
     temperature: float | None = typer.Option(
         None,
@@ -244,8 +245,8 @@ def command(
         None,
         "--low-precision/--full-precision",
         rich_help_panel=_COMPUTATION,
-        help="bfloat16 or float32 for pairs of atoms; default: bfloat16 where that is faster on a "
-        "CPU, with a network that was trained so.",
+        help="Compute pairs of atoms in bfloat16, or in float32. Default: bfloat16 where that is "
+        "faster on a CPU, with a network that was trained so; else float32.",
     ),
     cuda_graphs: bool = typer.Option(
         False,
@@ -277,9 +278,9 @@ def command(
             "--temperature-range": temperature_range, "--final-noise": final_noise,
             "--batch-size": batch_size, "--overwrite": overwrite, "--cuda-graphs": cuda_graphs,
         }  # fmt: skip
-        for name, value in others.items():
-            if value is not None and value is not False and value != []:  # 0 is a value
-                raise InputError(f"--tune chooses for itself; leave out {name}")
+        # 0 is a value, too, such as that of --final-noise.
+        if given := [name for name, x in others.items() if x or type(x) in (int, float)]:
+            raise InputError(f"--tune chooses for itself; leave out {given[0]}")
         _tune(
             checkpoint, output, data, device, low_precision,
             count=count, steps=steps, seed=seed,

@@ -25,7 +25,19 @@ def tuning_table(result: TuningResult, width: int) -> Table:
         Columns of the terminal.
     """
     title = f"judged by {result.data}; 95 % intervals"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    caption = (
+        "stable: molecules; atoms: stable atoms; the rest: Wasserstein distances from the training "
+        "molecules. The best sampler is as stable as the data. Too far: a distance is above its "
+        "limit, relative to the sampler so far"
+    )
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     table.add_column("sampler")
     for name in ("n", "stable, %", "atoms, %", *(f"{k}s, {u}" for k, u in _UNITS.items())):
         table.add_column(name, justify="right")

@@ -173,7 +173,7 @@ def test_samplers_of_sample(here, tmp_path):
         assert origin.get("spacing") == ("log" if more[:1] == ("--steps",) else None)
         assert origin.get("eta") == ("0.5" if name == "ddim" else None)
     code, stderr = here("sample", "-n", 1, "--levels", "10,4,1", "-o", "levels.sdf")
-    assert "ancestral, 3 steps at chosen levels, 3 network evaluations each" in stderr
+    assert "ancestral, 3 noise levels, 3 network evaluations each" in stderr
     assert ">  <levels>\n10,4,1\n" in (tmp_path / "levels.sdf").read_text()
     cold = ("--temperature", "0.8", "--temperature-range", ":5", "--final-noise", 0, "-o", "c.sdf")
     code, stderr = here("sample", "-n", 1, *cold)

@@ -60,6 +60,7 @@ def test_help_fits_and_keeps_words(run, columns):
             assert set((parameter.help or "").split()) <= words, (name, parameter.name)
             names = [part for option in parameter.opts for part in (option, f"{option},")]
             assert parameter.param_type_name == "argument" or words & set(names)
+            assert set(parameter.secondary_opts) <= words, (name, parameter.name)
         assert not re.search(r"\[default:[^\]]*\n", text), name
         assert "<bool>" not in text
     assert text.count("\n") < 60

@@ -42,13 +42,15 @@ class _MoleculeSampling:
         self._aromatic = aromatic
         self.origin = generator.checkpoint.origin
         sampler = generator.sampler
-        spacing = "" if sampler.spacing is None else f" of {sampler.spacing} spacing"
+        visits = counted(sampler.steps, "steps")
         if sampler.levels is not None:
-            spacing = " at chosen levels"
+            visits = counted(len(sampler.levels), "noise levels")
+        elif sampler.spacing is not None:
+            visits += f" of {sampler.spacing} spacing"
         temperature = sampler.temperature.describe()
         positions = " with ancestral positions" if sampler.ancestral_positions else ""
         self.method = (
-            f"{generator.sampler_name}{positions}, {counted(sampler.steps, 'steps')}{spacing}, "
+            f"{generator.sampler_name}{positions}, {visits}, "
             f"{counted(sampler.evaluations, 'network evaluations')} each"
             f"{temperature and ', '}{temperature}"
         )
