@@ -26,9 +26,9 @@ from molgen_energy.systems.base import (
     System,
 )
 from molgen_energy.systems.registry import system_of_checkpoint
-from molgen_energy.training.checkpoint import load_checkpoint, newest_run
+from molgen_energy.training.checkpoint import default_checkpoint, load_checkpoint
 from molgen_energy.training.devices import choose_device
-from molgen_energy.training.pretrained import DEFAULT, resolve_checkpoint
+from molgen_energy.training.pretrained import resolve_checkpoint
 
 _REPRESENTATIONS = ("rdkit", "ase")
 
@@ -202,9 +202,7 @@ def _options(
     """The checkpoint, the file to write, and a value for each option of the system."""
     if resume is not None:
         return _resumed_options(given, checkpoint, output, resolve_symlink(resume))
-    chosen = checkpoint
-    if chosen is None:
-        chosen = newest_run(Path("runs")) or Path(DEFAULT)
+    chosen = default_checkpoint() if checkpoint is None else checkpoint
     found = resolve_checkpoint(chosen)
     system = system_of_checkpoint(load_checkpoint(found))
     for name in given:
