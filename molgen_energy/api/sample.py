@@ -26,9 +26,9 @@ from molgen_energy.systems.base import (
     System,
 )
 from molgen_energy.systems.registry import system_of_checkpoint
-from molgen_energy.training.checkpoint import load_checkpoint, newest_run
+from molgen_energy.training.checkpoint import default_checkpoint, load_checkpoint
 from molgen_energy.training.devices import choose_device
-from molgen_energy.training.pretrained import DEFAULT, resolve_checkpoint
+from molgen_energy.training.pretrained import resolve_checkpoint
 
 _REPRESENTATIONS = ("rdkit", "ase")
 
@@ -202,9 +202,7 @@ def _options(
     """The checkpoint, the file to write, and a value for each option of the system."""
     if resume is not None:
         return _resumed_options(given, checkpoint, output, resolve_symlink(resume))
-    chosen = checkpoint
-    if chosen is None:
-        chosen = newest_run(Path("runs")) or Path(DEFAULT)
+    chosen = default_checkpoint() if checkpoint is None else checkpoint
     found = resolve_checkpoint(chosen)
     system = system_of_checkpoint(load_checkpoint(found))
     for name in given:
@@ -350,16 +348,38 @@ def sample(
     condition
         Values of properties that the model was trained on, in the unit of the data; by default
         drawn from the training molecules.
-    consistent_charges, aromatic
-        See `sample_to`; `aromatic` needs an output.
-    sampler, steps, spacing, eta
-        `ancestral`, `ddim`, `dpm++`, `sde-dpm++`, `heun` or `euler`, and its number of steps, their
-        spacing and its noise; see `molgen_energy.diffusion.samplers`. Fewer steps are faster.
+    consistent_charges
+        Replace each formal charge that does not fit the generated bonds of its atom by the nearest
+        one that does, as in the training molecules.
+    aromatic
+        Write generated aromatic bonds to an SDF as such, which needs an output; by default
+        Kekulised.
+    sampler
+        `ancestral`, `ddim`, `dpm++`, `sde-dpm++`, `heun` or `euler`; by default that of the
+        checkpoint, as its steps or levels and its noise are.
+    steps
+        Steps of the sampler; fewer are faster.
+    spacing
+        Of the noise levels: `log`, `even` or `quadratic`.
+    levels
+        Noise levels to visit, in place of steps and spacing: descending, the first pure noise. If
+        the last is above 0, the sample is the clean prediction there.
+    eta
+        Noise in the steps of `ddim`, from 0 to 1; by default 0.
     temperature
         Below 1 molecules are more probable, above 1 more diverse; by default 1.
-    levels, temperature_of, temperature_range, final_noise, ancestral_positions,
+    temperature_of
+        `noise` (default): the random noise of steps is multiplied by the temperature. `score`: the
+        predicted noise is divided by it.
+    temperature_range
+        Noise levels in Å at which the temperature acts, None for an open end; by default from 0.3.
+    final_noise
+        Factor of the noise of steps below that range, and of the last noise; by default 1.
+    ancestral_positions
+        With the sampler `dpm++`: positions take ancestral steps.
     self_condition_passes
-        See `sample_to`.
+        Evaluations of a self-conditioned network for each prediction, by default 1; each gets the
+        clean prediction of the one before.
     batch_size
         Samples in a batch; by default chosen by size and device.
     low_precision

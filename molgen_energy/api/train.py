@@ -97,8 +97,12 @@ def train(
         Names of the loss, and of the springs and edges of an energy.
     steps, epochs
         Length of the run; set one of them.
-    batch_size, lr, seed
-        Values of the section `training`.
+    batch_size
+        Samples in a batch.
+    lr
+        Learning rate.
+    seed
+        Seed of the run.
     initial_weights
         A run, a checkpoint, or the name of pretrained weights to start from, also of other
         elements; by default random weights.

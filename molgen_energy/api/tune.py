@@ -22,13 +22,13 @@ from molgen_energy.systems.registry import system_of_checkpoint
 from molgen_energy.training.checkpoint import (
     Checkpoint,
     copy_for_sampling,
+    default_checkpoint,
     is_released,
     load_checkpoint,
-    newest_run,
     store_in_state,
 )
 from molgen_energy.training.devices import choose_device
-from molgen_energy.training.pretrained import DEFAULT, resolve_checkpoint
+from molgen_energy.training.pretrained import resolve_checkpoint
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def tune(
     """
     if world_size() > 1:
         raise InputError("--tune runs in one process; start it without torchrun")
-    chosen = newest_run(Path("runs")) or Path(DEFAULT) if checkpoint is None else Path(checkpoint)
+    chosen = default_checkpoint() if checkpoint is None else Path(checkpoint)
     loaded = load_checkpoint(resolve_checkpoint(chosen), weights=["ema"])
     system = system_of_checkpoint(loaded)
     if system.name != "molecules":

@@ -395,7 +395,9 @@ def _tune(
             )
         except (KeyboardInterrupt, OSError, RuntimeError, MemoryError):
             if work and work[0].exists():
-                say(f"molecules that were drawn stay in {work[0]}; the same command goes on")
+                say(
+                    f"molecules that were drawn stay in {work[0]}; run the same command to continue"
+                )
             raise
     show(tuning_table(result, stdout.width))
     assert result.chosen.choice is not None

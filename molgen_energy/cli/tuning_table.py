@@ -27,8 +27,8 @@ def tuning_table(result: TuningResult, width: int) -> Table:
     title = f"judged by {result.data}; 95 % intervals"
     caption = (
         "stable: molecules; atoms: stable atoms; the rest: Wasserstein distances from the training "
-        "molecules. The best sampler is as stable as the data. Too far: a distance is above its "
-        "limit, relative to the sampler so far"
+        "molecules. The best sampler comes nearest to the data in stability. Too far: a distance "
+        "is above its limit, relative to the sampler so far"
     )
     table = Table(
         title=title,

@@ -136,8 +136,9 @@ class Distillation:
             drawn = process.predict(student, noisy, t, condition).clean.projected()
         fixed = drawn.detach()
         lower = self.posterior(fixed, noisy, t, s, random.noise(clean.layout, clean.mask, 1))
-        with torch.no_grad():
-            expected = process.predict(self.teacher, lower, s, condition).clean.projected()
+        # Neither its weights nor its input need a gradient. It is computed as φ is, since products
+        # without gradients round otherwise, and equal networks shall give equal predictions.
+        expected = process.predict(self.teacher, lower, s, condition).clean.projected()
         prediction = process.predict(auxiliary, lower, s, condition)
         moment = prediction.clean.projected().detach()
 

@@ -35,7 +35,7 @@ from molgen_energy.output import (
     temporary_folder,
     with_filename,
 )
-from molgen_energy.training.pretrained import SUMS, verify_checksums
+from molgen_energy.training.pretrained import DEFAULT, SUMS, verify_checksums
 from molgen_energy.training.state import Progress, RunState, State
 
 FORMAT = 3
@@ -320,6 +320,11 @@ def newest_run(root: Path) -> Path | None:
     ]
     youngest = max(states, key=lambda file: file.stat().st_mtime_ns, default=None)
     return None if youngest is None else youngest.parents[2]
+
+
+def default_checkpoint() -> Path:
+    """What is sampled or tuned without a name: the newest run in `runs/`, else shipped weights."""
+    return newest_run(Path("runs")) or Path(DEFAULT)
 
 
 def load_checkpoint(path: Path, which: str = "last", weights: Sequence[str] = ()) -> Checkpoint:

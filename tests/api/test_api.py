@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,22 @@ def test_importing_the_package_imports_nothing_slow():
         molgen_energy.sampel  # noqa: B018
     # Python's traceback suggests a name from these.
     assert (raised.value.name, raised.value.obj) == ("sampel", molgen_energy)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["preprocess", "train", "tune", "sample", "evaluate", "show", "load_checkpoint", "load_run"],
+)
+def test_every_parameter_is_described(name):
+    """In the order of the signature; the site shows the type of the first one of a line."""
+    function = getattr(molgen_energy, name)
+    text = inspect.getdoc(function) + "\n\n"
+    section = text.split("Parameters\n----------\n")[1].split("\n\n")[0]
+    lines = [line.split(", ") for line in re.findall(r"^\w.*", section, re.MULTILINE)]
+    parameters = inspect.signature(function).parameters
+    assert [parameter for line in lines for parameter in line] == list(parameters)
+    for line in lines:
+        assert len({parameters[parameter].annotation for parameter in line}) == 1, line
 
 
 def test_sample_returns_rdkit_molecules():

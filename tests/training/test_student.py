@@ -149,6 +149,7 @@ def test_a_student_resumes_with_its_teacher_alone(teacher, sample_path, tmp_path
             r"be recorded; leave it out, or set",
         ),
         ("distil", True, {"loss.edges.kind": "bonds"}, r"needs bonds of the data, and a student"),
+        ("distil", True, {"data.elements": [*"HCNO"]}, r"holds F, .*; name data without it, or an"),
         (
             "distil",
             True,
@@ -170,7 +171,9 @@ def test_what_cannot_be_distilled_is_refused(
 
 
 def test_students_and_self_conditioned_networks_teach_nothing(unbroken, sample_path, tmp_path):
-    with pytest.raises(InputError, match=r"is itself a student, of teacher, step 2; name a teach"):
+    with pytest.raises(
+        InputError, match=r"is itself a student, of teacher, step 2; name another one"
+    ):
         student(unbroken, tmp_path / "s", sample_path)
     taught = load_config("distil").replaced(CHANGES | {"distillation.teacher": str(unbroken)})
     assert taught.without_paths().distillation.teacher == "unbroken"

@@ -740,8 +740,11 @@ def _elements(
     if foreign:
         atom, z = min(foreign)
         number = int(np.searchsorted(file.offsets, atom, side="right"))
+        remedy = "add it with --set data.elements=[...]"
+        if config.distillation.teacher is not None:  # which knows no others
+            remedy = "name data without it, or another --teacher"
         raise InputError(
             f"{file.path}: molecule {number} holds {symbol(z)}, which is not among the elements "
-            f"{', '.join(symbol(z) for z in elements)}; add it with --set data.elements=[...]"
+            f"{', '.join(symbol(z) for z in elements)}; {remedy}"
         )
     return elements

@@ -37,7 +37,7 @@ def load_teacher(config: MoleculeConfig) -> Checkpoint:
     check_same_function(checkpoint, config, option)
     taught = checkpoint.state_as(MoleculeState).teacher
     if taught is not None:
-        raise InputError(f"{option} is itself a student, of {taught.origin}; name a teacher")
+        raise InputError(f"{option} is itself a student, of {taught.origin}; name another one")
     if MODELS[config.model.name].self_conditioned:
         raise InputError(
             f"{option}: {config.model.name} takes its previous prediction as input, and such "
