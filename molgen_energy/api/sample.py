@@ -243,9 +243,12 @@ def _resumed_options(
             was = there
             if isinstance(there, tuple):
                 was = _TUPLES.get(name, _joined)(there)
+            begun_with = f"with {'the default' if was is None else was}"
+            if isinstance(there, bool):
+                begun_with = "with it" if there else "without it"
             raise InputError(
-                f"{option_name(name)} cannot change: {shards_folder(resume)} was begun with "
-                f"{'the default' if was is None else was}; --resume needs no other option"
+                f"{option_name(name)} cannot change: {shards_folder(resume)} was begun "
+                f"{begun_with}; --resume needs no other option"
             )
     try:
         found = resolve_checkpoint(Path(origin) if checkpoint is None else checkpoint)

@@ -239,7 +239,7 @@ BAD_SAMPLE = {
     "other levels": (("--resume", "samples.sdf", "--levels", "10,1"), "begun with the default; -"),
     "no such spacing": (("--spacing", "evn"), "unknown spacing 'evn'; did you mean 'even'?"),
     "other sizes": (("--resume", "samples.sdf", "--n-atoms", "9"), "with the default; --resume"),
-    "rougher": (("--resume", "samples.sdf", "--low-precision"), "--low-precision cannot change"),
+    "rougher": (("--resume", "samples.sdf", "--low-precision"), "was begun without it; --resume"),
     "another output": (("--resume", "samples.sdf", "-o", "b.sdf"), "leave out -o b.sdf"),
     "nothing begun": (("--resume", "b.sdf"), "b.sdf.shards does not exist; there is nothing to re"),
     "weights changed": (("--resume", "samples.sdf"), "holds other weights (run, step 1)"),

@@ -1,7 +1,8 @@
 """Mol blocks in the form that most programs write, many at a time, without a loop over lines.
 
 That is V2000 with coordinates of four decimals, elements, bonds of order 1 to 4, and no properties
-but charges. Any other block is left to RDKit's reader, which reads these in the same way.
+but charges. Any other block is left to RDKit's reader, which reads these in the same way (except
+that it adds the digits of a number of ten columns, from 10,000 Å, to the one before).
 """
 
 from __future__ import annotations
