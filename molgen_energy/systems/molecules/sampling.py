@@ -322,12 +322,6 @@ class _SamplingRun:
             for place in np.argsort(np.argsort(spread)):
                 yield shards[place]
 
-    def _number_of_threads(self) -> int:
-        """Threads that draw batches, each with its share of the cores."""
-        if self._generator.device.type != "cpu" or self._generator.hook is not None:
-            return 1  # a hook may keep what belongs to one batch
-        return min(torch.get_num_threads(), len(self.window(0)))
-
     def finished(self) -> int:
         """Molecules in finished shards."""
         begun = self._shards.windows()  # the only ones whose batches need to be known
@@ -348,7 +342,7 @@ class _SamplingRun:
             for place, shard in enumerate(self.in_turn())
             if place % world_size() == rank() and self._shards.read(shard) is None
         )
-        self._threads.run(missing, self._number_of_threads())
+        self._threads.run(missing, min(most_threads(self._generator), len(self.window(0))))
         drawn = self._job.count - before
         if not is_main():
             self._shards.mark_done(rank())
@@ -448,9 +442,21 @@ class _SamplingRun:
         return found
 
 
+def batches(sizes: NDArray[np.int64], pairs: int) -> Iterator[NDArray[np.int64]]:
+    """Places of molecules of some sizes, in batches of at most so many pairs of atoms."""
+    yield from batch_with_least_work(sizes, pairs, pairs // _OVERHEAD)
+
+
+def most_threads(generator: MoleculeGenerator) -> int:
+    """Threads that may draw batches, each with its share of the cores."""
+    if generator.device.type != "cpu" or generator.hook is not None:
+        return 1  # a hook may keep what belongs to one batch
+    return torch.get_num_threads()
+
+
 def _by_size(sizes: NDArray[np.int64], job: SamplingJob) -> Iterator[NDArray[np.int64]]:
     if job.batch_size is None:
-        yield from batch_with_least_work(sizes, job.pairs, job.pairs // _OVERHEAD)
+        yield from batches(sizes, job.pairs)
         return
     order = np.argsort(sizes, kind="stable")
     for start in range(0, len(order), job.batch_size):

@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from molgen_energy.chemistry.geometry import KINDS, GeometryTypes
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
-from molgen_energy.data.molecules import MoleculeChunk, Molecules, batch_by_size
+from molgen_energy.data.molecules import MoleculeChunk, Molecules
 from molgen_energy.diffusion.process import Process
 from molgen_energy.diffusion.samplers import (
     DEFAULT_SAMPLERS,
@@ -43,8 +44,14 @@ from molgen_energy.metrics.sources import CHUNK_SIZE, ChunkSource, FileSource
 from molgen_energy.metrics.statistics import Estimate, Rate
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.systems.molecules.generate import MoleculeGenerator
-from molgen_energy.systems.molecules.sampling import at_origin, pairs_in_batch
+from molgen_energy.systems.molecules.sampling import (
+    at_origin,
+    batches,
+    most_threads,
+    pairs_in_batch,
+)
 from molgen_energy.systems.molecules.state import MoleculeState, SamplingState
+from molgen_energy.systems.molecules.threads import DrawingThreads
 from molgen_energy.training.pretrained import checkpoint_name
 from molgen_energy.workers import WorkerPool
 
@@ -381,36 +388,49 @@ class SamplerSearch:
     def _key(self, choice: SamplerChoice) -> str:
         """Distinguishes what molecules of a candidate depend on."""
         generator = self._generator
-        told = (generator.fingerprint(), generator.seed, generator.low_precision, choice.options)
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+        inputs = (generator.fingerprint(), generator.seed, generator.low_precision, choice.options)
+        return hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
 
     def _stored(self, path: Path, sampler: Sampler, low: int, high: int) -> Molecules:
         """Molecules of the numbers, from their file if it is whole, else drawn into it."""
-        generator, evaluations = self._generator, sampler.evaluations * (high - low)
+        evaluations = sampler.evaluations * (high - low)
         molecules = _read_drawn(path, high - low)
         if molecules is None:
-            generator.sampler, began = sampler, self._done
-            numbers = torch.arange(low, high)
-            sizes = generator.sizes(numbers).numpy()
-            parts, places = [], []
-            for which in batch_by_size(sizes, pairs_in_batch(generator, len(numbers))):
-
-                def advance(size: int = len(which)) -> None:
-                    self._done += size
-                    self._progress(self._done, self.network_evaluations)
-
-                parts.append(generator.draw(numbers[torch.from_numpy(which)], advance))
-                places.append(which)
-            molecules = Molecules.concatenate(parts).select(np.argsort(np.concatenate(places)))
+            began = self._done
+            molecules = self._new(sampler, torch.arange(low, high))
             self._work.mkdir(parents=True, exist_ok=True)
             with MoleculeWriter(path, source="candidates of a sampler") as writer:
                 writer.append(at_origin(molecules, ~molecules.finite()))
             with MoleculeFile(path) as file:
                 molecules = file.load()
             self._done = began
+        self._count(evaluations)
+        return molecules
+
+    def _new(self, sampler: Sampler, numbers: Tensor) -> Molecules:
+        """The molecules of the numbers, drawn as `sample` does."""
+        generator = self._generator
+        generator.sampler = sampler
+        sizes = generator.sizes(numbers).numpy()
+        parts = list(batches(sizes, pairs_in_batch(generator, len(numbers))))
+        drawn: dict[int, Molecules] = {}
+
+        def draw(part: int) -> None:
+            which = parts[part]
+
+            def advance() -> None:
+                threads.advance(len(which), 1.0)
+
+            drawn[part] = generator.draw(numbers[torch.from_numpy(which)], advance)
+
+        threads = DrawingThreads(draw, lambda molecules, _: self._count(molecules))
+        threads.run(iter(range(len(parts))), min(most_threads(generator), len(parts)))
+        molecules = Molecules.concatenate([drawn[part] for part in range(len(parts))])
+        return molecules.select(np.argsort(np.concatenate(parts)))
+
+    def _count(self, evaluations: int) -> None:
         self._done += evaluations
         self._progress(self._done, self.network_evaluations)
-        return molecules
 
 
 def _read_drawn(path: Path, count: int) -> Molecules | None:
