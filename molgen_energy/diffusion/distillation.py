@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.diffusion.objective import Objective, places, without_padding
 from molgen_energy.diffusion.process import Process, VariancePreserving
-from molgen_energy.diffusion.spacing import levels_near, power_levels
+from molgen_energy.diffusion.spacing import levels_near, noise_to_signal, power_levels
 from molgen_energy.diffusion.state import Domain, State
 from molgen_energy.errors import InputError
 
@@ -88,12 +88,11 @@ class Distillation:
     def _bounds(self) -> list[Sequence[float]]:
         """Each level t, and the lowest and highest level s that goes with it, (3, K)."""
         process, levels = self.process, self.levels
-        ratios = [
-            process.sigma(torch.tensor(level)) / process.alpha(torch.tensor(level))
-            for level in (levels[1], levels[-1])
+        bounds = [
+            _ABOVE * noise_to_signal(process, levels[1]),
+            _BELOW * noise_to_signal(process, levels[-1]),
         ]
-        bounds = torch.stack([_ABOVE * ratios[0], _BELOW * ratios[1]]).double()
-        high, low = levels_near(process, bounds)
+        high, low = levels_near(process, torch.tensor(bounds, dtype=torch.float64))
         low = max(low, process.first_level)
         # Of numbered levels s is below t, so that no segment is empty.
         unit = 0 if process.continuous else 1
@@ -158,12 +157,9 @@ class Distillation:
         )
 
     def _student_learns(self, random: RandomNumbers) -> bool:
-        """Whether the student gets a gradient; one draw for the batch, the same everywhere."""
-        if self.student_share == 1:
-            return True
-        # On the CPU, which would wait for a device to decide.
-        coin = RandomNumbers(random.seed, torch.zeros(1, dtype=torch.long))
-        return float(coin.uniform(Stream.STUDENT)) < self.student_share
+        """Whether the student gets a gradient from this batch."""
+        share = self.student_share
+        return share == 1 or random.uniform_of_batch(Stream.STUDENT) < share
 
     def draw_levels(self, random: RandomNumbers) -> tuple[Tensor, Tensor]:
         """Levels t and s of the samples, (B,), int64 or of a continuous process float64.

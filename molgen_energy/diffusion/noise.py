@@ -155,6 +155,12 @@ class RandomNumbers:
         """A number in [0, 1) for each sample, (B,) float32."""
         return (self._single(stream)[:, 0] >> 8).float() * 2.0**-24
 
+    def uniform_of_batch(self, stream: Stream) -> float:
+        """A number in [0, 1) for all samples together, the same in all shards of a batch."""
+        # On the CPU, since Python would wait for the number of another device.
+        one = RandomNumbers(self.seed, torch.zeros(1, dtype=torch.long))
+        return float(one.uniform(stream))
+
     def stratified(self, stream: Stream) -> Tensor:
         """A number in [0, 1) for each sample, (B,) float32, stratified over the population.
 

@@ -182,10 +182,7 @@ class Objective:
         """A clean prediction without gradient for a self-conditioned denoiser, or None."""
         if not is_self_conditioned(model):
             return None
-        # One draw for the whole batch, the same in all processes.
-        # On the CPU, which would wait for a device to decide.
-        coin = RandomNumbers(random.seed, torch.zeros(1, dtype=torch.long))
-        if float(coin.uniform(Stream.SELF_CONDITION)) >= self.self_condition_probability:
+        if random.uniform_of_batch(Stream.SELF_CONDITION) >= self.self_condition_probability:
             return None
         previous = None
         with torch.no_grad():

@@ -353,6 +353,19 @@ class DDIMSampler(DiffusionSampler):
         return last_step(x, self.visited[-1], context)
 
 
+def _extrapolated(
+    clean: State, before: tuple[State, float] | None, h: float, least: float = 0.0
+) -> State:
+    """D of DPM-Solver++(2M) for a step h in log(α/σ), r at least `least`; see `DPMSolverSampler`.
+
+    `before` has the clean prediction and the length of the step before.
+    """
+    if before is None:
+        return clean
+    r = max(before[1] / h, least)
+    return clean + (clean - before[0]) / (2 * r)
+
+
 class DPMSolverSampler(DiffusionSampler):
     """DPM-Solver++(2M) (Lu et al., 2022, arXiv:2211.01095, algorithm 2).
 
@@ -393,10 +406,8 @@ class DPMSolverSampler(DiffusionSampler):
         for k, (t, s) in enumerate(pairwise(self.visited)):
             h = float(log_ratio[k + 1] - log_ratio[k])
             prediction = context.predict(x, t)
-            clean = toward = prediction.clean
-            if before is not None:
-                r = before[1] / h
-                toward = clean + (clean - before[0]) / (2 * r)
+            clean = prediction.clean
+            toward = _extrapolated(clean, before, h)
             new = float(sigma[k + 1] / sigma[k]) * x - float(alpha[k + 1]) * math.expm1(-h) * toward
             if self.ancestral_positions:
                 drawn = ancestral_step(x, prediction.noise, t, s, context)
@@ -406,7 +417,9 @@ class DPMSolverSampler(DiffusionSampler):
         return last_step(x, self.visited[-1], context, float(self.ancestral_positions))
 
 
-_LEAST_RATIO = 0.5  # of the step before to this one, in log(α/σ)
+# Of the step before to this one, in log(α/σ). A step much longer than the one before, such as the
+# last one of even times, would extrapolate too far.
+_LEAST_RATIO = 0.5
 
 
 class StochasticDPMSolverSampler(DiffusionSampler):
@@ -428,12 +441,8 @@ class StochasticDPMSolverSampler(DiffusionSampler):
         before: tuple[State, float] | None = None
         for k, (t, s) in enumerate(pairwise(self.visited)):
             h = float(log_ratio[k + 1] - log_ratio[k])
-            clean = toward = context.predict(x, t).clean
-            if before is not None:
-                # A step much longer than the one before, such as the last one of even times, would
-                # extrapolate too far.
-                r = max(before[1] / h, _LEAST_RATIO)
-                toward = clean + (clean - before[0]) / (2 * r)
+            clean = context.predict(x, t).clean
+            toward = _extrapolated(clean, before, h, _LEAST_RATIO)
             removed = -math.expm1(-2 * h)
             kept = float(sigma[k + 1] / sigma[k]) * math.exp(-h)
             x = kept * x + float(alpha[k + 1]) * removed * toward

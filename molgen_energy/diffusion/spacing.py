@@ -99,7 +99,7 @@ def chosen_levels(process: Process, levels: Sequence[float]) -> list[VisitedLeve
     Raises
     ------
     InputError
-        They are not.
+        The levels do not meet these conditions.
     """
     named = f"--levels {levels_text(levels)}"
     if not levels or not all(a > b for a, b in pairwise(levels)):
@@ -202,7 +202,9 @@ def power_levels(
     """
     first: float = FIRST_TIME if process.continuous else process.steps
     end: float = LAST_TIME if process.continuous else 0
-    ratios = _evenly(high ** (1 / power), (low or _ratio(process, end)) ** (1 / power), count - 1)
+    ratios = _evenly(
+        high ** (1 / power), (low or noise_to_signal(process, end)) ** (1 / power), count - 1
+    )
     nearest = levels_near(process, ratios**power)
     if process.continuous:
         return [first, *nearest]
@@ -226,7 +228,7 @@ def levels_near(process: Process, ratios: Tensor) -> list[float]:
     return nearest
 
 
-def _ratio(process: Process, level: float) -> float:
+def noise_to_signal(process: Process, level: float) -> float:
     """σ/α at a level."""
     alpha2, sigma2 = process.squares(level)
     return math.sqrt(sigma2 / alpha2)
