@@ -27,11 +27,31 @@ from molgen_energy.models.base import (
 from molgen_energy.models.gdm import PUBLISHED_GDM
 from molgen_energy.models.pair_network import PairNetwork
 
-_EPSILON = 1e-8  # Å², so that the root has a gradient at coincident atoms
-_FIRST_CENTRE, _LAST_CENTRE = 0.5, 5.0  # Å, of the Gaussians of the distance
+EPSILON = 1e-8  # Å², so that the root has a gradient at coincident atoms
+_FIRST_CENTRE, LAST_CENTRE = 0.5, 5.0  # Å, of the Gaussians of the distance
 _FREQUENCIES = 16  # k/4, less than one period apart over all times
 _SUM_SCALE = 0.25  # factor of sums over neighbours
 _LARGEST_LOGIT = 7.0  # of the time, in absolute value
+
+
+class DistanceGaussians(nn.Module):
+    """exp(−((d − c_k)/s)²/2) of distances d in Å, for K centres c_k from 0.5 to 5 Å, s apart."""
+
+    centres: Tensor
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        # On the CPU, also while memory is estimated on `meta`, where arithmetic is slow to import.
+        centres = torch.linspace(_FIRST_CENTRE, LAST_CENTRE, count, device="cpu")
+        self.register_buffer("centres", centres, persistent=False)
+        self.spread = (LAST_CENTRE - _FIRST_CENTRE) / max(1, count - 1)
+
+    def forward(self, distances: Tensor, dim: int = -1) -> Tensor:
+        """Gaussians of distances (…, 1, …), whose one value in dimension `dim` becomes K."""
+        shape = [1] * distances.ndim
+        shape[dim] = -1
+        scaled = (distances - self.centres.view(shape)) / self.spread
+        return torch.exp(-0.5 * scaled.square())
 
 
 class TimeEmbedding(nn.Module):
@@ -147,7 +167,6 @@ class GDMPairs(Denoiser):
     """
 
     Config = GDMPairsConfig
-    centres: Tensor
 
     def __init__(
         self,
@@ -163,9 +182,7 @@ class GDMPairs(Denoiser):
         super().__init__(layout)
         channels = layout.channels["atom"]
         self.low_precision = low_precision
-        centres = torch.linspace(_FIRST_CENTRE, _LAST_CENTRE, distances, device="cpu")
-        self.register_buffer("centres", centres, persistent=False)
-        self.spread = (_LAST_CENTRE - _FIRST_CENTRE) / max(1, distances - 1)
+        self.gaussians = DistanceGaussians(distances)
         self.time = TimeEmbedding(width)
         self.embed = nn.Linear(channels, width)
         self.embed_time = nn.Linear(width, width)
@@ -197,7 +214,7 @@ class GDMPairs(Denoiser):
         noisy = torch.where(mask[..., None], state.atoms, 0)
         pairs = pair_mask(mask, noisy.dtype)
         relative_positions = noisy[:, :, None, :3] - noisy[:, None, :, :3]
-        distances = (relative_positions.square().sum(dim=-1) + _EPSILON).sqrt()
+        distances = (relative_positions.square().sum(dim=-1) + EPSILON).sqrt()
         features = self._radial_basis(distances)
         directions = relative_positions * (pairs / (1 + distances))[..., None]
         embedded_time = self.time(time)
@@ -210,5 +227,4 @@ class GDMPairs(Denoiser):
     def _radial_basis(self, distances: Tensor) -> Tensor:
         """Features (B, N, N, K) of distances (B, N, N)."""
         d = distances[..., None]
-        gaussians = torch.exp(-0.5 * ((d - self.centres) / self.spread).square())
-        return torch.cat([gaussians, 1 / (1 + d), d / _LAST_CENTRE], dim=-1)
+        return torch.cat([self.gaussians(d), 1 / (1 + d), d / LAST_CENTRE], dim=-1)

@@ -29,10 +29,14 @@ from molgen_energy.models.base import (
     embed_condition,
 )
 from molgen_energy.models.gdm import PUBLISHED_GDM
-from molgen_energy.models.gdm_pairs import AdaRMSNorm, TimeEmbedding
+from molgen_energy.models.gdm_pairs import (
+    EPSILON,
+    LAST_CENTRE,
+    AdaRMSNorm,
+    DistanceGaussians,
+    TimeEmbedding,
+)
 
-_EPSILON = 1e-8  # Å², so that the root has a gradient at coincident atoms
-_FIRST_CENTRE, _LAST_CENTRE = 0.5, 5.0  # Å, of the Gaussians of the distance
 _READ = 4  # channels of values that hold a position, and 1 for atoms
 _FEEDFORWARD = 4  # width of the hidden layer over that of states
 
@@ -134,7 +138,6 @@ class Transformer(Denoiser):
     """
 
     Config = TransformerConfig
-    centres: Tensor
 
     def __init__(
         self,
@@ -150,16 +153,14 @@ class Transformer(Denoiser):
         channels = layout.channels["atom"]
         self.low_precision = low_precision
         self.heads = heads = max(1, width // head_width)
-        centres = torch.linspace(_FIRST_CENTRE, _LAST_CENTRE, distances, device="cpu")
-        self.register_buffer("centres", centres, persistent=False)
-        self.spread = (_LAST_CENTRE - _FIRST_CENTRE) / max(1, distances - 1)
+        self.gaussians = DistanceGaussians(distances)
         self.time = TimeEmbedding(width)
         self.embed = nn.Linear(channels, width)
         self.embed_time = nn.Linear(width, width)
         self.embed_condition = embed_condition(condition_channels, width)
         self.register = nn.Parameter(torch.randn(width))
         self.bias = nn.Linear(distances + 3, layers * heads, bias=False)
-        self._start_near(layers)
+        self._init_bias(layers)
         self.layers = nn.ModuleList(
             TransformerLayer(width, heads, head_width) for _ in range(layers)
         )
@@ -202,23 +203,21 @@ class Transformer(Denoiser):
         return state.with_atoms(self.readout(h)).projected()
 
     @torch.no_grad()
-    def _start_near(self, layers: int) -> None:
+    def _init_bias(self, layers: int) -> None:
         """Add −s·d to the first biases, s from 2 to 1/8 Å⁻¹ over the heads (ALiBi).
 
         Press, Smith, Lewis, ICLR 2022.
         """
         slopes = torch.logspace(1, -3, self.heads, base=2.0, device=self.bias.weight.device)
-        self.bias.weight[:, -2] -= _LAST_CENTRE * slopes.repeat(layers)
+        self.bias.weight[:, -2] -= LAST_CENTRE * slopes.repeat(layers)
 
     def _biases(self, places: Tensor) -> Sequence[Tensor]:
         """For each layer the bias of attention (B, H, T, T), −∞ for keys that are padding."""
         positions, atoms = places[..., :3], places[..., 3]
         squares = (positions[:, :, None] - positions[:, None]).square().sum(dim=-1)
-        d = (squares + _EPSILON).sqrt()[:, None]
+        d = (squares + EPSILON).sqrt()[:, None]
         between = (atoms[:, :, None] * atoms[:, None])[:, None]
-        centres = self.centres[:, None, None]
-        gaussians = torch.exp(-0.5 * ((d - centres) / self.spread).square())
-        further = torch.cat([gaussians, 1 / (1 + d), d / _LAST_CENTRE], dim=1) * between
+        further = torch.cat([self.gaussians(d, 1), 1 / (1 + d), d / LAST_CENTRE], dim=1) * between
         features = torch.cat([further, 1 - between], dim=1)  # (B, K, T, T)
         bias = torch.matmul(self.bias.weight, features.flatten(2))
         bias = bias.view(len(places), len(self.layers), self.heads, *features.shape[2:])
