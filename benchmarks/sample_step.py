@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from molgen_energy.cli.console import exit_on_error
-from molgen_energy.models.precision import bfloat16_pays
+from molgen_energy.models.precision import is_bfloat16_faster
 from molgen_energy.systems.molecules import sampling
 from molgen_energy.systems.molecules.generate import MoleculeGenerator
 from molgen_energy.systems.molecules.threads import DrawingThreads
@@ -75,7 +75,7 @@ def compare(arguments: argparse.Namespace) -> None:
         least = [1000 * min(column) / evaluations for column in zip(*measured, strict=True)]
         table.add_row(way, *(f"{value:.2f}" for value in least))
     Console(width=120).print(table)
-    used = "bfloat16" if bfloat16_pays(device, training=False) else "float32"
+    used = "bfloat16" if is_bfloat16_faster(device, training=False) else "float32"
     print(f"sample uses {used} here for networks that were trained in bfloat16")
 
 

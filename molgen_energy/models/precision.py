@@ -20,7 +20,7 @@ _ROUNDS = 8
 _MARGIN, _MARGIN_TRAINING = 1.4, 3.0
 
 
-def bfloat16_pays(device: torch.device, training: bool) -> bool:
+def is_bfloat16_faster(device: torch.device, training: bool) -> bool:
     """Whether networks with wide messages are faster with their work on pairs in bfloat16.
 
     With `training` gradients are computed, too. A CPU is timed, once a process, in about 20 ms:

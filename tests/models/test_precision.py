@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from molgen_energy.models import pair_network, precision
 from molgen_energy.models.pair_network import PairNetwork
-from molgen_energy.models.precision import bfloat16_pays
+from molgen_energy.models.precision import is_bfloat16_faster
 
 CPU = torch.device("cpu")
 
@@ -66,7 +66,7 @@ def test_what_pytorch_does_not_have_is_not_used(monkeypatch):
     assert not pair_network._fuses_silu(CPU, torch.bfloat16)
     pair_network._has_fused_silu.cache_clear()
     monkeypatch.setattr(precision, "has_onednn", lambda: False)
-    assert not bfloat16_pays(CPU, training=False)
+    assert not is_bfloat16_faster(CPU, training=False)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def test_what_pytorch_does_not_have_is_not_used(monkeypatch):
 )
 def test_margins(monkeypatch, speedup, sampling, training):
     monkeypatch.setattr(precision, "_speedup_of_cpu", lambda: speedup)
-    assert bfloat16_pays(CPU, training=False) == sampling
-    assert bfloat16_pays(CPU, training=True) == training
+    assert is_bfloat16_faster(CPU, training=False) == sampling
+    assert is_bfloat16_faster(CPU, training=True) == training
 
 
 def test_the_measurement_is_of_one_thread_and_repeatable(monkeypatch):

@@ -87,7 +87,7 @@ def test_what_one_thread_raises_ends_all(cores, failing):
     with pytest.raises(OSError, match="disk full"):
         run.run(iter(range(3)), 3)
     assert threading.active_count() == 1 or not any(
-        thread.name.endswith("(help_out)") for thread in threading.enumerate()
+        thread.name.endswith("(run_helper)") for thread in threading.enumerate()
     )
     assert torch.get_num_threads() == cores
 
@@ -103,14 +103,16 @@ def test_ctrl_c_ends_all(cores):
     run = DrawingThreads(work, lambda samples, share: None)
     with pytest.raises(KeyboardInterrupt):
         run.run(iter(range(2)), 2)
-    assert not any(thread.name.endswith("(help_out)") for thread in threading.enumerate())
+    assert not any(thread.name.endswith("(run_helper)") for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize(("name", "pays", "expected"), [
     ("qm9_energy", True, True), ("qm9_energy", False, False), ("ccd_energy", True, False),
 ])  # fmt: skip
 def test_bfloat16_by_default_where_trained_so_and_faster(monkeypatch, name, pays, expected):
-    monkeypatch.setattr(generate, "bfloat16_pays", lambda device, training: pays and not training)
+    monkeypatch.setattr(
+        generate, "is_bfloat16_faster", lambda device, training: pays and not training
+    )
     checkpoint = load_checkpoint(resolve_checkpoint(Path(name)))
     assert samples_in_bfloat16(checkpoint, CPU) is expected
     assert not samples_in_bfloat16(checkpoint, torch.device("meta"))

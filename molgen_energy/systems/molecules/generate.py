@@ -32,7 +32,7 @@ from molgen_energy.diffusion.state import Layout
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.errors import InputError
 from molgen_energy.formats.limits import check_memory
-from molgen_energy.models.precision import bfloat16_pays
+from molgen_energy.models.precision import is_bfloat16_faster
 from molgen_energy.systems.molecules.condition import PropertyCondition
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.fields import MoleculeStatistics, build_layout
@@ -53,14 +53,16 @@ bonds no charge fits."""
 
 
 def samples_in_bfloat16(checkpoint: Checkpoint, device: torch.device) -> bool:
-    """Whether `sample` runs the work on pairs in bfloat16, unless it is told.
+    """Whether `sample` runs the work on pairs in bfloat16 by default.
 
-    On a CPU that is faster so, with a network that was trained so.
+    It does on a CPU where that is faster, with a network that was trained in bfloat16.
     """
     config = checkpoint.config_as(MoleculeConfig)
     trained_so = config.training.low_precision is True
     wide = getattr(config.model, "width", 0) >= _NARROWEST
-    return device.type == "cpu" and trained_so and wide and bfloat16_pays(device, training=False)
+    return (
+        device.type == "cpu" and trained_so and wide and is_bfloat16_faster(device, training=False)
+    )
 
 
 class MoleculeGenerator:

@@ -48,7 +48,7 @@ from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.losses import AdaptiveSprings, Neighbours, PositionLoss
 from molgen_energy.models import Denoiser
 from molgen_energy.models.base import PUBLISHED_ATOMS, Published
-from molgen_energy.models.precision import bfloat16_pays
+from molgen_energy.models.precision import is_bfloat16_faster
 from molgen_energy.paths import expand_home, portable_path
 from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.resources import bundled_sample
@@ -366,7 +366,7 @@ class MoleculeTask:
         if training.lr == "auto":
             changes["training.lr"] = _published(config, "training.lr").lr
         if training.low_precision == "auto":
-            changes["training.low_precision"] = bfloat16_pays(self.device, training=True)
+            changes["training.low_precision"] = is_bfloat16_faster(self.device, training=True)
         return config.replaced(changes)
 
     def _samples(self) -> Iterator[dict[str, Any]]:

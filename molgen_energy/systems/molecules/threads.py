@@ -70,7 +70,7 @@ class DrawingThreads(Generic[Item]):
             while not self._stopped.is_set() and (item := take()) is not None:
                 self._work(item)
 
-        def help_out() -> None:
+        def run_helper() -> None:
             try:
                 work()
             except _StoppedError:
@@ -80,7 +80,7 @@ class DrawingThreads(Generic[Item]):
                 self._stopped.set()
 
         # Daemons, so that a second Ctrl-C ends the process.
-        helpers = [threading.Thread(target=help_out, daemon=True) for _ in range(threads - 1)]
+        helpers = [threading.Thread(target=run_helper, daemon=True) for _ in range(threads - 1)]
         try:
             for helper in helpers:
                 helper.start()
