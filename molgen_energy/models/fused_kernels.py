@@ -107,6 +107,27 @@ def _pre_activation(
     return p
 
 
+@triton.jit
+def _linear(
+    receiver, sender, features, feature, weight, ones, added, row, other, pair, inside,
+    width: tl.constexpr, count: tl.constexpr, padded: tl.constexpr, block: tl.constexpr,
+    native: tl.constexpr,
+):  # fmt: skip
+    """x = W·h + c of pairs, (T, W), with the two factors of c of `_bias`."""
+    w, v = tl.arange(0, width), tl.arange(0, block)
+    e = _features(features, pair, inside, count, padded) if count > 0 else None
+    x = _product(ones, added, native)
+    for begin in range(0, width, block):
+        matrix = tl.load(weight + w[:, None] * width + (begin + v)[None, :])
+        p = _pre_activation(
+            receiver, sender, e, feature, row, other, inside, begin + v, width, count, padded,
+            native,
+        )  # fmt: skip
+        hidden = (p * _sigmoid(p, native)).to(weight.dtype.element_ty)
+        x += _product(hidden, tl.trans(matrix), native)
+    return x
+
+
 @triton.jit(do_not_specialize=_CHANGING)
 def _forward_kernel(
     receiver, sender, features, feature, weight, bias, read, offset, allowed, gathered, first,
@@ -118,7 +139,7 @@ def _forward_kernel(
     dtype = weight.dtype.element_ty
     receivers = molecules * atoms
     w, c, t = tl.arange(0, width), tl.arange(0, numbers), tl.arange(0, tile)
-    r, v = tl.arange(0, most), tl.arange(0, block)
+    r = tl.arange(0, most)
     readers = tl.load(read + c[:, None] * width + w[None, :], mask=c[:, None] <= channels, other=0)
     offsets = tl.load(offset + c, mask=c <= channels, other=0.0)
     ones, added = _bias(bias, tile, width, dtype)
@@ -129,16 +150,10 @@ def _forward_kernel(
         row, j = group * together + local, chunk * senders + place
         inside = (local < together) & (row < receivers) & (j < atoms)
         pair, other = row * atoms + j, row // atoms * atoms + j
-        e = _features(features, pair, inside, count, padded) if count > 0 else None
-        x = _product(ones, added, native)
-        for begin in range(0, width, block):
-            matrix = tl.load(weight + w[:, None] * width + (begin + v)[None, :])
-            p = _pre_activation(
-                receiver, sender, e, feature, row, other, inside, begin + v, width, count, padded,
-                native,
-            )  # fmt: skip
-            hidden = (p * _sigmoid(p, native)).to(dtype)
-            x += _product(hidden, tl.trans(matrix), native)
+        x = _linear(
+            receiver, sender, features, feature, weight, ones, added, row, other, pair, inside,
+            width, count, padded, block, native,
+        )  # fmt: skip
         message = (x * _sigmoid(x, native)).to(dtype)
         values = _product(message, tl.trans(readers), native) + offsets[None, :]
         at = pair[:, None] * channels + c[None, :] - 1
@@ -184,7 +199,7 @@ def _message_backward_kernel(
     dtype = weight.dtype.element_ty
     receivers = molecules * atoms
     w, c, t = tl.arange(0, width), tl.arange(0, numbers), tl.arange(0, tile)
-    r, v = tl.arange(0, most), tl.arange(0, block)
+    r = tl.arange(0, most)
     half = tl.arange(0, width // 2)
     ones, added = _bias(bias, tile, width, dtype)
     local, place = t // senders, t % senders
@@ -197,16 +212,10 @@ def _message_backward_kernel(
         row, j = group * together + local, chunk * senders + place
         inside = (local < together) & (row < receivers) & (j < atoms)
         pair, other = row * atoms + j, row // atoms * atoms + j
-        e = _features(features, pair, inside, count, padded) if count > 0 else None
-        x = _product(ones, added, native)
-        for begin in range(0, width, block):
-            matrix = tl.load(weight + w[:, None] * width + (begin + v)[None, :])
-            p = _pre_activation(
-                receiver, sender, e, feature, row, other, inside, begin + v, width, count, padded,
-                native,
-            )  # fmt: skip
-            h = (p * _sigmoid(p, native)).to(dtype)
-            x += _product(h, tl.trans(matrix), native)
+        x = _linear(
+            receiver, sender, features, feature, weight, ones, added, row, other, pair, inside,
+            width, count, padded, block, native,
+        )  # fmt: skip
         s = _sigmoid(x, native)
         message = (x * s).to(dtype)
         slope = (s * (1 + x * (1 - s))).to(dtype)
