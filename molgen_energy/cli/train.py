@@ -101,6 +101,14 @@ def command(
         rich_help_panel=_WHAT,
         help="HDF5 file of `preprocess`; default: that of the configuration.",
     ),
+    condition: str | None = typer.Option(
+        None,
+        "--condition",
+        metavar="NAMES",
+        rich_help_panel=_WHAT,
+        help="Properties of the data, such as gap,alpha, that samples can then be asked for: sample "
+        "--where gap=0.2.",
+    ),
     initial_weights: Path | None = typer.Option(
         None,
         "--from",
@@ -178,6 +186,7 @@ def command(
         "loss": loss,
         "springs": springs,
         "edges": edges,
+        "condition": condition,
         "steps": steps,
         "epochs": epochs,
         "batch_size": batch_size,

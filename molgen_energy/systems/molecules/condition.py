@@ -35,7 +35,10 @@ class PropertyConditionConfig(Section):
     properties: Annotated[tuple[str, ...], Option(min_length=1)] = ("gap",)
     """Names of the properties."""
     dropout: Annotated[float, Option(ge=0, le=1)] = 0.1
-    """Share of training molecules whose properties are withheld, for classifier-free guidance."""
+    """Share of training molecules without any property, for classifier-free guidance."""
+    single_dropout: Annotated[float, Option(ge=0, le=1)] = 0.5
+    """With several properties: the share of molecules for which a property is withheld, each
+    independently of the others, so that the network knows every subset of them."""
 
 
 class NoCondition:
@@ -60,7 +63,11 @@ class PropertyCondition:
     std: tuple[float, ...]
     values: NDArray[np.float64]
     """Of some training molecules, (≤1000, P), from which sampling draws."""
+    lowest: tuple[float, ...]
+    highest: tuple[float, ...]
+    """Range of the training molecules."""
     dropout: float = 0.0
+    single_dropout: float = 0.0
 
     @property
     def channels(self) -> int:
@@ -83,8 +90,9 @@ class PropertyCondition:
         values: NDArray[np.float64],
         dropout: float,
         seed: int,
+        single_dropout: float = 0.0,
     ) -> PropertyCondition:
-        """Means and standard deviations of training properties (M, P); NaN counts as missing.
+        """Means, deviations and ranges of training properties (M, P); NaN counts as missing.
 
         Raises
         ------
@@ -108,7 +116,9 @@ class PropertyCondition:
         mean, std = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
         return cls(
             tuple(names), tuple(units), tuple(mean.tolist()), tuple(std.tolist()),
-            complete[np.sort(chosen)], dropout,
+            complete[np.sort(chosen)],
+            tuple(np.nanmin(values, axis=0).tolist()), tuple(np.nanmax(values, axis=0).tolist()),
+            dropout, single_dropout if len(names) > 1 else 0.0,
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,6 +126,7 @@ class PropertyCondition:
         return {
             "names": list(self.names), "units": list(self.units),
             "mean": list(self.mean), "std": list(self.std),
+            "lowest": list(self.lowest), "highest": list(self.highest),
             "values": self.values.tolist(),
         }  # fmt: skip
 
@@ -124,17 +135,27 @@ class PropertyCondition:
         """The condition from the result of `to_dict`."""
         names = tuple(state["names"])
         values = np.array(state["values"], np.float64).reshape(-1, len(names))
-        return cls(names, tuple(state["units"]), tuple(state["mean"]), tuple(state["std"]), values)
+        # Earlier versions wrote no range: it is that of the stored molecules.
+        lowest = state.get("lowest") or values.min(axis=0).tolist()
+        highest = state.get("highest") or values.max(axis=0).tolist()
+        return cls(
+            names, tuple(state["units"]), tuple(state["mean"]), tuple(state["std"]), values,
+            tuple(lowest), tuple(highest),
+        )  # fmt: skip
 
     def encode(self, values: Tensor, random: RandomNumbers | None = None) -> Tensor:
         """The condition of a denoiser, (B, 2P), from properties (B, P), NaN where missing.
 
-        With random numbers, the properties of a share `dropout` of the molecules are withheld.
+        With random numbers, all properties of a share `dropout` of the molecules are withheld, and
+        single ones of a share `single_dropout`.
         """
         known = torch.isfinite(values)
         if random is not None and self.dropout:
             withheld = random.uniform(Stream.CONDITION_DROPOUT) < self.dropout
             known = known & ~withheld[:, None]
+        if random is not None and self.single_dropout:
+            single = random.uniforms(Stream.SINGLE_DROPOUT, len(self.names)) < self.single_dropout
+            known = known & ~single
         mean, std = _on(values.device, self.mean), _on(values.device, self.std)
         normalised = torch.where(known, (values - mean) / std, 0)
         return torch.cat([normalised, known.to(values.dtype)], dim=1).float()
