@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 from molgen_energy.api.molecule_list import MoleculeList
 from molgen_energy.data.shards import shards_folder
+from molgen_energy.diffusion.guidance import GuidanceFunction, guidance_name
 from molgen_energy.diffusion.spacing import levels_text
 from molgen_energy.diffusion.temperature import range_text
 from molgen_energy.display.progress import NotebookProgress, in_notebook
@@ -25,6 +27,7 @@ from molgen_energy.systems.base import (
     SamplingResult,
     System,
 )
+from molgen_energy.systems.molecules.condition import wanted_ranges, where_text
 from molgen_energy.systems.registry import system_of_checkpoint
 from molgen_energy.training.checkpoint import default_checkpoint, load_checkpoint
 from molgen_energy.training.devices import choose_device
@@ -49,7 +52,8 @@ def sample_to(
     checkpoint: str | PathLike[str] | None = None,
     seed: int | None = None,
     n_atoms: int | tuple[int, int] | None = None,
-    condition: Mapping[str, float] | None = None,
+    where: Mapping[str, float | tuple[float, float] | None] | None = None,
+    guidance: float | GuidanceFunction | None = None,
     consistent_charges: bool | None = None,
     aromatic: bool | None = None,
     sampler: str | None = None,
@@ -87,9 +91,17 @@ def sample_to(
         Seed of the samples, by default 0.
     n_atoms
         Number of atoms, or its range; by default as in the training data.
-    condition
-        Values of properties that the model was trained on, in the unit of the data; by default
-        drawn from the training molecules.
+    where
+        Properties that the molecules shall have, of those that the network was trained on, in the
+        unit of the data: ``{"gap": 0.2, "alpha": (70, 80)}``, a value or a range to draw from
+        uniformly; None draws it from training molecules of the same size. Properties without an
+        entry are left to the network. By default all are drawn from training molecules. Without
+        `n_atoms` the sizes are those of training molecules with about such properties.
+    guidance
+        Scale of classifier-free guidance: above 1 molecules have the properties more closely and
+        are less diverse, for two network evaluations each; by default 1, without. Or, without
+        training, a differentiable function f(positions (B, N, 3) in Å, mask (B, N), atomic numbers
+        (B, N)) -> (B,): molecules of low f are preferred, by the factor exp(−f).
     consistent_charges
         Replace each formal charge that does not fit the generated bonds of its atom by the nearest
         one that does, as in the training molecules. Molecules get the properties `charges_changed`
@@ -150,7 +162,8 @@ def sample_to(
         "count": count,
         "n_atoms": sizes,
         "seed": seed,
-        "condition": None if condition is None else dict(condition),
+        "where": None if where is None else wanted_ranges(where),
+        "guidance": None if guidance is None else guidance_name(guidance),
         "consistent_charges": consistent_charges or None,
         "aromatic": aromatic or None,
         "sampler": sampler,
@@ -185,6 +198,13 @@ def sample_to(
             if is_main()
             else None
         )
+        if callable(guidance):  # which other processes were given too
+            options["guidance"] = guidance
+        elif isinstance(options.get("guidance"), str):
+            raise InputError(
+                f"{shards_folder(path)} was begun with the {options['guidance']}; give it to "
+                "`molgen_energy.sample(resume=…, guidance=…)`"
+            )
         loaded = load_checkpoint(found, weights=["ema"])
         system = system_of_checkpoint(loaded)
         generator = system.generator(loaded, target, options)
@@ -241,8 +261,8 @@ def _resumed_options(
         there = options.get(name)
         if value != there:
             was = there
-            if isinstance(there, tuple):
-                was = _TUPLES.get(name, _joined)(there)
+            if there is not None and (name in _TEXTS or isinstance(there, tuple)):
+                was = _TEXTS.get(name, _joined)(there)
             begun_with = f"with {'the default' if was is None else was}"
             if isinstance(there, bool):
                 begun_with = "with it" if there else "without it"
@@ -263,10 +283,11 @@ def _joined(values: tuple[int, ...]) -> str:
     return "-".join(map(str, values))
 
 
-# Of options that are no range of numbers.
-_TUPLES: dict[str, Callable[[tuple[Any, ...]], str]] = {
+# Of options that are no range of whole numbers.
+_TEXTS: dict[str, Callable[[Any], str]] = {
     "temperature_range": lambda ends: range_text(*ends),
     "levels": levels_text,
+    "where": where_text,
 }
 
 
@@ -305,7 +326,8 @@ def sample(
     checkpoint: str | PathLike[str] | None = None,
     seed: int | None = None,
     n_atoms: int | tuple[int, int] | None = None,
-    condition: Mapping[str, float] | None = None,
+    where: Mapping[str, float | tuple[float, float] | None] | None = None,
+    guidance: float | GuidanceFunction | None = None,
     consistent_charges: bool | None = None,
     aromatic: bool | None = None,
     sampler: str | None = None,
@@ -348,9 +370,17 @@ def sample(
         Seed of the samples, by default 0. Sample i of a seed is the same in every batch.
     n_atoms
         Number of atoms with hydrogens, or its range; by default as in the training data.
-    condition
-        Values of properties that the model was trained on, in the unit of the data; by default
-        drawn from the training molecules.
+    where
+        Properties that the molecules shall have, of those that the network was trained on, in the
+        unit of the data: ``{"gap": 0.2, "alpha": (70, 80)}``, a value or a range to draw from
+        uniformly; None draws it from training molecules of the same size. Properties without an
+        entry are left to the network. By default all are drawn from training molecules. Without
+        `n_atoms` the sizes are those of training molecules with about such properties.
+    guidance
+        Scale of classifier-free guidance: above 1 molecules have the properties more closely and
+        are less diverse, for two network evaluations each; by default 1, without. Or, without
+        training, a differentiable function f(positions (B, N, 3) in Å, mask (B, N), atomic numbers
+        (B, N)) -> (B,): molecules of low f are preferred, by the factor exp(−f).
     consistent_charges
         Replace each formal charge that does not fit the generated bonds of its atom by the nearest
         one that does, as in the training molecules.
@@ -417,7 +447,8 @@ def sample(
         "checkpoint": checkpoint,
         "seed": seed,
         "n_atoms": n_atoms,
-        "condition": condition,
+        "where": where,
+        "guidance": guidance,
         "consistent_charges": consistent_charges,
         "aromatic": aromatic,
         "sampler": sampler,
@@ -443,6 +474,8 @@ def sample(
 
         def on_start(job: SamplingJobInfo) -> SamplingCallback | None:
             jobs.append(job)
+            for text in job.generator.warnings:
+                warnings.warn(text, stacklevel=2)
             if callback is not None or not in_notebook():
                 return None
             return stack.enter_context(closing(_NotebookSampling(job)))

@@ -176,8 +176,8 @@ def estimate_training(
     Parameters
     ----------
     options
-        `data`, `loss`, `springs`, `edges`, `condition`, `steps`, `epochs`, `batch_size`, `lr`, `seed`,
-        `initial_weights` and `teacher` of `train`.
+        `data`, `loss`, `springs`, `edges`, `condition`, `steps`, `epochs`, `batch_size`, `lr`,
+        `seed`, `initial_weights` and `teacher` of `train`.
 
     Returns
     -------

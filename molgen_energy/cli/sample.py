@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from molgen_energy.systems.base import SamplingResult
 
 # Panels of the help.
-_WHAT, _TEMPERATURE, _COMPUTATION = "What to sample", "Temperature", "Computation"
+_WHAT, _CONTROL = "What to sample", "Control"
+_TEMPERATURE, _COMPUTATION = "Temperature", "Computation"
 # Names for completion, without importing PyTorch; a test compares the registries.
 _SAMPLERS = ("ancestral", "ddim", "dpm++", "sde-dpm++", "heun", "euler")
 _SPACINGS = ("log", "even", "quadratic")
@@ -72,20 +73,29 @@ def command(
         rich_help_panel=_WHAT,
         help="Number of atoms of a molecule, or its range; default: as in the training data.",
     ),
-    condition: list[str] = typer.Option(
-        [],
-        "--condition",
-        metavar="NAME=VALUE",
-        rich_help_panel=_WHAT,
-        help="Value of a property that the model was trained on, in the unit of the data; default: "
-        "drawn from the training molecules.",
-    ),
     consistent_charges: bool = typer.Option(
         False,
         "--consistent-charges",
         rich_help_panel=_WHAT,
         help="Replace each formal charge that does not fit the generated bonds of its atom by the "
         "nearest one that does, as in the training molecules; what changes is counted.",
+    ),
+    where: list[str] = typer.Option(
+        [],
+        "--where",
+        metavar="NAME=X|A:B",
+        rich_help_panel=_CONTROL,
+        help="Property that molecules shall have, in the unit of the data: gap=0.2, or gap=0.2:0.25 "
+        "for a range. For networks of `train --condition`. NAME alone draws from the training "
+        "molecules, which is also the default for all. Several times for several properties.",
+    ),
+    guidance: float | None = typer.Option(
+        None,
+        "--guidance",
+        metavar="S",
+        rich_help_panel=_CONTROL,
+        help="Above 1, such as 2: molecules have the properties of --where more closely, and are "
+        "less diverse; takes twice the network evaluations. Default: 1, without.",
     ),
     data: Path | None = typer.Option(
         None,
@@ -270,7 +280,7 @@ def command(
         return
     if tune:
         others = {
-            "--n-atoms": n_atoms, "--condition": condition, "--sampler": sampler,
+            "--n-atoms": n_atoms, "--where": where, "--guidance": guidance, "--sampler": sampler,
             "--consistent-charges": consistent_charges, "--aromatic": aromatic,
             "--resume": resume, "--spacing": spacing, "--levels": levels, "--eta": eta,
             "--ancestral-positions": ancestral_positions, "--temperature": temperature,
@@ -295,7 +305,8 @@ def command(
                 checkpoint=checkpoint,
                 seed=seed,
                 n_atoms=None if n_atoms is None else _parse_sizes(n_atoms),
-                condition=_parse_condition(condition),
+                where=_parse_where(where),
+                guidance=guidance,
                 consistent_charges=consistent_charges,
                 aromatic=aromatic,
                 sampler=sampler,
@@ -489,6 +500,8 @@ class _Job:
             f"sampling {counted(generator.count, self.samples)} from {generator.origin}: "
             f"{generator.method}{processes}"
         )
+        for text in generator.warnings:
+            warn(text)
         self.began = time.perf_counter()
         bar = SamplingBar(generator.count, self.samples, self.resume_hint)
         return self._bars.enter_context(bar)
@@ -523,12 +536,20 @@ def _parse_range(text: str) -> tuple[float | None, float | None]:
         ) from None
 
 
-def _parse_condition(assignments: list[str]) -> dict[str, float] | None:
-    condition = {}
+def _parse_where(assignments: list[str]) -> dict[str, float | tuple[float, float] | None] | None:
+    where: dict[str, float | tuple[float, float] | None] = {}
     for text in assignments:
-        name, _, value = text.partition("=")
+        name, assigned, value = text.partition("=")
+        if (name := name.strip()) in where:
+            raise InputError(f"--where {text}: {name} is named twice; give one value or range")
+        low, ranged, high = value.partition(":")
         try:
-            condition[name.strip()] = float(value)
+            where[name] = None
+            if assigned:
+                where[name] = (float(low), float(high)) if ranged else float(value)
         except ValueError:
-            raise InputError(f"--condition {text}: expected NAME=VALUE, such as gap=0.2") from None
-    return condition or None
+            raise InputError(
+                f"--where {text}: expected NAME=VALUE such as gap=0.2, NAME=LOW:HIGH such as "
+                "gap=0.2:0.25, or a NAME alone"
+            ) from None
+    return where or None

@@ -106,8 +106,7 @@ def command(
         "--condition",
         metavar="NAMES",
         rich_help_panel=_WHAT,
-        help="Properties of the data, such as gap,alpha, that samples can then be asked for: sample "
-        "--where gap=0.2.",
+        help="Properties of the data, such as gap,alpha, which `sample --where` can then ask for.",
     ),
     initial_weights: Path | None = typer.Option(
         None,

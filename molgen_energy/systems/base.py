@@ -78,6 +78,8 @@ class Generator(Protocol):
     """Files that it reads, which the output must not replace."""
     distributed: bool
     """Whether several processes share the work; otherwise the first one does all of it."""
+    warnings: tuple[str, ...]
+    """What to know about the options before sampling, a line each."""
 
     @property
     def origin(self) -> str:

@@ -265,8 +265,9 @@ def test_missing_columns_are_named(everything, rich_file, sample_path):
 
 
 def condition_of(values, dropout=0.0, single_dropout=0.0):
+    atoms = np.arange(len(values)) % 7 + 3
     return PropertyCondition.fit(
-        ["gap", "mu"], ["hartree", "debye"], values, dropout, 0, single_dropout
+        ["gap", "mu"], ["hartree", "debye"], values, atoms, 0, dropout, single_dropout
     )
 
 
@@ -320,7 +321,7 @@ def test_single_properties_are_withheld_independently_of_each_other():
 
 def test_a_single_property_is_withheld_by_the_joint_dropout_alone():
     values = np.random.default_rng(0).normal(size=(50, 1))
-    condition = PropertyCondition.fit(["gap"], ["hartree"], values, 0.0, 0, 0.5)
+    condition = PropertyCondition.fit(["gap"], ["hartree"], values, np.full(50, 9), 0, 0.0, 0.5)
     encoded = condition.encode(torch.from_numpy(values), RandomNumbers(0, torch.arange(50)))
     assert (encoded[:, 1] == 1).all()
 

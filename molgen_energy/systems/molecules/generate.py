@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,12 @@ from molgen_energy.data.molecules import (
     Property,
     offsets_from_sizes,
 )
-from molgen_energy.diffusion.guidance import SamplingHook
+from molgen_energy.diffusion.guidance import (
+    ClassifierFreeGuidance,
+    FunctionGuidance,
+    GuidanceFunction,
+    SamplingHook,
+)
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.diffusion.process import Process
 from molgen_energy.diffusion.samplers import DEFAULT_SAMPLERS, build_sampler
@@ -33,7 +39,11 @@ from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.errors import InputError
 from molgen_energy.formats.limits import check_memory
 from molgen_energy.models.precision import is_bfloat16_faster
-from molgen_energy.systems.molecules.condition import PropertyCondition
+from molgen_energy.systems.molecules.condition import (
+    PropertyCondition,
+    PropertyConditionConfig,
+    Where,
+)
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.fields import MoleculeStatistics, build_layout
 from molgen_energy.systems.molecules.recorded import RecordedDenoiser
@@ -94,9 +104,12 @@ class MoleculeGenerator:
     spacing
         Spacing of the levels that the sampler visits, one of `SPACINGS`. None is that of the
         checkpoint, else the default of the process.
-    condition
-        Values of properties on which the model was conditioned, by name; properties without a
-        value are unconditional. None draws them from the training molecules.
+    where
+        Ranges of properties on which the model was conditioned, by name; properties without an
+        entry are unconditional. None draws all from the training molecules.
+    guidance
+        Scale of classifier-free guidance, see `ClassifierFreeGuidance`; 1 has none. Or a function of
+        the positions, see `FunctionGuidance`.
     hook
         Guidance and constraints.
     temperature
@@ -132,7 +145,8 @@ class MoleculeGenerator:
         steps: int | None = None,
         eta: float | None = None,
         spacing: str | None = None,
-        condition: Mapping[str, float] | None = None,
+        where: Where | None = None,
+        guidance: float | GuidanceFunction = 1.0,
         hook: SamplingHook | None = None,
         temperature: Mapping[str, Any] | None = None,
         consistent_charges: bool = False,
@@ -154,13 +168,20 @@ class MoleculeGenerator:
         self.charges = None
         if consistent_charges:
             self.charges = ConsistentCharges(self.layout, statistics, checkpoint, device)
-        self.condition, self._condition = condition, None
+        self.where, self._condition = where, None
         if state.condition is not None:
             self._condition = PropertyCondition.from_dict(state.condition.model_dump())
-        if condition:
+        self.warnings: tuple[str, ...] = ()
+        if where is not None:
             if self._condition is None:
-                raise InputError(f"{checkpoint.path} has no condition; leave out --condition")
-            self._condition.given(condition, 1)
+                raise InputError(
+                    f"{checkpoint.path} was trained without properties; leave out --where, or name "
+                    "a network of `train --condition NAMES` with --checkpoint"
+                )
+            self.warnings = self._condition.check(where)
+        if callable(guidance):
+            guide = FunctionGuidance(guidance)
+            hook = guide if hook is None else Hooks([guide, hook])
         if low_precision:
             lower_precision(device)
         config = self.config.replaced({"training.low_precision": low_precision})
@@ -169,6 +190,7 @@ class MoleculeGenerator:
         checkpoint.load_weights(self.model, "ema")
         self.model.to(device).eval()
         self.checkpoint, self.device, self.seed, self.hook = checkpoint, device, seed, hook
+        self.guidance, self._denoiser = guidance, self._guided(guidance)
         self.trained_on = "" if state.data is None else state.data.source
         self.n_atoms, self.low_precision = sizes, low_precision
         self.cuda_graphs = cuda_graphs
@@ -224,6 +246,24 @@ class MoleculeGenerator:
             units |= zip(names, self._condition.units, strict=True)
         return units if self.charges is None else units | dict.fromkeys(CHARGE_COUNTS, "atoms")
 
+    def _guided(self, guidance: float | GuidanceFunction) -> nn.Module:
+        """The denoiser, guided by its own prediction without properties if the scale is not 1."""
+        if callable(guidance) or guidance == 1:
+            return self.model
+        if not 0 <= guidance < math.inf:
+            raise InputError(f"--guidance {guidance:g}: expected a number from 0")
+        section, path = self.config.condition, self.checkpoint.path
+        if self._condition is None or not isinstance(section, PropertyConditionConfig):
+            raise InputError(
+                f"--guidance {guidance:g}: {path} was trained without properties; leave it out"
+            )
+        if not section.knows_none:
+            raise InputError(
+                f"--guidance {guidance:g}: {path} always knew its properties in training, so it has "
+                "no prediction without them; leave it out, or train with condition.dropout above 0"
+            )
+        return ClassifierFreeGuidance(self.model, guidance)
+
     def fingerprint(self) -> str:
         """Hash of all that molecules depend on in the checkpoint, 32 hexadecimal digits."""
         state = self.checkpoint.state
@@ -237,7 +277,13 @@ class MoleculeGenerator:
 
     def sizes(self, numbers: Tensor) -> Tensor:
         """Atoms of the molecules with the given numbers, (B,)."""
-        uniform = RandomNumbers(self.seed, numbers).uniform(Stream.SIZE).cpu().double()
+        random = RandomNumbers(self.seed, numbers)
+        if self.where is not None and self.n_atoms is None:
+            assert self._condition is not None
+            sizes = self._condition.sizes_for(self.where, random)
+            if sizes is not None:
+                return sizes
+        uniform = random.uniform(Stream.SIZE).cpu().double()
         place = torch.searchsorted(self._cumulated, uniform, right=True)
         return self._sizes[place.clamp(max=len(self._sizes) - 1)]
 
@@ -258,18 +304,15 @@ class MoleculeGenerator:
         properties: dict[str, Property] = {}
         condition = None
         if self._condition is not None:
-            if self.condition is None:
-                values = self._condition.draw(random)
-            else:
-                values = self._condition.given(self.condition, len(numbers))
+            values = self._condition.values_for(self.where, random, sizes)
             condition = self._condition.encode(values).to(self.device)
             for name, unit, column in zip(
                 self._condition.names, self._condition.units, values.T.numpy(), strict=True
             ):
                 properties[f"condition_{name}"] = Property(np.ascontiguousarray(column), unit)
-        model: nn.Module = self.model
+        model = self._denoiser
         if self._recorder is not None:  # for this batch, whose shape few others have
-            model = RecordedDenoiser(self.model, self._recorder)
+            model = RecordedDenoiser(model, self._recorder)
         state = self.sampler.sample(model, random, self.layout, mask, condition, self.hook, advance)
         decoded = state.decode()
         if self.charges is not None:

@@ -45,8 +45,10 @@ class SamplingJob(Manifest):
     """Noise in the steps of the sampler ddim; None for others."""
     n_atoms: Annotated[tuple[Atoms, Atoms], Strict(False)] | None
     """Fewest and most atoms; None draws sizes from the histogram of the training molecules."""
-    condition: dict[Text, Finite] | None
-    """Values of properties; None draws them from the training molecules."""
+    where: dict[Text, Annotated[tuple[Finite, Finite], Strict(False)] | None] | None = None
+    """Lowest and highest values of properties; None draws them from the training molecules."""
+    guidance: Finite | Text = 1.0
+    """Scale of classifier-free guidance, or the name of a function."""
     low_precision: bool
     """Whether pairs of atoms are in bfloat16."""
     batch_size: Annotated[int, Field(ge=1, le=_MOST_IN_WINDOW)] | None
@@ -90,8 +92,22 @@ class SamplingJob(Manifest):
     units: dict[Text, Annotated[str, Field(max_length=200)]] = Field(default_factory=dict)
     """Of the properties that molecules will have."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_values(cls, values: Any) -> Any:
+        """Earlier versions wrote single values of properties, as `condition`."""
+        if not isinstance(values, dict) or "condition" not in values:
+            return values
+        old, new = values["condition"], {k: v for k, v in values.items() if k != "condition"}
+        return new | {
+            "where": {k: (v, v) for k, v in old.items()} if isinstance(old, dict) else old
+        }
+
     @model_validator(mode="after")
     def _ascending(self) -> SamplingJob:
+        for wanted in (self.where or {}).values():
+            if wanted is not None and wanted[0] > wanted[1]:
+                raise ValueError("where: expected the lowest before the highest value")
         if self.n_atoms is not None and self.n_atoms[0] > self.n_atoms[1]:
             raise ValueError("n_atoms: expected the fewest before the most atoms")
         return self

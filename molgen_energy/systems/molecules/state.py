@@ -101,12 +101,16 @@ class ConditionState(Schema):
     """Of the training molecules, P; earlier versions wrote none."""
     highest: list[Finite] | None = None
     """Of the training molecules, P; earlier versions wrote none."""
+    atoms: list[Atoms] | None = None
+    """Number of atoms of the molecules of `values`; earlier versions wrote none."""
 
     @model_validator(mode="after")
     def _same_length(self) -> ConditionState:
         lengths = {len(self.units), len(self.mean), len(self.std), *map(len, self.values)}
         if lengths != {len(self.names)}:
             raise ValueError("expected a unit, a mean, a std and a column of values for each name")
+        if self.atoms is not None and len(self.atoms) != len(self.values):
+            raise ValueError("expected a number of atoms for each molecule of the values")
         low, high = self.lowest, self.highest
         if low is None and high is None:
             return self

@@ -13,6 +13,7 @@ from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.convert import to_rdkit
 from molgen_energy.chemistry.fields import BONDS, CREATED_BY, TRAINED_ON
 from molgen_energy.data.hdf5 import MOLECULES, MoleculeFile
+from molgen_energy.diffusion.guidance import ClassifierFreeGuidance, guidance_name
 from molgen_energy.diffusion.process import PROCESSES
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.distributed import broadcast
@@ -49,11 +50,18 @@ class _MoleculeSampling:
             visits += f" of {sampler.spacing} spacing"
         temperature = sampler.temperature.describe()
         positions = " with ancestral positions" if sampler.ancestral_positions else ""
+        guidance, evaluations = "", sampler.evaluations
+        if callable(generator.guidance):
+            guidance = f", guided by {guidance_name(generator.guidance)}"
+        elif generator.guidance != 1:
+            guidance = f", guidance {generator.guidance:g}"
+            evaluations *= ClassifierFreeGuidance.evaluations
         self.method = (
             f"{generator.sampler_name}{positions}, {visits}, "
-            f"{counted(sampler.evaluations, 'network evaluations')} each"
-            f"{temperature and ', '}{temperature}"
+            f"{counted(evaluations, 'network evaluations')} each"
+            f"{temperature and ', '}{temperature}{guidance}"
         )
+        self.warnings = generator.warnings
 
     def write(
         self, output: Path, callback: SamplingCallback, resume: bool = False
@@ -90,7 +98,8 @@ class MoleculeSystem(System):
             **dict.fromkeys(Temperature().options),
             "ancestral_positions": False,
             "self_condition_passes": 1,
-            "condition": None,
+            "where": None,
+            "guidance": 1.0,
             "consistent_charges": False,
             "aromatic": False,
             "batch_size": None,
@@ -129,7 +138,8 @@ class MoleculeSystem(System):
             options["steps"],
             options["eta"],
             options["spacing"],
-            options["condition"],
+            options["where"],
+            options["guidance"],
             temperature={name: options[name] for name in Temperature().options},
             ancestral_positions=options["ancestral_positions"],
             self_condition_passes=options["self_condition_passes"],

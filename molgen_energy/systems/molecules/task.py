@@ -693,14 +693,21 @@ def _fit_condition(config: MoleculeConfig, file: MoleculeFile) -> PropertyCondit
         return None
     names = section.properties
     columns = frozenset(f"properties/{name}" for name in names)
+    training = file.split_indices("train")
     rows = [
         np.stack([chunk.properties[name].values for name in names], axis=1)
-        for chunk in _chunks(file, file.split_indices("train"), columns)
+        for chunk in _chunks(file, training, columns)
     ]
     values = np.concatenate(rows)
     units = [file.property_units[name] for name in names]
     return PropertyCondition.fit(
-        names, units, values, section.dropout, config.training.seed, section.single_dropout
+        names,
+        units,
+        values,
+        file.sizes(training),
+        config.training.seed,
+        section.dropout,
+        section.single_dropout,
     )
 
 
