@@ -80,23 +80,6 @@ def command(
         help="Replace each formal charge that does not fit the generated bonds of its atom by the "
         "nearest one that does, as in the training molecules; what changes is counted.",
     ),
-    where: list[str] = typer.Option(
-        [],
-        "--where",
-        metavar="NAME=X|A:B",
-        rich_help_panel=_CONTROL,
-        help="Property that molecules shall have, in the unit of the data: gap=0.2, or gap=0.2:0.25 "
-        "for a range. For networks of `train --condition`. NAME alone draws from the training "
-        "molecules, which is also the default for all. Several times for several properties.",
-    ),
-    guidance: float | None = typer.Option(
-        None,
-        "--guidance",
-        metavar="S",
-        rich_help_panel=_CONTROL,
-        help="Above 1, such as 2: molecules have the properties of --where more closely, and are "
-        "less diverse; takes twice the network evaluations. Default: 1, without.",
-    ),
     data: Path | None = typer.Option(
         None,
         "--data",
@@ -113,6 +96,82 @@ def command(
         metavar="N",
         rich_help_panel=_WHAT,
         help="Seed of the samples; default: 0.",
+    ),
+    where: list[str] = typer.Option(
+        [],
+        "--where",
+        metavar="NAME=X|A:B",
+        rich_help_panel=_CONTROL,
+        help="Property that molecules shall have, in the unit of the data: gap=0.2, or for a range "
+        "gap=0.2:0.25, with a network of `train --condition`. A name alone draws values from the "
+        "training molecules; that is the default for all. Repeat for several properties.",
+    ),
+    guidance: float | None = typer.Option(
+        None,
+        "--guidance",
+        metavar="S",
+        rich_help_panel=_CONTROL,
+        help="Above 1, such as 2: molecules have the properties of --where more closely, and are "
+        "less diverse; takes twice the network evaluations. Default: 1, without.",
+    ),
+    formula: str | None = typer.Option(
+        None,
+        "--formula",
+        metavar="FORMULA",
+        rich_help_panel=_CONTROL,
+        help="Atoms of each element, such as C7H8N2; with --keep of the whole molecule.",
+    ),
+    elements: str | None = typer.Option(
+        None,
+        "--elements",
+        metavar="C,N,…",
+        rich_help_panel=_CONTROL,
+        help="The only elements of generated atoms, such as C,N,O,H.",
+    ),
+    keep: list[Path] = typer.Option(
+        [],
+        "--keep",
+        metavar="FILE",
+        rich_help_panel=_CONTROL,
+        help="Fixed atoms around which the rest is generated: an SDF or XYZ file. Repeat it for "
+        "several fragments of one molecule, with a linker to generate. --n-atoms then counts the "
+        "new atoms.",
+    ),
+    keep_smarts: str | None = typer.Option(
+        None,
+        "--keep-smarts",
+        metavar="SMARTS",
+        rich_help_panel=_CONTROL,
+        help="Fix only those atoms of --keep that match a pattern, such as c1ccccc1.",
+    ),
+    resample: int | None = typer.Option(
+        None,
+        "--resample",
+        min=1,
+        metavar="N",
+        rich_help_panel=_CONTROL,
+        help="Take each step of the sampler N times, so that new atoms come to fit fixed ones.",
+    ),
+    like: Path | None = typer.Option(
+        None,
+        "--like",
+        metavar="FILE",
+        rich_help_panel=_CONTROL,
+        help="Molecules to vary: an SDF, XYZ or HDF5 file. -n counts the variants of each.",
+    ),
+    strength: float | None = typer.Option(
+        None,
+        "--strength",
+        metavar="X",
+        rich_help_panel=_CONTROL,
+        help="How far variants are from --like, above 0 and at most 1.",
+    ),
+    smiles: str | None = typer.Option(
+        None,
+        "--smiles",
+        metavar="SMILES|FILE",
+        rich_help_panel=_CONTROL,
+        help="Molecules whose conformers are drawn. -n counts the conformers of each.",
     ),
     output: Path | None = typer.Option(
         None,
@@ -280,7 +339,10 @@ def command(
         return
     if tune:
         others = {
-            "--n-atoms": n_atoms, "--where": where, "--guidance": guidance, "--sampler": sampler,
+            "--n-atoms": n_atoms, "--where": where, "--guidance": guidance,
+            "--formula": formula, "--elements": elements, "--keep": keep,
+            "--keep-smarts": keep_smarts, "--resample": resample, "--like": like,
+            "--strength": strength, "--smiles": smiles, "--sampler": sampler,
             "--consistent-charges": consistent_charges, "--aromatic": aromatic,
             "--resume": resume, "--spacing": spacing, "--levels": levels, "--eta": eta,
             "--ancestral-positions": ancestral_positions, "--temperature": temperature,
@@ -307,6 +369,14 @@ def command(
                 n_atoms=None if n_atoms is None else _parse_sizes(n_atoms),
                 where=_parse_where(where),
                 guidance=guidance,
+                formula=formula,
+                elements=elements,
+                keep=keep or None,
+                keep_smarts=keep_smarts,
+                resample=resample,
+                like=like,
+                strength=strength,
+                smiles=smiles,
                 consistent_charges=consistent_charges,
                 aromatic=aromatic,
                 sampler=sampler,
