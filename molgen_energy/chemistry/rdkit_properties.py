@@ -93,9 +93,7 @@ def add_descriptors(molecules: Molecules, wanted: Sequence[DescriptorProperty]) 
             text = "" if smiles is None else smiles[k]
             values[k] = _values(molecule, text, functions)
     values[~np.isfinite(values)] = np.nan
-    added = {
-        each.name: Property(values[:, k].copy(), each.unit) for k, each in enumerate(wanted)
-    }
+    added = {each.name: Property(values[:, k].copy(), each.unit) for k, each in enumerate(wanted)}
     return replace(molecules, properties={**molecules.properties, **added})
 
 
@@ -115,12 +113,17 @@ def _values(
             built = Chem.RemoveHs(built)
     except _FAILURES:
         built = None
-    for k, function in enumerate(functions):
-        try:
-            values[k] = np.nan if built is None else function(built)
-        except _FAILURES:
-            continue
+    if built is not None:
+        values[:] = [_value(function, built) for function in functions]
     return values
+
+
+def _value(function: Callable[[Chem.Mol], float], molecule: Chem.Mol) -> float:
+    """A descriptor of a molecule, NaN where RDKit cannot tell."""
+    try:
+        return float(function(molecule))
+    except _FAILURES:
+        return np.nan
 
 
 @cache

@@ -156,9 +156,7 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> tuple[str, Any, Any]
     metavar = next((word for plain, word in _METAVARS.items() if kind in (plain, plain | None)), "")
     panel = next((title for title, names in _PANELS.items() if field.name in names), _OWN_PANEL)
     default = list(field.default) if isinstance(field.default, tuple) else field.default
-    option = typer.Option(
-        default, flag, metavar=metavar or None, help=text, rich_help_panel=panel
-    )
+    option = typer.Option(default, flag, metavar=metavar or None, help=text, rich_help_panel=panel)
     return field.name, kind, option
 
 

@@ -79,7 +79,8 @@ class TrainingPart(MoleculeDataset):
         from molgen_energy.data.hdf5 import MoleculeFile
 
         with MoleculeFile(self._file()) as file:
-            return file.split[self._kept(file.split)]
+            labels: NDArray[np.uint8] = file.split[self._kept(file.split)]
+            return labels
 
     def _kept(self, split: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """Which molecules are in the file that is written, (M,), by their split (M,)."""
@@ -91,7 +92,7 @@ class TrainingPart(MoleculeDataset):
                 f"--part {self.part}"
             )
         order = np.random.default_rng(self.seed).permutation(train)
-        kept = split != SPLITS.index("train")
+        kept: NDArray[np.bool_] = split != SPLITS.index("train")
         kept[np.array_split(order, count)[number - 1]] = True
         return kept
 

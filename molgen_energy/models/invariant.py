@@ -162,7 +162,8 @@ class InvariantNetwork(nn.Module):
         added = self.output(F.silu(self.hidden(torch.cat(numbers, dim=-1))))
         counts = F.one_hot(elements, len(self.composition) - 1).to(positions.dtype) * real
         rows = torch.cat([counts.sum(dim=1), torch.ones_like(atoms)], dim=1)
-        return rows @ self.composition + self.scale * added
+        predicted: Tensor = rows @ self.composition + self.scale * added
+        return predicted
 
     def _of_molecule(
         self, x: Tensor, positions: Tensor, vectors: Tensor, real: Tensor, atoms: Tensor

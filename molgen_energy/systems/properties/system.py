@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -12,6 +11,7 @@ from molgen_energy.data.hdf5 import MOLECULES
 from molgen_energy.errors import InputError
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.base import System
+from molgen_energy.systems.molecules.system import MoleculeSystem
 from molgen_energy.systems.properties.config import PropertyConfig, PropertyState
 from molgen_energy.systems.properties.task import PropertyTask
 from molgen_energy.training.checkpoint import Checkpoint
@@ -27,7 +27,8 @@ class PropertySystem(System):
     samples = "molecules"
     config = PropertyConfig
     state = PropertyState
-    sampling = MappingProxyType({})
+    # Those of a generator, so that `generator` answers whatever options are given.
+    sampling = MoleculeSystem.sampling
     output = "samples.h5"
     file_format = MOLECULES
 

@@ -14,6 +14,7 @@ from molgen_energy.data.batches import (
     BatchIndex,
     DeviceMolecules,
     EpochStarts,
+    MoleculeBatch,
     PairBudget,
     ResidentData,
 )
@@ -70,13 +71,16 @@ class PropertyTask:
             train = file.read(file.split_indices("train"), columns)
             valid = file.read(chosen, columns)
         if not len(train):
-            raise InputError(f"{path} holds no training molecule; make it with a larger train share")
+            raise InputError(
+                f"{path} holds no training molecule; make it with a larger train share"
+            )
         numbers = np.unique(np.concatenate([train.atomic_numbers, valid.atomic_numbers])).tolist()
         self.config = config.replaced({"data.path": portable_path(path)})
         self.device = device
         self.auxiliary: Auxiliary | None = None
         self.loss_terms = tuple(f"{name}_error" for name in config.properties)
-        self._places = element_places(numbers).to(device)
+        self.places = element_places(numbers).to(device)
+        """By atomic number, see `element_places`."""
         model = build_network(config.model, training.seed, len(numbers), len(columns))
         assert isinstance(model, InvariantNetwork)
         model.fit(_counts(train, numbers), self._values(train, str(path)))
@@ -153,10 +157,14 @@ class PropertyTask:
         named = dict(zip(self.loss_terms, errors.unbind(dim=1), strict=True))
         return {"loss": (errors / self._scale).mean(dim=1), **named}
 
+    def molecules(self, batch: BatchIndex) -> MoleculeBatch:
+        """The molecules of a batch, padded."""
+        return self._train.window(batch.window).batch(batch.which)
+
     def _errors(self, model: nn.Module, data: DeviceMolecules, which: NDArray[np.int64]) -> Tensor:
         """Absolute errors (B, P) in the units of the properties; 0 where a value is missing."""
         batch = data.batch(which)
-        elements = self._places[batch.data["atomic_numbers"].long()]
+        elements = self.places[batch.data["atomic_numbers"].long()]
         found = model(elements, batch.data["positions"], batch.mask)
         values = torch.stack([batch.properties[name] for name in self.config.properties], dim=1)
         known = values.isfinite()
