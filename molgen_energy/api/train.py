@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -70,6 +70,7 @@ def train(
     loss: str | None = None,
     springs: str | None = None,
     edges: str | None = None,
+    condition: str | Sequence[str] | None = None,
     steps: int | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -95,6 +96,9 @@ def train(
         HDF5 file of `preprocess`.
     loss, springs, edges
         Names of the loss, and of the springs and edges of an energy.
+    condition
+        Names of properties of the data that the network learns to be asked for, such as
+        ``["gap", "alpha"]``; `sample(where={"gap": 0.2})` then asks for values.
     steps, epochs
         Length of the run; set one of them.
     batch_size
@@ -140,8 +144,9 @@ def train(
         Training diverged or ran out of memory.
     """
     given = _given(
-        data, loss, springs, edges, steps, epochs, batch_size, lr, seed, initial_weights, teacher
-    )
+        data, loss, springs, edges, condition,
+        steps, epochs, batch_size, lr, seed, initial_weights, teacher,
+    )  # fmt: skip
     with _prepared(config, given, changes, device, output, resume, progress) as run:
         if run.finished >= run.steps:
             assert run.progress is not None
@@ -171,8 +176,8 @@ def estimate_training(
     Parameters
     ----------
     options
-        `data`, `loss`, `springs`, `edges`, `steps`, `epochs`, `batch_size`, `lr`, `seed`,
-        `initial_weights` and `teacher` of `train`.
+        `data`, `loss`, `springs`, `edges`, `condition`, `steps`, `epochs`, `batch_size`, `lr`,
+        `seed`, `initial_weights` and `teacher` of `train`.
 
     Returns
     -------
@@ -197,6 +202,7 @@ def _given(
     loss: str | None = None,
     springs: str | None = None,
     edges: str | None = None,
+    condition: str | Sequence[str] | None = None,
     steps: int | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -210,6 +216,8 @@ def _given(
         "loss.name": loss,
         "loss.springs.family": springs,
         "loss.edges.kind": edges,
+        "condition.name": None if condition is None else "properties",
+        "condition.properties": None if condition is None else _names(condition),
         "training.batch_size": batch_size,
         "training.lr": lr,
         "training.seed": seed,
@@ -222,6 +230,18 @@ def _given(
         "data.path": None if data is None else str(Path(data)),
     }
     return {key: value for key, value in options.items() if value is not None}
+
+
+def _names(condition: str | Sequence[str]) -> list[str]:
+    """Names of properties, given as a sequence or as a text with commas."""
+    parts = condition.split(",") if isinstance(condition, str) else condition
+    names = [part.strip() for part in parts]
+    if not names or not all(names) or len(set(names)) < len(names):
+        raise InputError(
+            f"--condition {','.join(parts)}: expected different names of properties, such as "
+            "gap,alpha"
+        )
+    return names
 
 
 @contextmanager

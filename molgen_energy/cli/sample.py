@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from molgen_energy.systems.base import SamplingResult
 
 # Panels of the help.
-_WHAT, _TEMPERATURE, _COMPUTATION = "What to sample", "Temperature", "Computation"
+_WHAT, _CONTROL = "What to sample", "Control"
+_TEMPERATURE, _COMPUTATION = "Temperature", "Computation"
 # Names for completion, without importing PyTorch; a test compares the registries.
 _SAMPLERS = ("ancestral", "ddim", "dpm++", "sde-dpm++", "heun", "euler")
 _SPACINGS = ("log", "even", "quadratic")
@@ -72,14 +73,6 @@ def command(
         rich_help_panel=_WHAT,
         help="Number of atoms of a molecule, or its range; default: as in the training data.",
     ),
-    condition: list[str] = typer.Option(
-        [],
-        "--condition",
-        metavar="NAME=VALUE",
-        rich_help_panel=_WHAT,
-        help="Value of a property that the model was trained on, in the unit of the data; default: "
-        "drawn from the training molecules.",
-    ),
     consistent_charges: bool = typer.Option(
         False,
         "--consistent-charges",
@@ -103,6 +96,82 @@ def command(
         metavar="N",
         rich_help_panel=_WHAT,
         help="Seed of the samples; default: 0.",
+    ),
+    where: list[str] = typer.Option(
+        [],
+        "--where",
+        metavar="NAME=X|A:B",
+        rich_help_panel=_CONTROL,
+        help="Property that molecules shall have, in the unit of the data: gap=0.2, or for a range "
+        "gap=0.2:0.25, with a network of `train --condition`. A name alone draws values from the "
+        "training molecules; that is the default for all. Repeat for several properties.",
+    ),
+    guidance: float | None = typer.Option(
+        None,
+        "--guidance",
+        metavar="S",
+        rich_help_panel=_CONTROL,
+        help="Above 1, such as 2: molecules have the properties of --where more closely, and are "
+        "less diverse; takes twice the network evaluations. Default: 1, without.",
+    ),
+    formula: str | None = typer.Option(
+        None,
+        "--formula",
+        metavar="FORMULA",
+        rich_help_panel=_CONTROL,
+        help="Atoms of each element, such as C7H8N2; with --keep of the whole molecule.",
+    ),
+    elements: str | None = typer.Option(
+        None,
+        "--elements",
+        metavar="C,N,…",
+        rich_help_panel=_CONTROL,
+        help="The only elements of generated atoms, such as C,N,O,H.",
+    ),
+    keep: list[Path] = typer.Option(
+        [],
+        "--keep",
+        metavar="FILE",
+        rich_help_panel=_CONTROL,
+        help="Fixed atoms around which the rest is generated: an SDF or XYZ file. Repeat it for "
+        "several fragments of one molecule, with a linker to generate. --n-atoms then counts the "
+        "new atoms.",
+    ),
+    keep_smarts: str | None = typer.Option(
+        None,
+        "--keep-smarts",
+        metavar="SMARTS",
+        rich_help_panel=_CONTROL,
+        help="Fix only those atoms of --keep that match a pattern, such as c1ccccc1.",
+    ),
+    resample: int | None = typer.Option(
+        None,
+        "--resample",
+        min=1,
+        metavar="N",
+        rich_help_panel=_CONTROL,
+        help="Take each step of the sampler N times, so that new atoms come to fit fixed ones.",
+    ),
+    like: Path | None = typer.Option(
+        None,
+        "--like",
+        metavar="FILE",
+        rich_help_panel=_CONTROL,
+        help="Molecules to vary: an SDF, XYZ or HDF5 file. -n counts the variants of each.",
+    ),
+    strength: float | None = typer.Option(
+        None,
+        "--strength",
+        metavar="X",
+        rich_help_panel=_CONTROL,
+        help="How far variants are from --like, above 0 and at most 1.",
+    ),
+    smiles: str | None = typer.Option(
+        None,
+        "--smiles",
+        metavar="SMILES|FILE",
+        rich_help_panel=_CONTROL,
+        help="Molecules whose conformers are drawn. -n counts the conformers of each.",
     ),
     output: Path | None = typer.Option(
         None,
@@ -270,7 +339,10 @@ def command(
         return
     if tune:
         others = {
-            "--n-atoms": n_atoms, "--condition": condition, "--sampler": sampler,
+            "--n-atoms": n_atoms, "--where": where, "--guidance": guidance,
+            "--formula": formula, "--elements": elements, "--keep": keep,
+            "--keep-smarts": keep_smarts, "--resample": resample, "--like": like,
+            "--strength": strength, "--smiles": smiles, "--sampler": sampler,
             "--consistent-charges": consistent_charges, "--aromatic": aromatic,
             "--resume": resume, "--spacing": spacing, "--levels": levels, "--eta": eta,
             "--ancestral-positions": ancestral_positions, "--temperature": temperature,
@@ -295,7 +367,16 @@ def command(
                 checkpoint=checkpoint,
                 seed=seed,
                 n_atoms=None if n_atoms is None else _parse_sizes(n_atoms),
-                condition=_parse_condition(condition),
+                where=_parse_where(where),
+                guidance=guidance,
+                formula=formula,
+                elements=elements,
+                keep=keep or None,
+                keep_smarts=keep_smarts,
+                resample=resample,
+                like=like,
+                strength=strength,
+                smiles=smiles,
                 consistent_charges=consistent_charges,
                 aromatic=aromatic,
                 sampler=sampler,
@@ -489,6 +570,8 @@ class _Job:
             f"sampling {counted(generator.count, self.samples)} from {generator.origin}: "
             f"{generator.method}{processes}"
         )
+        for text in generator.warnings:
+            warn(text)
         self.began = time.perf_counter()
         bar = SamplingBar(generator.count, self.samples, self.resume_hint)
         return self._bars.enter_context(bar)
@@ -523,12 +606,20 @@ def _parse_range(text: str) -> tuple[float | None, float | None]:
         ) from None
 
 
-def _parse_condition(assignments: list[str]) -> dict[str, float] | None:
-    condition = {}
+def _parse_where(assignments: list[str]) -> dict[str, float | tuple[float, float] | None] | None:
+    where: dict[str, float | tuple[float, float] | None] = {}
     for text in assignments:
-        name, _, value = text.partition("=")
+        name, assigned, value = text.partition("=")
+        if (name := name.strip()) in where:
+            raise InputError(f"--where {text}: {name} is named twice; give one value or range")
+        low, ranged, high = value.partition(":")
         try:
-            condition[name.strip()] = float(value)
+            where[name] = None
+            if assigned:
+                where[name] = (float(low), float(high)) if ranged else float(value)
         except ValueError:
-            raise InputError(f"--condition {text}: expected NAME=VALUE, such as gap=0.2") from None
-    return condition or None
+            raise InputError(
+                f"--where {text}: expected NAME=VALUE such as gap=0.2, NAME=LOW:HIGH such as "
+                "gap=0.2:0.25, or a NAME alone"
+            ) from None
+    return where or None

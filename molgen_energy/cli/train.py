@@ -101,6 +101,13 @@ def command(
         rich_help_panel=_WHAT,
         help="HDF5 file of `preprocess`; default: that of the configuration.",
     ),
+    condition: str | None = typer.Option(
+        None,
+        "--condition",
+        metavar="NAMES",
+        rich_help_panel=_WHAT,
+        help="Properties of the data, such as gap,alpha, which `sample --where` can then ask for.",
+    ),
     initial_weights: Path | None = typer.Option(
         None,
         "--from",
@@ -178,6 +185,7 @@ def command(
         "loss": loss,
         "springs": springs,
         "edges": edges,
+        "condition": condition,
         "steps": steps,
         "epochs": epochs,
         "batch_size": batch_size,

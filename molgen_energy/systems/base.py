@@ -78,6 +78,8 @@ class Generator(Protocol):
     """Files that it reads, which the output must not replace."""
     distributed: bool
     """Whether several processes share the work; otherwise the first one does all of it."""
+    warnings: tuple[str, ...]
+    """What to know about the options before sampling, a line each."""
 
     @property
     def origin(self) -> str:
@@ -143,6 +145,16 @@ class System(ABC):
         InputError
             The checkpoint is damaged, or an option is not valid.
         """
+
+    def read_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a user as a job stores them, so that it needs no input file to resume.
+
+        Raises
+        ------
+        InputError
+            A file cannot be read, or options do not go together.
+        """
+        return dict(options)
 
     def check_output(self, path: Path) -> None:
         """Raise `InputError` unless samples can be written to a path; by default HDF5."""

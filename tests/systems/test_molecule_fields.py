@@ -264,8 +264,11 @@ def test_missing_columns_are_named(everything, rich_file, sample_path):
 # -- conditions ----------------------------------------------------------------------------------
 
 
-def condition_of(values, dropout=0.0):
-    return PropertyCondition.fit(["gap", "mu"], ["hartree", "debye"], values, dropout, seed=0)
+def condition_of(values, dropout=0.0, single_dropout=0.0):
+    atoms = np.arange(len(values)) % 7 + 3
+    return PropertyCondition.fit(
+        ["gap", "mu"], ["hartree", "debye"], values, atoms, 0, dropout, single_dropout
+    )
 
 
 def test_conditions_are_normalised_and_missing_values_are_marked():
@@ -296,6 +299,44 @@ def test_conditions_are_withheld_as_often_as_set():
     assert float(withheld.float().mean()) == pytest.approx(0.3, abs=0.03)
     assert (encoded[withheld] == 0).all()  # all properties of a molecule together
     assert (encoded[~withheld, 2:] == 1).all()
+
+
+def test_single_properties_are_withheld_independently_of_each_other():
+    values = np.random.default_rng(0).normal(size=(4000, 2))
+    encoded = condition_of(values, 0.2, 0.4).encode(
+        torch.from_numpy(values), RandomNumbers(0, torch.arange(4000))
+    )
+    gap, mu = (encoded[:, 2:] == 1).T
+    shares = [float(x.float().mean()) for x in (gap & mu, gap & ~mu, ~gap & mu, ~gap & ~mu)]
+    # None with probability 0.2; else each is withheld with probability 0.4.
+    assert shares == pytest.approx(
+        [0.8 * 0.36, 0.8 * 0.24, 0.8 * 0.24, 0.2 + 0.8 * 0.16], abs=0.025
+    )
+    # The numbers of a molecule do not depend on its batch.
+    alone = condition_of(values, 0.2, 0.4).encode(
+        torch.from_numpy(values[70:75]), RandomNumbers(0, torch.arange(70, 75))
+    )
+    assert torch.equal(alone, encoded[70:75])
+
+
+def test_a_single_property_is_withheld_by_the_joint_dropout_alone():
+    values = np.random.default_rng(0).normal(size=(50, 1))
+    condition = PropertyCondition.fit(["gap"], ["hartree"], values, np.full(50, 9), 0, 0.0, 0.5)
+    encoded = condition.encode(torch.from_numpy(values), RandomNumbers(0, torch.arange(50)))
+    assert (encoded[:, 1] == 1).all()
+
+
+def test_conditions_know_the_range_of_the_training_molecules():
+    values = np.random.default_rng(0).normal(size=(3000, 2))
+    values[5, 1] = np.nan
+    condition = condition_of(values)
+    assert condition.lowest == tuple(np.nanmin(values, axis=0))
+    assert condition.highest == tuple(np.nanmax(values, axis=0))
+    state = condition.to_dict()
+    assert PropertyCondition.from_dict(state).highest == condition.highest
+    older = {key: part for key, part in state.items() if key not in ("lowest", "highest")}
+    stored = condition.values  # a thousand of the molecules
+    assert PropertyCondition.from_dict(older).lowest == tuple(stored.min(axis=0))
 
 
 def test_conditions_for_sampling():
@@ -360,5 +401,5 @@ def test_conditional_models_train_and_sample(rich_file, tmp_path, model):
 
 def test_a_condition_of_a_model_without_one(tmp_path):
     train(MoleculeTask(tiny(process__steps=10, training__steps=1), CPU), tmp_path / "run")
-    with pytest.raises(InputError, match="has no condition; leave out --condition"):
+    with pytest.raises(InputError, match="has no condition; leave out --where"):
         MoleculeGenerator(load_checkpoint(tmp_path / "run"), CPU, condition={"gap": 1.0})

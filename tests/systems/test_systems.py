@@ -825,6 +825,7 @@ def chain_model(config: ChainConfig, beads: int) -> nn.Module:
 class ChainGenerator:
     method, origin, count, distributed = "one network evaluation each", "a run", 50, False
     inputs: tuple[Path, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def __init__(self, checkpoint, device):
         self.beads = checkpoint.state["beads"]

@@ -28,8 +28,10 @@ PERMUTED = (17, 9, 8, 6, 7, 16, 1)  # with Cl and S
 
 
 def condition(names, mean, std, unit="eV"):
-    values = np.zeros((1, len(names)))
-    return PropertyCondition(names, (unit,) * len(names), mean, std, values)
+    values, count = np.zeros((1, len(names))), len(names)
+    return PropertyCondition(
+        names, (unit,) * count, mean, std, values, (-1.0,) * count, (1.0,) * count
+    )
 
 
 THEIRS = condition(("gap", "mu"), (2.0, 0.5), (0.5, 3.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,13 @@ from molgen_energy.data.molecules import (
     Property,
     offsets_from_sizes,
 )
-from molgen_energy.diffusion.guidance import SamplingHook
+from molgen_energy.diffusion.guidance import (
+    ClassifierFreeGuidance,
+    FunctionGuidance,
+    GuidanceFunction,
+    SamplingHook,
+    chained,
+)
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.diffusion.process import Process
 from molgen_energy.diffusion.samplers import DEFAULT_SAMPLERS, build_sampler
@@ -33,10 +40,16 @@ from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.errors import InputError
 from molgen_energy.formats.limits import check_memory
 from molgen_energy.models.precision import is_bfloat16_faster
-from molgen_energy.systems.molecules.condition import PropertyCondition
+from molgen_energy.systems.molecules.condition import (
+    PropertyCondition,
+    PropertyConditionConfig,
+    Where,
+)
 from molgen_energy.systems.molecules.config import MoleculeConfig
+from molgen_energy.systems.molecules.control.base import Batch, Control, Network
 from molgen_energy.systems.molecules.fields import MoleculeStatistics, build_layout
 from molgen_energy.systems.molecules.recorded import RecordedDenoiser
+from molgen_energy.systems.molecules.sizes import SizeDistribution
 from molgen_energy.systems.molecules.state import MoleculeState, SamplingState
 from molgen_energy.systems.molecules.task import build_model
 from molgen_energy.training.checkpoint import Checkpoint
@@ -94,11 +107,14 @@ class MoleculeGenerator:
     spacing
         Spacing of the levels that the sampler visits, one of `SPACINGS`. None is that of the
         checkpoint, else the default of the process.
-    condition
-        Values of properties on which the model was conditioned, by name; properties without a
-        value are unconditional. None draws them from the training molecules.
+    where
+        Ranges of properties on which the model was conditioned, by name; properties without an
+        entry are unconditional. None draws all from the training molecules.
+    guidance
+        Scale of classifier-free guidance, see `ClassifierFreeGuidance`; 1 has none. Or a function
+        of the positions, see `FunctionGuidance`.
     hook
-        Guidance and constraints.
+        Makes the guidance of a batch. It is called in several threads.
     temperature
         Options of a `Temperature`, those that are not None; others are as the checkpoint has them.
     consistent_charges
@@ -112,6 +128,12 @@ class MoleculeGenerator:
         Noise levels to visit, in place of steps and spacing; see `chosen_levels`.
     cuda_graphs
         Record the evaluations of a batch on a GPU; no effect elsewhere.
+    control
+        What is asked of the molecules: fixed parts, their sizes, and what they begin with.
+    resample
+        How often each step is taken, see `Sampler`.
+    strength
+        Share of the time at which sampling begins, with the molecules that `control` gives.
 
     Raises
     ------
@@ -132,35 +154,46 @@ class MoleculeGenerator:
         steps: int | None = None,
         eta: float | None = None,
         spacing: str | None = None,
-        condition: Mapping[str, float] | None = None,
-        hook: SamplingHook | None = None,
+        where: Where | None = None,
+        guidance: float | GuidanceFunction = 1.0,
+        hook: Callable[[Batch], SamplingHook | None] = lambda batch: None,
         temperature: Mapping[str, Any] | None = None,
         consistent_charges: bool = False,
         ancestral_positions: bool = False,
         self_condition_passes: int = 1,
         levels: Sequence[float] | None = None,
         cuda_graphs: bool = False,
+        control: Control | None = None,
+        resample: int = 1,
+        strength: float = 1.0,
     ) -> None:
         self.config = checkpoint.config_as(MoleculeConfig)
         state = checkpoint.state_as(MoleculeState)
         if sizes is not None and not 1 <= sizes[0] <= sizes[1]:
             raise InputError(f"sizes {sizes[0]}-{sizes[1]}: expected 1 or more atoms, ascending")
-        drawn = [size for size, count in state.size_histogram.items() if count]
-        most = max(drawn) if sizes is None else sizes[1]
-        what = f"a molecule of {most:,} atoms"
-        check_memory(_BYTES_OF_PAIR * most**2, what, "choose smaller ones with --n-atoms")
+        trained_sizes = SizeDistribution(state.size_histogram)
+        self._sizes = trained_sizes if sizes is None else SizeDistribution.uniform(*sizes)
         statistics = MoleculeStatistics.of_state(state)
         self.layout = build_layout(self.config.model.fields, self.config.scales, statistics)
+        self.control = Control() if control is None else control
+        self.control.bind(Network(self.layout, statistics, trained_sizes, sizes, checkpoint.path))
+        most = self._sizes.largest if self.control.largest is None else self.control.largest
+        what = f"a molecule of {most:,} atoms"
+        check_memory(_BYTES_OF_PAIR * most**2, what, "choose smaller ones with --n-atoms")
         self.charges = None
         if consistent_charges:
             self.charges = ConsistentCharges(self.layout, statistics, checkpoint, device)
-        self.condition, self._condition = condition, None
+        self.where, self._condition = where, None
         if state.condition is not None:
             self._condition = PropertyCondition.from_dict(state.condition.model_dump())
-        if condition:
+        self.warnings: tuple[str, ...] = ()
+        if where is not None:
             if self._condition is None:
-                raise InputError(f"{checkpoint.path} has no condition; leave out --condition")
-            self._condition.given(condition, 1)
+                raise InputError(
+                    f"{checkpoint.path} was trained without properties; leave out --where, or name "
+                    "a network of `train --condition NAMES` with --checkpoint"
+                )
+            self.warnings = self._condition.check(where)
         if low_precision:
             lower_precision(device)
         config = self.config.replaced({"training.low_precision": low_precision})
@@ -169,20 +202,14 @@ class MoleculeGenerator:
         checkpoint.load_weights(self.model, "ema")
         self.model.to(device).eval()
         self.checkpoint, self.device, self.seed, self.hook = checkpoint, device, seed, hook
+        self.guidance, self._denoiser = guidance, self._guided(guidance)
+        self._guide = FunctionGuidance(guidance) if callable(guidance) else None
         self.trained_on = "" if state.data is None else state.data.source
         self.n_atoms, self.low_precision = sizes, low_precision
         self.cuda_graphs = cuda_graphs
         self._recorder: Recorder | None = None
         if cuda_graphs and device.type == "cuda":
             self._recorder = CUDARecorder(device, "--cuda-graphs")
-        histogram = (
-            state.size_histogram
-            if sizes is None
-            else dict.fromkeys(range(sizes[0], sizes[1] + 1), 1)
-        )
-        self._sizes = torch.tensor(list(histogram))
-        counts = torch.tensor(list(histogram.values()), dtype=torch.float64)
-        self._cumulated = counts.cumsum(0) / counts.sum()
         process = config.process.build()
         stored = state.sampling or SamplingState()
         noise = {name: value for name, value in (temperature or {}).items() if value is not None}
@@ -209,6 +236,8 @@ class MoleculeGenerator:
                 ancestral_positions,
                 self_condition_passes,
                 levels,
+                resample,
+                strength,
             )
         except InputError:
             _check_stored(stored, process, checkpoint)
@@ -218,11 +247,29 @@ class MoleculeGenerator:
     @property
     def units(self) -> dict[str, str]:
         """Units of the properties of drawn molecules, by name."""
-        units: dict[str, str] = {}
+        units = self.control.units
         if self._condition is not None:
             names = (f"condition_{name}" for name in self._condition.names)
             units |= zip(names, self._condition.units, strict=True)
         return units if self.charges is None else units | dict.fromkeys(CHARGE_COUNTS, "atoms")
+
+    def _guided(self, guidance: float | GuidanceFunction) -> nn.Module:
+        """The denoiser, guided by its own prediction without properties if the scale is not 1."""
+        if callable(guidance) or guidance == 1:
+            return self.model
+        if not 0 <= guidance < math.inf:
+            raise InputError(f"--guidance {guidance:g}: expected a number from 0")
+        section, path = self.config.condition, self.checkpoint.path
+        if self._condition is None or not isinstance(section, PropertyConditionConfig):
+            raise InputError(
+                f"--guidance {guidance:g}: {path} was trained without properties; leave it out"
+            )
+        if not section.knows_none:
+            raise InputError(
+                f"--guidance {guidance:g}: {path} was never trained without its properties; leave "
+                "it out, or train with --set condition.dropout=0.1"
+            )
+        return ClassifierFreeGuidance(self.model, guidance)
 
     def fingerprint(self) -> str:
         """Hash of all that molecules depend on in the checkpoint, 32 hexadecimal digits."""
@@ -237,9 +284,13 @@ class MoleculeGenerator:
 
     def sizes(self, numbers: Tensor) -> Tensor:
         """Atoms of the molecules with the given numbers, (B,)."""
-        uniform = RandomNumbers(self.seed, numbers).uniform(Stream.SIZE).cpu().double()
-        place = torch.searchsorted(self._cumulated, uniform, right=True)
-        return self._sizes[place.clamp(max=len(self._sizes) - 1)]
+        random = RandomNumbers(self.seed, numbers)
+        uniform = random.uniform(Stream.SIZE)
+        sizes = self.control.sizes(numbers, uniform)
+        if sizes is None and self.where is not None and self.n_atoms is None:
+            assert self._condition is not None
+            sizes = self._condition.sizes_for(self.where, random)
+        return self._sizes.draw(uniform) if sizes is None else sizes
 
     @torch.no_grad()
     def draw(self, numbers: Tensor, advance: Callable[[], None] = lambda: None) -> Molecules:
@@ -258,25 +309,34 @@ class MoleculeGenerator:
         properties: dict[str, Property] = {}
         condition = None
         if self._condition is not None:
-            if self.condition is None:
-                values = self._condition.draw(random)
-            else:
-                values = self._condition.given(self.condition, len(numbers))
+            values = self._condition.values_for(self.where, random, sizes)
             condition = self._condition.encode(values).to(self.device)
             for name, unit, column in zip(
                 self._condition.names, self._condition.units, values.T.numpy(), strict=True
             ):
                 properties[f"condition_{name}"] = Property(np.ascontiguousarray(column), unit)
-        model: nn.Module = self.model
+        model = self._denoiser
         if self._recorder is not None:  # for this batch, whose shape few others have
-            model = RecordedDenoiser(self.model, self._recorder)
-        state = self.sampler.sample(model, random, self.layout, mask, condition, self.hook, advance)
+            model = RecordedDenoiser(model, self._recorder)
+        batch = Batch(numbers, mask, self.layout)
+        # What is fixed, decides.
+        hooks = (self._guide, self.hook(batch), self.control.hook(batch))
+        state = self.sampler.sample(
+            model,
+            random,
+            self.layout,
+            mask,
+            condition,
+            chained([hook for hook in hooks if hook is not None]),
+            advance,
+            self.control.start(batch) if self.sampler.strength < 1 else None,
+        )
         decoded = state.decode()
         if self.charges is not None:
             decoded, counts = self.charges.apply(decoded, mask)
             for name, count in zip(CHARGE_COUNTS, counts.cpu().double().numpy(), strict=True):
                 properties[name] = Property(count, "atoms")
-        return _molecules(decoded, mask, properties)
+        return self.control.finish(_molecules(decoded, mask, properties), numbers)
 
 
 def _noise_of(stored: SamplingState) -> dict[str, float]:

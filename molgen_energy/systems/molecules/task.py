@@ -54,6 +54,7 @@ from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.resources import bundled_sample
 from molgen_energy.systems.molecules.condition import (
     PropertyCondition,
+    PropertyConditionConfig,
     check_conditions,
     renormalised,
 )
@@ -688,18 +689,26 @@ def _chunks(
 def _fit_condition(config: MoleculeConfig, file: MoleculeFile) -> PropertyCondition | None:
     """The condition, normalised over the training molecules; None without."""
     section = config.condition
-    names = getattr(section, "properties", ())
-    if not names:
+    if not isinstance(section, PropertyConditionConfig):
         return None
+    names = section.properties
     columns = frozenset(f"properties/{name}" for name in names)
+    training = file.split_indices("train")
     rows = [
         np.stack([chunk.properties[name].values for name in names], axis=1)
-        for chunk in _chunks(file, file.split_indices("train"), columns)
+        for chunk in _chunks(file, training, columns)
     ]
     values = np.concatenate(rows)
     units = [file.property_units[name] for name in names]
-    dropout = getattr(section, "dropout", 0.0)
-    return PropertyCondition.fit(names, units, values, dropout, config.training.seed)
+    return PropertyCondition.fit(
+        names,
+        units,
+        values,
+        file.sizes(training),
+        config.training.seed,
+        section.dropout,
+        section.single_dropout,
+    )
 
 
 def _in_memory(
