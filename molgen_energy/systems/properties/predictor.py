@@ -28,7 +28,6 @@ from molgen_energy.training.pretrained import resolve_checkpoint
 
 XTB = "xtb"
 """The name of GFN2-xTB for `--predictor`."""
-_SUBSET = 1000  # molecules that GFN2-xTB judges, at about 20 ms each for QM9
 _HDF5 = (".h5", ".hdf5")
 _BYTES_OF_PAIR = 1000  # features and messages of a pair of atoms
 
@@ -153,9 +152,7 @@ def choose_predictor(
                 "--predictor xtb is calibrated on real molecules; name an HDF5 file of them that "
                 "has the properties, with --reference FILE.h5"
             )
-        by_xtb = XTBPredictor(real)
-        by_xtb.limit = subset or _SUBSET
-        return by_xtb, real
+        return (XTBPredictor(real) if subset is None else XTBPredictor(real, subset)), real
     network = load_predictor(named_path(Path(name)), choose_device("auto"))
     if real is None and network.data is not None and network.data.is_file():
         real = network.data
