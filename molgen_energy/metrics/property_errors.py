@@ -209,12 +209,34 @@ def _medians_by_atoms(molecules: Molecules, name: str) -> NDArray[np.float64]:
     return medians
 
 
+def compare_sources(
+    sources: Sequence[Path | Sequence[Any]], predictor: PropertyPredictor, skip_bad: bool = False
+) -> list[dict[str, Comparison]]:
+    """Asked and predicted values of several sets of samples, as `compare_asked`.
+
+    Raises
+    ------
+    InputError
+        No sample was asked for a property that the predictor knows, or in another unit.
+    """
+    names = [str(s) if isinstance(s, Path) else "molecules" for s in sources]
+    compared = [
+        compare_asked(name, source, predictor, skip_bad)
+        for name, source in zip(names, sources, strict=True)
+    ]
+    if not any(name in each for each in compared for name in predictor.units):
+        raise InputError(
+            f"{names[0]} has no property {ASKED}NAME that the predictor knows (it knows "
+            f"{', '.join(predictor.units)}); draw samples with `sample --where`"
+        )
+    return compared
+
+
 def add_properties(
     report: Report,
-    sources: Sequence[Path | Sequence[Any]],
+    compared: Sequence[Mapping[str, Comparison]],
     predictor: PropertyPredictor,
     real: Path | None,
-    skip_bad: bool = False,
 ) -> None:
     """Add to a report how well samples have the properties that they were asked for.
 
@@ -222,30 +244,14 @@ def add_properties(
     ----------
     report
         Of the same samples.
-    sources
-        An HDF5, SDF or XYZ file for each of `report.files`, or RDKit molecules.
+    compared
+        Values of the samples of each of `report.files`.
     predictor
-        What tells the properties of samples.
+        What told the properties of samples.
     real
         HDF5 file of real molecules with these properties; None leaves out figures to compare with.
-    skip_bad
-        Leave out bad records rather than raise.
-
-    Raises
-    ------
-    InputError
-        No sample was asked for a property that the predictor knows, or in another unit.
     """
-    compared = [
-        compare_asked(file.name, source, predictor, skip_bad)
-        for file, source in zip(report.files, sources, strict=True)
-    ]
     names = [name for name in predictor.units if any(name in each for each in compared)]
-    if not names:
-        raise InputError(
-            f"{report.files[0].name} has no property {ASKED}NAME that the predictor knows (it "
-            f"knows {', '.join(predictor.units)}); draw samples with `sample --where`"
-        )
     held_out = {} if real is None else real_comparisons(real, predictor, names)
     rows = [row for name in names for row in property_rows(name, predictor.units[name])]
     report.sections = [*report.sections, ReportSection("properties asked for", rows)]
@@ -256,7 +262,7 @@ def add_properties(
     for file, values in zip(report.files, compared, strict=True):
         for column in file.columns:
             column.metrics |= _metrics(names, values)
-        file.notes += _not_predicted(values)
+        file.notes += _not_predicted(values, predictor)
     if report.reference is not None:
         for column in report.reference.columns:
             column.metrics |= _metrics(names, held_out)
@@ -270,7 +276,7 @@ def add_properties(
 def compare_asked(
     name: str, source: Path | Sequence[Any], predictor: PropertyPredictor, skip_bad: bool = False
 ) -> dict[str, Comparison]:
-    """Asked and predicted values of samples, for the properties that the predictor knows.
+    """Asked and predicted values of samples, by property; NaN for what the predictor cannot tell.
 
     Raises
     ------
@@ -284,18 +290,19 @@ def compare_asked(
         if left < len(molecules):
             molecules = molecules.select(np.arange(max(0, left)))
         count += len(molecules)
-        asked = {k: p for k, p in molecules.properties.items() if k in predictor.units}
-        if not asked or not len(molecules):
+        if not molecules.properties or not len(molecules):
             continue
         found = predictor(molecules)
-        for key, column in asked.items():
-            if column.unit and predictor.units[key] and column.unit != predictor.units[key]:
+        for key, column in molecules.properties.items():
+            unit = predictor.units.get(key, "")
+            if column.unit and unit and column.unit != unit:
                 raise InputError(
-                    f"{name}: {ASKED}{key} is in {column.unit}, the predictor's {key} in "
-                    f"{predictor.units[key]}; train a predictor on data in the same unit"
+                    f"{name}: {ASKED}{key} is in {column.unit}, the predictor's {key} in {unit}; "
+                    "train a predictor on data in the same unit"
                 )
             if np.isfinite(column.values).any():
-                parts.setdefault(key, []).append(Comparison(column.values, found[key]))
+                predicted = found.get(key, np.full(len(molecules), np.nan))
+                parts.setdefault(key, []).append(Comparison(column.values, predicted))
     return {
         key: Comparison(*(np.concatenate([part[k] for part in each]) for k in range(2)))
         for key, each in parts.items()
@@ -312,10 +319,14 @@ def _metrics(names: Sequence[str], values: Mapping[str, Comparison]) -> dict[str
     return found
 
 
-def _not_predicted(values: Mapping[str, Comparison]) -> list[str]:
-    """How many samples the predictor cannot tell a property of."""
+def _not_predicted(values: Mapping[str, Comparison], predictor: PropertyPredictor) -> list[str]:
+    """What the predictor does not know, and how many samples it cannot tell a property of."""
     notes = []
+    if unknown := [name for name in values if name not in predictor.units]:
+        notes.append(f"asked for {', '.join(unknown)} too, which the predictor does not know")
     for name, each in values.items():
+        if name in unknown:
+            continue
         missing = int((np.isfinite(each.asked) & ~np.isfinite(each.predicted)).sum())
         if missing:
             notes.append(

@@ -32,14 +32,15 @@ def _evaluate_molecules(
 
     if predictor is None:
         return evaluate_molecules(inputs, **options)
-    from molgen_energy.metrics.property_errors import add_properties
+    from molgen_energy.metrics.property_errors import add_properties, compare_sources
     from molgen_energy.systems.properties.predictor import choose_predictor
 
     judge, real = choose_predictor(predictor, options.get("reference"), options.get("subset"))
+    sources = inputs if isinstance(inputs[0], Path) else [inputs]
+    # First, since bad input is to be refused before minutes of work.
+    compared = compare_sources(sources, judge, options.get("skip_bad", False))
     report = evaluate_molecules(inputs, **options)
-    paths = all(isinstance(item, Path) for item in inputs)
-    sources = inputs if paths else [inputs]
-    add_properties(report, sources, judge, real, options.get("skip_bad", False))
+    add_properties(report, compared, judge, real)
     return report
 
 

@@ -96,6 +96,15 @@ def test_asked_values_are_read_of_every_kind(asked, tmp_path, kind):
     np.testing.assert_array_equal(first["w"].predicted, expected[:3])
 
 
+def test_other_properties_are_kept_without_a_prediction(asked):
+    both = {**asked.properties, "condition_z": Property(np.arange(7.0), "")}
+    molecules = to_rdkit(asked)
+    for k, molecule in enumerate(molecules):
+        molecule.SetProp("condition_z", str(float(both["condition_z"].values[k])))
+    found = compare_asked("a", molecules, Judge())
+    assert np.isnan(found["z"].predicted).all() and np.isfinite(found["z"].asked).all()
+
+
 def test_another_unit_is_refused(asked, tmp_path):
     with MoleculeWriter(tmp_path / "a.h5", source="some") as writer:
         writer.append(asked)

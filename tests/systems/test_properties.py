@@ -11,9 +11,9 @@ import pytest
 import torch
 from runs import Watcher, assert_same_run
 
-from molgen_energy import preprocess, train
+from molgen_energy import evaluate, preprocess, train
 from molgen_energy.api.sample import sample_to
-from molgen_energy.data.hdf5 import MoleculeFile
+from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.errors import InputError
 from molgen_energy.progress import no_progress
 from molgen_energy.systems.properties.predictor import choose_predictor, load_predictor
@@ -166,3 +166,26 @@ def test_what_predicts_nothing_is_refused(run, small, tmp_path):
     with pytest.raises(InputError, match="predicts properties and draws no molecules"):
         sample_to(tmp_path / "a.h5", 2, checkpoint=run, device="cpu")
     assert choose_predictor(run, None)[1] == small
+
+
+def test_evaluate_compares_asked_and_predicted_values(run, small, tmp_path):
+    """Beside the error on the test split of the predictor's data, whose values they are here."""
+    with MoleculeFile(small) as file:
+        molecules = file.load("test")
+    asked = {f"condition_{n}": molecules.properties[n] for n in NAMES}
+    asked["condition_alpha"] = molecules.properties["alpha"]
+    with MoleculeWriter(tmp_path / "samples.h5", source="some") as writer:
+        writer.append(replace(molecules, properties=asked))
+    options = {"metrics": "rates", "workers": 0, "predictor": run}
+    report = evaluate(tmp_path / "samples.h5", **options)
+    found, real = report.files[0].metrics, report.reference.metrics
+    predicted = load_predictor(run, CPU)(molecules)["gap"]
+    error = np.abs(predicted - molecules.properties["gap"].values).mean()
+    assert found["property_gap_error"].value == pytest.approx(error)
+    assert real["property_gap_error"].value == pytest.approx(error)  # of the same molecules
+    assert found["property_mu_by_atoms"].value is None
+    assert real["property_mu_by_atoms"].value > 0
+    assert "asked for alpha too, which the predictor does not know" in report.files[0].notes
+    assert "gap, by atoms, hartree" in str(report)
+    with pytest.raises(InputError, match=r"small\.h5 has no property condition_NAME that the pred"):
+        evaluate(small, **options)
