@@ -56,6 +56,9 @@ PAGES: tuple[Page, ...] = (
             ),
             "molgen_energy.metrics.molecule_table": ("MoleculeTable",),
             "molgen_energy.metrics.statistics": ("Rate", "Mean", "Estimate", "RealRange"),
+            "molgen_energy.systems.properties.predictor": ("load_predictor", "NetworkPredictor"),
+            "molgen_energy.metrics.property_errors": ("PropertyPredictor", "property_metrics"),
+            "molgen_energy.chemistry.xtb_properties": ("xtb_properties",),
         },
     ),
     Page(

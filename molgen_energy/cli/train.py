@@ -312,6 +312,4 @@ def _conclude(summary: Run) -> None:
     system = SYSTEMS[summary.config.system]
     for line in system.after_training(summary.config).splitlines():
         say(line)
-    count = system.sampling.get("count")
-    option = "" if count is None else f" -n {count}"
-    say(f"next    molgen-energy sample{option} --checkpoint {shlex.quote(str(summary.folder))}")
+    say(f"next    {system.next_command(shlex.quote(str(summary.folder)))}")

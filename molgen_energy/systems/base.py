@@ -188,3 +188,9 @@ class System(ABC):
     def after_training(self, config: Any) -> str:
         """A suggestion to print after a run, besides sampling; may be empty."""
         return ""
+
+    def next_command(self, run: str) -> str:
+        """The command that uses a run, whose folder is quoted for a shell; by default sampling."""
+        count = self.sampling.get("count")
+        option = "" if count is None else f" -n {count}"
+        return f"molgen-energy sample{option} --checkpoint {run}"
