@@ -141,8 +141,8 @@ def test_from_an_sdf_to_generated_bonds_and_charges(tmp_path, monkeypatch, data,
     for name in BondNetConfig.fields:
         assert f"{name}_loss" in header
 
-    molgen_energy.sample(9, "samples.sdf", checkpoint="run", condition={"logp": 1.5}, seed=1)
-    molgen_energy.sample(9, "samples.h5", checkpoint="run", condition={"logp": 1.5}, seed=1)
+    molgen_energy.sample(9, "samples.sdf", checkpoint="run", where={"logp": 1.5}, seed=1)
+    molgen_energy.sample(9, "samples.h5", checkpoint="run", where={"logp": 1.5}, seed=1)
     with MoleculeFile(Path("samples.h5")) as file:
         drawn = file.load()
     assert drawn.bonds is not None and drawn.formal_charges is not None

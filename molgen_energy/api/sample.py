@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from molgen_energy.api.molecule_list import MoleculeList
 from molgen_energy.data.shards import shards_folder
@@ -16,7 +16,7 @@ from molgen_energy.diffusion.spacing import levels_text
 from molgen_energy.diffusion.temperature import range_text
 from molgen_energy.display.progress import NotebookProgress, in_notebook
 from molgen_energy.distributed import broadcast, is_main, local_device, process_group
-from molgen_energy.errors import InputError, unknown_name
+from molgen_energy.errors import InputError, counted, unknown_name
 from molgen_energy.output import check_writable, real_path, resolve_symlink
 from molgen_energy.systems.base import (
     Generator,
@@ -30,7 +30,13 @@ from molgen_energy.training.checkpoint import default_checkpoint, load_checkpoin
 from molgen_energy.training.devices import choose_device
 from molgen_energy.training.pretrained import resolve_checkpoint
 
+if TYPE_CHECKING:
+    from rdkit import Chem
+
 _REPRESENTATIONS = ("rdkit", "ase")
+
+MoleculeInput: TypeAlias = "str | PathLike[str] | Chem.Mol"
+"""A molecule file, or an RDKit molecule with a conformer."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,16 @@ def sample_to(
     checkpoint: str | PathLike[str] | None = None,
     seed: int | None = None,
     n_atoms: int | tuple[int, int] | None = None,
-    condition: Mapping[str, float] | None = None,
+    where: Mapping[str, float | tuple[float, float]] | None = None,
+    guidance: float | None = None,
+    formula: str | None = None,
+    elements: str | Sequence[str] | None = None,
+    keep: MoleculeInput | Sequence[MoleculeInput] | None = None,
+    keep_smarts: str | None = None,
+    resample: int | None = None,
+    like: MoleculeInput | Sequence[MoleculeInput] | None = None,
+    strength: float | None = None,
+    smiles: str | PathLike[str] | Sequence[str] | None = None,
     consistent_charges: bool | None = None,
     aromatic: bool | None = None,
     sampler: str | None = None,
@@ -87,9 +102,28 @@ def sample_to(
         Seed of the samples, by default 0.
     n_atoms
         Number of atoms, or its range; by default as in the training data.
-    condition
+    where
         Values of properties that the model was trained on, in the unit of the data; by default
         drawn from the training molecules.
+    guidance
+        Scale of classifier-free guidance towards these values.
+    formula
+        Atoms of each element, such as `C7H8N2`; with `keep` of the whole molecule.
+    elements
+        The only elements of generated atoms, such as `C,N,O,H`.
+    keep
+        Fixed atoms: an SDF or XYZ file or an RDKit molecule with a conformer, or several of them as
+        fragments of one molecule. They come out where they were. `n_atoms` then counts new atoms.
+    keep_smarts
+        Fixes only those atoms of `keep` that match a SMARTS pattern.
+    resample
+        How often each step of the sampler is taken, so that new atoms come to fit fixed ones.
+    like
+        Molecules to vary: a file or RDKit molecules.
+    strength
+        How far from them, above 0 and at most 1.
+    smiles
+        Molecules whose conformers are drawn: a SMILES, several, or a file of them.
     consistent_charges
         Replace each formal charge that does not fit the generated bonds of its atom by the nearest
         one that does, as in the training molecules. Molecules get the properties `charges_changed`
@@ -150,7 +184,16 @@ def sample_to(
         "count": count,
         "n_atoms": sizes,
         "seed": seed,
-        "condition": None if condition is None else dict(condition),
+        "where": None if where is None else dict(where),
+        "guidance": guidance,
+        "formula": formula,
+        "elements": elements,
+        "keep": keep,
+        "keep_smarts": keep_smarts,
+        "resample": resample,
+        "like": like,
+        "strength": strength,
+        "smiles": smiles,
         "consistent_charges": consistent_charges or None,
         "aromatic": aromatic or None,
         "sampler": sampler,
@@ -220,7 +263,7 @@ def _options(
     check_writable(path)
     path = resolve_symlink(path)
     system.check_output(path)
-    return found, path, dict(system.sampling) | given
+    return found, path, dict(system.sampling) | system.read_options(given)
 
 
 def _resumed_options(
@@ -230,16 +273,18 @@ def _resumed_options(
 
     if output is not None and resolve_symlink(output) != resume:
         raise InputError(f"--resume {resume} names the output; leave out -o {output}")
-    begun = next(
-        options
+    system, begun = next(
+        (system, options)
         for system in SYSTEMS.values()
         if (options := system.sampling_options(resume)) is not None
     )
     options = dict(begun)
     origin = options.pop("checkpoint")
-    for name, value in given.items():
+    for name, value in system.read_options(given).items():
         there = options.get(name)
         if value != there:
+            if isinstance(there, (list, dict)):
+                there = f"another one ({counted(len(there), 'entries')})"
             was = there
             if isinstance(there, tuple):
                 was = _TUPLES.get(name, _joined)(there)
@@ -305,7 +350,16 @@ def sample(
     checkpoint: str | PathLike[str] | None = None,
     seed: int | None = None,
     n_atoms: int | tuple[int, int] | None = None,
-    condition: Mapping[str, float] | None = None,
+    where: Mapping[str, float | tuple[float, float]] | None = None,
+    guidance: float | None = None,
+    formula: str | None = None,
+    elements: str | Sequence[str] | None = None,
+    keep: MoleculeInput | Sequence[MoleculeInput] | None = None,
+    keep_smarts: str | None = None,
+    resample: int | None = None,
+    like: MoleculeInput | Sequence[MoleculeInput] | None = None,
+    strength: float | None = None,
+    smiles: str | PathLike[str] | Sequence[str] | None = None,
     consistent_charges: bool | None = None,
     aromatic: bool | None = None,
     sampler: str | None = None,
@@ -348,9 +402,28 @@ def sample(
         Seed of the samples, by default 0. Sample i of a seed is the same in every batch.
     n_atoms
         Number of atoms with hydrogens, or its range; by default as in the training data.
-    condition
+    where
         Values of properties that the model was trained on, in the unit of the data; by default
         drawn from the training molecules.
+    guidance
+        Scale of classifier-free guidance towards these values.
+    formula
+        Atoms of each element, such as `C7H8N2`; with `keep` of the whole molecule.
+    elements
+        The only elements of generated atoms, such as `C,N,O,H`.
+    keep
+        Fixed atoms: an SDF or XYZ file or an RDKit molecule with a conformer, or several of them as
+        fragments of one molecule. They come out where they were. `n_atoms` then counts new atoms.
+    keep_smarts
+        Fixes only those atoms of `keep` that match a SMARTS pattern.
+    resample
+        How often each step of the sampler is taken, so that new atoms come to fit fixed ones.
+    like
+        Molecules to vary: a file or RDKit molecules.
+    strength
+        How far from them, above 0 and at most 1.
+    smiles
+        Molecules whose conformers are drawn: a SMILES, several, or a file of them.
     consistent_charges
         Replace each formal charge that does not fit the generated bonds of its atom by the nearest
         one that does, as in the training molecules.
@@ -417,7 +490,16 @@ def sample(
         "checkpoint": checkpoint,
         "seed": seed,
         "n_atoms": n_atoms,
-        "condition": condition,
+        "where": where,
+        "guidance": guidance,
+        "formula": formula,
+        "elements": elements,
+        "keep": keep,
+        "keep_smarts": keep_smarts,
+        "resample": resample,
+        "like": like,
+        "strength": strength,
+        "smiles": smiles,
         "consistent_charges": consistent_charges,
         "aromatic": aromatic,
         "sampler": sampler,

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from molgen_energy.systems.base import SamplingResult
 
 # Panels of the help.
-_WHAT, _TEMPERATURE, _COMPUTATION = "What to sample", "Temperature", "Computation"
+_WHAT, _CONTROL = "What to sample", "Control"
+_TEMPERATURE, _COMPUTATION = "Temperature", "Computation"
 # Names for completion, without importing PyTorch; a test compares the registries.
 _SAMPLERS = ("ancestral", "ddim", "dpm++", "sde-dpm++", "heun", "euler")
 _SPACINGS = ("log", "even", "quadratic")
@@ -72,14 +73,6 @@ def command(
         rich_help_panel=_WHAT,
         help="Number of atoms of a molecule, or its range; default: as in the training data.",
     ),
-    condition: list[str] = typer.Option(
-        [],
-        "--condition",
-        metavar="NAME=VALUE",
-        rich_help_panel=_WHAT,
-        help="Value of a property that the model was trained on, in the unit of the data; default: "
-        "drawn from the training molecules.",
-    ),
     consistent_charges: bool = typer.Option(
         False,
         "--consistent-charges",
@@ -103,6 +96,80 @@ def command(
         metavar="N",
         rich_help_panel=_WHAT,
         help="Seed of the samples; default: 0.",
+    ),
+    where: list[str] = typer.Option(
+        [],
+        "--where",
+        metavar="NAME=VALUE",
+        rich_help_panel=_CONTROL,
+        help="Value of a property that the model was trained on, in the unit of the data; repeat "
+        "for several. Default: drawn from the training molecules.",
+    ),
+    guidance: float | None = typer.Option(
+        None,
+        "--guidance",
+        metavar="S",
+        rich_help_panel=_CONTROL,
+        help="Scale of classifier-free guidance towards the values of --where; default: 1, none.",
+    ),
+    formula: str | None = typer.Option(
+        None,
+        "--formula",
+        metavar="FORMULA",
+        rich_help_panel=_CONTROL,
+        help="Atoms of each element, such as C7H8N2; with --keep of the whole molecule.",
+    ),
+    elements: str | None = typer.Option(
+        None,
+        "--elements",
+        metavar="C,N,…",
+        rich_help_panel=_CONTROL,
+        help="The only elements of generated atoms, such as C,N,O,H.",
+    ),
+    keep: list[Path] = typer.Option(
+        [],
+        "--keep",
+        metavar="FILE",
+        rich_help_panel=_CONTROL,
+        help="Fixed atoms around which the rest is generated: an SDF or XYZ file. Repeat it for "
+        "several fragments of one molecule, with a linker to generate. --n-atoms then counts the "
+        "new atoms.",
+    ),
+    keep_smarts: str | None = typer.Option(
+        None,
+        "--keep-smarts",
+        metavar="SMARTS",
+        rich_help_panel=_CONTROL,
+        help="Fix only those atoms of --keep that match a pattern, such as c1ccccc1.",
+    ),
+    resample: int | None = typer.Option(
+        None,
+        "--resample",
+        min=1,
+        metavar="N",
+        rich_help_panel=_CONTROL,
+        help="Take each step of the sampler N times, so that new atoms come to fit fixed ones.",
+    ),
+    like: Path | None = typer.Option(
+        None,
+        "--like",
+        metavar="FILE",
+        rich_help_panel=_CONTROL,
+        help="Molecules to vary: an SDF, XYZ or HDF5 file. -n counts the variants of each.",
+    ),
+    strength: float | None = typer.Option(
+        None,
+        "--strength",
+        metavar="X",
+        rich_help_panel=_CONTROL,
+        help="How far variants are from --like, above 0 and at most 1.",
+    ),
+    smiles: str | None = typer.Option(
+        None,
+        "--smiles",
+        metavar="SMILES|FILE",
+        rich_help_panel=_CONTROL,
+        help="Molecules whose conformers are drawn. -n counts the conformers of each.",
     ),
     output: Path | None = typer.Option(
         None,
@@ -270,7 +337,10 @@ def command(
         return
     if tune:
         others = {
-            "--n-atoms": n_atoms, "--condition": condition, "--sampler": sampler,
+            "--n-atoms": n_atoms, "--where": where, "--guidance": guidance,
+            "--formula": formula, "--elements": elements, "--keep": keep,
+            "--keep-smarts": keep_smarts, "--resample": resample, "--like": like,
+            "--strength": strength, "--smiles": smiles, "--sampler": sampler,
             "--consistent-charges": consistent_charges, "--aromatic": aromatic,
             "--resume": resume, "--spacing": spacing, "--levels": levels, "--eta": eta,
             "--ancestral-positions": ancestral_positions, "--temperature": temperature,
@@ -295,7 +365,16 @@ def command(
                 checkpoint=checkpoint,
                 seed=seed,
                 n_atoms=None if n_atoms is None else _parse_sizes(n_atoms),
-                condition=_parse_condition(condition),
+                where=_parse_where(where),
+                guidance=guidance,
+                formula=formula,
+                elements=elements,
+                keep=keep or None,
+                keep_smarts=keep_smarts,
+                resample=resample,
+                like=like,
+                strength=strength,
+                smiles=smiles,
                 consistent_charges=consistent_charges,
                 aromatic=aromatic,
                 sampler=sampler,
@@ -523,12 +602,12 @@ def _parse_range(text: str) -> tuple[float | None, float | None]:
         ) from None
 
 
-def _parse_condition(assignments: list[str]) -> dict[str, float] | None:
-    condition = {}
+def _parse_where(assignments: list[str]) -> dict[str, float | tuple[float, float]] | None:
+    where: dict[str, float | tuple[float, float]] = {}
     for text in assignments:
         name, _, value = text.partition("=")
         try:
-            condition[name.strip()] = float(value)
+            where[name.strip()] = float(value)
         except ValueError:
-            raise InputError(f"--condition {text}: expected NAME=VALUE, such as gap=0.2") from None
-    return condition or None
+            raise InputError(f"--where {text}: expected NAME=VALUE, such as gap=0.2") from None
+    return where or None

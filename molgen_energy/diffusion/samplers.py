@@ -19,6 +19,7 @@ from molgen_energy.diffusion.guidance import SamplingHook
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.diffusion.prediction import Prediction
 from molgen_energy.diffusion.process import (
+    MOST_STEPS,
     Process,
     VariancePreserving,
     is_self_conditioned,
@@ -27,12 +28,18 @@ from molgen_energy.diffusion.process import (
 from molgen_energy.diffusion.spacing import (
     VisitedLevel,
     chosen_levels,
+    levels_below,
     noise_levels,
     visited_levels,
 )
 from molgen_energy.diffusion.state import Layout, State
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.errors import InputError, unknown_name
+
+_STREAMS = MOST_STEPS + 2
+"""Above all streams of levels; a repeat of a step takes its numbers from further blocks of them."""
+MOST_REPEATS = 1000
+"""Of a step; all blocks of streams are then below those of `Stream`."""
 
 
 class SamplerContext:
@@ -46,7 +53,7 @@ class SamplerContext:
         there is none.
     sampler
         Has the process of its training, the levels, the temperature, which changes the noise of
-        steps or the predictions after the hook, and the passes of self-conditioning.
+        steps or the predictions before the hook, and the passes of self-conditioning.
     random
         Random numbers of the samples.
     layout
@@ -59,6 +66,8 @@ class SamplerContext:
         Guidance and constraints.
     advance
         Called after each evaluation of the model.
+    clean
+        Samples to begin with, at the noise of the first level; None begins with pure noise.
     """
 
     def __init__(
@@ -71,12 +80,14 @@ class SamplerContext:
         condition: Tensor | None = None,
         hook: SamplingHook | None = None,
         advance: Callable[[], None] = lambda: None,
+        clean: State | None = None,
     ) -> None:
         self.model, self.process, self.random = model, sampler.process, random
         self.layout, self.mask, self.condition = layout, mask, condition
         self.ends_clean = sampler.ends_clean
         self.hook = hook
         self.advance = advance
+        self._first, self._clean = sampler.visited[0], clean
         self._passes = sampler.self_condition_passes
         self._previous: State | None = None
         visited, temperature = sampler.visited, sampler.temperature
@@ -87,29 +98,44 @@ class SamplerContext:
         self._score_factors = dict(zip(visited, temperature.score_factors(ratios), strict=True))
 
     def start(self) -> State:
-        """The state at the first level: pure noise, the same for every sampler."""
+        """The state at the first level: pure noise, or noisy samples; the same for all samplers."""
         # In continuous time it is also the same for every number of steps.
         stream = Stream.START if self.process.continuous else self.process.steps + 1
-        return self.random.noise(self.layout, self.mask, stream)
+        noise = self.random.noise(self.layout, self.mask, stream)
+        if self._clean is None:
+            return noise
+        return _sqrt(self._first.alpha2) * self._clean + _sqrt(self._first.sigma2) * noise
 
-    def noise(self, at: VisitedLevel) -> State:
+    def noise(self, at: VisitedLevel, repeat: int = 0) -> State:
         """Normal noise for the step that starts at a level, standard but for the temperature."""
-        noise = self.random.noise(self.layout, self.mask, at.stream)
+        noise = self.random.noise(self.layout, self.mask, at.stream + 2 * repeat * _STREAMS)
         factor = self._noise_factors[at]
         return noise if factor == 1 else factor * noise
+
+    def back(self, state: State, s: VisitedLevel, t: VisitedLevel, repeat: int) -> State:
+        """x_t drawn from q(x_t | x_s) for the repeat of a step from t to s, counted from 1."""
+        ratio2 = t.alpha2 / s.alpha2
+        stream = t.stream + (2 * repeat - 1) * _STREAMS
+        noise = self.random.noise(self.layout, self.mask, stream)
+        return _sqrt(ratio2) * state + _sqrt(t.sigma2 - ratio2 * s.sigma2) * noise
 
     def predict(self, state: State, at: VisitedLevel) -> Prediction:
         """The prediction at a level, for which the model is evaluated once for each pass."""
         levels = levels_of(len(self.mask), at.level, self.mask.device)
         for _ in range(self._passes - 1):
-            self._previous = self._evaluate(state, levels).clean.projected()
-        prediction = self._evaluate(state, levels)
-        if self.hook is not None:
-            prediction = self.hook.after_prediction(prediction, at.level)
-        if is_self_conditioned(self.model):
-            self._previous = prediction.clean.projected()
-        factor = self._score_factors[at]
-        return prediction if factor == 1 else prediction.with_noise_times(factor)
+            self._previous = self._guided(self._evaluate(state, levels), at).clean.projected()
+        evaluated, factor = self._evaluate(state, levels), self._score_factors[at]
+        used = evaluated if factor == 1 else evaluated.with_noise_times(factor)
+        prediction = self._guided(used, at)
+        if is_self_conditioned(self.model):  # as in training, without the temperature
+            next_input = prediction if factor == 1 else self._guided(evaluated, at)
+            self._previous = next_input.clean.projected()
+        return prediction
+
+    def _guided(self, prediction: Prediction, at: VisitedLevel) -> Prediction:
+        if self.hook is None:
+            return prediction
+        return self.hook.after_prediction(prediction, at.level)
 
     def _evaluate(self, state: State, levels: Tensor) -> Prediction:
         prediction = self.process.predict(self.model, state, levels, self.condition, self._previous)
@@ -140,6 +166,13 @@ class Sampler(ABC):
         prediction of the one before, the first that of the level before.
     levels
         The noise levels to visit, in place of steps and spacing; see `chosen_levels`.
+    resample
+        How often each step is taken, from 1. Between two of them the state goes back by
+        q(x_t | x_s) with new noise, so that generated parts come to fit fixed ones (RePaint:
+        Lugmayr et al., CVPR 2022, algorithm 1, with jumps of one step).
+    strength
+        Share of the time t/T, in (0, 1], at which sampling begins; below 1 it begins with samples,
+        the parameter `clean` of `sample`. See `levels_below`.
 
     Raises
     ------
@@ -159,6 +192,8 @@ class Sampler(ABC):
     that ends so, and of chosen levels that do not end at 0."""
     levels: tuple[float, ...] | None
     """The levels that were chosen; None where steps and spacing give them."""
+    can_resample: ClassVar[bool] = False
+    """Whether steps can be repeated: they are random and use no later state."""
 
     def __init__(
         self,
@@ -168,6 +203,8 @@ class Sampler(ABC):
         temperature: Temperature | None = None,
         self_condition_passes: int = 1,
         levels: Sequence[float] | None = None,
+        resample: int = 1,
+        strength: float = 1.0,
     ) -> None:
         self.process = process
         self.ends_clean = process.ends_clean
@@ -183,6 +220,11 @@ class Sampler(ABC):
             self.levels = tuple(at.level for at in self.visited)
             self.ends_clean |= self.levels[-1] > 0
             self.steps = len(self.visited) - (not self.ends_clean)
+        if strength != 1:
+            self.visited = levels_below(process, self.visited, strength)
+        if not 1 <= resample <= MOST_REPEATS:
+            raise InputError(f"--resample {resample}: expected a number from 1 to {MOST_REPEATS:,}")
+        self.resample, self.strength = resample, strength
         self.temperature = Temperature() if temperature is None else temperature
         if self_condition_passes < 1:
             raise InputError(
@@ -223,12 +265,16 @@ class Sampler(ABC):
         condition: Tensor | None = None,
         hook: SamplingHook | None = None,
         advance: Callable[[], None] = lambda: None,
+        clean: State | None = None,
     ) -> State:
         """Draw samples in the units of the state; for the parameters see `SamplerContext`."""
+        if (clean is None) != (self.strength == 1):
+            raise ValueError("samples to begin with go with a strength below 1")
         self.check_model(model)
-        return self._sample(
-            SamplerContext(model, self, random, layout, mask, condition, hook, advance)
+        drawn = self._sample(
+            SamplerContext(model, self, random, layout, mask, condition, hook, advance, clean)
         )
+        return drawn if hook is None else hook.after_sampling(drawn)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """α and σ at the visited levels, (V,) float64."""
@@ -253,7 +299,7 @@ class DiffusionSampler(Sampler):
 
     @property
     def _predictions(self) -> int:
-        return len(self.visited)
+        return (len(self.visited) - 1) * self.resample + 1
 
 
 def last_step(x: State, at: VisitedLevel, context: SamplerContext, spread: float = 0.0) -> State:
@@ -274,14 +320,19 @@ def last_step(x: State, at: VisitedLevel, context: SamplerContext, spread: float
 
 
 def ancestral_step(
-    x: State, noise: State, t: VisitedLevel, s: VisitedLevel, context: SamplerContext
+    x: State,
+    noise: State,
+    t: VisitedLevel,
+    s: VisitedLevel,
+    context: SamplerContext,
+    repeat: int = 0,
 ) -> State:
     """x_s drawn from q(x_s | x_t, x̂), given x_t and the predicted noise; see `AncestralSampler`."""
     ratio2 = t.alpha2 / s.alpha2
     step_variance = t.sigma2 - ratio2 * s.sigma2
     toward = step_variance / _sqrt(ratio2 * t.sigma2)
     spread = _sqrt(step_variance * s.sigma2 / t.sigma2)
-    return x / _sqrt(ratio2) - toward * noise + spread * context.noise(t)
+    return x / _sqrt(ratio2) - toward * noise + spread * context.noise(t, repeat)
 
 
 class AncestralSampler(DiffusionSampler):
@@ -293,6 +344,8 @@ class AncestralSampler(DiffusionSampler):
     end is x̂ of all fields, the mean of the step to t = 0 (JODO: Huang et al., 2023).
     """
 
+    can_resample = True
+
     @property
     def adds_noise(self) -> bool:
         return True
@@ -300,8 +353,11 @@ class AncestralSampler(DiffusionSampler):
     def _sample(self, context: SamplerContext) -> State:
         x = context.start()
         for t, s in pairwise(self.visited):
-            x = ancestral_step(x, context.predict(x, t).noise, t, s, context)
-            x = context.finish_step(x, s.level)
+            for repeat in range(self.resample):
+                if repeat:
+                    x = context.back(x, s, t, repeat)
+                x = ancestral_step(x, context.predict(x, t).noise, t, s, context, repeat)
+                x = context.finish_step(x, s.level)
         return last_step(x, self.visited[-1], context, spread=1.0)
 
 
@@ -330,8 +386,12 @@ class DDIMSampler(DiffusionSampler):
         temperature: Temperature | None = None,
         self_condition_passes: int = 1,
         levels: Sequence[float] | None = None,
+        resample: int = 1,
+        strength: float = 1.0,
     ) -> None:
-        super().__init__(process, steps, spacing, temperature, self_condition_passes, levels)
+        super().__init__(
+            process, steps, spacing, temperature, self_condition_passes, levels, resample, strength
+        )
         if not 0 <= eta <= 1:
             raise InputError(f"--eta {eta:g}: expected a number from 0 (no noise) to 1 (ancestral)")
         self.eta = eta
@@ -390,8 +450,12 @@ class DPMSolverSampler(DiffusionSampler):
         self_condition_passes: int = 1,
         ancestral_positions: bool = False,
         levels: Sequence[float] | None = None,
+        resample: int = 1,
+        strength: float = 1.0,
     ) -> None:
-        super().__init__(process, steps, spacing, temperature, self_condition_passes, levels)
+        super().__init__(
+            process, steps, spacing, temperature, self_condition_passes, levels, resample, strength
+        )
         self.ancestral_positions = ancestral_positions
 
     @property
@@ -430,6 +494,8 @@ class StochasticDPMSolverSampler(DiffusionSampler):
     `AncestralSampler`, and so is the end.
     """
 
+    can_resample = True
+
     @property
     def adds_noise(self) -> bool:
         return True
@@ -441,13 +507,16 @@ class StochasticDPMSolverSampler(DiffusionSampler):
         before: tuple[State, float] | None = None
         for k, (t, s) in enumerate(pairwise(self.visited)):
             h = float(log_ratio[k + 1] - log_ratio[k])
-            clean = context.predict(x, t).clean
-            toward = _extrapolated(clean, before, h, _LEAST_RATIO)
             removed = -math.expm1(-2 * h)
             kept = float(sigma[k + 1] / sigma[k]) * math.exp(-h)
-            x = kept * x + float(alpha[k + 1]) * removed * toward
-            x = x + float(sigma[k + 1]) * math.sqrt(removed) * context.noise(t)
-            x = context.finish_step(x, s.level)
+            for repeat in range(self.resample):
+                if repeat:
+                    x = context.back(x, s, t, repeat)
+                clean = context.predict(x, t).clean
+                toward = _extrapolated(clean, before, h, _LEAST_RATIO)
+                x = kept * x + float(alpha[k + 1]) * removed * toward
+                x = x + float(sigma[k + 1]) * math.sqrt(removed) * context.noise(t, repeat)
+                x = context.finish_step(x, s.level)
             before = clean, h
         return last_step(x, self.visited[-1], context, spread=1.0)
 
@@ -541,14 +610,16 @@ def build_sampler(
     ancestral_positions: bool = False,
     self_condition_passes: int = 1,
     levels: Sequence[float] | None = None,
+    resample: int = 1,
+    strength: float = 1.0,
 ) -> Sampler:
     """The named sampler; None selects the defaults of the process, η = 0, and τ = 1.
 
     Raises
     ------
     InputError
-        The process has no such sampler, the sampler has no η or cannot take ancestral steps, the
-        temperature does not suit it, or a number is out of range.
+        The process has no such sampler, the sampler has no η or cannot take ancestral steps or
+        repeat its steps, the temperature does not suit it, or a number is out of range.
     """
     name = DEFAULT_SAMPLERS[process.name] if name is None else name
     valid = samplers_for(process.name)
@@ -570,6 +641,13 @@ def build_sampler(
         own["ancestral_positions"] = ancestral_positions
     elif ancestral_positions:
         raise InputError(f"--ancestral-positions goes with --sampler dpm++, not {name}")
+    if resample > 1 and not kind.can_resample:
+        able = [other for other in valid if SAMPLERS[other].can_resample]
+        others = f"choose --sampler {' or '.join(able)}, or " if able else ""
+        raise InputError(
+            f"--resample {resample} repeats random steps, and {name} takes none; {others}leave it "
+            "out"
+        )
     sampler = kind(
         process,
         steps,
@@ -577,6 +655,8 @@ def build_sampler(
         temperature=temperature,
         self_condition_passes=self_condition_passes,
         levels=levels,
+        resample=resample,
+        strength=strength,
         **own,
     )
     _check_temperature(sampler, name)

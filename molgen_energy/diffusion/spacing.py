@@ -126,6 +126,38 @@ def chosen_levels(process: Process, levels: Sequence[float]) -> list[VisitedLeve
     return [VisitedLevel(int(at), *process.squares(int(at)), int(at)) for at in levels]
 
 
+def levels_below(
+    process: Process, visited: Sequence[VisitedLevel], strength: float
+) -> list[VisitedLevel]:
+    """The level at a share of the time, t/T, and those visited levels that are below it.
+
+    Parameters
+    ----------
+    process
+        The process of the training.
+    visited
+        As samplers visit them from pure noise.
+    strength
+        The share, above 0 and below 1; a level that is an integer is rounded.
+
+    Raises
+    ------
+    InputError
+        The share is out of range, or the level is below all that the network was trained at.
+    """
+    if not 0 < strength < 1:
+        raise InputError(f"--strength {strength:g}: expected a number above 0 and at most 1")
+    first = strength if process.continuous else round(strength * process.steps)
+    if first < max(process.first_level, visited[-1].level) or not first:
+        raise InputError(
+            f"--strength {strength:g} is below the lowest noise level that is visited; choose more"
+        )
+    below = [at for at in visited if at.level < first]
+    # The numbers of the noise are then those of no other level.
+    stream = visited[len(visited) - len(below) - 1].stream if process.continuous else int(first)
+    return [VisitedLevel(first, *process.squares(first), stream), *below]
+
+
 def levels_text(levels: Sequence[float]) -> str:
     """Levels as the command line has them, such as `1000,600,300,100`."""
     return ",".join(f"{level:.17g}" if level % 1 else f"{level:.0f}" for level in levels)

@@ -144,6 +144,16 @@ class System(ABC):
             The checkpoint is damaged, or an option is not valid.
         """
 
+    def read_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a user as a job stores them, so that it needs no input file to resume.
+
+        Raises
+        ------
+        InputError
+            A file cannot be read, or options do not go together.
+        """
+        return dict(options)
+
     def check_output(self, path: Path) -> None:
         """Raise `InputError` unless samples can be written to a path; by default HDF5."""
         check_hdf5_name(path)

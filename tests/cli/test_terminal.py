@@ -79,7 +79,7 @@ MESSAGES = {
     "key": ("train", "--set", f"{EVIL}=1"),
     "value": ("train", "--set", f"model.layers={EVIL}"),
     "sizes": ("sample", "--n-atoms", EVIL),
-    "condition": ("sample", "--condition", EVIL),
+    "where": ("sample", "--where", EVIL),
     "missing file": ("evaluate", f"{EVIL.replace('/', '')}.xyz"),
     "element": ("evaluate", "element.xyz"),
     "coordinate": ("evaluate", "coordinate.xyz"),

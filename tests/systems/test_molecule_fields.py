@@ -360,5 +360,5 @@ def test_conditional_models_train_and_sample(rich_file, tmp_path, model):
 
 def test_a_condition_of_a_model_without_one(tmp_path):
     train(MoleculeTask(tiny(process__steps=10, training__steps=1), CPU), tmp_path / "run")
-    with pytest.raises(InputError, match="has no condition; leave out --condition"):
+    with pytest.raises(InputError, match="has no condition; leave out --where"):
         MoleculeGenerator(load_checkpoint(tmp_path / "run"), CPU, condition={"gap": 1.0})

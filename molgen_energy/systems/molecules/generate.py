@@ -24,7 +24,7 @@ from molgen_energy.data.molecules import (
     Property,
     offsets_from_sizes,
 )
-from molgen_energy.diffusion.guidance import SamplingHook
+from molgen_energy.diffusion.guidance import SamplingHook, chained
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.diffusion.process import Process
 from molgen_energy.diffusion.samplers import DEFAULT_SAMPLERS, build_sampler
@@ -35,8 +35,10 @@ from molgen_energy.formats.limits import check_memory
 from molgen_energy.models.precision import is_bfloat16_faster
 from molgen_energy.systems.molecules.condition import PropertyCondition
 from molgen_energy.systems.molecules.config import MoleculeConfig
+from molgen_energy.systems.molecules.control.base import Batch, Control, Network
 from molgen_energy.systems.molecules.fields import MoleculeStatistics, build_layout
 from molgen_energy.systems.molecules.recorded import RecordedDenoiser
+from molgen_energy.systems.molecules.sizes import SizeDistribution
 from molgen_energy.systems.molecules.state import MoleculeState, SamplingState
 from molgen_energy.systems.molecules.task import build_model
 from molgen_energy.training.checkpoint import Checkpoint
@@ -98,7 +100,7 @@ class MoleculeGenerator:
         Values of properties on which the model was conditioned, by name; properties without a
         value are unconditional. None draws them from the training molecules.
     hook
-        Guidance and constraints.
+        Makes the guidance of a batch. It is called in several threads.
     temperature
         Options of a `Temperature`, those that are not None; others are as the checkpoint has them.
     consistent_charges
@@ -112,6 +114,12 @@ class MoleculeGenerator:
         Noise levels to visit, in place of steps and spacing; see `chosen_levels`.
     cuda_graphs
         Record the evaluations of a batch on a GPU; no effect elsewhere.
+    control
+        What is asked of the molecules: fixed parts, their sizes, and what they begin with.
+    resample
+        How often each step is taken, see `Sampler`.
+    strength
+        Share of the time at which sampling begins, with the molecules that `control` gives.
 
     Raises
     ------
@@ -133,24 +141,30 @@ class MoleculeGenerator:
         eta: float | None = None,
         spacing: str | None = None,
         condition: Mapping[str, float] | None = None,
-        hook: SamplingHook | None = None,
+        hook: Callable[[Batch], SamplingHook | None] = lambda batch: None,
         temperature: Mapping[str, Any] | None = None,
         consistent_charges: bool = False,
         ancestral_positions: bool = False,
         self_condition_passes: int = 1,
         levels: Sequence[float] | None = None,
         cuda_graphs: bool = False,
+        control: Control | None = None,
+        resample: int = 1,
+        strength: float = 1.0,
     ) -> None:
         self.config = checkpoint.config_as(MoleculeConfig)
         state = checkpoint.state_as(MoleculeState)
         if sizes is not None and not 1 <= sizes[0] <= sizes[1]:
             raise InputError(f"sizes {sizes[0]}-{sizes[1]}: expected 1 or more atoms, ascending")
-        drawn = [size for size, count in state.size_histogram.items() if count]
-        most = max(drawn) if sizes is None else sizes[1]
-        what = f"a molecule of {most:,} atoms"
-        check_memory(_BYTES_OF_PAIR * most**2, what, "choose smaller ones with --n-atoms")
+        trained_sizes = SizeDistribution(state.size_histogram)
+        self._sizes = trained_sizes if sizes is None else SizeDistribution.uniform(*sizes)
         statistics = MoleculeStatistics.of_state(state)
         self.layout = build_layout(self.config.model.fields, self.config.scales, statistics)
+        self.control = Control() if control is None else control
+        self.control.bind(Network(self.layout, statistics, trained_sizes, sizes, checkpoint.path))
+        most = self._sizes.largest if self.control.largest is None else self.control.largest
+        what = f"a molecule of {most:,} atoms"
+        check_memory(_BYTES_OF_PAIR * most**2, what, "choose smaller ones with --n-atoms")
         self.charges = None
         if consistent_charges:
             self.charges = ConsistentCharges(self.layout, statistics, checkpoint, device)
@@ -159,7 +173,7 @@ class MoleculeGenerator:
             self._condition = PropertyCondition.from_dict(state.condition.model_dump())
         if condition:
             if self._condition is None:
-                raise InputError(f"{checkpoint.path} has no condition; leave out --condition")
+                raise InputError(f"{checkpoint.path} has no condition; leave out --where")
             self._condition.given(condition, 1)
         if low_precision:
             lower_precision(device)
@@ -175,14 +189,6 @@ class MoleculeGenerator:
         self._recorder: Recorder | None = None
         if cuda_graphs and device.type == "cuda":
             self._recorder = CUDARecorder(device, "--cuda-graphs")
-        histogram = (
-            state.size_histogram
-            if sizes is None
-            else dict.fromkeys(range(sizes[0], sizes[1] + 1), 1)
-        )
-        self._sizes = torch.tensor(list(histogram))
-        counts = torch.tensor(list(histogram.values()), dtype=torch.float64)
-        self._cumulated = counts.cumsum(0) / counts.sum()
         process = config.process.build()
         stored = state.sampling or SamplingState()
         noise = {name: value for name, value in (temperature or {}).items() if value is not None}
@@ -209,6 +215,8 @@ class MoleculeGenerator:
                 ancestral_positions,
                 self_condition_passes,
                 levels,
+                resample,
+                strength,
             )
         except InputError:
             _check_stored(stored, process, checkpoint)
@@ -218,7 +226,7 @@ class MoleculeGenerator:
     @property
     def units(self) -> dict[str, str]:
         """Units of the properties of drawn molecules, by name."""
-        units: dict[str, str] = {}
+        units = self.control.units
         if self._condition is not None:
             names = (f"condition_{name}" for name in self._condition.names)
             units |= zip(names, self._condition.units, strict=True)
@@ -237,9 +245,9 @@ class MoleculeGenerator:
 
     def sizes(self, numbers: Tensor) -> Tensor:
         """Atoms of the molecules with the given numbers, (B,)."""
-        uniform = RandomNumbers(self.seed, numbers).uniform(Stream.SIZE).cpu().double()
-        place = torch.searchsorted(self._cumulated, uniform, right=True)
-        return self._sizes[place.clamp(max=len(self._sizes) - 1)]
+        uniform = RandomNumbers(self.seed, numbers).uniform(Stream.SIZE)
+        sizes = self.control.sizes(numbers, uniform)
+        return self._sizes.draw(uniform) if sizes is None else sizes
 
     @torch.no_grad()
     def draw(self, numbers: Tensor, advance: Callable[[], None] = lambda: None) -> Molecules:
@@ -270,13 +278,24 @@ class MoleculeGenerator:
         model: nn.Module = self.model
         if self._recorder is not None:  # for this batch, whose shape few others have
             model = RecordedDenoiser(self.model, self._recorder)
-        state = self.sampler.sample(model, random, self.layout, mask, condition, self.hook, advance)
+        batch = Batch(numbers, mask, self.layout)
+        hooks = (self.hook(batch), self.control.hook(batch))  # what is fixed, decides
+        state = self.sampler.sample(
+            model,
+            random,
+            self.layout,
+            mask,
+            condition,
+            chained([hook for hook in hooks if hook is not None]),
+            advance,
+            self.control.start(batch) if self.sampler.strength < 1 else None,
+        )
         decoded = state.decode()
         if self.charges is not None:
             decoded, counts = self.charges.apply(decoded, mask)
             for name, count in zip(CHARGE_COUNTS, counts.cpu().double().numpy(), strict=True):
                 properties[name] = Property(count, "atoms")
-        return _molecules(decoded, mask, properties)
+        return self.control.finish(_molecules(decoded, mask, properties), numbers)
 
 
 def _noise_of(stored: SamplingState) -> dict[str, float]:

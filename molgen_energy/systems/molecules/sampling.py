@@ -11,7 +11,7 @@ import contextlib
 import errno
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from molgen_energy.errors import InputError, counted
 from molgen_energy.formats.yaml import validate_as
 from molgen_energy.output import check_writable, move_over, real_path, remove
 from molgen_energy.systems.base import SamplingCallback, SamplingResult
+from molgen_energy.systems.molecules.control.base import Tally
 from molgen_energy.systems.molecules.generate import CHARGE_COUNTS, MoleculeGenerator
 from molgen_energy.systems.molecules.shards import (
     MoleculeShards,
@@ -166,7 +167,11 @@ def _job(
         "ancestral_positions": generator.sampler.ancestral_positions,
         "self_condition_passes": generator.sampler.self_condition_passes,
         "n_atoms": generator.n_atoms,
-        "condition": None if generator.condition is None else dict(generator.condition),
+        "where": None if generator.condition is None else dict(generator.condition),
+        **generator.control.options,
+        "records": generator.control.records,
+        "resample": generator.sampler.resample,
+        "strength": None if generator.sampler.strength == 1 else generator.sampler.strength,
         "consistent_charges": generator.charges is not None,
         "aromatic": aromatic,
         "low_precision": generator.low_precision,
@@ -237,9 +242,12 @@ class _Written:
     """Molecules whose aromatic bonds stay, since RDKit cannot Kekulise them."""
     charges: NDArray[np.int64] | None = None
     """Of each of `CHARGE_COUNTS` atoms and molecules, (2, 2)."""
+    tally: Tally = field(default_factory=Tally)
+    """Of the generator's control."""
 
-    def add(self, molecules: Molecules) -> None:
-        """Count molecules that were written."""
+    def add(self, molecules: Molecules, numbers: NDArray[np.int64]) -> None:
+        """Count molecules that were written, and their numbers, (M,)."""
+        self.tally.add(molecules, numbers)
         self.molecules += len(molecules)
         self.not_finite += int((~molecules.finite()).sum())
         self.with_bonds = molecules.bonds is not None
@@ -255,10 +263,12 @@ class _Written:
 
     def notes(self) -> tuple[str, ...]:
         """Lines for the end of `sample`."""
-        if not self.molecules or not self.with_bonds:
+        if not self.molecules:
             return ()
+        notes = list(self.tally.notes())
+        if not self.with_bonds:
+            return tuple(notes)
         of_all = f"of {counted(self.molecules, 'molecules')}"
-        notes = []
         if count := self.invalid.total():
             most = [f"{reason} ({n:,})" for reason, n in self.invalid.most_common(_MOST_REASONS)]
             if others := len(self.invalid) - len(most):
@@ -406,9 +416,12 @@ class _SamplingRun:
         """Write all or the finished molecules in order; returns what was written."""
         # Written in the folder of the shards, so that a kill leaves no other file.
         check_writable(target)
-        merged, in_order, found = self._shards.folder / target.name, True, _Written()
+        merged, in_order = self._shards.folder / target.name, True
+        found = _Written(tally=self._generator.control.tally())
         remove(merged)
-        with _writer(merged, self._job, self._generator.config.without_paths().to_yaml()) as writer:
+        config = self._generator.config.without_paths().to_yaml()
+        asked = self._generator.control.provenance()
+        with _writer(merged, self._job, config, asked) as writer:
             for shards in self.windows():
                 drawn, numbers = [], []
                 for shard in shards:
@@ -423,7 +436,7 @@ class _SamplingRun:
                     expected = np.arange(writer.count, writer.count + len(every))
                     in_order &= np.array_equal(np.sort(every), expected)
                     molecules = _append(writer, drawn, every)
-                    found.add(molecules)
+                    found.add(molecules, np.sort(every))
                     if molecules.bonds is not None and merged.suffix.lower() != ".sdf":
                         found.sanitize(molecules)
             written = writer.count
@@ -449,8 +462,8 @@ def batches(sizes: NDArray[np.int64], pairs: int) -> Iterator[NDArray[np.int64]]
 
 def most_threads(generator: MoleculeGenerator) -> int:
     """Threads that may draw batches, each with its share of the cores."""
-    if generator.device.type != "cpu" or generator.hook is not None:
-        return 1  # a hook may keep what belongs to one batch
+    if generator.device.type != "cpu":
+        return 1
     return torch.get_num_threads()
 
 
@@ -464,7 +477,7 @@ def _by_size(sizes: NDArray[np.int64], job: SamplingJob) -> Iterator[NDArray[np.
 
 
 def _writer(
-    path: Path, job: SamplingJob, config: str
+    path: Path, job: SamplingJob, config: str, asked: Mapping[str, str]
 ) -> AbstractContextManager[MoleculeTextWriter | MoleculeWriter]:
     origin = {
         "created_by": f"molgen-energy {job.version}",
@@ -489,6 +502,11 @@ def _writer(
         origin["precision"] = "bfloat16 for pairs of atoms"
     if job.self_condition_passes != 1:
         origin["self_condition_passes"] = str(job.self_condition_passes)
+    if job.resample != 1:
+        origin["resample"] = str(job.resample)
+    if job.strength is not None:
+        origin["strength"] = f"{job.strength:g}"
+    origin |= asked
     if path.suffix.lower() == ".h5":
         source = f"sampled from {job.origin}, seed {job.seed}"
         return MoleculeWriter(path, source=source, provenance=origin | {"config": config})

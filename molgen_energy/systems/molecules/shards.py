@@ -15,6 +15,7 @@ from molgen_energy.data.shards import Manifest, ShardFolder, check_unchanged, sh
 from molgen_energy.errors import InputError
 from molgen_energy.formats.yaml import YAMLFormat
 from molgen_energy.output import check_writable, open_to_append
+from molgen_energy.systems.molecules.control.base import MOST_RECORDS, Record
 from molgen_energy.systems.molecules.state import MOST_LEVELS, Atoms
 
 _DONE = ".done"
@@ -45,7 +46,7 @@ class SamplingJob(Manifest):
     """Noise in the steps of the sampler ddim; None for others."""
     n_atoms: Annotated[tuple[Atoms, Atoms], Strict(False)] | None
     """Fewest and most atoms; None draws sizes from the histogram of the training molecules."""
-    condition: dict[Text, Finite] | None
+    where: dict[Text, Finite] | None
     """Values of properties; None draws them from the training molecules."""
     low_precision: bool
     """Whether pairs of atoms are in bfloat16."""
@@ -85,10 +86,39 @@ class SamplingJob(Manifest):
     """Whether positions take ancestral steps in the sampler dpm++."""
     self_condition_passes: Positive = 1
     """Evaluations of a self-conditioned network for each prediction."""
+    records: Annotated[int, Field(ge=1, le=MOST_RECORDS)] = 1
+    """Input records, each with the same number of molecules."""
+    guidance: Finite | None = None
+    """Scale of classifier-free guidance."""
+    formula: dict[Text, Positive] | None = None
+    """Atoms of each element."""
+    elements: list[Text] | None = None
+    """The only elements of generated atoms."""
+    keep: Annotated[list[Record], Field(min_length=1, max_length=MOST_RECORDS)] | None = None
+    """Fixed atoms, in one record those of all fragments."""
+    keep_smarts: Text | None = None
+    """The pattern that chose them."""
+    resample: Positive = 1
+    """How often each step is taken."""
+    like: Annotated[list[Record], Field(min_length=1, max_length=MOST_RECORDS)] | None = None
+    """Molecules to vary."""
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the time at which sampling begins with them."""
+    smiles: Annotated[list[Text], Field(min_length=1, max_length=MOST_RECORDS)] | None = None
+    """Molecules whose conformers are drawn."""
     cuda_graphs: bool = False
     """Whether a GPU records evaluations of the network."""
     units: dict[Text, Annotated[str, Field(max_length=200)]] = Field(default_factory=dict)
     """Of the properties that molecules will have."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        """Earlier versions called `where` the condition."""
+        if isinstance(values, dict) and "condition" in values and "where" not in values:
+            values = dict(values)
+            values["where"] = values.pop("condition")
+        return values
 
     @model_validator(mode="after")
     def _ascending(self) -> SamplingJob:

@@ -21,6 +21,7 @@ from molgen_energy.output import check_writable
 from molgen_energy.progress import ProgressCallback
 from molgen_energy.systems.base import SamplingCallback, SamplingResult, System
 from molgen_energy.systems.molecules.config import MoleculeConfig
+from molgen_energy.systems.molecules.control import build_control, read_controls
 from molgen_energy.systems.molecules.generate import MoleculeGenerator, samples_in_bfloat16
 from molgen_energy.systems.molecules.sampling import check_name, sample_to_file
 from molgen_energy.systems.molecules.shards import read_sampling_job
@@ -90,7 +91,16 @@ class MoleculeSystem(System):
             **dict.fromkeys(Temperature().options),
             "ancestral_positions": False,
             "self_condition_passes": 1,
-            "condition": None,
+            "where": None,
+            "guidance": None,
+            "formula": None,
+            "elements": None,
+            "keep": None,
+            "keep_smarts": None,
+            "resample": None,
+            "like": None,
+            "strength": None,
+            "smiles": None,
             "consistent_charges": False,
             "aromatic": False,
             "batch_size": None,
@@ -107,6 +117,10 @@ class MoleculeSystem(System):
         check_name(path)
         check_writable(path)
 
+    def read_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options with formulas, elements and molecules as a job stores them; reads files."""
+        return read_controls(options)
+
     def task(self, config: Any, device: torch.device, progress: ProgressCallback) -> MoleculeTask:
         """The training task of a configuration."""
         return MoleculeTask(config, device, progress)
@@ -119,6 +133,7 @@ class MoleculeSystem(System):
         if low_precision is None:
             # Decided once, since the processes of a job may find it differently.
             low_precision = broadcast(samples_in_bfloat16(checkpoint, device))
+        control = build_control(options)
         generator = MoleculeGenerator(
             checkpoint,
             device,
@@ -129,16 +144,20 @@ class MoleculeSystem(System):
             options["steps"],
             options["eta"],
             options["spacing"],
-            options["condition"],
+            options["where"],
             temperature={name: options[name] for name in Temperature().options},
             ancestral_positions=options["ancestral_positions"],
             self_condition_passes=options["self_condition_passes"],
             consistent_charges=options["consistent_charges"],
             levels=options["levels"],
             cuda_graphs=options["cuda_graphs"],
+            control=control,
+            resample=options["resample"] or 1,
+            strength=options["strength"] or 1.0,
         )
+        records = 1 if control is None else control.records
         return _MoleculeSampling(
-            generator, options["count"], options["batch_size"], options["aromatic"]
+            generator, options["count"] * records, options["batch_size"], options["aromatic"]
         )
 
     def read_samples(self, path: Path) -> list[Any]:
@@ -159,6 +178,7 @@ class MoleculeSystem(System):
         """Options of the interrupted job of a file."""
         job = read_sampling_job(output)
         options = {name: getattr(job, name) for name in (*self.sampling, "checkpoint")}
+        options["count"] = job.count // job.records
         return options if job.levels is None else options | {"steps": None, "spacing": None}
 
     def details(self, config: Any) -> str:
