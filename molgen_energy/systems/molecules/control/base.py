@@ -130,6 +130,10 @@ class Network(NamedTuple):
     """Fewest and most atoms that are asked for."""
     path: Path
     """Of the checkpoint, for messages."""
+    given: tuple[str, ...] = ()
+    """Fields that it gets without noise, see `GivenFields`."""
+    equivariant: bool = False
+    """Whether it is E(3)-equivariant, so that mirror images are equally frequent."""
 
 
 class Batch(NamedTuple):
@@ -164,6 +168,8 @@ class Control:
     """Input records; a job draws the same number of molecules for each."""
     each: int = 1
     """Molecules of a record: those of record r have the numbers r·each … (r+1)·each − 1."""
+    gives: bool = False
+    """Whether it names whole molecules, so that `given` has values."""
 
     @classmethod
     def read(cls, value: Any, options: Mapping[str, Any]) -> Any:
@@ -230,8 +236,16 @@ class Control:
         """Samples that a batch begins with, in the units of the state; None is pure noise."""
         return None
 
+    def given(self, batch: Batch) -> State | None:
+        """The values of the fields that the network gets without noise; None if there are none."""
+        return None
+
     def finish(self, molecules: Molecules, numbers: Tensor) -> Molecules:
         """Drawn molecules after a last change, such as the frame of the input."""
+        return molecules
+
+    def label(self, molecules: Molecules, numbers: NDArray[np.int64]) -> Molecules:
+        """Molecules with what tells in a file which input they belong to: SMILES and groups."""
         return molecules
 
     def provenance(self) -> dict[str, str]:
@@ -262,6 +276,7 @@ class Controls(Control):
         self._controls = tuple(controls)
         # Only one of them has input records.
         self.records = max(control.records for control in controls)
+        self.gives = any(control.gives for control in controls)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -300,9 +315,20 @@ class Controls(Control):
                 return state
         return None
 
+    def given(self, batch: Batch) -> State | None:
+        for control in self._controls:
+            if (state := control.given(batch)) is not None:
+                return state
+        return None
+
     def finish(self, molecules: Molecules, numbers: Tensor) -> Molecules:
         for control in self._controls:
             molecules = control.finish(molecules, numbers)
+        return molecules
+
+    def label(self, molecules: Molecules, numbers: NDArray[np.int64]) -> Molecules:
+        for control in self._controls:
+            molecules = control.label(molecules, numbers)
         return molecules
 
     def provenance(self) -> dict[str, str]:
