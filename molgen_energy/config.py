@@ -254,11 +254,15 @@ class TrainingConfig(Section):
     log_every: PositiveInt = 50
     validate_every: PositiveInt | Auto = 1000
     patience: PositiveInt | None = None
-    """Validations in a row without a lower loss after which training ends; null takes all steps."""
+    """Validations in a row without better weights after which training ends; null takes all
+    steps."""
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Weights are the best ones so far if their validation loss is below the lowest, or above it by
+    less than this share."""
     sample_from: Literal["last", "best"] = "last"
     """The checkpoint that stands for the run where none is named, such as in `sample`: the last
-    one, or that of the lowest validation loss. With `best` the initial weights are validated too,
-    and are the best ones if training improves nothing."""
+    one, or that of the best validation loss. With `best` the initial weights are validated too,
+    and are the best ones if training only spoils them."""
     checkpoint_every: PositiveInt = 1000
 
     @model_validator(mode="before")

@@ -306,7 +306,7 @@ def _conclude(summary: Run) -> None:
     if summary.already_complete:
         complete = f"{summary.folder} is complete at step {summary.steps:,}"
         if has_stalled(summary.config.training, summary.steps, summary.best_step):
-            say(f"{complete}: its validation loss has not fallen since step {summary.best_step:,}")
+            say(f"{complete}: no better validation loss since step {summary.best_step:,}")
             return
         say(f"{complete}; a larger --steps N continues it")
         return

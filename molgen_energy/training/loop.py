@@ -100,6 +100,7 @@ class _Progress:
     seconds: float = 0.0
     best_valid: float | None = None
     best_step: int | None = None
+    kept_valid: float | None = None
     last_valid: float | None = None
     # Weighted sums since the last row of metrics.csv, so that rows do not depend on interruptions.
     sums: tuple[float, ...] = ()
@@ -589,11 +590,11 @@ class _Trainer:
             self._fail(*self._out_of_memory(too_large))
         at = self.at
         if at.step < self.steps:
-            self._log(f"the validation loss has not fallen since step {at.best_step}")
+            self._log(f"no better validation loss since step {at.best_step}")
         self._log(f"finished at step {at.step}, {at.seconds:.0f} s of training")
         return Run(
             self.folder, at.step, at.seconds, at.last_valid, at.skipped, self.task.config,
-            best_step=at.best_step, best_valid=at.best_valid,
+            best_step=at.best_step, best_valid=at.kept_valid,
         )  # fmt: skip
 
     def _batches(self) -> Iterator[BatchIndex]:
@@ -783,12 +784,14 @@ class _Trainer:
         self._note_validation()
 
     def _note_validation(self) -> None:
-        """Keep the weights, if their validation loss is the lowest."""
-        valid = self.at.last_valid
+        """Keep the weights, if their validation loss is the lowest, or within the tolerance."""
+        valid, at = self.at.last_valid, self.at
         if valid is None or not math.isfinite(valid):
             return
-        if self.at.best_valid is None or valid < self.at.best_valid:
-            self.at.best_valid, self.at.best_step = valid, self.at.step
+        lowest = at.best_valid
+        if lowest is None or valid < lowest + self.training.tolerance * abs(lowest):
+            at.best_valid = valid if lowest is None else min(valid, lowest)
+            at.best_step, at.kept_valid = at.step, valid
             self._save("best")
 
     def _draw(self) -> None:
@@ -805,15 +808,16 @@ class _Trainer:
         means = [value / at.weight if at.weight else None for value in at.sums]
         loss, *parts, norm = means
         validated = at.step % self._validate_every == 0 or at.step == self.steps
+        before = max(0, at.step - 1)
         if self.metrics is not None:
             self.metrics.write(
                 step=at.step,
-                epoch=self.task.starts.epoch_of(at.step - 1),
+                epoch=self.task.starts.epoch_of(before),
                 loss=loss,
                 **dict(zip(self.task.loss_terms, parts, strict=True)),
                 valid_loss=at.last_valid if validated else None,
                 gradient_norm=norm,
-                lr=learning_rate(self.training, at.step - 1, self.steps),
+                lr=learning_rate(self.training, before, self.steps),
                 samples_per_second=samples_per_second,
                 seconds=at.seconds,
                 skipped=at.skipped,

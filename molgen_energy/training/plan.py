@@ -56,6 +56,6 @@ def describe_plan(task: Task) -> Iterator[str]:
     )
     if task.validation_samples:
         patience = training.patience
-        end = "" if patience is None else f"; ends after {patience} without a lower loss"
+        end = "" if patience is None else f"; ends after {patience} without better weights"
         count = f"{task.validation_samples:,} evaluations"
         yield f"checks  {count} every {counted(every, 'steps')}{end}"

@@ -42,9 +42,9 @@ class Run:
     already_complete: bool = False
     """Whether a resumed run had no step left."""
     best_step: int | None = None
-    """Steps before the validation of the lowest loss; None without any."""
+    """Steps of its checkpoint `best`; None without validation data."""
     best_valid: float | None = None
-    """The lowest validation loss."""
+    """Validation loss of that one."""
 
     @classmethod
     def of(
@@ -60,7 +60,7 @@ class Run:
             config,
             already_complete,
             at.best_step,
-            at.best_valid,
+            at.kept_valid,
         )
 
     def __fspath__(self) -> str:

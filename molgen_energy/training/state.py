@@ -27,7 +27,9 @@ class Progress(Schema):
     best_valid: Finite | None = None
     """Lowest validation loss."""
     best_step: Count | None = None
-    """Steps before this validation; earlier versions did not write it."""
+    """Steps of the checkpoint `best`; earlier versions did not write it."""
+    kept_valid: Finite | None = None
+    """Its validation loss, which may be above the lowest by `training.tolerance`."""
     last_valid: float | None = None
     """Last validation loss; it may be infinite or NaN."""
     sums: Annotated[list[float], Field(max_length=1000)] = Field(default_factory=list)
@@ -49,7 +51,7 @@ class Progress(Schema):
 
 
 def has_stalled(training: TrainingConfig, step: int, best_step: int | None) -> bool:
-    """Whether training ends, since `training.patience` validations had no lower loss."""
+    """Whether training ends: `training.patience` validations in a row gave no better weights."""
     if training.patience is None or best_step is None:
         return False
     return step - best_step >= training.patience * resolved(training.validate_every)
