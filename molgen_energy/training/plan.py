@@ -14,7 +14,8 @@ from molgen_energy.errors import counted
 from molgen_energy.training.task import Task
 
 _BATCH = 32
-_VALIDATIONS = 20  # in a run
+_VALIDATIONS = 20  # in a run, at most
+_BETWEEN = 10  # steps between validations, at least, since one takes as long as a few steps
 _EVALUATIONS = 256  # of the network in a validation, at least
 
 
@@ -36,7 +37,7 @@ def planned_values(training: TrainingConfig, samples: int) -> dict[str, Any]:
     if training.ema_decay == "auto":
         values["ema_decay"] = min(max(0.9, 1 - 10 / (steps or 1)), 0.9999)
     if training.validate_every == "auto":
-        values["validate_every"] = max(1, (steps or 1) // _VALIDATIONS)
+        values["validate_every"] = max(_BETWEEN, (steps or 1) // _VALIDATIONS)
     return {f"training.{key}": value for key, value in values.items()}
 
 

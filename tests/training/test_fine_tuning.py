@@ -82,7 +82,7 @@ def test_the_initial_weights_are_validated_too(source, unbroken):
     losses = {int(row["step"]): float(row["valid_loss"]) for row in rows if row["valid_loss"]}
     assert [*losses] == [0, 2, 4, 6, 8, 9]
     run = mg.load_run(unbroken)
-    within = [k for k in losses if losses[k] < 1.01 * min(v for j, v in losses.items() if j <= k)]
+    within = [k for k in losses if losses[k] < 1.02 * min(v for j, v in losses.items() if j <= k)]
     assert run.best_step == within[-1]
     assert run.best_valid == pytest.approx(losses[run.best_step], rel=1e-5)
     assert f"best {run.best_valid:.4g} at step {run.best_step}" in str(run)
@@ -135,7 +135,7 @@ def test_the_command_says_what_it_chose(source, sample_path, few, tmp_path, cli_
     settings = [f"--set={key}={value}" for key, value in FEW.items()]
     said = cli_here("train", "--from", source, "--data", few, *settings, "--dry-run").stderr
     assert "from    source, step 2: " in said and "length  9 steps of 17 molecules" in said
-    rates = "learning rate 0.0003 (matrices 0.001), 10 steps of warm-up, average of weights 0.9"
+    rates = "learning rate 0.00015 (matrices 0.0005), 10 steps of warm-up, average of weights 0.9"
     assert f"plan    muon, {rates}\n" in said
     assert "checks  258 evaluations every 2 steps; ends after 8 without better weights\n" in said
     data = written(sample_path, tmp_path / "d.h5", 5, 0)
@@ -187,7 +187,8 @@ def test_the_plan_suits_the_number_of_samples(samples):
     steps, batch = plan["training.steps"], plan["training.batch_size"]
     assert batch <= samples and steps == round(90 * np.cbrt(samples))
     assert 0.9 <= plan["training.ema_decay"] < 1
-    assert 15 <= steps / plan["training.validate_every"] <= 23
+    every = plan["training.validate_every"]
+    assert every == 10 if steps < 200 else 20 <= steps / every < 22
     fewer = planned_values(auto, max(1, samples // 10))
     assert fewer["training.steps"] <= steps
     # Of fewer samples each is seen more often.
