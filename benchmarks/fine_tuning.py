@@ -32,6 +32,8 @@ from rich.table import Table
 import molgen_energy as mg
 from molgen_energy.cli.console import exit_on_error, say
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
+from molgen_energy.data.molecules import Molecules
+from molgen_energy.data.shards import shards_folder
 from molgen_energy.metrics.statistics import Mean, Rate
 from molgen_energy.output import atomic_write
 from molgen_energy.systems.molecules.config import MoleculeConfig
@@ -120,9 +122,15 @@ def in_range(
     ascending = np.sort(which)
     texts: list[str] = []
     for start in range(0, len(which), 10_000):
-        texts += file.read(ascending[start : start + 10_000], frozenset({"smiles"})).smiles or ()
+        texts += stored_smiles(file.read(ascending[start : start + 10_000], frozenset({"smiles"})))
     found = np.array([low <= log_p(text) < high for text in texts])
     return found[np.searchsorted(ascending, which)]
+
+
+def stored_smiles(molecules: Molecules) -> list[str]:
+    """SMILES of molecules of a file that holds them."""
+    assert molecules.smiles is not None
+    return list(molecules.smiles)
 
 
 def log_p(smiles: str) -> float:
@@ -183,12 +191,10 @@ def measured(job: Job, options: argparse.Namespace) -> dict[str, Any]:
         return found
     samples = options.work / f"{name}-{options.count}.h5"
     if not samples.exists():
-        pending = samples.with_name(f"{samples.name}.shards").exists()
-        given = {"resume": samples} if pending else {"checkpoint": job.checkpoint}
-        mg.sample_to(
-            *(() if pending else (samples, options.count)),
-            **given if pending else {**given, "seed": options.seed},
-        )  # fmt: skip
+        if shards_folder(samples).exists():
+            mg.sample(resume=samples)
+        else:
+            mg.sample(options.count, samples, checkpoint=job.checkpoint, seed=options.seed)
     found = figures(samples, job, options)
     found["loss outside"] = outside_loss(job, options)
     if job.data is not None:
@@ -204,41 +210,43 @@ def figures(samples: Path, job: Job, options: argparse.Namespace) -> dict[str, A
     near = mg.evaluate(samples, real, metrics="rates,fcd", workers=0)
     far = mg.evaluate(samples, "qm9", metrics="rates,fcd", workers=0)
     metrics = near.to_dict()["files"][0]["metrics"]
-    found = {name: triple(metrics[name]) for name in _RATES}
+    found: dict[str, Any] = {name: triple(metrics[name]) for name in _RATES}
     found["FCD to the set"] = triple(metrics["fcd"])
     found["FCD to QM9"] = triple(far.to_dict()["files"][0]["metrics"]["fcd"])
     table = near.molecules.to_pandas()
     smiles = [text for text in table.loc[table["valid"] & table["connected"], "smiles"] if text]
     values = np.array([log_p(text) for text in smiles])
     low, high = options.range
-    found["in range"] = rate(int(((values >= low) & (values < high)).sum()), len(values))
+    found["in range"] = share(int(((values >= low) & (values < high)).sum()), len(values))
     mean = Mean.of(values)
-    interval = mean.interval
-    assert mean.value is not None and interval is not None
-    found["logP"] = [mean.value, *interval]
+    if mean.interval is not None:
+        found["logP"] = [float(values.mean()), *mean.interval]
     if job.data is not None:
         known = set(training_smiles(job.data))
         copies = sum(Chem.CanonSmiles(text) in known for text in smiles)
-        found["copies"] = rate(copies, len(smiles))
+        found["copies"] = share(copies, len(smiles))
     return found
 
 
-def triple(metric: dict[str, Any]) -> list[float]:
-    """A metric of a report with its interval."""
+def triple(metric: dict[str, Any] | None) -> list[float] | None:
+    """A metric of a report with its interval; None where too few molecules have it."""
+    if metric is None or metric["interval"] is None:
+        return None
     return [metric["value"], *metric["interval"]]
 
 
-def rate(count: int, total: int) -> list[float]:
-    """A share with its interval."""
+def share(count: int, total: int) -> list[float] | None:
+    """A share with its interval; None of nothing."""
     found = Rate(count, total)
-    assert found.value is not None and found.interval is not None
+    if found.value is None or found.interval is None:
+        return None
     return [found.value, *found.interval]
 
 
 def training_smiles(data: Path) -> Iterator[str]:
     """Canonical SMILES of the training molecules of a file."""
     with MoleculeFile(data) as file:
-        for text in file.load("train").smiles or ():
+        for text in stored_smiles(file.load("train")):
             yield Chem.CanonSmiles(text)
 
 
