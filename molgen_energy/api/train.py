@@ -14,7 +14,7 @@ from molgen_energy.config import Config
 from molgen_energy.display.progress import NotebookProgress, in_notebook
 from molgen_energy.distributed import broadcast, is_main, local_device, process_group, world_size
 from molgen_energy.errors import InputError
-from molgen_energy.losses import LOSSES
+from molgen_energy.losses import LOSSES, SPRINGS
 from molgen_energy.output import check_folder, real_path
 from molgen_energy.paths import expand_home, find_again, portable_path
 from molgen_energy.progress import ProgressCallback, no_progress
@@ -360,11 +360,18 @@ def _fine_tuned(base: MoleculeConfig, changes: Mapping[str, Any]) -> MoleculeCon
     if key in changes:
         base = base.replaced({key: changes[key]})
     config = base.continuing(checkpoint.config_as(MoleculeConfig))
-    # Another loss has another scale and another weight than those that the source found.
-    if any(key.startswith("loss.") for key in changes):
-        found = {"objective.position_weight": "auto", "loss.springs.scale": "auto"}
-        springs = getattr(config.loss, "springs", None) is not None
-        config = config.replaced({k: v for k, v in found.items() if springs or "springs" not in k})
+    name = changes.get("loss.name", config.loss.name)
+    if name in LOSSES and any(key.startswith("loss.") for key in changes):
+        # Another loss has another weight and another scale than those that the source found.
+        found = {"loss.name": name, "objective.position_weight": "auto"}
+        if "springs" in LOSSES[name].Config.model_fields:
+            found["loss.springs.scale"] = "auto"
+        config = config.replaced(found)
+    springs = getattr(config.loss, "springs", None)
+    family = changes.get("loss.springs.family", None if springs is None else springs.family)
+    if name == "score_energy" or getattr(SPRINGS.get(family), "adaptive", False):
+        # Their loss need not fall as the network improves.
+        config = config.replaced({"training.sample_from": "last", "training.patience": None})
     return config
 
 

@@ -13,11 +13,12 @@ from conftest import config_of
 from runs import CPU, Watcher, assert_same_run, tiny, weights
 
 import molgen_energy as mg
+from molgen_energy.api import train as api
 from molgen_energy.config import TrainingConfig
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.errors import InputError
 from molgen_energy.systems.molecules.task import MoleculeTask, _prepared
-from molgen_energy.systems.registry import load_config
+from molgen_energy.systems.registry import SYSTEMS, load_config
 from molgen_energy.training.checkpoint import load_checkpoint, store_in_state
 from molgen_energy.training.loop import TrainingInterrupted, train
 from molgen_energy.training.metrics import read_metrics
@@ -218,6 +219,24 @@ def test_another_loss_finds_its_own_weight_and_scale(source, few, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "loss",
+    [
+        {"loss.name": "score_energy"},
+        {"loss.springs.family": "auto"},
+        {"loss.name": "score_energy", "loss.springs.family": "constant"},
+    ],
+)
+def test_losses_that_need_not_fall_keep_the_last_weights(source, few, loss):
+    given = api._given(initial_weights=source, data=few) | {"loss.edges.kind": "sparse"}
+    config = api._configuration(None, FEW, given | loss)
+    assert (config.training.sample_from, config.training.patience) == ("last", None)
+    assert config.loss.edges.kind == "sparse"
+    assert config.loss.springs.scale == "auto"
+    kept = api._configuration(None, FEW | {"training.sample_from": "best"}, given | loss)
+    assert kept.training.sample_from == "best"
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"config": "fine_tune"}, r"^config fine_tune goes on from trained weights; name a run or"),
@@ -248,9 +267,6 @@ def test_what_cannot_be_fine_tuned_is_refused(few, tmp_path, options, message):
 def test_students_and_other_systems_are_refused(
     source, few, tmp_path, monkeypatch, state, system, message
 ):
-    from molgen_energy.api import train as api
-    from molgen_energy.systems.registry import SYSTEMS
-
     found = load_checkpoint(source)
     found.state.update(state)
     monkeypatch.setattr(api, "load_checkpoint", lambda *_: found)
