@@ -30,10 +30,13 @@ LEVELS = [500, 300, 100]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
+def source(sample_path, tmp_path_factory) -> Path:
     """A run of two steps that was tuned."""
     run = tmp_path_factory.mktemp("sources") / "source"
-    config = tiny(training__steps=2, training__augment_rotations=True, training__optimizer="muon")
+    config = tiny(
+        data__path=str(written(sample_path, run.parent / "d.h5", 50, 10)), training__steps=2,
+        data__elements=[*"HCNOF"], training__augment_rotations=True, training__optimizer="muon",
+    )  # fmt: skip
     train(MoleculeTask(config, CPU), run, Watcher())
     store_in_state(load_checkpoint(run), {"sampling": {"sampler": "ddim", "levels": LEVELS}})
     return run
