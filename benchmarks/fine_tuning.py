@@ -180,10 +180,12 @@ def train(job: Job, options: argparse.Namespace) -> None:
     assert isinstance(config, MoleculeConfig)
     rates = {name: getattr(theirs.training, name) for name in ("lr", "muon_lr")}
     changes = {"fine_tuning.relative_lr": None, "name": "from_nothing"}
+    # Its loss falls until the end, so validation chooses nothing.
+    changes |= {"training.sample_from": "last", "training.patience": None}
+    changes |= {"training.validation_draws": 1}
     changes |= {f"training.{name}": rate for name, rate in rates.items()}
     mg.train(config.continuing(theirs).replaced(changes), **common)
-    for which in ("last", "best"):
-        store_in_state(mg.load_checkpoint(job.checkpoint, which), {"sampling": sampling(source)})
+    store_in_state(mg.load_checkpoint(job.checkpoint), {"sampling": sampling(source)})
 
 
 def sampling(source: Checkpoint) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from molgen_energy.training.task import Task
 
 _BATCH = 32
 _VALIDATIONS = 20  # in a run, at most
-_BETWEEN = 10  # steps between validations, at least, since one takes as long as a few steps
+_BETWEEN = 20  # steps between validations, at least, since one takes as long as about three
 _EVALUATIONS = 256  # of the network in a validation, at least
 
 

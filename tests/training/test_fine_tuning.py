@@ -192,7 +192,7 @@ def test_the_plan_suits_the_number_of_samples(samples):
     assert batch <= samples and steps == round(90 * np.cbrt(samples))
     assert 0.9 <= plan["training.ema_decay"] < 1
     every = plan["training.validate_every"]
-    assert every == 10 if steps < 200 else 20 <= steps / every < 22
+    assert every == 20 if steps < 400 else 20 <= steps / every < 22
     fewer = planned_values(auto, max(1, samples // 10))
     assert fewer["training.steps"] <= steps
     # Of fewer samples each is seen more often.
