@@ -41,6 +41,7 @@ EXAMPLES = """
 molgen-energy train --loss energy
 molgen-energy train --loss mse --data mine.h5 --epochs 200 -o runs/mine
 molgen-energy train --config qm9_gdm_aug --dry-run
+molgen-energy train --from qm9_energy --data mine.h5
 molgen-energy train --config distil --teacher qm9_energy --data qm9.h5
 molgen-energy train --resume runs/mine
 """
@@ -85,7 +86,7 @@ def command(
         rich_help_panel=_WHAT,
         autocompletion=_configurations,
         help="A shipped configuration (`molgen-energy info` lists them) or a YAML file; default: "
-        "quick.",
+        "quick, with --from fine_tune.",
     ),
     assignments: list[str] = typer.Option(
         [],
@@ -114,7 +115,8 @@ def command(
         metavar="RUN|NAME",
         rich_help_panel=_WHAT,
         autocompletion=checkpoints,
-        help="Start from the weights of a run, a checkpoint, or the name of pretrained weights.",
+        help="Start from the weights of a run, a checkpoint, or the name of pretrained weights. "
+        "Without --config this fine-tunes them: all settings suit few molecules.",
     ),
     teacher: Path | None = typer.Option(
         None,
@@ -272,7 +274,9 @@ def _show_cost(cost: TrainingCost) -> None:
 
 
 def _announce(run: TrainingRun) -> None:
+    from molgen_energy.config import resolved
     from molgen_energy.training.initial import describe_initial_weights
+    from molgen_energy.training.plan import describe_plan
 
     task, samples = run.task, run.system.samples
     data = task.state["data"]
@@ -287,22 +291,38 @@ def _announce(run: TrainingRun) -> None:
         say(f"from    {initial}")
     if "teacher" in task.state:
         say(f"teacher {task.state['teacher']['origin']}")
-    size = counted(task.config.training.batch_size or 0, samples)
+    size = counted(resolved(task.config.training.batch_size) or 0, samples)
     if (pairs := task.config.training.pairs_per_batch) is not None:
         mean = data["training_samples"] / task.starts[1]
         size = f"at most {pairs:,} pairs of atoms, {mean:,.3g} {samples} on average"
     say(f"length  {length} of {size}{shared}")
+    if getattr(getattr(task.config, "fine_tuning", None), "relative_lr", None) is not None:
+        for line in describe_plan(task):
+            say(line)
+    if task.config.training.sample_from == "best" and not task.validation_samples:
+        warn(
+            f"{data['source']} has no validation {samples}, so nothing tells which weights are the "
+            "best: the last ones are kept; make the file with `preprocess --split 0.9,0.1,0`"
+        )
     say(f"run     {run.folder}")
 
 
 def _conclude(summary: Run) -> None:
     from molgen_energy.systems.registry import SYSTEMS
+    from molgen_energy.training.state import has_stalled
 
     if summary.already_complete:
         complete = f"{summary.folder} is complete at step {summary.steps:,}"
+        if has_stalled(summary.config.training, summary.steps, summary.best_step):
+            say(f"{complete}: no better validation loss since step {summary.best_step:,}")
+            return
         say(f"{complete}; a larger --steps N continues it")
         return
     valid = "" if summary.valid_loss is None else f", validation loss {summary.valid_loss:.4g}"
+    if summary.best_valid is not None and summary.config.training.sample_from == "best":
+        valid += (
+            f", {summary.best_valid:.4g} of the best weights, those of step {summary.best_step:,}"
+        )
     say(
         f"trained {counted(summary.steps, 'steps')} in {duration(summary.seconds)}{valid}: "
         f"{summary.folder}"

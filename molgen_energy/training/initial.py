@@ -36,6 +36,9 @@ def initialise(task: Task) -> None:
     check_same_function(checkpoint, task.config, f"--from {name}")
     fitted = task.fit_weights(checkpoint)
     load_weights(task.model, fitted.tensors, checkpoint.path)
+    fine_tuning = getattr(task.config, "fine_tuning", None)
+    if "sampling" in checkpoint.state and fine_tuning is not None and fine_tuning.relative_lr:
+        task.state["sampling"] = checkpoint.state["sampling"]  # the process is the same
     values = sum(tensor.numel() for tensor in task.model.state_dict().values())
     task.state["initial_weights"] = {
         **provenance(checkpoint),
