@@ -45,7 +45,7 @@ from molgen_energy.systems.molecules.control.records import read_molecules
 from molgen_energy.systems.molecules.sizes import SizeDistribution
 
 _NEAREST = 0.5  # Å; two atoms that are closer are the same one, the shortest bond has 0.74
-_UNTIL = 0.4
+HELD_UNTIL = 0.4
 """Å; above this noise, new atoms are held near open valences. At 0.8, of 12 QM9 fragments 2 became
 valid molecules, at 0.4 8, without 0."""
 _FIRST, _FURTHER = 1.2, 0.45  # Å; centroids of n atoms are 1.2 + 0.45·√n from the atom they bind to
@@ -229,7 +229,7 @@ class Fragments(Control):
             where,
             anchors=anchors,
             groups=groups,
-            until=_UNTIL,
+            until=HELD_UNTIL,
         )
 
     def _anchored(
