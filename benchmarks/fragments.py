@@ -7,8 +7,9 @@ Cuts held-out molecules (test split) into atoms that stay and atoms to generate,
 `part`, one side of a single bond outside of rings; `linker`, what joins two ends; `groups`, all but
 the scaffold of Bemis and Murcko with its hydrogens. Hydrogens go with their atom. `sample --keep`
 gets the fixed atoms and the number of the others, once for each number in --resample. Beside the
-samples: `replacement`, without the anchors at open valences and without repeats; `substituents`, which puts in place of the side that is cut off one of a training molecule
-with as many atoms, at random, in the direction of the bond (parts alone).
+samples: `replacement`, without the anchors at open valences and without repeats (--replacement);
+`substituents`, which puts in place of the side that is cut off one of a training molecule with as
+many atoms, at random, in the direction of the bond (parts alone).
 
 Measures, with 95 % intervals of bootstraps over molecules: `valid`, samples that RDKit sanitises in
 one fragment; `complete`, those without missing hydrogens; `unique`, distinct ones among the
@@ -254,8 +255,8 @@ def _drawn(
     for new, numbers in sorted(groups.items()):
         some = [_kept(cuts[number]) for number in numbers]
         sampler = arguments.sampler or "default"
-        name = f"{kind}-{arguments.checkpoint}-{sampler}-{arguments.steps}-{resample}-{arguments.samples}-{new}.h5"
-        path = arguments.work / name.replace("/", "_")
+        how = f"{sampler}-{arguments.steps}-{resample}-{arguments.samples}"
+        path = arguments.work / f"{kind}-{arguments.checkpoint}-{how}-{new}.h5".replace("/", "_")
         if not path.exists():
             fragments.HELD_UNTIL = np.inf if resample == 0 else _HELD_UNTIL
             sample_to(

@@ -24,6 +24,7 @@ from molgen_energy.systems.base import NoCallback
 from molgen_energy.systems.molecules.control import build_control
 from molgen_energy.systems.molecules.control.base import Record
 from molgen_energy.systems.molecules.control.composition import parse_formula
+from molgen_energy.systems.molecules.control.fragments import OpenValences
 from molgen_energy.systems.molecules.sampling import sample_to_file
 from molgen_energy.systems.molecules.system import MoleculeSystem
 from molgen_energy.systems.molecules.task import MoleculeTask
@@ -320,6 +321,29 @@ def test_the_share_of_valid_molecules_is_that_of_rdkit(networks, molecules):
         f"in {expected} of 20 molecules ({5 * expected} %) fixed and new atoms are one valid "
         "molecule",
     )
+
+
+def test_open_valences_point_to_where_an_atom_was():
+    """Against the hydrogens that were removed, within 10°, but for planar nitrogen."""
+    for smiles, drop in (("CCO", 1), ("c1ccoc1", 1), ("C#C", 1), ("C=O", 1), ("C", 2)):
+        whole, part = fragment(smiles, 0), fragment(smiles, drop)
+        molecule = from_rdkit([part])[0]
+        found = OpenValences.of(molecule)
+        centre = molecule.positions.mean(axis=0)
+        gone = whole.GetConformer().GetPositions()
+        there = part.GetConformer().GetPositions()
+        gone = gone[np.abs(gone[:, None] - there).sum(axis=2).min(axis=1) > 1e-6]
+        assert len(found.anchors) == 1 and len(gone) == drop
+        expected = gone.mean(axis=0) - centre - found.anchors[0]
+        cosine = expected @ found.directions[0] / np.linalg.norm(expected)
+        assert cosine > np.cos(np.radians(10)), smiles
+        distance = np.linalg.norm(found.anchors_of(4)[0] - found.anchors[0])
+        assert distance == pytest.approx(1.2 + 0.45 * 2)
+    # Two fragments have one anchor between them; a scaffold one at each open valence.
+    two = options_of(keep=[fragment("CC", 1), fragment("CC", 1, shift=6.0)])["keep"][0].molecule
+    assert len(OpenValences.of(two).anchors) == 1
+    assert len(OpenValences.of(from_rdkit([fragment("c1ccccc1", 3)])[0]).anchors) == 3
+    assert len(OpenValences.of(from_rdkit([fragment("c1ccccc1", 3)])[0]).anchors_of(2)) == 2
 
 
 # -- formulas and elements -----------------------------------------------------------------------
