@@ -232,7 +232,7 @@ def test_given_fields_that_are_not_possible(data):
     task = MoleculeTask(jodo(data, objective__given_fields=["bonds"]), CPU)
     assert task.loss_terms == ("positions_loss", "elements_loss", "formal_charges_loss")
     student = task.config.replaced({"distillation.evaluations": 4})
-    with pytest.raises(InputError, match="a student generates all fields.*another --teacher"):
+    with pytest.raises(InputError, match=r"a student generates all fields.*another --teacher"):
         _build_objective(student, task.layout)
 
 
