@@ -168,8 +168,8 @@ def command(
         "--strength",
         metavar="X",
         rich_help_panel=_CONTROL,
-        help="How far variants are from --like, above 0 and at most 1: the share of the noise "
-        "levels, in time, that they go through; default: 0.3.",
+        help="How far variants are from --like, above 0 and at most 1: the share of the time of "
+        "the noise that they go through; default: 0.3.",
     ),
     smiles: str | None = typer.Option(
         None,
