@@ -233,8 +233,8 @@ def main() -> None:
     add(
         "--strengths",
         type=numbers,
-        default=(0.05, 0.1, 0.15, 0.2, 0.3, 0.5),
-        help="with commas, below 1 (default: 0.05,0.1,0.15,0.2,0.3,0.5)",
+        default=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5),
+        help="with commas, below 1 (default: 0.05 to 0.5)",
     )
     add("--steps", type=int, default=100, help="of the sampler (default: %(default)s)")
     add("--sampler", help="default: that of the checkpoint")

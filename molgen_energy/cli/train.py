@@ -332,4 +332,5 @@ def _conclude(summary: Run) -> None:
     system = SYSTEMS[summary.config.system]
     for line in system.after_training(summary.config).splitlines():
         say(line)
-    say(f"next    {system.next_command(shlex.quote(str(summary.folder)))}")
+    run = shlex.quote(str(summary.folder))
+    say(f"next    {system.next_command(summary.config, run)}")

@@ -189,7 +189,7 @@ class System(ABC):
         """A suggestion to print after a run, besides sampling; may be empty."""
         return ""
 
-    def next_command(self, run: str) -> str:
+    def next_command(self, config: Any, run: str) -> str:
         """The command that uses a run, whose folder is quoted for a shell; by default sampling."""
         count = self.sampling.get("count")
         option = "" if count is None else f" -n {count}"

@@ -197,6 +197,11 @@ class MoleculeSystem(System):
             student = f", a student of {evaluations} evaluations"
         return f"{config.loss.describe()}{PROCESSES[config.process.name].description}{student}"
 
+    def next_command(self, config: Any, run: str) -> str:
+        """Sampling; with a molecule, for a network that draws conformers."""
+        command = super().next_command(config, run)
+        return f"{command} --smiles CCO" if config.objective.given_fields else command
+
     def after_training(self, config: Any) -> str:
         """What to know before sampling; after a run on the bundled sample, how to train on QM9."""
         if config.distillation.evaluations is not None:

@@ -53,6 +53,6 @@ class PropertySystem(System):
             f"{', '.join(config.properties)}"
         )
 
-    def next_command(self, run: str) -> str:
+    def next_command(self, config: Any, run: str) -> str:
         """How to judge samples by a run."""
         return f"molgen-energy evaluate samples.h5 --predictor {run}"

@@ -9,11 +9,13 @@ from molgen_energy.errors import InputError
 from molgen_energy.systems.molecules.control.base import Control, Controls
 from molgen_energy.systems.molecules.control.composition import AllowedElements, Composition
 from molgen_energy.systems.molecules.control.conformers import Conformers
+from molgen_energy.systems.molecules.control.fragments import Fragments
 from molgen_energy.systems.molecules.control.variants import DEFAULT_STRENGTH, Variants
 
 CONTROLS: dict[str, type[Control]] = {
     "elements": AllowedElements,
     "formula": Composition,
+    "keep": Fragments,
     "like": Variants,
     "smiles": Conformers,
 }

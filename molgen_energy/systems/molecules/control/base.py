@@ -8,16 +8,17 @@ control.build_control`), so that a resumed job needs no file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
-from molgen_energy.data.molecules import Molecule, Molecules
+from molgen_energy.data.molecules import AROMATIC, Molecule, Molecules
 from molgen_energy.diffusion.guidance import SamplingHook, chained
 from molgen_energy.diffusion.state import Layout, State
 from molgen_energy.elements import atomic_number, symbol
@@ -73,10 +74,14 @@ class Record(Schema):
     """A text for each atom: element, coordinates (Å) and formal charge."""
     bonds: Annotated[list[str], AfterValidator(_check_bonds)]
     """A text for each bond: two atoms, counted from 1, and its order, 12 if aromatic."""
+    aromatic: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    """Numbers of bonds, from 1, that are aromatic though their order is that of a Kekulé form."""
 
     @classmethod
-    def of_molecule(cls, molecule: Molecule, source: str) -> Record:
-        """The record of a molecule."""
+    def of_molecule(
+        cls, molecule: Molecule, source: str, aromatic: NDArray[np.bool_] | None = None
+    ) -> Record:
+        """The record of a molecule; `aromatic` tells it of Kekulised bonds, (E,)."""
         charges = molecule.formal_charges
         if charges is None:
             charges = np.zeros(len(molecule), np.int8)
@@ -98,7 +103,8 @@ class Record(Schema):
                     molecule.bond_index.tolist(), molecule.bond_order.tolist(), strict=True
                 )
             ]
-        return cls(source=source, atoms=atoms, bonds=bonds)
+        numbers = [] if aromatic is None else (np.flatnonzero(aromatic) + 1).tolist()
+        return cls(source=source, atoms=atoms, bonds=bonds, aromatic=numbers)
 
     @property
     def molecule(self) -> Molecule:
@@ -113,8 +119,26 @@ class Record(Schema):
             bonds[:, 2].astype(np.uint8),
         )
 
+    @property
+    def in_aromatic_form(self) -> Molecule:
+        """The molecule with aromatic bonds as such."""
+        molecule = self.molecule
+        assert molecule.bond_order is not None
+        orders = molecule.bond_order.copy()
+        orders[np.array(self.aromatic, np.int64) - 1] = AROMATIC
+        return replace(molecule, bond_order=orders)
+
     def __len__(self) -> int:
         return len(self.atoms)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Record:
+        atoms, bonds = len(self.atoms), len(self.bonds)
+        if any(max(_parse_bond(line)[:2]) > atoms for line in self.bonds):
+            raise ValueError(f"bonds of more than {atoms} atoms")
+        if any(number > bonds for number in self.aromatic):
+            raise ValueError(f"aromatic: there are {bonds} bonds")
+        return self
 
 
 class Network(NamedTuple):

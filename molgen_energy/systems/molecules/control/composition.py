@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from molgen_energy.diffusion.guidance import SamplingHook
-from molgen_energy.diffusion.inpainting import FixedValues
+from molgen_energy.diffusion.inpainting import FixedValues, MatchedValues
 from molgen_energy.diffusion.state import State
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
@@ -122,7 +122,7 @@ class Composition(Control):
     def hook(self, batch: Batch) -> SamplingHook:
         numbers = self._numbers.to(batch.mask.device).expand(batch.mask.shape)
         values = encoded(batch, {"atomic_numbers": numbers})
-        return FixedValues.of_fields(values, fixed_elements(batch, batch.mask))
+        return MatchedValues.of_fields(values, fixed_elements(batch, batch.mask))
 
     def provenance(self) -> dict[str, str]:
         return {"formula": formula_text(self._counts)}
@@ -195,9 +195,7 @@ class _WithoutElements(FixedValues):
         channels[forbidden] = True
         # Encoded elements are "no" in all channels but one; the lowest value is that of "no".
         no = torch.full_like(unlike, float(unlike.min()))
-        hook = cls.of_fields(values.replace(elements=no), {"elements": channels.expand_as(unlike)})
-        assert isinstance(hook, _WithoutElements)
-        return hook
+        return cls.of_fields(values.replace(elements=no), {"elements": channels.expand_as(unlike)})
 
     def after_sampling(self, state: State) -> State:
         """The samples with values so low that no forbidden element is the most probable one."""

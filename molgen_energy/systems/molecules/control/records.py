@@ -36,6 +36,21 @@ def read_records(value: Any, option: str) -> list[Record]:
         A file cannot be read, there is no molecule or too many, a molecule has no coordinates or
         lacks hydrogens. The message names the file and the record.
     """
+    found = read_molecules(value, option)
+    for source, molecule in found:
+        if molecule.bond_index is not None and identify(molecule).incomplete:
+            raise InputError(
+                f"{option} {source} lacks hydrogens; add them, in RDKit by Chem.AddHs(molecule, "
+                "addCoords=True)"
+            )
+    return [Record.of_molecule(molecule, source) for source, molecule in found]
+
+
+def read_molecules(value: Any, option: str) -> list[tuple[str, Molecule]]:
+    """The molecules that an option names, with their sources, complete or not.
+
+    Parameters and errors are those of `read_records`, but for hydrogens.
+    """
     several = not isinstance(value, (str, PathLike, Chem.Mol))
     items = list(value) if several else [value]
     found = list(islice(_molecules(items, option), MOST_RECORDS + 1))
@@ -48,12 +63,7 @@ def read_records(value: Any, option: str) -> list[Record]:
     for source, molecule in found:
         if not np.isfinite(molecule.positions).all():
             raise InputError(f"{option} {source}: its coordinates are not finite; correct them")
-        if molecule.bond_index is not None and identify(molecule).incomplete:
-            raise InputError(
-                f"{option} {source} lacks hydrogens; add them, in RDKit by Chem.AddHs(molecule, "
-                "addCoords=True)"
-            )
-    return [Record.of_molecule(molecule, source) for source, molecule in found]
+    return found
 
 
 def _molecules(items: list[Any], option: str) -> Iterator[tuple[str, Molecule]]:
