@@ -322,5 +322,5 @@ def test_options_are_those_of_the_registry():
 
 
 def test_after_training_the_next_command_names_a_molecule():
-    assert SYSTEM.needed_options(load_config("qm9_jodo_conformers_cpu")) == " --smiles CCO"
-    assert not SYSTEM.needed_options(load_config("qm9_jodo_cpu"))
+    for config, end in (("qm9_jodo_conformers_cpu", " --smiles CCO"), ("qm9_jodo_cpu", " run")):
+        assert SYSTEM.next_command(load_config(config), "run").endswith(end)
