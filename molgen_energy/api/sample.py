@@ -299,11 +299,11 @@ def _resumed_options(
     for name, value in system.read_options(given).items():
         there = options.get(name)
         if value != there:
-            if isinstance(there, (list, dict)):
-                there = f"another one ({counted(len(there), 'entries')})"
             was = there
             if there is not None and (name in _TEXTS or isinstance(there, tuple)):
                 was = _TEXTS.get(name, _joined)(there)
+            elif isinstance(there, (list, dict)):
+                was = f"another one ({counted(len(there), 'entries')})"
             begun_with = f"with {'the default' if was is None else was}"
             if isinstance(there, bool):
                 begun_with = "with it" if there else "without it"

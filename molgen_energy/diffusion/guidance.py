@@ -15,7 +15,7 @@ from molgen_energy.errors import InputError
 
 GuidanceFunction: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """f(positions (B, N, 3) in Å, mask (B, N), atomic numbers (B, N)) -> (B,), an energy in units of
-k_B T; positions are zero at padding."""
+k_B T; both are zero at padding."""
 
 _LONGEST_NAME = 200  # characters, as in the manifest of a job
 
@@ -91,7 +91,9 @@ class FunctionGuidance(SamplingHook):
     x̂ ← x̂ − r²·∇f(x̂), with r² = s²τ²/(s² + τ²) and τ = σ/α in Å. Since x̂ = (x_t + σ²·∇log p_t)/α
     (Tweedie), a further factor exp(−f(x̂)) of the density adds −Cov(x|x_t)·∇f to x̂ (Chung et al.,
     ICLR 2023, arXiv:2209.14687); r² is that covariance for data of variance s² (Song et al., ICLR
-    2023, "Pseudoinverse-guided diffusion models"). No gradient goes through the network.
+    2023, "Pseudoinverse-guided diffusion models"). No gradient goes through the network. The root
+    mean square of a molecule's shift is at most r, so that a steep function does not overshoot by
+    more than what is undecided at the level.
 
     Parameters
     ----------
@@ -117,14 +119,16 @@ class FunctionGuidance(SamplingHook):
         alpha2, sigma2 = prediction.process.squares(level)
         spread2, noise2 = self.spread**2, sigma2 * scale**2
         variance = spread2 * noise2 / (spread2 * alpha2 + noise2)
-        gradient = self._gradient(clean["positions"] * scale, clean)
-        positions = clean["positions"] - variance / scale * gradient
+        shift = -variance * self._gradient(clean["positions"] * scale, clean)
+        positions = clean["positions"] + _limited(shift, clean.mask, variance**0.5) / scale
         guided = clean.replace(positions=positions).projected()
         return Prediction(prediction.process, prediction.noisy, prediction.level, guided, "clean")
 
     def _gradient(self, positions: Tensor, clean: State) -> Tensor:
         """The gradient in 1/Å, (B, N, 3), at positions in Å."""
-        mask, numbers = clean.mask, clean.decode()["atomic_numbers"]
+        mask, data = clean.mask, clean.decode()
+        numbers = data.get("atomic_numbers", torch.zeros_like(mask, dtype=torch.uint8))
+        numbers = numbers.masked_fill(~mask, 0)
         with torch.enable_grad():
             positions = positions.detach().requires_grad_()
             values = self.function(positions, mask, numbers)
@@ -138,6 +142,14 @@ class FunctionGuidance(SamplingHook):
                 raise InputError("guidance: the function does not depend on the positions")
             (gradient,) = torch.autograd.grad(values.sum(), positions)
         return gradient
+
+
+def _limited(shift: Tensor, mask: Tensor, most: float) -> Tensor:
+    """Shifts (B, N, 3), those of a molecule with a root mean square of at most `most`."""
+    squares = torch.where(mask[..., None], shift, 0).square().sum(dim=(1, 2))
+    root_mean_square = (squares / (3 * mask.sum(dim=1))).sqrt()
+    factor: Tensor = (most / root_mean_square.clamp(min=1e-12)).clamp(max=1)
+    return shift * factor[:, None, None]
 
 
 class ClassifierFreeGuidance(nn.Module):

@@ -339,19 +339,6 @@ def test_conditions_know_the_range_of_the_training_molecules():
     assert PropertyCondition.from_dict(older).lowest == tuple(stored.min(axis=0))
 
 
-def test_conditions_for_sampling():
-    values = np.random.default_rng(0).normal(size=(50, 2))
-    condition = condition_of(values)
-    drawn = condition.draw(RandomNumbers(0, torch.arange(400))).numpy()
-    assert all(row in values for row in drawn)
-    assert len(np.unique(drawn[:, 0])) == 50
-    given = condition.given({"mu": 2.0}, 3)
-    assert given.shape == (3, 2)
-    assert given[:, 0].isnan().all() and (given[:, 1] == 2).all()
-    with pytest.raises(InputError, match="unknown condition 'muu'; did you mean 'mu'"):
-        condition.given({"muu": 2.0}, 3)
-
-
 def test_constant_properties_are_refused():
     values = np.stack([np.arange(9.0), np.full(9, 3.0)], axis=1)
     with pytest.raises(InputError, match="mu has no two different values"):
@@ -376,8 +363,12 @@ def test_conditional_models_train_and_sample(rich_file, tmp_path, model):
     assert_same_run(tmp_path / "run", tmp_path / "again")
     checkpoint = load_checkpoint(tmp_path / "run")
     drawn = {}
-    for name, given in (("low", {"gap": 0.1}), ("high", {"gap": 0.3}), ("data", None)):
-        generator = MoleculeGenerator(checkpoint, CPU, condition=given)
+    for name, given in (
+        ("low", {"gap": (0.1, 0.1)}),
+        ("high", {"gap": (0.3, 0.3)}),
+        ("data", None),
+    ):
+        generator = MoleculeGenerator(checkpoint, CPU, sizes=(9, 9), where=given)
         drawn[name] = generator.draw(torch.arange(4))
     low, high, data = drawn["low"], drawn["high"], drawn["data"]
     assert not np.allclose(low.positions, high.positions)
@@ -385,8 +376,8 @@ def test_conditional_models_train_and_sample(rich_file, tmp_path, model):
     assert np.isnan(low.properties["condition_size"].values).all()
     assert low.properties["condition_gap"].unit == "hartree"
     assert np.isfinite(data.properties["condition_gap"].values).all()
-    with pytest.raises(InputError, match="unknown condition 'mass'"):
-        MoleculeGenerator(checkpoint, CPU, condition={"mass": 1.0})
+    with pytest.raises(InputError, match=r"unknown property 'mass' \(valid: gap, size\)"):
+        MoleculeGenerator(checkpoint, CPU, where={"mass": (1.0, 1.0)})
     for suffix in ("sdf", "xyz", "h5"):
         path = tmp_path / f"a.{suffix}"
         sample_to_file(generator, 3, path, NoCallback())
@@ -401,5 +392,5 @@ def test_conditional_models_train_and_sample(rich_file, tmp_path, model):
 
 def test_a_condition_of_a_model_without_one(tmp_path):
     train(MoleculeTask(tiny(process__steps=10, training__steps=1), CPU), tmp_path / "run")
-    with pytest.raises(InputError, match="has no condition; leave out --where"):
-        MoleculeGenerator(load_checkpoint(tmp_path / "run"), CPU, condition={"gap": 1.0})
+    with pytest.raises(InputError, match="was trained without properties; leave out --where"):
+        MoleculeGenerator(load_checkpoint(tmp_path / "run"), CPU, where={"gap": (1.0, 1.0)})

@@ -27,7 +27,7 @@ Where: TypeAlias = Mapping[str, Range | None]
 molecules, and properties without an entry are left to the network."""
 
 _STORED = 1000  # training molecules whose properties a checkpoint holds, to draw conditions from
-_NEAREST = 30  # of these, from which a sample with wanted properties gets its size
+_NEAREST = 0.03  # share of these from which a sample with wanted properties gets its size
 
 
 class NoConditionConfig(Section):
@@ -229,7 +229,7 @@ class PropertyCondition:
         distance2 = np.zeros((len(values), len(self.values)))
         for k in columns:
             distance2 += ((values[:, k, None] - self.values[:, k]) / self.std[k]) ** 2
-        count = min(_NEAREST, len(self.values))
+        count = max(1, round(_NEAREST * len(self.values)))
         near = np.argpartition(distance2, count - 1, axis=1)[:, :count]
         near.sort(axis=1)
         place = (random.uniform(Stream.SIZE).cpu().double().numpy() * count).astype(np.int64)
