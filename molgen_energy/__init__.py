@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from molgen_energy.api.checkpoint import load_checkpoint
+    from molgen_energy.api.conformers import compare_conformers
     from molgen_energy.api.evaluate import evaluate
     from molgen_energy.api.molecule_list import MoleculeList
     from molgen_energy.api.preprocess import preprocess
@@ -33,6 +34,7 @@ _MODULES = {
     "MoleculeView": "api.show",
     "Report": "metrics.report.model",
     "Run": "training.run",
+    "compare_conformers": "api.conformers",
     "evaluate": "api.evaluate",
     "load_checkpoint": "api.checkpoint",
     "load_run": "api.run",
@@ -51,6 +53,7 @@ __all__ = [
     "Report",
     "Run",
     "__version__",
+    "compare_conformers",
     "evaluate",
     "load_checkpoint",
     "load_run",

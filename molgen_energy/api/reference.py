@@ -55,6 +55,9 @@ PAGES: tuple[Page, ...] = (
                 "EvaluatedFile", "ReportSection", "ReportRow", "ReportColumn", "Setting",
             ),
             "molgen_energy.metrics.molecule_table": ("MoleculeTable",),
+            "molgen_energy.metrics.conformers": (
+                "ConformerScores", "conformer_rmsd", "heavy_atoms",
+            ),
             "molgen_energy.metrics.statistics": ("Rate", "Mean", "Estimate", "RealRange"),
             "molgen_energy.systems.properties.predictor": ("load_predictor", "NetworkPredictor"),
             "molgen_energy.metrics.property_errors": ("PropertyPredictor", "property_metrics"),

@@ -128,11 +128,14 @@ def sample_to(
     resample
         How often each step of the sampler is taken, so that new atoms come to fit fixed ones.
     like
-        Molecules to vary: a file or RDKit molecules.
+        Molecules to vary: an SDF, XYZ or HDF5 file or RDKit molecules, with all hydrogens; `count`
+        variants of each.
     strength
-        How far from them, above 0 and at most 1.
+        How far variants are from them, above 0 and at most 1, by default 0.3: the share of the time
+        of the noise that they go through (SDEdit: Meng et al., ICLR 2022).
     smiles
-        Molecules whose conformers are drawn: a SMILES, several, or a file of them.
+        Molecules whose conformers are drawn, `count` of each, by a network with bonds: a SMILES,
+        several, or a .smi or .csv file of them.
     consistent_charges
         Replace each formal charge that does not fit the generated bonds of its atom by the nearest
         one that does, as in the training molecules. Molecules get the properties `charges_changed`
@@ -442,11 +445,14 @@ def sample(
     resample
         How often each step of the sampler is taken, so that new atoms come to fit fixed ones.
     like
-        Molecules to vary: a file or RDKit molecules.
+        Molecules to vary: an SDF, XYZ or HDF5 file or RDKit molecules, with all hydrogens; `count`
+        variants of each.
     strength
-        How far from them, above 0 and at most 1.
+        How far variants are from them, above 0 and at most 1, by default 0.3: the share of the time
+        of the noise that they go through (SDEdit: Meng et al., ICLR 2022).
     smiles
-        Molecules whose conformers are drawn: a SMILES, several, or a file of them.
+        Molecules whose conformers are drawn, `count` of each, by a network with bonds: a SMILES,
+        several, or a .smi or .csv file of them.
     consistent_charges
         Replace each formal charge that does not fit the generated bonds of its atom by the nearest
         one that does, as in the training molecules.

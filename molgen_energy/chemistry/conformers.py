@@ -24,7 +24,8 @@ from molgen_energy.errors import InputError, unknown_name
 
 RELAXATIONS = ("mmff94", "gfn2-xtb", "none")
 _SHORT = {"mmff": "mmff94", "xtb": "gfn2-xtb"}
-_LONGEST = 2000  # characters of a SMILES
+LONGEST_SMILES = 2000
+"""Characters of a SMILES that is read."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,11 @@ def check_relaxation(name: str, timeout: float) -> None:
         raise InputError(f"--timeout {timeout:g}: expected seconds above 0")
 
 
-def parse_smiles(smiles: str, largest_fragment: bool = False) -> tuple[Chem.Mol, bool]:
+def parse_smiles(
+    smiles: str,
+    largest_fragment: bool = False,
+    remedy: str = "--largest-fragment keeps the largest",
+) -> tuple[Chem.Mol, bool]:
     """A molecule with all hydrogens as atoms, and whether fragments were left out.
 
     Parameters
@@ -93,6 +98,8 @@ def parse_smiles(smiles: str, largest_fragment: bool = False) -> tuple[Chem.Mol,
     largest_fragment
         Keep only the fragment of most atoms; of several, the one with the largest sum of atomic
         numbers; of several, the first.
+    remedy
+        What to do about several fragments, for the message.
 
     Raises
     ------
@@ -100,9 +107,9 @@ def parse_smiles(smiles: str, largest_fragment: bool = False) -> tuple[Chem.Mol,
         RDKit cannot parse the SMILES, it is too long, has several fragments, or atoms of no
         element.
     """
-    if len(smiles) > _LONGEST:
+    if len(smiles) > LONGEST_SMILES:
         raise ValueError(
-            f"the SMILES has {len(smiles):,} characters, at most {_LONGEST:,} are read"
+            f"the SMILES has {len(smiles):,} characters, at most {LONGEST_SMILES:,} are read"
         )
     if "\0" in smiles:  # where RDKit ends it
         raise ValueError("it holds NUL bytes, which no text has")
@@ -120,8 +127,7 @@ def parse_smiles(smiles: str, largest_fragment: bool = False) -> tuple[Chem.Mol,
         return molecule, False
     if not largest_fragment:
         raise ValueError(
-            f"'{smiles}' has {len(parts)} fragments, which have no common conformer; "
-            "--largest-fragment keeps the largest"
+            f"'{smiles}' has {len(parts)} fragments, which have no common conformer; {remedy}"
         )
     return max(parts, key=_size), True
 

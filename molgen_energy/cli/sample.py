@@ -157,21 +157,24 @@ def command(
         "--like",
         metavar="FILE",
         rich_help_panel=_CONTROL,
-        help="Molecules to vary: an SDF, XYZ or HDF5 file. -n counts the variants of each.",
+        help="Molecules to vary: an SDF, XYZ or HDF5 file with all hydrogens. -n counts the variants "
+        "of each.",
     ),
     strength: float | None = typer.Option(
         None,
         "--strength",
         metavar="X",
         rich_help_panel=_CONTROL,
-        help="How far variants are from --like, above 0 and at most 1.",
+        help="How far variants are from --like, above 0 and at most 1: the share of the noise levels, "
+        "in time, that they go through; default: 0.3.",
     ),
     smiles: str | None = typer.Option(
         None,
         "--smiles",
         metavar="SMILES|FILE",
         rich_help_panel=_CONTROL,
-        help="Molecules whose conformers are drawn. -n counts the conformers of each.",
+        help="Molecules whose conformers are drawn by a network with bonds, such as JODO: a SMILES, or "
+        "a .smi or .csv file. -n counts the conformers of each.",
     ),
     output: Path | None = typer.Option(
         None,

@@ -216,7 +216,7 @@ class SmilesFiles(ScreenedDataset):
         number = 0
         selection = self._selection()
         for path in self.files:
-            for line, text, fields in self._rows(path):
+            for line, text, fields in smiles_rows(path, self.column):
                 number += 1
                 place = f"line {line}" if len(self.files) == 1 else f"{path.name}: line {line}"
                 try:
@@ -248,24 +248,42 @@ class SmilesFiles(ScreenedDataset):
         fields = (
             fields
             for path in self.files
-            for _, _, fields in islice(self._rows(path), FIRST_RECORDS)
+            for _, _, fields in islice(smiles_rows(path, self.column), FIRST_RECORDS)
         )
         return choose_properties(FieldSelection.detect(fields), self.properties)
 
-    def _rows(self, path: Path) -> Iterator[tuple[int, str, dict[str, str]]]:
-        """Line number, SMILES and the other columns of each row."""
-        from molgen_energy.chemistry.molfiles.lines import DAMAGED, Lines, TooLargeError
 
-        table = path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
-        with closing(Lines(path)) as lines:
-            try:
-                yield from _table(path, lines, self.column) if table else _lines(lines)
-            except TooLargeError as error:
-                raise InputError(f"{path}: line {lines.number + 1}: {error}") from error
-            except (*DAMAGED, csv.Error) as error:
-                raise InputError(
-                    f"{path} cannot be read after line {lines.number} ({error}); make it again"
-                ) from error
+def smiles_rows(
+    path: Path,
+    column: str | None = None,
+    remedy: str = "name that of the SMILES with --column",
+) -> Iterator[tuple[int, str, dict[str, str]]]:
+    """Line number, SMILES and the other columns of each row of a file.
+
+    Parameters
+    ----------
+    column
+        Of the SMILES in a table; None takes the one named smiles, in any case.
+    remedy
+        What to do about a table without it, for the message.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, or has no such column.
+    """
+    from molgen_energy.chemistry.molfiles.lines import DAMAGED, Lines, TooLargeError
+
+    table = path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
+    with closing(Lines(path)) as lines:
+        try:
+            yield from _table(path, lines, column, remedy) if table else _lines(lines)
+        except TooLargeError as error:
+            raise InputError(f"{path}: line {lines.number + 1}: {error}") from error
+        except (*DAMAGED, csv.Error) as error:
+            raise InputError(
+                f"{path} cannot be read after line {lines.number} ({error}); make it again"
+            ) from error
 
 
 def _texts(lines: Lines) -> Iterator[str]:
@@ -285,7 +303,7 @@ def _lines(lines: Lines) -> Iterator[tuple[int, str, dict[str, str]]]:
 
 
 def _table(
-    path: Path, lines: Lines, column: str | None
+    path: Path, lines: Lines, column: str | None, remedy: str
 ) -> Iterator[tuple[int, str, dict[str, str]]]:
     """The rows under a header; the delimiter is the one that the header has most of."""
     from molgen_energy.chemistry.fields import MOST_FIELDS
@@ -302,8 +320,7 @@ def _table(
     if not found:
         wanted = "smiles" if column is None else column
         raise InputError(
-            f"{path} has no column '{wanted}' (columns: {', '.join(names)[:_SHOWN]}); name that of "
-            "the SMILES with --column"
+            f"{path} has no column '{wanted}' (columns: {', '.join(names)[:_SHOWN]}); {remedy}"
         )
     rows = csv.reader(texts, delimiter=delimiter)
     for row in rows:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from molgen_energy.diffusion.guidance import SamplingHook
@@ -39,11 +40,12 @@ class FixedValues(SamplingHook):
             domain: where.expand_as(values.tensors[domain]) for domain, where in fixed.items()
         }
         layout = values.layout
-        self._moving: list[tuple[slice, Tensor]] = []  # channels with zero mean, where fixed
-        for name, field in layout.fields.items():
-            if field.projection == "zero_mean" and field.domain in self.fixed:
-                channels = layout.slices[name]
-                self._moving.append((channels, self.fixed[field.domain][..., channels]))
+        self._moving = [
+            layout.slices[name]
+            for name, field in layout.fields.items()
+            if field.projection == "zero_mean" and field.domain in self.fixed
+        ]
+        """Channels of atoms with zero mean."""
 
     @classmethod
     def of_fields(cls, values: State, fixed: Mapping[str, Tensor]) -> FixedValues:
@@ -72,19 +74,111 @@ class FixedValues(SamplingHook):
         return self._with_values(state)
 
     def _with_values(self, state: State) -> State:
-        tensors = dict(state.tensors)
-        for domain, where in self.fixed.items():
-            values = self.values.tensors[domain]
-            if domain == "atom" and self._moving:
-                values = self._moved(values, tensors[domain])
-            tensors[domain] = torch.where(where, values, tensors[domain])
-        return State(state.layout, state.mask, tensors)
+        return _replaced(state, self.values.tensors, self.fixed, self._moving)
 
-    def _moved(self, values: Tensor, there: Tensor) -> Tensor:
-        """The values of atoms, those with zero mean moved to the centroid of the fixed ones."""
-        values = values.clone()
-        for channels, where in self._moving:
-            apart = torch.where(where, there[..., channels] - values[..., channels], 0)
-            count = where.sum(dim=1, keepdim=True).clamp(min=1)
-            values[..., channels] += apart.sum(dim=1, keepdim=True) / count
-        return values
+
+class MatchedValues(FixedValues):
+    """Fixed values of atoms that may be any atoms of a sample, as those of a composition.
+
+    A denoiser without an order of the atoms draws sets of them, and does not know early which atom
+    will have which values. So the values are places, and at every level each atom takes one: those
+    at the least squared distance in all between the fixed values and x̂ (linear assignment: D. F.
+    Crouse, IEEE Trans. Aerosp. Electron. Syst. 52, 1679, 2016). Atoms without a fixed value take
+    the places that are free. After sampling atoms are in the order of their places.
+
+    One object serves one batch of samples.
+    """
+
+    def __init__(self, values: State, fixed: Mapping[Domain, Tensor]) -> None:
+        super().__init__(values, fixed)
+        self._places: Tensor | None = None
+        """Of each atom, (B, N)."""
+
+    def after_prediction(self, prediction: Prediction, level: float) -> Prediction:
+        self._match(prediction.clean)
+        return super().after_prediction(prediction, level)
+
+    def after_sampling(self, state: State) -> State:
+        if self._places is None:
+            return super().after_sampling(state)
+        atoms = self._places.argsort(dim=1)
+        own = self._with_values(state).tensors
+        return State(state.layout, state.mask, {name: _taken(t, atoms) for name, t in own.items()})
+
+    def _with_values(self, state: State) -> State:
+        if self._places is None:
+            return super()._with_values(state)
+        values, fixed = (
+            {domain: _taken(tensor, self._places) for domain, tensor in tensors.items()}
+            for tensors in (self.values.tensors, self.fixed)
+        )
+        return _replaced(state, values, fixed, self._moving)
+
+    def _match(self, clean: State) -> None:
+        """Give each atom a place."""
+        values, fixed = self.values.tensors["atom"], self.fixed["atom"]
+        for _ in range(_MATCHES if self._moving else 1):
+            places = self._places
+            if places is None:  # the centroid of fixed atoms is that of all
+                there = torch.zeros_like(values)
+            else:
+                there = _taken(clean.atoms, places.argsort(dim=1))
+            for channels in self._moving:
+                values = _moved(values, fixed, there, channels)
+            self._places = _assigned(values, fixed, clean)
+
+
+_MATCHES = 2  # before and after fixed atoms are moved to the predicted centroid
+
+
+def _assigned(values: Tensor, fixed: Tensor, clean: State) -> Tensor:
+    """The place of each atom, (B, N), at the least squared distance from values of places."""
+    weight = fixed.to(values.dtype)
+    there = clean.atoms
+    fixed_values = weight * values
+    # |v − x|² over fixed channels, of places and atoms, (B, N, N).
+    cost = (fixed_values * values).sum(dim=-1)[:, :, None]
+    cost = cost - 2 * fixed_values @ there.transpose(1, 2) + weight @ (there**2).transpose(1, 2)
+    places = torch.arange(values.shape[1]).expand(values.shape[:2]).clone()
+    sizes = clean.mask.sum(dim=1).tolist()
+    # Of a sample that diverged, any assignment.
+    rows = cost.double().nan_to_num(0.0, 0.0, 0.0).cpu().numpy()
+    for sample, size in enumerate(sizes):
+        _, atoms = linear_sum_assignment(rows[sample, :size, :size])
+        places[sample, torch.from_numpy(atoms)] = torch.arange(size)
+    return places.to(values.device)
+
+
+def _taken(tensor: Tensor, order: Tensor) -> Tensor:
+    """A tensor of atoms (B, N, C) or pairs (B, N, N, C) with atoms in an order (B, N)."""
+    samples = torch.arange(len(order), device=order.device)
+    if tensor.ndim == 4:
+        return tensor[samples[:, None, None], order[:, :, None], order[:, None, :]]
+    return tensor[samples[:, None], order] if tensor.ndim == 3 else tensor
+
+
+def _replaced(
+    state: State,
+    values: Mapping[Domain, Tensor],
+    fixed: Mapping[Domain, Tensor],
+    moving: Sequence[slice],
+) -> State:
+    """A state with values where they are fixed, those with zero mean moved."""
+    tensors = dict(state.tensors)
+    for domain, where in fixed.items():
+        own = values[domain]
+        if domain == "atom":
+            for channels in moving:
+                own = _moved(own, where, tensors[domain], channels)
+        tensors[domain] = torch.where(where, own, tensors[domain])
+    return State(state.layout, state.mask, tensors)
+
+
+def _moved(values: Tensor, fixed: Tensor, there: Tensor, channels: slice) -> Tensor:
+    """Values (B, N, C) of atoms, some channels moved to the centroid of the fixed ones."""
+    where = fixed[..., channels]
+    apart = torch.where(where, there[..., channels] - values[..., channels], 0)
+    count = where.sum(dim=1, keepdim=True).clamp(min=1)
+    moved = values.clone()
+    moved[..., channels] += apart.sum(dim=1, keepdim=True) / count
+    return moved

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from molgen_energy.diffusion.given import GivenFields
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.diffusion.prediction import Prediction
 from molgen_energy.diffusion.process import Process, is_self_conditioned
@@ -95,6 +96,8 @@ class Objective:
         `mean` or `sum` of the errors of fields over atoms or pairs.
     terms
         L_m, by names that no field has.
+    given
+        Fields that the denoiser gets without noise, see `GivenFields`; they have no error.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Objective:
         self_condition_passes: int = 1,
         reduction: Literal["mean", "sum"] = "mean",
         terms: Mapping[str, PositionLoss] = MappingProxyType({}),
+        given: Sequence[str] = (),
     ) -> None:
         self.process = process
         self.position_loss = position_loss
@@ -118,6 +122,7 @@ class Objective:
         self.self_condition_passes = self_condition_passes
         self.reduction = reduction
         self.terms = dict(terms)
+        self.given = tuple(given)
 
     @property
     def adaptive(self) -> AdaptiveSprings | None:
@@ -151,6 +156,8 @@ class Objective:
         level = process.draw_levels(self.timesteps.draw(random))
         noise = random.noise(clean.layout, clean.mask, 0)
         noisy = process.add_noise(clean, noise, level)
+        if self.given:
+            model = GivenFields(model, self.given, clean)
         previous = self._first_prediction(model, noisy, level, condition, random)
         prediction = process.predict(model, noisy, level, condition, previous)
         return self.compare(prediction, clean, noise, level, random, loss_inputs)
@@ -242,7 +249,7 @@ class Objective:
     def _error_terms(
         self, prediction: Prediction, clean: State, noise: State, level: Tensor
     ) -> dict[str, Tensor]:
-        """Error terms of all fields except positions."""
+        """Error terms of all fields except positions and given ones."""
         if self.weighting == "noise":
             predicted, true = prediction.target, self.process.true_target(clean, noise, level)
             weight = torch.full_like(self.process.sigma(level), 0.5)
@@ -250,7 +257,7 @@ class Objective:
             predicted, true, weight = prediction.clean, clean, self._clean_weight(level)
         degree, terms = self.position_loss.degree, {}
         for name, field in clean.layout.fields.items():
-            if name == "positions":
+            if name == "positions" or name in self.given:
                 continue
             difference = without_padding(
                 field.domain, predicted[name] - true[name], clean.mask

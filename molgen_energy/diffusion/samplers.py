@@ -491,7 +491,8 @@ class StochasticDPMSolverSampler(DiffusionSampler):
 
     x_s = (σ_s/σ_t) e^{−h} x_t + α_s (1 − e^{−2h}) D + σ_s √(1 − e^{−2h}) ε with h and D as in
     `DPMSolverSampler`, but r at least 1/2. With D = x̂_t, as in the first step, this is the step of
-    `AncestralSampler`, and so is the end.
+    `AncestralSampler`, and so is the end. Steps that are repeated have D = x̂_t: their states are
+    drawn anew, so that the difference to the prediction before is noise, which would add up.
     """
 
     can_resample = True
@@ -513,7 +514,9 @@ class StochasticDPMSolverSampler(DiffusionSampler):
                 if repeat:
                     x = context.back(x, s, t, repeat)
                 clean = context.predict(x, t).clean
-                toward = _extrapolated(clean, before, h, _LEAST_RATIO)
+                toward = clean
+                if self.resample == 1:
+                    toward = _extrapolated(clean, before, h, _LEAST_RATIO)
                 x = kept * x + float(alpha[k + 1]) * removed * toward
                 x = x + float(sigma[k + 1]) * math.sqrt(removed) * context.noise(t, repeat)
                 x = context.finish_step(x, s.level)

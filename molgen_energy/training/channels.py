@@ -44,9 +44,10 @@ def fit_weights(
     """Weights for a network, from those of one with other channels.
 
     Entries of channels that both have are equal. New ones are normal random numbers, for inputs as
-    large as the others and for outputs a hundred times smaller; the parameters of a layer that only
-    this network has are divided by a hundred. Where the new channels are zero, the output of the
-    others is therefore that of the other network, but for the small values of such a layer.
+    large as the others and for outputs a hundred times smaller. Of a layer that only this network
+    has, weights of inputs are as they were drawn, and all else is divided by a hundred. Where the
+    new channels are zero, the output of the others is therefore that of the other network, but for
+    these small values.
 
     Parameters
     ----------
@@ -64,7 +65,8 @@ def fit_weights(
     new_layers = {_layer(name) for name in own_axes.keys() - their_axes.keys()}
     for name in sorted(own):
         if _layer(name) in new_layers and name not in theirs:
-            tensors[name] = own[name] * _SMALL
+            takes_inputs = name in own_axes and own_axes[name].axis == 1
+            tensors[name] = own[name] if takes_inputs else own[name] * _SMALL
             drawn += own[name].numel()
         elif name in own_axes and name in their_axes and name in theirs:
             fitted = _with_channels(

@@ -25,7 +25,7 @@ from molgen_energy.chemistry.molfiles.sdf import parse_mol_block
 from molgen_energy.data.molecules import Molecule
 from molgen_energy.datasets.files import MoleculeFiles
 from molgen_energy.datasets.qm9 import PROPERTIES, read_dsgdb9nsd
-from molgen_energy.datasets.smiles import SmilesFiles
+from molgen_energy.datasets.smiles import SmilesFiles, smiles_rows
 from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError
 
@@ -278,7 +278,7 @@ def test_empty_lines_of_a_list_of_smiles_have_a_limit(tmp_path, monkeypatch):
     for between, fits in ((20_000, True), (40_000, False)):
         path.write_text("C\n" + ("\n" * between + "O\n") * 2)
         with contextlib.nullcontext() if fits else pytest.raises(InputError, match="23,437 lines"):
-            list(SmilesFiles(files=(path,))._rows(path))
+            list(smiles_rows(path))
 
 
 def test_records_below_the_limits_are_read_however_many_they_are(tmp_path, monkeypatch):
@@ -287,7 +287,7 @@ def test_records_below_the_limits_are_read_however_many_they_are(tmp_path, monke
     (tmp_path / "a.xyz").write_text(WATER.format("") * count)
     assert len(list(MoleculeReader(tmp_path / "a.xyz"))) == count
     (tmp_path / "a.csv").write_text("smiles,gap\n" + "O,1.5\n" * 30_000)
-    rows = SmilesFiles(files=(tmp_path / "a.csv",))._rows(tmp_path / "a.csv")
+    rows = smiles_rows(tmp_path / "a.csv")
     assert sum(1 for _ in rows) == 30_000
 
 

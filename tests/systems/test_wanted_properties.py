@@ -21,6 +21,7 @@ from molgen_energy.diffusion.noise import RandomNumbers
 from molgen_energy.errors import InputError
 from molgen_energy.systems.base import NoCallback
 from molgen_energy.systems.molecules.condition import PropertyCondition, wanted_ranges
+from molgen_energy.systems.molecules.control.composition import Composition
 from molgen_energy.systems.molecules.generate import MoleculeGenerator
 from molgen_energy.systems.molecules.sampling import sample_to_file
 from molgen_energy.systems.molecules.task import MoleculeTask
@@ -186,6 +187,21 @@ def test_guided_molecules_do_not_depend_on_their_batch(run):
     assert (together[4].atomic_numbers == alone[0].atomic_numbers).all()
     asked = (m.properties["condition_gap"].values for m in (together, alone))
     assert next(asked)[4] == next(asked)[0]
+
+
+def test_properties_go_with_a_formula(run):
+    """Which then gives the size, also where properties come from molecules of that size."""
+    generator = MoleculeGenerator(
+        load_checkpoint(run),
+        CPU,
+        where={"gap": (0.1, 0.3), "size": None},
+        guidance=2.0,
+        control=Composition({"C": 3, "H": 8, "O": 1}),
+    )
+    drawn = generator.draw(torch.arange(3))
+    assert [sorted(m.atomic_numbers) for m in drawn] == [[1] * 8 + [6] * 3 + [8]] * 3
+    assert abs(drawn.properties["condition_size"].values - 12).max() <= 3
+    assert len(set(drawn.properties["condition_gap"].values)) == 3
 
 
 def test_networks_that_were_never_trained_without_properties_are_not_guided(data, tmp_path):

@@ -188,6 +188,51 @@ def test_the_objective_is_jodos(bonded, name):
         assert float(found.total[k]) == pytest.approx(expected.sum(), rel=1e-5)
 
 
+@pytest.mark.parametrize("again", [0.0, 1.0])
+def test_given_fields_have_no_noise_and_no_error(bonded, again):
+    """Neither in the state nor in the previous prediction; the others are as without them."""
+    clean = clean_state(bonded)
+    error = ExactRandomNumbers(9, torch.arange(len(clean))).noise(clean.layout, clean.mask, 0)
+    random = ExactRandomNumbers(4, torch.arange(len(clean)))
+    given = ("elements", "formal_charges", "bonds")
+
+    class Model(torch.nn.Module):
+        self_conditioned, noise_input = True, "log_snr"
+
+        def forward(self, noisy, time, mask, condition, self_condition):
+            self.seen, self.previous, self.time = noisy, self_condition, time
+            return clean + 0.3 * error
+
+    runs = {}
+    for names in ((), given):
+        model = Model()
+        objective = Objective(
+            CosineDiffusion(), KabschError(align="noisy"), Weights(1.0), weighting="clean",
+            self_condition_probability=again, given=names,
+        )  # fmt: skip
+        runs[names] = objective(model, clean, random), model
+    (plain, of_all), (terms, model) = runs.values()
+    assert list(terms.parts) == ["positions"]
+    assert torch.equal(terms.total, plain.parts["positions"])
+    assert torch.equal(model.time, of_all.time)
+    assert torch.equal(model.seen["positions"], of_all.seen["positions"])
+    assert (model.previous is None) == (again == 0)
+    for state in (model.seen, model.previous):
+        for name in given if state is not None else ():
+            assert torch.equal(state[name], clean[name])
+            assert not torch.equal(of_all.seen[name], clean[name])
+    if again:
+        assert torch.equal(model.previous["positions"], of_all.previous["positions"])
+
+
+def test_given_fields_that_are_not_possible(data):
+    for names in (["positions"], ["charges"]):
+        with pytest.raises(InputError, match=rf"given_fields: unknown field '{names[0]}'.*bonds"):
+            MoleculeTask(jodo(data, objective__given_fields=names), CPU)
+    task = MoleculeTask(jodo(data, objective__given_fields=["bonds"]), CPU)
+    assert task.loss_terms == ("positions_loss", "elements_loss", "formal_charges_loss")
+
+
 @pytest.mark.parametrize("passes", [1, 3])
 def test_training_makes_as_many_predictions_as_are_set(data, passes):
     """Each without gradient, and with the one before as its input."""

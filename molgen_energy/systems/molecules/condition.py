@@ -278,6 +278,8 @@ def range_text(low: float, high: float) -> str:
 
 def where_text(where: Where) -> str:
     """Wanted properties in one line: `gap=0.2, alpha=70:80, mu` for any mu of the data."""
+    if not where:
+        return "no property"
     return ", ".join(
         name if wanted is None else f"{name}={range_text(*wanted)}"
         for name, wanted in where.items()

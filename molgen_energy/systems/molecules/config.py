@@ -130,6 +130,9 @@ class ObjectiveConfig(Section):
     """Evaluations that make this prediction, each with the one before as its input."""
     reduction: Literal["mean", "sum"] = "mean"
     """Whether errors are averaged or summed over atoms and pairs; `sum` is JODO's."""
+    given_fields: list[str] = Option(default_factory=list)
+    """Fields that the network gets without noise and does not learn to generate. With elements,
+    formal charges and bonds it learns conformers, see `sample --smiles`."""
 
     @field_validator("terms")
     @classmethod

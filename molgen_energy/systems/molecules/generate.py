@@ -25,6 +25,7 @@ from molgen_energy.data.molecules import (
     Property,
     offsets_from_sizes,
 )
+from molgen_energy.diffusion.given import GivenFields
 from molgen_energy.diffusion.guidance import (
     ClassifierFreeGuidance,
     FunctionGuidance,
@@ -32,6 +33,7 @@ from molgen_energy.diffusion.guidance import (
     SamplingHook,
     chained,
 )
+from molgen_energy.diffusion.inpainting import FixedValues
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.diffusion.process import Process
 from molgen_energy.diffusion.samplers import DEFAULT_SAMPLERS, build_sampler
@@ -39,6 +41,7 @@ from molgen_energy.diffusion.state import Layout
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.errors import InputError
 from molgen_energy.formats.limits import check_memory
+from molgen_energy.models import MODELS
 from molgen_energy.models.precision import is_bfloat16_faster
 from molgen_energy.systems.molecules.condition import (
     PropertyCondition,
@@ -47,6 +50,7 @@ from molgen_energy.systems.molecules.condition import (
 )
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.control.base import Batch, Control, Network
+from molgen_energy.systems.molecules.control.inputs import everywhere
 from molgen_energy.systems.molecules.fields import MoleculeStatistics, build_layout
 from molgen_energy.systems.molecules.recorded import RecordedDenoiser
 from molgen_energy.systems.molecules.sizes import SizeDistribution
@@ -176,7 +180,17 @@ class MoleculeGenerator:
         statistics = MoleculeStatistics.of_state(state)
         self.layout = build_layout(self.config.model.fields, self.config.scales, statistics)
         self.control = Control() if control is None else control
-        self.control.bind(Network(self.layout, statistics, trained_sizes, sizes, checkpoint.path))
+        self._given = tuple(self.config.objective.given_fields)
+        equivariant = MODELS[self.config.model.name].equivariant
+        network = Network(
+            self.layout, statistics, trained_sizes, sizes, checkpoint.path, self._given, equivariant
+        )
+        self.control.bind(network)
+        if self._given and not self.control.gives:
+            raise InputError(
+                f"{checkpoint.path} draws positions of given molecules; name them with --smiles or "
+                "--like"
+            )
         most = self._sizes.largest if self.control.largest is None else self.control.largest
         what = f"a molecule of {most:,} atoms"
         check_memory(_BYTES_OF_PAIR * most**2, what, "choose smaller ones with --n-atoms")
@@ -320,7 +334,12 @@ class MoleculeGenerator:
             model = RecordedDenoiser(model, self._recorder)
         batch = Batch(numbers, mask, self.layout)
         # What is fixed, decides.
-        hooks = (self._guide, self.hook(batch), self.control.hook(batch))
+        hooks = [self._guide, self.hook(batch), self.control.hook(batch)]
+        if self._given:
+            given = self.control.given(batch)
+            assert given is not None
+            model = GivenFields(model, self._given, given)
+            hooks.append(FixedValues.of_fields(given, everywhere(batch, self._given)))
         state = self.sampler.sample(
             model,
             random,

@@ -38,7 +38,7 @@ from molgen_energy.formats.yaml import validate_as
 from molgen_energy.output import check_writable, move_over, real_path, remove
 from molgen_energy.systems.base import SamplingCallback, SamplingResult
 from molgen_energy.systems.molecules.condition import where_text
-from molgen_energy.systems.molecules.control.base import Tally
+from molgen_energy.systems.molecules.control.base import Control, Tally
 from molgen_energy.systems.molecules.generate import CHARGE_COUNTS, MoleculeGenerator
 from molgen_energy.systems.molecules.shards import (
     MoleculeShards,
@@ -438,7 +438,7 @@ class _SamplingRun:
                     every = np.concatenate(numbers)
                     expected = np.arange(writer.count, writer.count + len(every))
                     in_order &= np.array_equal(np.sort(every), expected)
-                    molecules = _append(writer, drawn, every)
+                    molecules = _append(writer, drawn, every, self._generator.control)
                     found.add(molecules, np.sort(every))
                     if molecules.bonds is not None and merged.suffix.lower() != ".sdf":
                         found.sanitize(molecules)
@@ -525,10 +525,11 @@ def _append(
     writer: MoleculeTextWriter | MoleculeWriter,
     drawn: list[Molecules],
     numbers: NDArray[np.int64],
+    control: Control,
 ) -> Molecules:
     """Write molecules of a window in the order of their numbers, and return them so."""
     order = np.argsort(numbers)
-    molecules = Molecules.concatenate(drawn).select(order)
+    molecules = control.label(Molecules.concatenate(drawn).select(order), numbers[order])
     if isinstance(writer, MoleculeWriter):
         writer.append(at_origin(molecules, ~molecules.finite()))  # text formats have a field
     else:

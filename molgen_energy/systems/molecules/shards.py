@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, Strict, model_validator
 
+from molgen_energy.chemistry.conformers import LONGEST_SMILES
 from molgen_energy.data.molecules import PROPERTIES, SHAPES, Molecules
 from molgen_energy.data.shards import Manifest, ShardFolder, check_unchanged, shards_folder
 from molgen_energy.errors import InputError
@@ -25,6 +26,7 @@ _MOST_IN_WINDOW = 10**6
 Positive = Annotated[int, Field(ge=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1, max_length=200)]
+Smiles = Annotated[str, Field(min_length=1, max_length=LONGEST_SMILES)]
 
 
 class SamplingJob(Manifest):
@@ -104,7 +106,7 @@ class SamplingJob(Manifest):
     """Molecules to vary."""
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the time at which sampling begins with them."""
-    smiles: Annotated[list[Text], Field(min_length=1, max_length=MOST_RECORDS)] | None = None
+    smiles: Annotated[list[Smiles], Field(min_length=1, max_length=MOST_RECORDS)] | None = None
     """Molecules whose conformers are drawn."""
     cuda_graphs: bool = False
     """Whether a GPU records evaluations of the network."""

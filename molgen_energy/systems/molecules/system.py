@@ -162,7 +162,7 @@ class MoleculeSystem(System):
             cuda_graphs=options["cuda_graphs"],
             control=control,
             resample=options["resample"] or 1,
-            strength=options["strength"] or 1.0,
+            strength=1.0 if options["strength"] is None else options["strength"],
         )
         records = 1 if control is None else control.records
         return _MoleculeSampling(

@@ -231,7 +231,8 @@ class MoleculeTask:
             if not config.data.in_memory:
                 stack.pop_all()  # stays open until `close`
         self._objective = _build_objective(self.config, self.layout)
-        names = ["positions", *self._objective.terms, *self.layout.fields]
+        learnt = [name for name in self.layout.fields if name not in self._objective.given]
+        names = ["positions", *self._objective.terms, *learnt]
         self.loss_terms: tuple[str, ...] = tuple(f"{name}_loss" for name in dict.fromkeys(names))
         self.auxiliary: Auxiliary | None = None
         channels = 0 if self._condition is None else self._condition.channels
@@ -569,6 +570,15 @@ def _build_objective(config: MoleculeConfig, layout: Layout) -> Objective:
             f"objective.field_weights: {min(unknown)} is none of the fields {others}; the weight "
             "of positions is objective.position_weight"
         )
+    givable = [name for name in layout.fields if name != "positions"]
+    for name in section.given_fields:
+        if name not in givable:
+            raise InputError(f"objective.given_fields: {unknown_name('field', name, givable)}")
+    if section.given_fields and config.distillation.evaluations is not None:
+        raise InputError(
+            "distillation.evaluations: a student generates all fields, and this teacher was "
+            "trained with objective.given_fields; name another --teacher"
+        )
     # A mean is taken over positions and other fields together, as in EDM's objective.
     channels = layout.channels["atom"] if section.reduction == "mean" else None
     loss = config.loss.build(seed=config.training.seed, channels=channels)
@@ -589,6 +599,7 @@ def _build_objective(config: MoleculeConfig, layout: Layout) -> Objective:
         section.self_condition_passes,
         section.reduction,
         terms,
+        section.given_fields,
     )
 
 

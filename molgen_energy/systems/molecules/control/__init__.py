@@ -8,10 +8,16 @@ from typing import Any
 from molgen_energy.errors import InputError
 from molgen_energy.systems.molecules.control.base import Control, Controls
 from molgen_energy.systems.molecules.control.composition import AllowedElements, Composition
+from molgen_energy.systems.molecules.control.conformers import Conformers
+from molgen_energy.systems.molecules.control.fragments import Fragments
+from molgen_energy.systems.molecules.control.variants import DEFAULT_STRENGTH, Variants
 
 CONTROLS: dict[str, type[Control]] = {
     "elements": AllowedElements,
     "formula": Composition,
+    "keep": Fragments,
+    "like": Variants,
+    "smiles": Conformers,
 }
 """By the option of `sample` that asks for them. Of what two of a job fix, the last one decides."""
 
@@ -19,7 +25,7 @@ _EXCLUDE: dict[str, tuple[str, ...]] = {
     "formula": ("n_atoms", "like", "smiles"),
     "keep": ("like", "smiles"),
     "like": ("smiles", "n_atoms"),
-    "smiles": ("n_atoms",),
+    "smiles": ("n_atoms", "consistent_charges"),
 }
 """Options that do not go with one."""
 _NEED = {"keep_smarts": ("keep",), "strength": ("like",)}
@@ -46,6 +52,8 @@ def read_controls(options: Mapping[str, Any]) -> dict[str, Any]:
         fixing = " or ".join(map(_option, CONTROLS))
         raise InputError(f"--resample has no effect without fixed values; ask for {fixing}")
     read = {name: CONTROLS[name].read(options[name], options) for name in CONTROLS if name in given}
+    if "like" in given and "strength" not in given:
+        read["strength"] = DEFAULT_STRENGTH
     return {**options, **read}
 
 

@@ -8,16 +8,17 @@ control.build_control`), so that a resumed job needs no file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
-from molgen_energy.data.molecules import Molecule, Molecules
+from molgen_energy.data.molecules import AROMATIC, Molecule, Molecules
 from molgen_energy.diffusion.guidance import SamplingHook, chained
 from molgen_energy.diffusion.state import Layout, State
 from molgen_energy.elements import atomic_number, symbol
@@ -73,10 +74,14 @@ class Record(Schema):
     """A text for each atom: element, coordinates (Å) and formal charge."""
     bonds: Annotated[list[str], AfterValidator(_check_bonds)]
     """A text for each bond: two atoms, counted from 1, and its order, 12 if aromatic."""
+    aromatic: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    """Numbers of bonds, from 1, that are aromatic though their order is that of a Kekulé form."""
 
     @classmethod
-    def of_molecule(cls, molecule: Molecule, source: str) -> Record:
-        """The record of a molecule."""
+    def of_molecule(
+        cls, molecule: Molecule, source: str, aromatic: NDArray[np.bool_] | None = None
+    ) -> Record:
+        """The record of a molecule; `aromatic` tells it of Kekulised bonds, (E,)."""
         charges = molecule.formal_charges
         if charges is None:
             charges = np.zeros(len(molecule), np.int8)
@@ -98,7 +103,8 @@ class Record(Schema):
                     molecule.bond_index.tolist(), molecule.bond_order.tolist(), strict=True
                 )
             ]
-        return cls(source=source, atoms=atoms, bonds=bonds)
+        numbers = [] if aromatic is None else (np.flatnonzero(aromatic) + 1).tolist()
+        return cls(source=source, atoms=atoms, bonds=bonds, aromatic=numbers)
 
     @property
     def molecule(self) -> Molecule:
@@ -113,8 +119,26 @@ class Record(Schema):
             bonds[:, 2].astype(np.uint8),
         )
 
+    @property
+    def in_aromatic_form(self) -> Molecule:
+        """The molecule with aromatic bonds as such."""
+        molecule = self.molecule
+        assert molecule.bond_order is not None
+        orders = molecule.bond_order.copy()
+        orders[np.array(self.aromatic, np.int64) - 1] = AROMATIC
+        return replace(molecule, bond_order=orders)
+
     def __len__(self) -> int:
         return len(self.atoms)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Record:
+        atoms, bonds = len(self.atoms), len(self.bonds)
+        if any(max(_parse_bond(line)[:2]) > atoms for line in self.bonds):
+            raise ValueError(f"bonds of more than {atoms} atoms")
+        if any(number > bonds for number in self.aromatic):
+            raise ValueError(f"aromatic: there are {bonds} bonds")
+        return self
 
 
 class Network(NamedTuple):
@@ -130,6 +154,10 @@ class Network(NamedTuple):
     """Fewest and most atoms that are asked for."""
     path: Path
     """Of the checkpoint, for messages."""
+    given: tuple[str, ...] = ()
+    """Fields that it gets without noise, see `GivenFields`."""
+    equivariant: bool = False
+    """Whether it is E(3)-equivariant, so that mirror images are equally frequent."""
 
 
 class Batch(NamedTuple):
@@ -164,6 +192,8 @@ class Control:
     """Input records; a job draws the same number of molecules for each."""
     each: int = 1
     """Molecules of a record: those of record r have the numbers r·each … (r+1)·each − 1."""
+    gives: bool = False
+    """Whether it names whole molecules, so that `given` has values."""
 
     @classmethod
     def read(cls, value: Any, options: Mapping[str, Any]) -> Any:
@@ -230,8 +260,16 @@ class Control:
         """Samples that a batch begins with, in the units of the state; None is pure noise."""
         return None
 
+    def given(self, batch: Batch) -> State | None:
+        """The values of the fields that the network gets without noise; None if there are none."""
+        return None
+
     def finish(self, molecules: Molecules, numbers: Tensor) -> Molecules:
         """Drawn molecules after a last change, such as the frame of the input."""
+        return molecules
+
+    def label(self, molecules: Molecules, numbers: NDArray[np.int64]) -> Molecules:
+        """Molecules with what tells in a file which input they belong to: SMILES and groups."""
         return molecules
 
     def provenance(self) -> dict[str, str]:
@@ -262,6 +300,7 @@ class Controls(Control):
         self._controls = tuple(controls)
         # Only one of them has input records.
         self.records = max(control.records for control in controls)
+        self.gives = any(control.gives for control in controls)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -300,9 +339,20 @@ class Controls(Control):
                 return state
         return None
 
+    def given(self, batch: Batch) -> State | None:
+        for control in self._controls:
+            if (state := control.given(batch)) is not None:
+                return state
+        return None
+
     def finish(self, molecules: Molecules, numbers: Tensor) -> Molecules:
         for control in self._controls:
             molecules = control.finish(molecules, numbers)
+        return molecules
+
+    def label(self, molecules: Molecules, numbers: NDArray[np.int64]) -> Molecules:
+        for control in self._controls:
+            molecules = control.label(molecules, numbers)
         return molecules
 
     def provenance(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from molgen_energy.diffusion.guidance import SamplingHook
-from molgen_energy.diffusion.inpainting import FixedValues
+from molgen_energy.diffusion.inpainting import FixedValues, MatchedValues
 from molgen_energy.diffusion.state import State
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError
@@ -122,7 +122,7 @@ class Composition(Control):
     def hook(self, batch: Batch) -> SamplingHook:
         numbers = self._numbers.to(batch.mask.device).expand(batch.mask.shape)
         values = encoded(batch, {"atomic_numbers": numbers})
-        return FixedValues.of_fields(values, fixed_elements(batch, batch.mask))
+        return MatchedValues.of_fields(values, fixed_elements(batch, batch.mask))
 
     def provenance(self) -> dict[str, str]:
         return {"formula": formula_text(self._counts)}
