@@ -15,7 +15,7 @@ import molgen_energy
 from molgen_energy.api.sample import sample_to
 from molgen_energy.chemistry.molfiles import MoleculeReader
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
-from molgen_energy.data.molecules import Property
+from molgen_energy.data.molecules import Molecules, Property, offsets_from_sizes
 from molgen_energy.diffusion.guidance import guidance_name
 from molgen_energy.diffusion.noise import RandomNumbers
 from molgen_energy.errors import InputError
@@ -307,6 +307,54 @@ def test_python_warns_of_values_outside_of_the_training_range(run):
     with pytest.warns(UserWarning, match=r"--where gap=0\.4 is outside of the training molecules'"):
         molecules = molgen_energy.sample(1, checkpoint=run, where={"gap": 0.4}, device="cpu")
     assert len(molecules) == 1
+
+
+# -- learning -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pairs_of_atoms(tmp_path_factory):
+    """A little network of two carbon atoms (q about 0) or two nitrogen atoms (q about 1)."""
+    rng, folder, count = np.random.default_rng(0), tmp_path_factory.mktemp("learning"), 200
+    positions = np.array([[-0.7, 0, 0], [0.7, 0, 0]]) + 0.03 * rng.standard_normal((count, 2, 3))
+    nitrogen = rng.random(count) < 0.5
+    properties = {
+        "q": Property(nitrogen + 0.1 * rng.standard_normal(count), ""),
+        "other": Property(rng.standard_normal(count), ""),
+    }
+    molecules = Molecules(
+        positions.reshape(-1, 3).astype(np.float32),
+        np.where(nitrogen, 7, 6).astype(np.uint8).repeat(2),
+        offsets_from_sizes(np.full(count, 2)),
+        properties=properties,
+    )
+    with MoleculeWriter(folder / "data.h5", source="two kinds") as writer:
+        writer.append(molecules)
+    config = tiny(
+        data__path=str(folder / "data.h5"), process__steps=20, model__name="gdm_pairs",
+        model__width=32, training__optimizer="muon", training__muon_lr=2e-2, training__lr=5e-3,
+        training__steps=150, training__batch_size=32, training__warmup_steps=10,
+        training__ema_decay=0.97, training__checkpoint_every=1000, training__log_every=100,
+        training__validate_every=1000,
+        condition__name="properties", condition__properties=["q", "other"],
+    )  # fmt: skip
+    train(MoleculeTask(config, CPU), folder / "run")
+    return load_checkpoint(folder / "run")
+
+
+def test_molecules_have_what_they_are_asked_for(pairs_of_atoms):
+    """More nitrogen with a higher q, and more so with guidance; without q, some of both."""
+
+    def nitrogen(where, guidance=1.0):
+        generator = MoleculeGenerator(pairs_of_atoms, CPU, where=where, guidance=guidance)
+        return float((generator.draw(torch.arange(128)).atomic_numbers == 7).mean())
+
+    low, any_q, high = (nitrogen(q) for q in ({"q": (0.0, 0.0)}, {}, {"q": (1.0, 1.0)}))
+    assert low + 0.1 < any_q < high - 0.1
+    guided_low, guided_high = (nitrogen({"q": (q, q)}, 3.0) for q in (0.0, 1.0))
+    assert guided_high - guided_low > high - low + 0.1
+    # It has learnt to ignore the other property.
+    assert abs(nitrogen({"q": (1.0, 1.0), "other": (-1.0, 1.0)}) - high) < 0.15
 
 
 # -- commands -------------------------------------------------------------------------------------
