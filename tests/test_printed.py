@@ -353,7 +353,9 @@ def test_extras_that_are_printed_exist():
 def test_every_printed_configuration_is_shipped():
     text = (ROOT / "docs" / "how_to" / "training.md").read_text(encoding="utf-8")
     rows = re.findall(
-        r"^\| (`\w+`[^|]*)\| (?:GDM|EDM|JODO|Transformer|MLP|CNN|the same)", text, re.MULTILINE
+        r"^\| (`\w+`[^|]*)\| (?:GDM|EDM|JODO|Transformer|Invariant|MLP|CNN|the same)",
+        text,
+        re.MULTILINE,
     )
     listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert sorted(listed) == sorted(config_names())

@@ -144,6 +144,16 @@ def test_unknown_properties_are_refused(small, names, message):
         task_of(small, properties=names)
 
 
+def test_data_without_properties_are_refused(small, tmp_path):
+    with MoleculeFile(small) as file:
+        bare = replace(file.load(), properties={})
+    preprocess(bare, tmp_path / "bare.h5")
+    with pytest.raises(
+        InputError, match=r"bare\.h5 holds no properties; keep some with `molgen-en"
+    ):
+        task_of(tmp_path / "bare.h5")
+
+
 def test_a_property_without_two_values_is_refused(small, tmp_path):
     with MoleculeFile(small) as file:
         molecules = file.load()
@@ -164,7 +174,7 @@ def test_what_predicts_nothing_is_refused(run, small, tmp_path):
     with pytest.raises(InputError, match="xtb is calibrated on real molecules; name an HDF5 file"):
         choose_predictor("xtb", None)
     with pytest.raises(InputError, match="predicts properties and draws no molecules"):
-        sample_to(tmp_path / "a.h5", 2, checkpoint=run, device="cpu")
+        sample_to(tmp_path / "a.sdf", 2, checkpoint=run, device="cpu")
     assert choose_predictor(run, None)[1] == small
 
 

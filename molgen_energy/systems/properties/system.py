@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -44,6 +45,9 @@ class PropertySystem(System):
             f"{checkpoint.path} predicts properties and draws no molecules; name a generator with "
             "--checkpoint, and judge its samples with `molgen-energy evaluate FILE --predictor RUN`"
         )
+
+    def check_output(self, path: Path) -> None:
+        """Nothing: `generator` says that there will be no output."""
 
     def describe(self, config: Any, parameters: int) -> str:
         """Network and properties of a run, in one line."""

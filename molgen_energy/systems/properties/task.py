@@ -210,12 +210,15 @@ def _counts(molecules: Molecules, numbers: Sequence[int]) -> Tensor:
 def _units(config: PropertyConfig, file: MoleculeFile) -> list[str]:
     """Units of the configured properties; `InputError` where there are none, or not in the file."""
     known = sorted(file.property_units)
+    if not known:
+        raise InputError(
+            f"{file.path} holds no properties; keep some with `molgen-energy preprocess`, or "
+            "compute them with its option --property"
+        )
     if not config.properties:
         raise InputError(
             f"name the properties to predict, such as --set properties=[{', '.join(known[:2])}] of "
             f"{file.path}"
-            if known
-            else f"{file.path} holds no properties; preprocess a file that does"
         )
     for name in config.properties:
         if name not in known:
