@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import molgen_energy as mg
-from molgen_energy.cli.console import exit_on_error, say
+from molgen_energy.cli.console import exit_on_error
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules
 from molgen_energy.data.shards import shards_folder
@@ -68,7 +68,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000, help="molecules that each draws")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("fine_tuning"))
-    parser.add_argument("--only", help="do the parts whose label holds this text, without a table")
+    parser.add_argument(
+        "--count-nothing", type=int, help="of networks from nothing; default: as --count"
+    )
+    parser.add_argument("--only", help="train and draw where the label holds this, without a table")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     low, high = options.range
@@ -79,15 +82,12 @@ def main() -> None:
             label = f"{size} molecules, {'from nothing' if nothing else 'fine-tuned'}"
             run = options.work / f"{'nothing' if nothing else 'tuned'}-{size}-{options.seed}"
             jobs.append(Job(label, run, sets[size], nothing))
-    rows = []
     for job in jobs:
-        if options.only and options.only not in job.label:
-            continue
-        train(job, options)
-        rows.append({"label": job.label, **measured(job, options)})
-        say(f"{job.label}: " + json.dumps({k: v for k, v in rows[-1].items() if k != "label"}))
-    if not options.only:
-        show(rows)
+        if options.only is None or options.only in job.label:
+            train(job, options)
+            draw(job, options)
+    if options.only is None:
+        show(measured(jobs, options))
 
 
 # -- data --------------------------------------------------------------------------------------
@@ -193,42 +193,61 @@ def sampling(source: Checkpoint) -> dict[str, Any]:
     return dict(source.state.get("sampling") or {})
 
 
-def measured(job: Job, options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of a row, as stored if they are."""
+def samples_of(job: Job, options: argparse.Namespace) -> Path:
+    """The file of a job's samples."""
     name = job.checkpoint.name if job.data is None else job.checkpoint.stem
-    stored = options.work / f"{name}-{options.count}.json"
-    if stored.exists():
-        found: dict[str, Any] = json.loads(stored.read_text(encoding="utf-8"))
-        return found
-    samples = options.work / f"{name}-{options.count}.h5"
-    if not samples.exists():
-        if shards_folder(samples).exists():
-            mg.sample(resume=samples)
-        else:
-            mg.sample(options.count, samples, checkpoint=job.checkpoint, seed=options.seed)
-    found = figures(samples, job, options)
-    found["loss outside"] = outside_loss(job, options)
-    if job.data is not None:
-        run = mg.load_run(job.checkpoint)
-        found |= {"steps": run.steps, "best step": run.best_step, "loss": run.best_valid}
-    atomic_write(stored, (json.dumps(found, indent=1) + "\n").encode())
-    return found
+    return Path(options.work / f"{name}-samples.h5")
 
 
-def figures(samples: Path, job: Job, options: argparse.Namespace) -> dict[str, Any]:
-    """Rates and distances of samples: [value, low, high] each."""
-    real = options.work / "real.h5"
-    near = mg.evaluate(samples, real, metrics="rates,fcd", workers=0)
-    far = mg.evaluate(samples, "qm9", metrics="rates,fcd", workers=0)
-    metrics = near.to_dict()["files"][0]["metrics"]
-    found: dict[str, Any] = {name: triple(metrics[name]) for name in _RATES}
-    found["FCD to the set"] = triple(metrics["fcd"])
-    found["FCD to QM9"] = triple(far.to_dict()["files"][0]["metrics"]["fcd"])
+def draw(job: Job, options: argparse.Namespace) -> None:
+    """Draw a job's samples, or go on with them, unless they are there."""
+    path = samples_of(job, options)
+    count = options.count_nothing if job.from_nothing else None
+    if path.exists():
+        return
+    if shards_folder(path).exists():
+        mg.sample(resume=path)
+    else:
+        mg.sample(count or options.count, path, checkpoint=job.checkpoint, seed=options.seed)
+
+
+# -- figures -----------------------------------------------------------------------------------
+
+
+def measured(jobs: list[Job], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The figures of each job, also in `figures.json`; with intervals as [value, low, high]."""
+    files = [samples_of(job, options) for job in jobs]
+    near = mg.evaluate(files, options.work / "real.h5", metrics="rates,fcd", workers=0)
+    far = mg.evaluate(files, "qm9", metrics="rates,fcd", workers=0)
     table = near.molecules.to_pandas()
-    smiles = [text for text in table.loc[table["valid"] & table["connected"], "smiles"] if text]
+    rows = []
+    for job, file, one, two in zip(
+        jobs, files, near.to_dict()["files"], far.to_dict()["files"], strict=True
+    ):
+        row: dict[str, Any] = {"label": job.label, "molecules": one["molecules"]}
+        row |= {name: triple(one["metrics"][name]) for name in _RATES}
+        row["FCD to the set"] = triple(one["metrics"]["fcd"])
+        row["FCD to QM9"] = triple(two["metrics"]["fcd"])
+        own = table[table["file"] == file.name]
+        smiles = [text for text in own.loc[own["valid"] & own["connected"], "smiles"] if text]
+        row |= of_smiles(smiles, job, options)
+        row["loss outside"] = outside_loss(job, options)
+        if job.data is not None:
+            run = mg.load_run(job.checkpoint)
+            row |= {"steps": run.steps, "best step": run.best_step, "loss": run.best_valid}
+        rows.append(row)
+    text = json.dumps(rows, indent=1) + "\n"
+    atomic_write(options.work / "figures.json", text.encode())
+    return rows
+
+
+def of_smiles(smiles: list[str], job: Job, options: argparse.Namespace) -> dict[str, Any]:
+    """logP of valid, connected samples, and copies of the fine-tuning set."""
     values = np.array([log_p(text) for text in smiles])
     low, high = options.range
-    found["in range"] = share(int(((values >= low) & (values < high)).sum()), len(values))
+    found: dict[str, Any] = {
+        "in range": share(int(((values >= low) & (values < high)).sum()), len(values))
+    }
     mean = Mean.of(values)
     if mean.interval is not None:
         found["logP"] = [float(values.mean()), *mean.interval]

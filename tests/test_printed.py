@@ -181,6 +181,13 @@ def shortened(arguments: list[str]) -> list[str]:
         # Weights have the size of their network.
         small = [] if {"--from", "--teacher"} & set(words) else TINY[:4]
         short += small if shapes else [*small, *TINY[4:]]
+        if "--from" in words and "--config" not in words:
+            short += [
+                "--set",
+                "training.validation_draws=1",
+                "--set",
+                "training.validation_molecules=2",
+            ]
     if name == "sample" and not resumed and "list" not in words:
         if "-n" not in words and not Path("spins.h5").exists():
             short += ["-n", "2"]

@@ -380,16 +380,16 @@ def _fine_tuned(base: MoleculeConfig, changes: Mapping[str, Any]) -> MoleculeCon
     if key in changes:
         base = base.replaced({key: changes[key]})
     config = base.continuing(checkpoint.config_as(MoleculeConfig))
-    name = changes.get("loss.name", config.loss.name)
-    if name in LOSSES and any(key.startswith("loss.") for key in changes):
+    loss = changes.get("loss.name", config.loss.name)
+    if loss in LOSSES and any(key.startswith("loss.") for key in changes):
         # Another loss has another weight and another scale than those that the source found.
-        found = {"loss.name": name, "objective.position_weight": "auto"}
-        if "springs" in LOSSES[name].Config.model_fields:
+        found = {"loss.name": loss, "objective.position_weight": "auto"}
+        if "springs" in LOSSES[loss].Config.model_fields:
             found["loss.springs.scale"] = "auto"
         config = config.replaced(found)
     springs = getattr(config.loss, "springs", None)
     family = changes.get("loss.springs.family", None if springs is None else springs.family)
-    if name == "score_energy" or getattr(SPRINGS.get(family), "adaptive", False):
+    if loss == "score_energy" or getattr(SPRINGS.get(family), "adaptive", False):
         # Their loss need not fall as the network improves.
         config = config.replaced({"training.sample_from": "last", "training.patience": None})
     return config

@@ -57,7 +57,7 @@ from molgen_energy.training.curves import write_curves
 from molgen_energy.training.devices import peak_memory
 from molgen_energy.training.ema import ExponentialMovingAverage
 from molgen_energy.training.graphs import CUDARecorder, GraphCache, Recorder
-from molgen_energy.training.initial import describe_initial_weights, initialise
+from molgen_energy.training.initial import describe_initial_weights, initialise, keep_sampling
 from molgen_energy.training.metrics import MetricsLog
 from molgen_energy.training.muon import Muon, hidden_matrices
 from molgen_energy.training.run import Run
@@ -344,6 +344,8 @@ class _Trainer:
         elif self.training.sample_from == "best":
             self.at.last_valid = self.task.validation_loss(self.ema.model)
         if not is_main():
+            if not resume:
+                self._note_validation()
             return
         check_run_folder(self.folder)
         log = self.folder / "log.txt"
@@ -435,8 +437,7 @@ class _Trainer:
             )
         if checkpoint.state.get("initial_weights") is not None:
             self.task.state["initial_weights"] = checkpoint.state["initial_weights"]
-            if "sampling" in checkpoint.state:
-                self.task.state.setdefault("sampling", checkpoint.state["sampling"])
+            keep_sampling(self.task, checkpoint)
         checkpoint.load_weights(self.task.model, "model")
         checkpoint.load_weights(self.ema.model, "ema")
         if self.task.auxiliary is not None:

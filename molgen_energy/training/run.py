@@ -50,7 +50,15 @@ class Run:
     def of(
         cls, folder: Path, at: Progress, config: Config, *, already_complete: bool = False
     ) -> Run:
-        """The run at the progress of its last checkpoint."""
+        """The run of a `folder` and a `config`, as far as its last checkpoint is.
+
+        Parameters
+        ----------
+        at
+            Progress of that checkpoint.
+        already_complete
+            As of the run.
+        """
         return cls(
             folder,
             at.step,

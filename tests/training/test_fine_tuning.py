@@ -19,7 +19,9 @@ from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.errors import InputError
 from molgen_energy.systems.molecules.task import MoleculeTask, _prepared
 from molgen_energy.systems.registry import SYSTEMS, load_config
+from molgen_energy.training import loop
 from molgen_energy.training.checkpoint import load_checkpoint, store_in_state
+from molgen_energy.training.initial import initialise
 from molgen_energy.training.loop import TrainingInterrupted, train
 from molgen_energy.training.metrics import read_metrics
 from molgen_energy.training.plan import planned_values, validation_draws
@@ -126,6 +128,19 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(source, few, unbroken, t
     assert_same_run(unbroken, run)
     assert mg.load_run(run).best_step == mg.load_run(unbroken).best_step
     assert load_checkpoint(run).state["sampling"] == load_checkpoint(unbroken).state["sampling"]
+
+
+def test_every_process_knows_the_loss_of_the_initial_weights(source, few, tmp_path, monkeypatch):
+    """One that did not would not end with the others."""
+    changes = {"training.initial_weights": str(source), "data.path": str(few)}
+    task = MoleculeTask(api._configuration("fine_tune", FEW | changes, {}), CPU)
+    initialise(task)
+    monkeypatch.setattr(loop, "is_main", lambda: False)
+    trainer = loop._Trainer(task, tmp_path / "run", loop.no_callback)
+    trainer.start(resume=False)
+    assert trainer.at.best_step == 0
+    assert trainer.at.best_valid == task.validation_loss(task.model.eval())
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_validation_the_last_weights_stand_for_the_run(source, sample_path, tmp_path):
