@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from molgen_energy.config import resolved
 from molgen_energy.data.batches import (
     BatchIndex,
     DeviceMolecules,
@@ -31,6 +32,7 @@ from molgen_energy.systems.properties.config import PropertyConfig, PropertyStat
 from molgen_energy.systems.supervised import data_path
 from molgen_energy.training.channels import FittedWeights
 from molgen_energy.training.checkpoint import Checkpoint
+from molgen_energy.training.plan import planned_values
 from molgen_energy.training.task import Auxiliary
 
 PAIRS = 200_000
@@ -75,7 +77,9 @@ class PropertyTask:
                 f"{path} holds no training molecule; make it with a larger train share"
             )
         numbers = np.unique(np.concatenate([train.atomic_numbers, valid.atomic_numbers])).tolist()
-        self.config = config.replaced({"data.path": portable_path(path)})
+        planned = planned_values(training, len(train))
+        self.config = config.replaced({"data.path": portable_path(path), **planned})
+        training = self.config.training
         self.device = device
         self.auxiliary: Auxiliary | None = None
         self.loss_terms = tuple(f"{name}_error" for name in config.properties)
@@ -88,7 +92,7 @@ class PropertyTask:
         self._scale = model.scale.clone()
         data = DeviceMolecules(train, device)
         pairs = training.pairs_per_batch
-        size = training.batch_size if pairs is None else PairBudget(pairs)
+        size = resolved(training.batch_size) if pairs is None else PairBudget(pairs)
         assert size is not None
         self._train = ResidentData(data, train.sizes, size, training.seed)
         self._valid = DeviceMolecules(valid, device) if len(valid) else None
