@@ -41,6 +41,7 @@ from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.task import MoleculeTask
 from molgen_energy.systems.registry import load_config
 from molgen_energy.training.checkpoint import Checkpoint, load_weights, store_in_state
+from molgen_energy.training.loop import TrainingInterrupted
 
 _RATES = ("molecule_stability", "validity", "uniqueness")
 _OUTSIDE = 256  # molecules whose loss says what is forgotten
@@ -333,4 +334,7 @@ def cell(name: str, value: Any) -> str:
 
 if __name__ == "__main__":
     with exit_on_error():
-        main()
+        try:
+            main()
+        except TrainingInterrupted as interrupted:  # the same command resumes it
+            raise KeyboardInterrupt from interrupted
