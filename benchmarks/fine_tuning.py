@@ -9,7 +9,8 @@ each the weights are fine-tuned, and the same network is trained from nothing, w
 rates, for as many steps. Then all draw molecules, beside the pretrained weights. The table has the
 share of molecules in the range, rates, FCD to molecules of the training split in the range and to
 QM9's test split, copies of the fine-tuning set, and the loss on molecules of QM9's validation split
-outside of the range. Finished parts stay in --work, and the same command goes on with the others.
+outside of the range; and the same of molecules of the validation split in the range that are in no
+set. Finished parts stay in --work, and the same command goes on with the others.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.task import MoleculeTask
 from molgen_energy.systems.registry import load_config
 from molgen_energy.training.checkpoint import Checkpoint, load_weights, store_in_state
+from molgen_energy.training.loop import TrainingInterrupted
 
 _RATES = ("molecule_stability", "validity", "uniqueness")
 _OUTSIDE = 256  # molecules whose loss says what is forgotten
+_HELD = 200  # real molecules that are judged like samples, at most
 _REAL = 4000  # molecules of the training split in the range, at most
 
 
@@ -96,19 +99,20 @@ def main() -> None:
 def cut(
     data: Path, sizes: list[int], low: float, high: float, work: Path, seed: int
 ) -> dict[int, Path]:
-    """Files of molecules in the range, the fine-tuning sets by size; `real.h5`, `outside.h5`."""
+    """The fine-tuning sets by size; also `held.h5` and `real.h5` in the range, and `outside.h5`."""
     paths = {size: work / f"set-{size}-{seed}.h5" for size in sizes}
-    real, outside = work / "real.h5", work / "outside.h5"
-    if all(path.exists() for path in (*paths.values(), real, outside)):
+    held_out, real, outside = (work / f"{name}.h5" for name in ("held", "real", "outside"))
+    if all(path.exists() for path in (*paths.values(), held_out, real, outside)):
         return paths
     with MoleculeFile(data) as file:
         rng = np.random.default_rng(seed)
         held = rng.permutation(file.split_indices("valid"))
         inside = in_range(file, held, low, high)
-        if inside.sum() < max(sizes):
+        if inside.sum() <= max(sizes):
             raise SystemExit(f"only {inside.sum()} molecules of the validation split are in range")
         for size, path in paths.items():
             write(file, held[inside][:size], path, size // 10)
+        write(file, held[inside][max(sizes) :][:_HELD], held_out, 0)
         others = without_fluorine(file, held[~inside][: 2 * _OUTSIDE])
         write(file, others[:_OUTSIDE], outside, _OUTSIDE - 1)
         known = rng.permutation(file.split_indices("train"))
@@ -216,23 +220,25 @@ def draw(job: Job, options: argparse.Namespace) -> None:
 
 def measured(jobs: list[Job], options: argparse.Namespace) -> list[dict[str, Any]]:
     """The figures of each job, also in `figures.json`; with intervals as [value, low, high]."""
-    files = [samples_of(job, options) for job in jobs]
+    files = [options.work / "held.h5", *(samples_of(job, options) for job in jobs)]
     near = mg.evaluate(files, options.work / "real.h5", metrics="rates,fcd", workers=0)
     far = mg.evaluate(files, "qm9", metrics="rates,fcd", workers=0)
     table = near.molecules.to_pandas()
     rows = []
     for job, file, one, two in zip(
-        jobs, files, near.to_dict()["files"], far.to_dict()["files"], strict=True
+        [None, *jobs], files, near.to_dict()["files"], far.to_dict()["files"], strict=True
     ):
-        row: dict[str, Any] = {"label": job.label, "molecules": one["molecules"]}
+        label = "real molecules in the range" if job is None else job.label
+        row: dict[str, Any] = {"label": label, "molecules": one["molecules"]}
         row |= {name: triple(one["metrics"][name]) for name in _RATES}
         row["FCD to the set"] = triple(one["metrics"]["fcd"])
         row["FCD to QM9"] = triple(two["metrics"]["fcd"])
         own = table[table["file"] == file.name]
         smiles = [text for text in own.loc[own["valid"] & own["connected"], "smiles"] if text]
-        row |= of_smiles(smiles, job, options)
-        row["loss outside"] = outside_loss(job, options)
-        if job.data is not None:
+        row |= of_smiles(smiles, options, None if job is None else job.data)
+        if job is not None:
+            row["loss outside"] = outside_loss(job, options)
+        if job is not None and job.data is not None:
             run = mg.load_run(job.checkpoint)
             row |= {"steps": run.steps, "best step": run.best_step, "loss": run.best_valid}
         rows.append(row)
@@ -241,7 +247,7 @@ def measured(jobs: list[Job], options: argparse.Namespace) -> list[dict[str, Any
     return rows
 
 
-def of_smiles(smiles: list[str], job: Job, options: argparse.Namespace) -> dict[str, Any]:
+def of_smiles(smiles: list[str], options: argparse.Namespace, data: Path | None) -> dict[str, Any]:
     """logP of valid, connected samples, and copies of the fine-tuning set."""
     values = np.array([log_p(text) for text in smiles])
     low, high = options.range
@@ -251,8 +257,8 @@ def of_smiles(smiles: list[str], job: Job, options: argparse.Namespace) -> dict[
     mean = Mean.of(values)
     if mean.interval is not None:
         found["logP"] = [float(values.mean()), *mean.interval]
-    if job.data is not None:
-        known = set(training_smiles(job.data))
+    if data is not None:
+        known = set(training_smiles(data))
         copies = sum(Chem.CanonSmiles(text) in known for text in smiles)
         found["copies"] = share(copies, len(smiles))
     return found
@@ -328,4 +334,7 @@ def cell(name: str, value: Any) -> str:
 
 if __name__ == "__main__":
     with exit_on_error():
-        main()
+        try:
+            main()
+        except TrainingInterrupted as interrupted:  # the same command resumes it
+            raise KeyboardInterrupt from interrupted
