@@ -43,6 +43,9 @@ EXAMPLES = """
 molgen-energy sample -n 1000
 molgen-energy sample --checkpoint runs/mine --n-atoms 9-18 -o small.xyz
 molgen-energy sample -n 100 --temperature 0.8 -o cold.sdf
+molgen-energy sample -n 20 --keep fragment.sdf --n-atoms 3-8 -o grown.sdf
+molgen-energy sample -n 20 --keep a.sdf --keep b.sdf --n-atoms 6-10 --resample 4 -o linked.sdf
+molgen-energy sample -n 20 --formula C7H10O2 -o isomers.sdf
 molgen-energy sample --tune --checkpoint runs/mine --steps 20
 molgen-energy sample --resume samples.sdf
 """
