@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from rdkit import Chem
+from rdkit.Chem import rdDistGeom
 from runs import run_command
 
 import molgen_energy
@@ -76,6 +77,17 @@ def each_page_with(found):
     return pytest.mark.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
 
 
+def mol_block(smiles: str, drop: int, shift: float) -> str:
+    """A molecule in three dimensions, without some of its last hydrogens."""
+    molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
+    rdDistGeom.EmbedMolecule(molecule, randomSeed=1)
+    part = Chem.RWMol(molecule)
+    for _ in range(drop):
+        part.RemoveAtom(part.GetNumAtoms() - 1)
+    part.GetConformer().SetPositions(part.GetConformer().GetPositions() + shift)
+    return Chem.MolToMolBlock(part)
+
+
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory, sample_path: Path) -> Path:
     """The files that commands name."""
@@ -92,6 +104,13 @@ def files(tmp_path_factory: pytest.TempPathFactory, sample_path: Path) -> Path:
                 for key, value in (("gap", 0.2), ("mu", 1.5), ("name", number)):
                     molecule.SetProp(key, str(value))
                 sdf.write(molecule)
+    for name, text, drop in (
+        ("fragment", "CCO", 1),
+        ("a", "CO", 1),
+        ("b", "CN", 1),
+        ("scaffold", "C1CC1C", 0),
+    ):
+        (folder / f"{name}.sdf").write_text(mol_block(text, drop, 5.0 * (name == "b")))
     smiles = [f"{text} {number}" for number, text in enumerate(("CCO", "CC=O", "C1CC1O", "CCN"))]
     for name in ("mols.smi", "mine.smi"):
         (folder / name).write_text("\n".join(smiles * 3))

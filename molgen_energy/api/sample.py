@@ -282,7 +282,17 @@ def _options(
     check_writable(path)
     path = resolve_symlink(path)
     system.check_output(path)
+    for name in ("keep", "like", "smiles"):
+        value = given.get(name)
+        several = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(one, (str, PathLike)) and _same(Path(one), path) for one in several):
+            raise InputError(f"-o {path} is an input of this command; name another file")
     return found, path, dict(system.sampling) | system.read_options(given)
+
+
+def _same(first: Path, second: Path) -> bool:
+    """Whether two paths are one file."""
+    return real_path(first) == real_path(second)
 
 
 def _resumed_options(

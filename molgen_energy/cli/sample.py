@@ -71,7 +71,8 @@ def command(
         "--n-atoms",
         metavar="N|A-B",
         rich_help_panel=_WHAT,
-        help="Number of atoms of a molecule, or its range; default: as in the training data.",
+        help="Number of atoms of a molecule, or its range; with --keep of the new atoms; default: "
+        "as in the training data.",
     ),
     consistent_charges: bool = typer.Option(
         False,
@@ -119,30 +120,33 @@ def command(
         "--formula",
         metavar="FORMULA",
         rich_help_panel=_CONTROL,
-        help="Atoms of each element, such as C7H8N2; with --keep of the whole molecule.",
+        help="Atoms of each element, hydrogens included, such as C7H8N2; with --keep those of the "
+        "whole molecule.",
     ),
     elements: str | None = typer.Option(
         None,
         "--elements",
         metavar="C,N,…",
         rich_help_panel=_CONTROL,
-        help="The only elements of generated atoms, such as C,N,O,H.",
+        help="The only elements that generated atoms may have, hydrogen included: C,N,O,H.",
     ),
     keep: list[Path] = typer.Option(
         [],
         "--keep",
         metavar="FILE",
         rich_help_panel=_CONTROL,
-        help="Fixed atoms around which the rest is generated: an SDF or XYZ file. Repeat it for "
-        "several fragments of one molecule, with a linker to generate. --n-atoms then counts the "
-        "new atoms.",
+        help="Fragment that stays where it is, without the hydrogens in whose place new atoms are "
+        "to bind: SDF, XYZ or HDF5. Repeat it for several fragments, with a linker to generate "
+        "between them. --n-atoms then counts the NEW atoms, such as 3-8; -n the molecules of each "
+        "record.",
     ),
     keep_smarts: str | None = typer.Option(
         None,
         "--keep-smarts",
         metavar="SMARTS",
         rich_help_panel=_CONTROL,
-        help="Fix only those atoms of --keep that match a pattern, such as c1ccccc1.",
+        help="Keep only those atoms of --keep that match a pattern, such as c1ccccc1: a scaffold, "
+        "whose R-groups are generated. Hydrogens stay only where the pattern names them.",
     ),
     resample: int | None = typer.Option(
         None,
@@ -150,31 +154,32 @@ def command(
         min=1,
         metavar="N",
         rich_help_panel=_CONTROL,
-        help="Take each step of the sampler N times, so that new atoms come to fit fixed ones.",
+        help="Take each step N times, with new noise between, so that generated atoms come to fit "
+        "what is fixed (RePaint); for ancestral and sde-dpm++. Default: 1.",
     ),
     like: Path | None = typer.Option(
         None,
         "--like",
         metavar="FILE",
         rich_help_panel=_CONTROL,
-        help="Molecules to vary: an SDF, XYZ or HDF5 file with all hydrogens. -n counts the variants "
-        "of each.",
+        help="Molecules to vary: an SDF, XYZ or HDF5 file with all hydrogens. -n counts the "
+        "variants of each.",
     ),
     strength: float | None = typer.Option(
         None,
         "--strength",
         metavar="X",
         rich_help_panel=_CONTROL,
-        help="How far variants are from --like, above 0 and at most 1: the share of the noise levels, "
-        "in time, that they go through; default: 0.3.",
+        help="How far variants are from --like, above 0 and at most 1: the share of the time of "
+        "the noise that they go through; default: 0.3.",
     ),
     smiles: str | None = typer.Option(
         None,
         "--smiles",
         metavar="SMILES|FILE",
         rich_help_panel=_CONTROL,
-        help="Molecules whose conformers are drawn by a network with bonds, such as JODO: a SMILES, or "
-        "a .smi or .csv file. -n counts the conformers of each.",
+        help="Molecules whose conformers are drawn by a network with bonds, such as JODO: a "
+        "SMILES, or a .smi or .csv file. -n counts the conformers of each.",
     ),
     output: Path | None = typer.Option(
         None,

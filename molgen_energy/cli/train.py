@@ -314,4 +314,5 @@ def _conclude(summary: Run) -> None:
         say(line)
     count = system.sampling.get("count")
     option = "" if count is None else f" -n {count}"
+    option += system.needed_options(summary.config)
     say(f"next    molgen-energy sample{option} --checkpoint {shlex.quote(str(summary.folder))}")

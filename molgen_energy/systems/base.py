@@ -185,6 +185,11 @@ class System(ABC):
         """Text that `describe` appends."""
         return ""
 
+    def needed_options(self, config: Any) -> str:
+        """An example of what `sample` cannot do without after such a run, with a space before it;
+        by default nothing."""
+        return ""
+
     def after_training(self, config: Any) -> str:
         """A suggestion to print after a run, besides sampling; may be empty."""
         return ""

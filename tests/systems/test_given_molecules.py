@@ -319,3 +319,8 @@ def test_options_are_those_of_the_registry():
     control = build_control(dict(SYSTEM.sampling) | read | {"count": 2})
     assert control.options == {"smiles": ["CCO"]}
     assert control.provenance() == {"conformers_of": "CCO"}
+
+
+def test_after_training_the_next_command_names_a_molecule():
+    assert SYSTEM.needed_options(load_config("qm9_jodo_conformers_cpu")) == " --smiles CCO"
+    assert not SYSTEM.needed_options(load_config("qm9_jodo_cpu"))

@@ -28,7 +28,7 @@ from molgen_energy.losses import KabschError, PairwiseEnergy
 from molgen_energy.models import JODO
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.fields import MoleculeStatistics, ScalesConfig, build_layout
-from molgen_energy.systems.molecules.task import MoleculeTask
+from molgen_energy.systems.molecules.task import MoleculeTask, _build_objective
 from molgen_energy.systems.registry import load_config
 from molgen_energy.training.initial import initialise
 from molgen_energy.training.loop import TrainingInterrupted, train
@@ -231,6 +231,9 @@ def test_given_fields_that_are_not_possible(data):
             MoleculeTask(jodo(data, objective__given_fields=names), CPU)
     task = MoleculeTask(jodo(data, objective__given_fields=["bonds"]), CPU)
     assert task.loss_terms == ("positions_loss", "elements_loss", "formal_charges_loss")
+    student = task.config.replaced({"distillation.evaluations": 4})
+    with pytest.raises(InputError, match=r"a student generates all fields.*another --teacher"):
+        _build_objective(student, task.layout)
 
 
 @pytest.mark.parametrize("passes", [1, 3])

@@ -197,6 +197,10 @@ class MoleculeSystem(System):
             student = f", a student of {evaluations} evaluations"
         return f"{config.loss.describe()}{PROCESSES[config.process.name].description}{student}"
 
+    def needed_options(self, config: Any) -> str:
+        """A molecule, for a network that draws conformers."""
+        return " --smiles CCO" if config.objective.given_fields else ""
+
     def after_training(self, config: Any) -> str:
         """What to know before sampling; after a run on the bundled sample, how to train on QM9."""
         if config.distillation.evaluations is not None:

@@ -195,9 +195,7 @@ class _WithoutElements(FixedValues):
         channels[forbidden] = True
         # Encoded elements are "no" in all channels but one; the lowest value is that of "no".
         no = torch.full_like(unlike, float(unlike.min()))
-        hook = cls.of_fields(values.replace(elements=no), {"elements": channels.expand_as(unlike)})
-        assert isinstance(hook, _WithoutElements)
-        return hook
+        return cls.of_fields(values.replace(elements=no), {"elements": channels.expand_as(unlike)})
 
     def after_sampling(self, state: State) -> State:
         """The samples with values so low that no forbidden element is the most probable one."""

@@ -2,7 +2,7 @@
 
 Linkers between fragments: I. Igashov et al., "Equivariant 3D-conditional diffusion model for
 molecular linker design", Nature Machine Intelligence 6, 417 (2024), with a network of their own.
-Here the network is any unconditional one, by replacement and resampling (`MatchedValues`).
+Here the network is any unconditional one, by replacement and resampling (`AnchoredValues`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from molgen_energy.chemistry.rdkit import bond_forms, build, sanitize
 from molgen_energy.data.batches import DeviceMolecules
 from molgen_energy.data.molecules import AROMATIC, Molecule, Molecules, Property
 from molgen_energy.diffusion.guidance import SamplingHook
-from molgen_energy.diffusion.inpainting import MatchedValues
+from molgen_energy.diffusion.inpainting import AnchoredValues
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError, counted
 from molgen_energy.systems.molecules.control.base import (
@@ -45,6 +45,10 @@ from molgen_energy.systems.molecules.control.records import read_molecules
 from molgen_energy.systems.molecules.sizes import SizeDistribution
 
 _NEAREST = 0.5  # Å; two atoms that are closer are the same one, the shortest bond has 0.74
+HELD_UNTIL = 0.4
+"""Å; above this noise, new atoms are held near open valences. At 0.8, of 12 QM9 fragments 2 became
+valid molecules, at 0.4 8, without 0."""
+_FIRST, _FURTHER = 1.2, 0.45  # Å; centroids of n atoms are 1.2 + 0.45·√n from the atom they bind to
 _FIXED = "fixed_atoms"
 _RECORD = "fragment_record"
 
@@ -74,6 +78,7 @@ class Fragments(Control):
         self._kept = np.array([len(record) for record in records])
         self._positions = np.concatenate([one.positions for one in self._fragments])
         self._offsets = np.concatenate([[0], np.cumsum(self._kept)])
+        self._open = [OpenValences.of(molecule) for molecule in self._fragments]
         self._data: dict[torch.device, DeviceMolecules] = {}
         self.records = len(records)
 
@@ -218,7 +223,30 @@ class Fragments(Control):
                 assert new is not None
                 numbers[row, self._kept[record] : self._kept[record] + len(new)] = new
             data["atomic_numbers"] = torch.from_numpy(numbers).to(device)
-        return MatchedValues.of_fields(encoded(batch, data), where)
+        anchors, groups = self._anchored(batch, records, fixed)
+        return AnchoredValues.of_fields(
+            encoded(batch, data),
+            where,
+            anchors=anchors,
+            groups=groups,
+            until=HELD_UNTIL,
+        )
+
+    def _anchored(
+        self, batch: Batch, records: NDArray[np.int64], fixed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Anchors in the units of the state, (B, G, 3), and the group of each atom, (B, N)."""
+        new = (batch.mask & ~fixed).cpu().numpy()
+        most = max(len(self._open[record].anchors) for record in records)
+        anchors = np.zeros((len(records), most, 3), np.float32)
+        groups = np.full(new.shape, -1)
+        for row, record in enumerate(records.tolist()):
+            found = self._open[record].anchors_of(int(new[row].sum()))
+            anchors[row, : len(found)] = found
+            groups[row, new[row]] = np.arange(new[row].sum()) % len(found)
+        scale = batch.layout.fields["positions"].scale
+        device = batch.mask.device
+        return torch.from_numpy(anchors / scale).to(device), torch.from_numpy(groups).to(device)
 
     def finish(self, molecules: Molecules, numbers: Tensor) -> Molecules:
         """The molecules in the frame of their fragments, with exactly their coordinates."""
@@ -256,6 +284,53 @@ class Fragments(Control):
 
     def tally(self) -> Tally:
         return _ValidTally()
+
+
+class OpenValences(NamedTuple):
+    """Where new atoms can bind to fixed ones."""
+
+    anchors: NDArray[np.float64]
+    """Atoms with open valences relative to the centroid of all, (G, 3), or one of all together."""
+    directions: NDArray[np.float64]
+    """Where their bonds would point to, (G, 3), mean of unit vectors."""
+
+    @classmethod
+    def of(cls, molecule: Molecule) -> OpenValences:
+        """The open valences of fixed atoms, by RDKit's valence model.
+
+        Those of one fragment are apart, for groups; those of several are one, for a linker. Without
+        any, new atoms begin at the centroid.
+        """
+        positions = molecule.positions.astype(np.float64)
+        positions = positions - positions.mean(axis=0)
+        built = build(molecule)
+        built.UpdatePropertyCache(strict=False)
+        assert molecule.bond_index is not None
+        bonds = molecule.bond_index.astype(np.int64)
+        outward = positions / (np.linalg.norm(positions, axis=1, keepdims=True) + _NEAREST)
+        atoms = [atom.GetIdx() for atom in built.GetAtoms() if atom.GetNumImplicitHs() > 0]
+        directions = []
+        for atom in atoms:
+            others = np.concatenate([bonds[bonds[:, 0] == atom, 1], bonds[bonds[:, 1] == atom, 0]])
+            toward = positions[others] - positions[atom]
+            toward /= np.linalg.norm(toward, axis=1, keepdims=True)
+            away = -toward.sum(axis=0)
+            length = float(np.linalg.norm(away))
+            # In a plane or on a line bonds cancel; then away from the centroid.
+            directions.append(away / length if length > _NEAREST else outward[atom])
+        if not atoms:
+            return cls(np.zeros((1, 3)), np.zeros((1, 3)))
+        found, pointing = positions[atoms], np.array(directions)
+        if len(Chem.GetMolFrags(built)) > 1:
+            found, pointing = found.mean(axis=0)[None], pointing.mean(axis=0)[None]
+        return cls(found, pointing)
+
+    def anchors_of(self, new: int) -> NDArray[np.float64]:
+        """Centroids of groups of `new` atoms in all, at most as many groups, (G, 3)."""
+        count = min(len(self.anchors), max(new, 1))
+        length = _FIRST + _FURTHER * np.sqrt(new / count)
+        centroids: NDArray[np.float64] = self.anchors + length * self.directions
+        return centroids[:count]
 
 
 class _ValidTally(Tally):
