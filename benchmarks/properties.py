@@ -23,6 +23,7 @@ from molgen_energy.api.sample import sample_to
 from molgen_energy.cli.console import exit_on_error, say, show
 from molgen_energy.cli.sample import SamplingBar
 from molgen_energy.data.shards import shards_folder
+from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.metrics.property_errors import (
     Comparison,
     PropertyPredictor,
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--predictor", type=Path, required=True, help="run on properties")
     parser.add_argument("--real", type=Path, required=True, help="HDF5 file of real molecules")
     parser.add_argument("-n", "--molecules", type=int, default=500, help="for each property")
+    parser.add_argument("--alone", help="properties to ask for alone, default: all; '' for none")
     parser.add_argument("--guidance", default="1", help="scales, separated by commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of the sampler; default: as the checkpoint")
@@ -85,6 +87,9 @@ def measure(arguments: argparse.Namespace) -> None:
     state = load_checkpoint(arguments.generator).state_as(MoleculeState)
     asked = [] if state.condition is None else state.condition.names
     names = [name for name in LABELS if name in network.units and name in asked]
+    alone = names if arguments.alone is None else list(filter(None, arguments.alone.split(",")))
+    if unknown := [name for name in alone if name not in names]:
+        raise InputError(f"--alone {unknown_name('property', unknown[0], names)}")
     judges: dict[str, PropertyPredictor] = {"predictor": network}
     if arguments.xtb:
         judges["GFN2-xTB"] = XTBPredictor(arguments.real)
@@ -93,7 +98,7 @@ def measure(arguments: argparse.Namespace) -> None:
     drawn = {
         (what, scale): drawn_file(arguments, what, scale)
         for scale in scales
-        for what in (*names, ALL)
+        for what in (*alone, ALL)
     }
     rows: list[Row] = []
     for name, judge in judges.items():
@@ -150,7 +155,11 @@ def judged(
         )
     ]
     for scale in scales:
-        alone = {each: compare_asked(each, drawn[each, scale], judge).get(each) for each in own}
+        alone = {
+            each: compare_asked(each, drawn[each, scale], judge).get(each)
+            for each in own
+            if (each, scale) in drawn
+        }
         together = compare_asked(ALL, drawn[ALL, scale], judge)
         for text, found in (("asked for it alone", alone), ("asked for all", together)):
             errors = {
@@ -158,7 +167,8 @@ def judged(
                 for each, values in found.items()
                 if values is not None and each in own
             }
-            rows.append(Row(f"ours, {text}, guidance {scale:g}, {name}", errors))
+            if errors:
+                rows.append(Row(f"ours, {text}, guidance {scale:g}, {name}", errors))
     return rows
 
 
