@@ -18,18 +18,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from molgen_energy.api.evaluate import evaluate
 from molgen_energy.api.sample import sample_to
 from molgen_energy.cli.console import exit_on_error, say, show
 from molgen_energy.cli.sample import SamplingBar
+from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.data.shards import shards_folder
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.metrics.property_errors import (
+    MOST_REAL,
     Comparison,
     PropertyPredictor,
     compare_asked,
     property_metrics,
     property_rows,
+    random_molecules,
     real_comparisons,
 )
 from molgen_energy.metrics.statistics import Estimate, Rate
@@ -100,7 +105,9 @@ def measure(arguments: argparse.Namespace) -> None:
         for scale in scales
         for what in (*alone, ALL)
     }
-    rows: list[Row] = []
+    rows = [
+        Row("another real molecule of as many atoms", of_other_molecules(arguments.real, names))
+    ]
     for name, judge in judges.items():
         say(f"{name}: {judge.description}")
         rows += judged(name, judge, names, scales, drawn, arguments.real)
@@ -120,18 +127,20 @@ def drawn_file(arguments: argparse.Namespace, what: str, scale: float) -> Path:
         return path
     with SamplingBar(arguments.molecules, "molecules", "repeat the command", str(path)) as bar:
         if shards_folder(path).exists():
-            sample_to(resume=path, callback=bar)
-            return path
-        sample_to(
-            path,
-            arguments.molecules,
-            checkpoint=arguments.generator,
-            where=None if what == ALL else {what: None},
-            guidance=scale,
-            seed=arguments.seed,
-            steps=arguments.steps,
-            callback=bar,
-        )
+            drawn = sample_to(resume=path, callback=bar)
+        else:
+            drawn = sample_to(
+                path,
+                arguments.molecules,
+                checkpoint=arguments.generator,
+                where=None if what == ALL else {what: None},
+                guidance=scale,
+                seed=arguments.seed,
+                steps=arguments.steps,
+                callback=bar,
+            )
+    if drawn is None or drawn.interrupted:
+        raise KeyboardInterrupt
     return path
 
 
@@ -170,6 +179,23 @@ def judged(
             if errors:
                 rows.append(Row(f"ours, {text}, guidance {scale:g}, {name}", errors))
     return rows
+
+
+def of_other_molecules(real: Path, names: list[str]) -> dict[str, Estimate]:
+    """Errors of the value of another test molecule with as many atoms, chosen at random.
+
+    So samples err that have the right number of atoms and nothing else of what was asked for.
+    """
+    with MoleculeFile(real) as file:
+        molecules = random_molecules(file, "test", MOST_REAL, names)
+    order = np.lexsort([np.random.default_rng(0).random(len(molecules)), molecules.sizes])
+    same = np.flatnonzero(np.diff(molecules.sizes[order]) == 0)
+    one, other = order[same], order[same + 1]
+    found = {}
+    for name in names:
+        values = molecules.properties[name].values
+        found[name] = metrics_of(name, Comparison(values[one], values[other]))["error"]
+    return found
 
 
 def metrics_of(name: str, values: Comparison) -> dict[str, Estimate]:
