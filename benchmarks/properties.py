@@ -18,17 +18,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from molgen_energy.api.evaluate import evaluate
 from molgen_energy.api.sample import sample_to
 from molgen_energy.cli.console import exit_on_error, say, show
 from molgen_energy.cli.sample import SamplingBar
+from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.data.shards import shards_folder
+from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.metrics.property_errors import (
+    MOST_REAL,
     Comparison,
     PropertyPredictor,
     compare_asked,
     property_metrics,
     property_rows,
+    random_molecules,
     real_comparisons,
 )
 from molgen_energy.metrics.statistics import Estimate, Rate
@@ -70,6 +76,7 @@ def main() -> None:
     parser.add_argument("--predictor", type=Path, required=True, help="run on properties")
     parser.add_argument("--real", type=Path, required=True, help="HDF5 file of real molecules")
     parser.add_argument("-n", "--molecules", type=int, default=500, help="for each property")
+    parser.add_argument("--alone", help="properties to ask for alone, default: all; '' for none")
     parser.add_argument("--guidance", default="1", help="scales, separated by commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of the sampler; default: as the checkpoint")
@@ -85,6 +92,9 @@ def measure(arguments: argparse.Namespace) -> None:
     state = load_checkpoint(arguments.generator).state_as(MoleculeState)
     asked = [] if state.condition is None else state.condition.names
     names = [name for name in LABELS if name in network.units and name in asked]
+    alone = names if arguments.alone is None else list(filter(None, arguments.alone.split(",")))
+    if unknown := [name for name in alone if name not in names]:
+        raise InputError(f"--alone {unknown_name('property', unknown[0], names)}")
     judges: dict[str, PropertyPredictor] = {"predictor": network}
     if arguments.xtb:
         judges["GFN2-xTB"] = XTBPredictor(arguments.real)
@@ -93,9 +103,11 @@ def measure(arguments: argparse.Namespace) -> None:
     drawn = {
         (what, scale): drawn_file(arguments, what, scale)
         for scale in scales
-        for what in (*names, ALL)
+        for what in (*alone, ALL)
     }
-    rows: list[Row] = []
+    rows = [
+        Row("another real molecule of as many atoms", of_other_molecules(arguments.real, names))
+    ]
     for name, judge in judges.items():
         say(f"{name}: {judge.description}")
         rows += judged(name, judge, names, scales, drawn, arguments.real)
@@ -115,18 +127,20 @@ def drawn_file(arguments: argparse.Namespace, what: str, scale: float) -> Path:
         return path
     with SamplingBar(arguments.molecules, "molecules", "repeat the command", str(path)) as bar:
         if shards_folder(path).exists():
-            sample_to(resume=path, callback=bar)
-            return path
-        sample_to(
-            path,
-            arguments.molecules,
-            checkpoint=arguments.generator,
-            where=None if what == ALL else {what: None},
-            guidance=scale,
-            seed=arguments.seed,
-            steps=arguments.steps,
-            callback=bar,
-        )
+            drawn = sample_to(resume=path, callback=bar)
+        else:
+            drawn = sample_to(
+                path,
+                arguments.molecules,
+                checkpoint=arguments.generator,
+                where=None if what == ALL else {what: None},
+                guidance=scale,
+                seed=arguments.seed,
+                steps=arguments.steps,
+                callback=bar,
+            )
+    if drawn is None or drawn.interrupted:
+        raise KeyboardInterrupt
     return path
 
 
@@ -150,7 +164,11 @@ def judged(
         )
     ]
     for scale in scales:
-        alone = {each: compare_asked(each, drawn[each, scale], judge).get(each) for each in own}
+        alone = {
+            each: compare_asked(each, drawn[each, scale], judge).get(each)
+            for each in own
+            if (each, scale) in drawn
+        }
         together = compare_asked(ALL, drawn[ALL, scale], judge)
         for text, found in (("asked for it alone", alone), ("asked for all", together)):
             errors = {
@@ -158,8 +176,26 @@ def judged(
                 for each, values in found.items()
                 if values is not None and each in own
             }
-            rows.append(Row(f"ours, {text}, guidance {scale:g}, {name}", errors))
+            if errors:
+                rows.append(Row(f"ours, {text}, guidance {scale:g}, {name}", errors))
     return rows
+
+
+def of_other_molecules(real: Path, names: list[str]) -> dict[str, Estimate]:
+    """Errors of the value of another test molecule with as many atoms, chosen at random.
+
+    So samples err that have the right number of atoms and nothing else of what was asked for.
+    """
+    with MoleculeFile(real) as file:
+        molecules = random_molecules(file, "test", MOST_REAL, names)
+    order = np.lexsort([np.random.default_rng(0).random(len(molecules)), molecules.sizes])
+    same = np.flatnonzero(np.diff(molecules.sizes[order]) == 0)
+    one, other = order[same], order[same + 1]
+    found = {}
+    for name in names:
+        values = molecules.properties[name].values
+        found[name] = metrics_of(name, Comparison(values[one], values[other]))["error"]
+    return found
 
 
 def metrics_of(name: str, values: Comparison) -> dict[str, Estimate]:
