@@ -21,7 +21,15 @@ _LONGEST_NAME = 200  # characters, as in the manifest of a job
 
 
 def guidance_name(guidance: float | GuidanceFunction) -> float | str:
-    """A scale of guidance as it is, and the module and name of a function."""
+    """A scale of guidance as it is, and the module and name of a function.
+
+    Raises
+    ------
+    InputError
+        It is neither.
+    """
+    if isinstance(guidance, str):
+        raise InputError(f"guidance: expected a number or a function, found '{guidance[:60]}'")
     if not callable(guidance):
         return guidance
     named = guidance if hasattr(guidance, "__qualname__") else type(guidance)
@@ -112,7 +120,8 @@ class FunctionGuidance(SamplingHook):
         Raises
         ------
         InputError
-            The function does not return one number for each molecule that depends on positions.
+            The function does not return one finite number for each molecule that depends on
+            positions.
         """
         clean = prediction.clean.projected()
         scale = clean.layout.fields["positions"].scale
@@ -138,9 +147,23 @@ class FunctionGuidance(SamplingHook):
                     f"guidance: expected a tensor of one number for each of {len(mask)} molecules, "
                     f"found {found}"
                 )
-            if not values.requires_grad:
+            if values.is_complex():
+                raise InputError("guidance: expected real numbers, found complex ones")
+            gradient = None
+            if values.requires_grad:
+                (gradient,) = torch.autograd.grad(values.sum(), positions, allow_unused=True)
+            if gradient is None:
                 raise InputError("guidance: the function does not depend on the positions")
-            (gradient,) = torch.autograd.grad(values.sum(), positions)
+        # At padding all positions are zero, where roots have no finite gradient.
+        gradient = torch.where(mask[..., None], gradient, 0)
+        whole = clean["positions"].isfinite().all(dim=(1, 2))  # others diverged before
+        wrong = whole & ~(values.isfinite() & gradient.isfinite().all(dim=(1, 2)))
+        if wrong.any():
+            atoms = int(mask[wrong][0].sum())
+            raise InputError(
+                f"guidance: the function or its gradient is not finite at a molecule of {atoms} "
+                "atoms; let it be finite everywhere, also while noise is high"
+            )
         return gradient
 
 

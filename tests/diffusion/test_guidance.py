@@ -20,6 +20,7 @@ from molgen_energy.errors import InputError
 LAYOUT = layout_of(1)
 SPREAD = 0.8
 MASK = torch.ones(2000, 2, dtype=torch.bool)
+OTHER = torch.nn.Parameter(torch.ones(()))
 
 
 class NormalData(nn.Module):
@@ -144,12 +145,28 @@ def test_a_steep_function_does_not_overshoot(stiffness):
         (lambda x, mask, numbers: x.sum(), r"one number for each of 2000 molecules, found \(\)"),
         (lambda x, mask, numbers: 1.0, "found float"),
         (lambda x, mask, numbers: mask.sum(dim=1).double(), "does not depend on the positions"),
+        (lambda x, mask, numbers: OTHER.expand(len(x)), "does not depend on the positions"),
+        (lambda x, mask, numbers: (x + 0j).sum(dim=(1, 2)), "found complex ones"),
+        (lambda x, mask, numbers: x.sum(dim=(1, 2)) / 0, "not finite at a molecule of 2 atoms"),
+        (lambda x, mask, numbers: (0 * x).sum(dim=(1, 2)).sqrt(), "its gradient is not finite"),
     ],
 )
 def test_functions_that_give_no_number_for_each_molecule(function, message):
     model = NormalData(Diffusion(10, prediction="noise"))
     with pytest.raises(InputError, match=message):
         drawn(model, 2, FunctionGuidance(function))
+
+
+def test_gradients_that_are_not_finite_at_padding_change_nothing():
+    process, mask = Diffusion(10, prediction="noise"), torch.tensor([[True, True, False]])
+    clean = atoms_state(LAYOUT, mask, torch.ones(1, 3, 4).double() * mask[..., None])
+    positions = torch.tensor([[[1.0, 2, 3], [-1, -2, -3], [0, 0, 0]]]).double()
+    clean = clean.replace(positions=positions)
+    prediction = Prediction(process, clean, torch.tensor([5]), clean, "clean")
+    guide = FunctionGuidance(lambda x, mask, numbers: x.square().sum(dim=2).sqrt().sum(dim=1))
+    guided = guide.after_prediction(prediction, 5).clean["positions"]
+    assert guided.isfinite().all()
+    assert (guided[:, :2].norm(dim=2) < positions[:, :2].norm(dim=2)).all()
 
 
 def test_functions_have_names():
@@ -161,3 +178,5 @@ def test_functions_have_names():
     assert guidance_name(test_functions_have_names).endswith(".test_functions_have_names")
     assert guidance_name(Spring()).startswith("function ")
     assert guidance_name(Spring()).endswith("Spring")
+    with pytest.raises(InputError, match="expected a number or a function, found 'spring'"):
+        guidance_name("spring")

@@ -208,8 +208,30 @@ def test_a_smarts_chooses_atoms(networks):
         options_of(keep=biphenyl, keep_smarts="[Br]")
     with pytest.raises(InputError, match="--keep-smarts c1cc: RDKit does not read it as SMARTS"):
         options_of(keep=biphenyl, keep_smarts="c1cc")
+    with pytest.raises(InputError, match="--keep-smarts: expected a text of at most 5,000"):
+        options_of(keep=biphenyl, keep_smarts="c" * 5001)
     with pytest.raises(InputError, match="--keep-smarts needs --keep"):
         options_of(keep_smarts="c")
+
+
+@pytest.mark.parametrize(
+    ("atom", "bonds", "message"),
+    [
+        ("C 0 0 0 999", [], "a charge too large"),
+        ("C 1e30 0 0 0", [], "coordinates or a charge too large"),
+        ("C 0 0 0 0", ["1 1 1"], "each pair of two atoms once"),
+        ("C 0 0 0 0", ["1 2 1", "2 1 1"], "each pair of two atoms once"),
+    ],
+)
+def test_records_that_were_edited_by_hand(atom, bonds, message):
+    with pytest.raises(ValueError, match=message):
+        Record(source="a.sdf", atoms=[atom, "C 0 0 1.5 0"], bonds=bonds)
+
+
+def test_far_away_fragments_are_refused():
+    """Single precision would round their coordinates."""
+    with pytest.raises(InputError, match="molecule 1: it is more than 100,000 Å from the origin"):
+        options_of(keep=fragment("CCO", 1, shift=3e5))
 
 
 def test_a_record_holds_the_molecule_to_the_last_bit():
@@ -393,9 +415,10 @@ def test_formulas_are_parsed():
         ("c6h6", "expected elements with numbers"), ("C2H6O+", "expected elements"),
         ("", "expected elements"), ("C2Xx", "'Xx' is no chemical element"),
         ("C0", "expected 1 to 1,000,000 atoms"), ("C99999999", "expected 1 to 1,000,000 atoms"),
-        ("C(CH3)4", "expected elements with numbers"),
+        ("C(CH3)4", "expected elements with numbers"), (7, "expected a text .* found int"),
+        ("H1000000000", "expected 1 to 1,000,000 atoms"),
     ):  # fmt: skip
-        with pytest.raises(InputError, match=f"--formula .*{message}"):
+        with pytest.raises(InputError, match=f"--formula.*{message}"):
             parse_formula(text)
 
 
@@ -406,6 +429,15 @@ def test_elements_and_formulas_that_do_not_go(networks):
         generator_of(networks["gdm"], elements="Br")
     with pytest.raises(InputError, match="--elements: 'Q' is no chemical element; expected sym"):
         options_of(elements="C,Q")
+    with pytest.raises(InputError, match=r"--elements: there is no element in \[\]"):
+        options_of(elements=[])
+    with pytest.raises(InputError, match="--smiles does not go with --elements"):
+        options_of(elements="C,H", smiles="CCO")
+    for name in ("keep", "like"):
+        with pytest.raises(InputError, match=f"--{name}: molecule 1 is int; give paths or RDKit"):
+            options_of(**{name: 5})
+    with pytest.raises(InputError, match=r"; choose smaller ones$"):
+        generator_of(networks["gdm"], formula="C900000")
     with pytest.raises(InputError, match="--formula CH4 has H, which --elements C forbids"):
         options_of(elements="C", formula="CH4")
     with pytest.raises(InputError, match="--formula does not go with --n-atoms"):

@@ -292,9 +292,11 @@ def wanted_ranges(where: Mapping[str, Any]) -> dict[str, Range | None]:
     Raises
     ------
     InputError
-        A value is neither.
+        A value is neither, or there are no names.
     """
     ranges: dict[str, Range | None] = {}
+    if not isinstance(where, Mapping) or not all(isinstance(name, str) for name in where):
+        raise InputError(f"where: expected values by name, such as {{'gap': 0.2}}, found {where!r}")
     for name, value in where.items():
         if value is None:
             ranges[name] = None

@@ -13,11 +13,16 @@ from pydantic import Field, Strict, model_validator
 from molgen_energy.chemistry.conformers import LONGEST_SMILES
 from molgen_energy.data.molecules import PROPERTIES, SHAPES, Molecules
 from molgen_energy.data.shards import Manifest, ShardFolder, check_unchanged, shards_folder
+from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError
 from molgen_energy.formats.yaml import YAMLFormat
 from molgen_energy.output import check_writable, open_to_append
-from molgen_energy.systems.molecules.control.base import MOST_RECORDS, Record
-from molgen_energy.systems.molecules.state import MOST_LEVELS, Atoms
+from molgen_energy.systems.molecules.control.base import (
+    LONGEST_SMARTS,
+    MOST_RECORDS,
+    Record,
+)
+from molgen_energy.systems.molecules.state import MOST_ATOMS, MOST_LEVELS, Atoms
 
 _DONE = ".done"
 _MOST = 10**9  # molecules of a job
@@ -94,11 +99,11 @@ class SamplingJob(Manifest):
     """Scale of classifier-free guidance, or the name of a function."""
     formula: dict[Text, Positive] | None = None
     """Atoms of each element."""
-    elements: list[Text] | None = None
+    elements: Annotated[list[Text], Field(min_length=1)] | None = None
     """The only elements of generated atoms."""
     keep: Annotated[list[Record], Field(min_length=1, max_length=MOST_RECORDS)] | None = None
     """Fixed atoms, in one record those of all fragments."""
-    keep_smarts: Text | None = None
+    keep_smarts: Annotated[str, Field(min_length=1, max_length=LONGEST_SMARTS)] | None = None
     """The pattern that chose them."""
     resample: Positive = 1
     """How often each step is taken."""
@@ -131,6 +136,16 @@ class SamplingJob(Manifest):
                 raise ValueError("where: expected the lowest before the highest value")
         if self.n_atoms is not None and self.n_atoms[0] > self.n_atoms[1]:
             raise ValueError("n_atoms: expected the fewest before the most atoms")
+        return self
+
+    @model_validator(mode="after")
+    def _possible(self) -> SamplingJob:
+        for name in (*(self.formula or {}), *(self.elements or [])):
+            atomic_number(name)
+        if sum((self.formula or {}).values()) > MOST_ATOMS:
+            raise ValueError(f"formula: expected at most {MOST_ATOMS:,} atoms")
+        if self.strength is not None and self.like is None:
+            raise ValueError("strength: there are no molecules to vary")
         return self
 
 

@@ -25,7 +25,7 @@ _EXCLUDE: dict[str, tuple[str, ...]] = {
     "formula": ("n_atoms", "like", "smiles"),
     "keep": ("like", "smiles"),
     "like": ("smiles", "n_atoms"),
-    "smiles": ("n_atoms", "consistent_charges"),
+    "smiles": ("n_atoms", "elements", "consistent_charges"),
 }
 """Options that do not go with one."""
 _NEED = {"keep_smarts": ("keep",), "strength": ("like",)}

@@ -21,7 +21,7 @@ from molgen_energy.systems.molecules.state import MOST_ATOMS
 _FORMULA = re.compile(r"(?:[A-Z][a-z]?[0-9]*)+", re.ASCII)
 _TERM = re.compile(r"([A-Z][a-z]?)([0-9]*)", re.ASCII)
 _LONGEST = 1000  # characters of a formula
-_DIGITS = 7  # of a count
+_DIGITS = 8  # of a count; more say the same as these, that there are too many atoms
 
 
 def parse_formula(text: str, option: str = "--formula") -> dict[str, int]:
@@ -35,6 +35,8 @@ def parse_formula(text: str, option: str = "--formula") -> dict[str, int]:
     InputError
         The text is no formula of neutral atoms, or names no element.
     """
+    if not isinstance(text, str):
+        raise InputError(f"{option}: expected a text such as C7H8N2, found {type(text).__name__}")
     shown = text if len(text) <= 60 else f"{text[:60]}…"
     stripped = text.strip()
     if len(stripped) > _LONGEST or not _FORMULA.fullmatch(stripped):
@@ -44,7 +46,7 @@ def parse_formula(text: str, option: str = "--formula") -> dict[str, int]:
     counts: Counter[str] = Counter()
     try:
         for name, number in _TERM.findall(stripped):
-            counts[symbol(atomic_number(name))] += int(number[:_DIGITS] or 1)
+            counts[symbol(atomic_number(name))] += int(number.lstrip("0")[:_DIGITS] or not number)
     except InputError as error:
         raise InputError(f"{option} {shown}: {error}") from None
     if not 1 <= counts.total() <= MOST_ATOMS:
@@ -143,9 +145,11 @@ class AllowedElements(Control):
 
     @classmethod
     def read(cls, value: Any, options: Mapping[str, Any]) -> list[str]:
-        names = value.split(",") if isinstance(value, str) else list(value)
+        names = value.split(",") if isinstance(value, str) else value
         try:
-            numbers = {atomic_number(name.strip()) for name in names}
+            if not isinstance(names, Iterable) or not (names := list(names)):
+                raise InputError(f"there is no element in {value!r}")
+            numbers = {atomic_number(str(name).strip()) for name in names}
         except InputError as error:
             raise InputError(f"--elements: {error}; expected symbols, such as C,N,O,H") from None
         allowed = [symbol(number) for number in sorted(numbers)]

@@ -8,9 +8,8 @@ Here the network is any unconditional one, by replacement and resampling (`Ancho
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +27,7 @@ from molgen_energy.diffusion.inpainting import AnchoredValues
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError, counted
 from molgen_energy.systems.molecules.control.base import (
+    LONGEST_SMARTS,
     Batch,
     Control,
     Network,
@@ -84,14 +84,14 @@ class Fragments(Control):
 
     @classmethod
     def read(cls, value: Any, options: Mapping[str, Any]) -> list[Record]:
-        several = not isinstance(value, (str, PathLike, Chem.Mol))
+        several = isinstance(value, Iterable) and not isinstance(value, (str, Chem.Mol))
         pattern = _pattern(options.get("keep_smarts"))
         inputs = [
             [
                 _chosen(source, molecule, pattern)
                 for source, molecule in read_molecules(item, "--keep")
             ]
-            for item in (list(value) if several else [value])
+            for item in (value if several else [value])
         ]
         if not inputs:
             raise InputError("--keep: there is no fragment; name at least one")
@@ -363,6 +363,8 @@ def _pattern(smarts: str | None) -> Chem.Mol | None:
     """The pattern of a SMARTS."""
     if smarts is None:
         return None
+    if not isinstance(smarts, str) or len(smarts) > LONGEST_SMARTS:
+        raise InputError(f"--keep-smarts: expected a text of at most {LONGEST_SMARTS:,} characters")
     with rdBase.BlockLogs():
         pattern = Chem.MolFromSmarts(smarts)
     if pattern is None or not pattern.GetNumAtoms():
