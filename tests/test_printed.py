@@ -148,6 +148,13 @@ def files(tmp_path_factory: pytest.TempPathFactory, sample_path: Path) -> Path:
             changes=small | extra,
             output=folder / "runs" / name,
         )
+    molgen_energy.train(
+        "qm9_jodo_conformers_cpu",
+        data=folder / "mine.h5",
+        steps=1,
+        changes=small,
+        output=folder / "runs" / "conformers",
+    )
     return folder
 
 
