@@ -86,7 +86,7 @@ class Conformers(Control):
     def bind(self, network: Network) -> None:
         if "bonds" not in network.layout:
             raise InputError(
-                f"--smiles: the model of {network.path} has no bonds, so it cannot take those of a "
+                f"--smiles: the model of {network.name} has no bonds, so it cannot take those of a "
                 "SMILES; name another with --checkpoint, such as one of `train --config "
                 "ccd_jodo_conformers_cpu`"
             )
