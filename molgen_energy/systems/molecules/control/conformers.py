@@ -175,8 +175,8 @@ class _StereoTally(Tally):
             return ()
         share = 100 * self._found / self._asked
         return (
-            f"{self._found:,} of {self._asked:,} conformers ({share:.1f} %) have the stereocentres "
-            "and double bonds that their SMILES specify",
+            f"of {self._asked:,} conformers whose SMILES specify stereocentres or double bonds, "
+            f"{self._found:,} ({share:.1f} %) have them",
         )
 
 
