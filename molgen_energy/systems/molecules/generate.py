@@ -201,6 +201,7 @@ class MoleculeGenerator:
         if state.condition is not None:
             self._condition = PropertyCondition.from_dict(state.condition.model_dump())
         self.warnings = self.control.warnings
+        self.wanted = ""
         if where is not None:
             if self._condition is None:
                 raise InputError(
@@ -208,6 +209,7 @@ class MoleculeGenerator:
                     "a network of `train --condition NAMES` with --checkpoint"
                 )
             self.warnings += self._condition.check(where)
+            self.wanted = self._condition.text(where)
         if low_precision:
             lower_precision(device)
         config = self.config.replaced({"training.low_precision": low_precision})
