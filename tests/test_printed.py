@@ -136,6 +136,13 @@ def files(tmp_path_factory: pytest.TempPathFactory, sample_path: Path) -> Path:
     (folder / "rdkit_folder/summary_drugs.json").write_text(json.dumps(summary))
     molgen_energy.preprocess(str(folder / "mols.sdf"), folder / "mine.h5")
     small = {"model.layers": 1, "model.width": 32, "training.batch_size": 8}
+    molgen_energy.train(
+        "qm9_jodo_conformers_cpu",
+        data=folder / "mine.h5",
+        steps=1,
+        changes=small,
+        output=folder / "runs" / "conformers",
+    )
     for name, extra in (
         ("mine", {}),
         ("energy", {}),

@@ -119,10 +119,11 @@ def sample_to(
     formula
         Atoms of each element, such as `C7H8N2`; with `keep` of the whole molecule.
     elements
-        The only elements of generated atoms, such as `C,N,O,H`.
+        The only elements that generated atoms may have, such as `C,N,O,H`.
     keep
-        Fixed atoms: an SDF or XYZ file or an RDKit molecule with a conformer, or several of them as
-        fragments of one molecule. They come out where they were. `n_atoms` then counts new atoms.
+        Fixed atoms: an SDF, XYZ or HDF5 file or an RDKit molecule with a conformer, or several of
+        them as fragments of one molecule. They come out where they were. `n_atoms` then counts new
+        atoms.
     keep_smarts
         Fixes only those atoms of `keep` that match a SMARTS pattern.
     resample
@@ -131,8 +132,8 @@ def sample_to(
         Molecules to vary: an SDF, XYZ or HDF5 file or RDKit molecules, with all hydrogens; `count`
         variants of each.
     strength
-        How far variants are from them, above 0 and at most 1, by default 0.3: the share of the time
-        of the noise that they go through (SDEdit: Meng et al., ICLR 2022).
+        How far variants are from them, above 0 and at most 1, by default 0.3: noise is added up to
+        this share of the diffusion time, and removed again (SDEdit: Meng et al., ICLR 2022).
     smiles
         Molecules whose conformers are drawn, `count` of each, by a network with bonds: a SMILES,
         several, or a .smi or .csv file of them.
@@ -446,10 +447,11 @@ def sample(
     formula
         Atoms of each element, such as `C7H8N2`; with `keep` of the whole molecule.
     elements
-        The only elements of generated atoms, such as `C,N,O,H`.
+        The only elements that generated atoms may have, such as `C,N,O,H`.
     keep
-        Fixed atoms: an SDF or XYZ file or an RDKit molecule with a conformer, or several of them as
-        fragments of one molecule. They come out where they were. `n_atoms` then counts new atoms.
+        Fixed atoms: an SDF, XYZ or HDF5 file or an RDKit molecule with a conformer, or several of
+        them as fragments of one molecule. They come out where they were. `n_atoms` then counts new
+        atoms.
     keep_smarts
         Fixes only those atoms of `keep` that match a SMARTS pattern.
     resample
@@ -458,8 +460,8 @@ def sample(
         Molecules to vary: an SDF, XYZ or HDF5 file or RDKit molecules, with all hydrogens; `count`
         variants of each.
     strength
-        How far variants are from them, above 0 and at most 1, by default 0.3: the share of the time
-        of the noise that they go through (SDEdit: Meng et al., ICLR 2022).
+        How far variants are from them, above 0 and at most 1, by default 0.3: noise is added up to
+        this share of the diffusion time, and removed again (SDEdit: Meng et al., ICLR 2022).
     smiles
         Molecules whose conformers are drawn, `count` of each, by a network with bonds: a SMILES,
         several, or a .smi or .csv file of them.

@@ -43,9 +43,12 @@ EXAMPLES = """
 molgen-energy sample -n 1000
 molgen-energy sample --checkpoint runs/mine --n-atoms 9-18 -o small.xyz
 molgen-energy sample -n 100 --temperature 0.8 -o cold.sdf
-molgen-energy sample -n 20 --keep fragment.sdf --n-atoms 3-8 -o grown.sdf
-molgen-energy sample -n 20 --keep a.sdf --keep b.sdf --n-atoms 6-10 --resample 4 -o linked.sdf
-molgen-energy sample -n 20 --formula C7H10O2 -o isomers.sdf
+molgen-energy sample --checkpoint runs/gap --where gap=0.3 --guidance 2
+molgen-energy sample --keep fragment.sdf -n 20
+molgen-energy sample --keep a.sdf --keep b.sdf --n-atoms 3-8 -n 20
+molgen-energy sample --keep scaffold.sdf --keep-smarts C1CC1 -n 20
+molgen-energy sample --like molecule.sdf --strength 0.3 -n 20
+molgen-energy sample --checkpoint runs/conformers --smiles CCO -n 20
 molgen-energy sample --tune --checkpoint runs/mine --steps 20
 molgen-energy sample --resume samples.sdf
 """
@@ -107,16 +110,17 @@ def command(
         metavar="NAME=X|A:B",
         rich_help_panel=_CONTROL,
         help="Property that molecules shall have, in the unit of the data: gap=0.2, or for a range "
-        "gap=0.2:0.25, with a network of `train --condition`. A name alone draws values from the "
-        "training molecules; that is the default for all. Repeat for several properties.",
+        "gap=0.2:0.25. Needs a network of `train --condition`. A name alone draws values from the "
+        "training molecules; that is the default for all. Repeat it for several properties.",
     ),
     guidance: float | None = typer.Option(
         None,
         "--guidance",
         metavar="S",
         rich_help_panel=_CONTROL,
-        help="Above 1, such as 2: molecules have the properties of --where more closely, and are "
-        "less diverse; takes twice the network evaluations. Default: 1, without.",
+        help="Scale of classifier-free guidance. Above 1, such as 2: molecules have the properties "
+        "of --where more closely, and are less diverse; takes twice the network evaluations. "
+        "Default: 1, without.",
     ),
     formula: str | None = typer.Option(
         None,
@@ -131,17 +135,18 @@ def command(
         "--elements",
         metavar="C,N,…",
         rich_help_panel=_CONTROL,
-        help="The only elements that generated atoms may have, hydrogen included: C,N,O,H.",
+        help="The only elements that generated atoms may have, such as C,N,O,H. Without H there "
+        "are no hydrogens.",
     ),
     keep: list[Path] = typer.Option(
         [],
         "--keep",
         metavar="FILE",
         rich_help_panel=_CONTROL,
-        help="Fragment that stays where it is, without the hydrogens in whose place new atoms are "
-        "to bind: SDF, XYZ or HDF5. Repeat it for several fragments, with a linker to generate "
-        "between them. --n-atoms then counts the NEW atoms, such as 3-8; -n the molecules of each "
-        "record.",
+        help="Fragment to complete: its atoms stay where they are, and the rest of the molecule is "
+        "generated. An SDF, XYZ or HDF5 file, without the hydrogens in whose place new atoms are "
+        "to bind. Repeat it for several fragments, between which a linker is generated. --n-atoms "
+        "then counts the NEW atoms, such as 3-8; -n the molecules of each record.",
     ),
     keep_smarts: str | None = typer.Option(
         None,
@@ -173,16 +178,18 @@ def command(
         "--strength",
         metavar="X",
         rich_help_panel=_CONTROL,
-        help="How far variants are from --like, above 0 and at most 1: the share of the time of "
-        "the noise that they go through; default: 0.3.",
+        help="How far variants are from --like: noise is added up to this share of the diffusion "
+        "time, and removed again. Near 0 the molecule comes back, at 1 only its size is left; "
+        "default: 0.3.",
     ),
     smiles: str | None = typer.Option(
         None,
         "--smiles",
         metavar="SMILES|FILE",
         rich_help_panel=_CONTROL,
-        help="Molecules whose conformers are drawn by a network with bonds, such as JODO: a "
-        "SMILES, or a .smi or .csv file. -n counts the conformers of each.",
+        help="Molecules whose conformers are drawn: a SMILES, or a .smi or .csv file. Needs a "
+        "network with bonds, such as one of `train --config qm9_jodo_conformers_cpu`. -n counts "
+        "the conformers of each.",
     ),
     output: Path | None = typer.Option(
         None,

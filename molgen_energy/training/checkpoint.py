@@ -35,7 +35,7 @@ from molgen_energy.output import (
     temporary_folder,
     with_filename,
 )
-from molgen_energy.training.pretrained import DEFAULT, SUMS, verify_checksums
+from molgen_energy.training.pretrained import DEFAULT, SUMS, verify_checksums, weights_directory
 from molgen_energy.training.state import Progress, RunState, State
 
 FORMAT = 3
@@ -133,6 +133,12 @@ class Checkpoint:
         path = real_path(self.path)
         run = path.parents[1] if path.parent.name == "checkpoints" else path
         return f"{display_path(Path(run.name))}, step {self.progress.step}"
+
+    @property
+    def name(self) -> str:
+        """For messages: the name of pretrained weights, else the path."""
+        shipped = real_path(self.path).parent == real_path(weights_directory())
+        return self.path.name if shipped else display_path(self.path)
 
     def load_weights(self, model: nn.Module, name: str) -> None:
         """Load the weights `model` or `ema` into a model of the same architecture.

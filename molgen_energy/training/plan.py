@@ -53,7 +53,7 @@ def describe_plan(task: Task) -> Iterator[str]:
     every = resolved(training.validate_every)
     yield (
         f"plan    {training.optimizer}, learning rate {resolved(training.lr):.2g}{muon}, "
-        f"{training.warmup_steps} steps of warm-up, average of weights {training.ema_decay:.4g}"
+        f"{training.warmup_steps} steps of warm-up, EMA decay {training.ema_decay:.4g}"
     )
     if task.validation_samples:
         patience = training.patience

@@ -422,6 +422,13 @@ def test_formulas_are_parsed():
             parse_formula(text)
 
 
+def test_elements_without_hydrogen_are_a_warning(networks):
+    warning = "--elements C,O allows no hydrogens; with them: --elements C,O,H"
+    assert generator_of(networks["gdm"], elements="O,C")[0].warnings == (warning,)
+    for options in ({"elements": "C,H"}, {"elements": "C,O", "formula": "CO2"}):
+        assert generator_of(networks["gdm"], **options)[0].warnings == ()
+
+
 def test_elements_and_formulas_that_do_not_go(networks):
     with pytest.raises(InputError, match="generates no Br; choose among H, C, N, O"):
         generator_of(networks["gdm"], formula="C2H5Br")

@@ -154,8 +154,8 @@ def test_of_two_mirror_images_the_one_that_is_asked_is_taken(trained, tmp_path, 
     options = {"smiles": smiles, "steps": 3, "count": 8}
     drawn, notes = draw(trained["joint"], tmp_path / "a.h5", **options)
     assert notes[0] == (
-        "16 of 16 conformers (100.0 %) have the stereocentres and double bonds that their SMILES "
-        "specify"
+        "of 16 conformers whose SMILES specify stereocentres or double bonds, 16 (100.0 %) have "
+        "them"
     )
     generator, count = generator_of(trained["joint"], **options)
     monkeypatch.setattr(generator.control, "_mirror", False)

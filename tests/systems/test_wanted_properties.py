@@ -370,7 +370,8 @@ def test_commands_take_properties(data, cli_here, tmp_path):
     sample = ("sample", "--checkpoint", "run", "-n", 2, "--overwrite", "-o", "a.xyz")
     done = cli_here(*sample, "--where", f"gap={outside}", "--where", "size=8:9", "--guidance", 2)
     assert "is outside of the training molecules' range" in done.stderr
-    assert "22 network evaluations each, guidance 2" in done.stderr
+    wanted = f"gap={outside:g} hartree, size=8:9"
+    assert f"22 network evaluations each, {wanted}, guidance 2" in done.stderr
     cli_here(*sample, "--where", "size=17", "--where", "gap")
     sizes = [len(record.atomic_numbers) for record in MoleculeReader(tmp_path / "a.xyz")]
     assert set(sizes) == {17}

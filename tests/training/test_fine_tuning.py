@@ -154,7 +154,7 @@ def test_the_command_says_what_it_chose(source, sample_path, few, tmp_path, cli_
     settings = [f"--set={key}={value}" for key, value in FEW.items()]
     said = cli_here("train", "--from", source, "--data", few, *settings, "--dry-run").stderr
     assert "from    source, step 2: " in said and "length  9 steps of 17 molecules" in said
-    rates = "learning rate 0.00015 (matrices 0.0005), 10 steps of warm-up, average of weights 0.9"
+    rates = "learning rate 0.00015 (matrices 0.0005), 10 steps of warm-up, EMA decay 0.9"
     assert f"plan    muon, {rates}\n" in said
     assert "checks  258 evaluations every 2 steps; ends after 8 without better weights\n" in said
     data = written(sample_path, tmp_path / "d.h5", 5, 0)

@@ -235,6 +235,15 @@ class PropertyCondition:
         place = (random.uniform(Stream.SIZE).cpu().double().numpy() * count).astype(np.int64)
         return torch.from_numpy(self.atoms[near[np.arange(len(near)), place]])
 
+    def text(self, where: Where) -> str:
+        """Wanted values with their units: `gap=0.2 hartree, mu=1:2 D`; empty if there are none."""
+        units = dict(zip(self.names, self.units, strict=True))
+        return ", ".join(
+            f"{name}={range_text(*wanted)} {units[name]}".rstrip()
+            for name, wanted in where.items()
+            if wanted is not None
+        )
+
     def check(self, where: Where) -> tuple[str, ...]:
         """What to know about wanted properties, a line each: which leave the range of training.
 

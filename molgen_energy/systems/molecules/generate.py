@@ -183,12 +183,12 @@ class MoleculeGenerator:
         self._given = tuple(self.config.objective.given_fields)
         equivariant = MODELS[self.config.model.name].equivariant
         network = Network(
-            self.layout, statistics, trained_sizes, sizes, checkpoint.path, self._given, equivariant
+            self.layout, statistics, trained_sizes, sizes, checkpoint.name, self._given, equivariant
         )
         self.control.bind(network)
         if self._given and not self.control.gives:
             raise InputError(
-                f"{checkpoint.path} draws positions of given molecules; name them with --smiles or "
+                f"{checkpoint.name} draws positions of given molecules; name them with --smiles or "
                 "--like"
             )
         most = self._sizes.largest if self.control.largest is None else self.control.largest
@@ -203,14 +203,16 @@ class MoleculeGenerator:
         self.where, self._condition = where, None
         if state.condition is not None:
             self._condition = PropertyCondition.from_dict(state.condition.model_dump())
-        self.warnings: tuple[str, ...] = ()
+        self.warnings = self.control.warnings
+        self.wanted = ""
         if where is not None:
             if self._condition is None:
                 raise InputError(
-                    f"{checkpoint.path} was trained without properties; leave out --where, or name "
+                    f"{checkpoint.name} was trained without properties; leave out --where, or name "
                     "a network of `train --condition NAMES` with --checkpoint"
                 )
-            self.warnings = self._condition.check(where)
+            self.warnings += self._condition.check(where)
+            self.wanted = self._condition.text(where)
         if low_precision:
             lower_precision(device)
         config = self.config.replaced({"training.low_precision": low_precision})
@@ -278,14 +280,14 @@ class MoleculeGenerator:
             raise InputError(
                 f"--guidance {guidance:g}: expected a number from 0 to {_MOST_GUIDANCE:,}"
             )
-        section, path = self.config.condition, self.checkpoint.path
+        section, name = self.config.condition, self.checkpoint.name
         if self._condition is None or not isinstance(section, PropertyConditionConfig):
             raise InputError(
-                f"--guidance {guidance:g}: {path} was trained without properties; leave it out"
+                f"--guidance {guidance:g}: {name} was trained without properties; leave it out"
             )
         if not section.knows_none:
             raise InputError(
-                f"--guidance {guidance:g}: {path} was never trained without its properties; leave "
+                f"--guidance {guidance:g}: {name} was never trained without its properties; leave "
                 "it out, or train with --set condition.dropout=0.1"
             )
         return ClassifierFreeGuidance(self.model, guidance)

@@ -57,10 +57,11 @@ class _MoleculeSampling:
         elif generator.guidance != 1:
             guidance = f", guidance {generator.guidance:g}"
             evaluations *= ClassifierFreeGuidance.evaluations
+        wanted = f", {generator.wanted}" if generator.wanted else ""
         self.method = (
             f"{generator.sampler_name}{positions}, {visits}, "
             f"{counted(evaluations, 'network evaluations')} each"
-            f"{temperature and ', '}{temperature}{guidance}"
+            f"{temperature and ', '}{temperature}{wanted}{guidance}"
         )
         self.warnings = generator.warnings
 

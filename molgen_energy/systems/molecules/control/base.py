@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -162,7 +161,7 @@ class Network(NamedTuple):
     """Atoms of the training molecules."""
     n_atoms: tuple[int, int] | None
     """Fewest and most atoms that are asked for."""
-    path: Path
+    name: str
     """Of the checkpoint, for messages."""
     given: tuple[str, ...] = ()
     """Fields that it gets without noise, see `GivenFields`."""
@@ -286,6 +285,11 @@ class Control:
         """What was asked and fixed, for the file of molecules, by name."""
         return {}
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Lines for the user before the first molecule."""
+        return ()
+
     def tally(self) -> Tally:
         """A new count for the notes at the end."""
         return Tally()
@@ -328,6 +332,10 @@ class Controls(Control):
         for control in self._controls:
             control.each = self.each
             control.bind(network)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(warning for control in self._controls for warning in control.warnings)
 
     @property
     def largest(self) -> int | None:

@@ -72,7 +72,7 @@ def check_elements(names: Iterable[str], network: Network, what: str) -> None:
     known = [symbol(number) for number in network.statistics.elements]
     if foreign := [name for name in names if name not in known]:
         raise InputError(
-            f"{what}: {network.path} generates no {' and no '.join(foreign)}; choose among "
+            f"{what}: {network.name} generates no {' and no '.join(foreign)}; choose among "
             f"{', '.join(known)}"
         )
 
@@ -137,10 +137,12 @@ class AllowedElements(Control):
     ----------
     elements
         Their symbols.
+    formula
+        Whether a formula names all atoms.
     """
 
-    def __init__(self, elements: Iterable[str]) -> None:
-        self._elements = tuple(elements)
+    def __init__(self, elements: Iterable[str], formula: bool = False) -> None:
+        self._elements, self._formula = tuple(elements), formula
         self._forbidden: list[int] = []
 
     @classmethod
@@ -165,7 +167,7 @@ class AllowedElements(Control):
 
     @classmethod
     def of_options(cls, options: Mapping[str, Any]) -> AllowedElements:
-        return cls(options["elements"])
+        return cls(options["elements"], options["formula"] is not None)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -179,6 +181,13 @@ class AllowedElements(Control):
             for place, number in enumerate(network.statistics.elements)
             if number not in allowed
         ]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        if "H" in self._elements or self._formula:
+            return ()
+        asked = ",".join(self._elements)
+        return (f"--elements {asked} allows no hydrogens; with them: --elements {asked},H",)
 
     def hook(self, batch: Batch) -> SamplingHook | None:
         return _WithoutElements.of_batch(batch, self._forbidden) if self._forbidden else None

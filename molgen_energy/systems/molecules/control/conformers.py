@@ -89,7 +89,7 @@ class Conformers(Control):
     def bind(self, network: Network) -> None:
         if "bonds" not in network.layout:
             raise InputError(
-                f"--smiles: the model of {network.path} has no bonds, so it cannot take those of a "
+                f"--smiles: the model of {network.name} has no bonds, so it cannot take those of a "
                 "SMILES; name another with --checkpoint, such as one of `train --config "
                 "ccd_jodo_conformers_cpu`"
             )
@@ -178,8 +178,8 @@ class _StereoTally(Tally):
             return ()
         share = 100 * self._found / self._asked
         return (
-            f"{self._found:,} of {self._asked:,} conformers ({share:.1f} %) have the stereocentres "
-            "and double bonds that their SMILES specify",
+            f"of {self._asked:,} conformers whose SMILES specify stereocentres or double bonds, "
+            f"{self._found:,} ({share:.1f} %) have them",
         )
 
 

@@ -172,7 +172,7 @@ class Fragments(Control):
         sizes = network.sizes.at_least(kept + 1)
         if sizes is None:
             raise InputError(
-                f"{name} has {counted(kept, 'atoms')}, and the molecules that {network.path} was "
+                f"{name} has {counted(kept, 'atoms')}, and the molecules that {network.name} was "
                 f"trained on have at most {network.sizes.largest}; fix fewer atoms, or name the "
                 "number of new ones with --n-atoms"
             )
@@ -347,9 +347,10 @@ class _ValidTally(Tally):
 
     def notes(self) -> tuple[str, ...]:
         share = 100 * self._valid / max(self._all, 1)
+        remedy = "; more are with a larger --resample, which takes longer" if share < 50 else ""
         return (
             f"in {self._valid:,} of {counted(self._all, 'molecules')} ({share:.0f} %) fixed and "
-            "new atoms are one valid molecule",
+            f"new atoms are one valid molecule{remedy}",
         )
 
 

@@ -75,6 +75,11 @@ def _molecules(items: list[Any], option: str) -> Iterator[tuple[str, Molecule]]:
     for number, item in enumerate(items, start=1):
         if isinstance(item, (str, PathLike)):
             path = named_path(Path(item))
+            if not path.exists():
+                raise InputError(
+                    f"{option}: {display_path(path)} does not exist; expected a file of molecules "
+                    "with coordinates, SDF, XYZ or HDF5"
+                )
             for chunk in FileSource(path).chunks():
                 name = display_path(Path(path.name))
                 for record, molecule in zip(chunk.records.tolist(), chunk.molecules, strict=True):
