@@ -347,10 +347,9 @@ class _ValidTally(Tally):
 
     def notes(self) -> tuple[str, ...]:
         share = 100 * self._valid / max(self._all, 1)
-        remedy = "; more are with a larger --resample, which takes longer" if share < 50 else ""
         return (
             f"in {self._valid:,} of {counted(self._all, 'molecules')} ({share:.0f} %) fixed and "
-            f"new atoms are one valid molecule{remedy}",
+            "new atoms are one valid molecule",
         )
 
 
