@@ -220,7 +220,7 @@ def test_variants_begin_with_the_noisy_molecule_and_end_in_its_frame(trained):
     from molgen_energy.systems.molecules.control.base import Batch
 
     clean = generator.control.start(Batch(numbers, mask, generator.layout))
-    generator.model = perfect = Perfect(clean)
+    generator._denoiser = perfect = Perfect(clean)
     drawn = generator.draw(numbers)
     expected = [m.GetConformer().GetPositions() for m in molecules for _ in range(2)]
     np.testing.assert_allclose(drawn.positions, np.concatenate(expected), atol=1e-3)
