@@ -42,7 +42,7 @@ molgen-energy train --loss energy
 molgen-energy train --loss mse --data mine.h5 --epochs 200 -o runs/mine
 molgen-energy train --config qm9_gdm_aug --dry-run
 molgen-energy train --from qm9_energy --data mine.h5
-molgen-energy train --config qm9_gdm_pairs --data qm9.h5 --condition gap,alpha -o runs/gap
+molgen-energy train --data qm9.h5 --condition gap,alpha -o runs/gap
 molgen-energy train --config distil --teacher qm9_energy --data qm9.h5
 molgen-energy train --resume runs/mine
 """
