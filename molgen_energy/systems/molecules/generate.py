@@ -175,6 +175,8 @@ class MoleculeGenerator:
         state = checkpoint.state_as(MoleculeState)
         if sizes is not None and not 1 <= sizes[0] <= sizes[1]:
             raise InputError(f"sizes {sizes[0]}-{sizes[1]}: expected 1 or more atoms, ascending")
+        if sizes is not None:  # before a table of them is made
+            _check_size(sizes[1], "choose smaller ones with --n-atoms")
         trained_sizes = SizeDistribution(state.size_histogram)
         self._sizes = trained_sizes if sizes is None else SizeDistribution.uniform(*sizes)
         statistics = MoleculeStatistics.of_state(state)
@@ -192,11 +194,10 @@ class MoleculeGenerator:
                 "--like"
             )
         most = self._sizes.largest if self.control.largest is None else self.control.largest
-        what = f"a molecule of {most:,} atoms"
         remedy = "choose smaller ones"
         if not self.control.gives and not self.control.options.get("formula"):
             remedy = f"{remedy} with --n-atoms"
-        check_memory(_BYTES_OF_PAIR * most**2, what, remedy)
+        _check_size(most, remedy)
         self.charges = None
         if consistent_charges:
             self.charges = ConsistentCharges(self.layout, statistics, checkpoint, device)
@@ -362,6 +363,11 @@ class MoleculeGenerator:
             for name, count in zip(CHARGE_COUNTS, counts.cpu().double().numpy(), strict=True):
                 properties[name] = Property(count, "atoms")
         return self.control.finish(_molecules(decoded, mask, properties), numbers)
+
+
+def _check_size(atoms: int, remedy: str) -> None:
+    """Raise `InputError` if a molecule of so many atoms does not fit into memory."""
+    check_memory(_BYTES_OF_PAIR * atoms**2, f"a molecule of {atoms:,} atoms", remedy)
 
 
 def _noise_of(stored: SamplingState) -> dict[str, float]:
