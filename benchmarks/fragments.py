@@ -7,8 +7,9 @@ Cuts held-out molecules (test split) into atoms that stay and atoms to generate,
 `part`, one side of a single bond outside of rings; `linker`, what joins two ends; `groups`, all but
 the scaffold of Bemis and Murcko with its hydrogens. Hydrogens go with their atom. `sample --keep`
 gets the fixed atoms and the number of the others, once for each number in --resample. Beside the
-samples: `substituents`, which puts in place of the side that is cut off one of a training molecule
-with as many atoms, at random, in the direction of the bond (parts alone).
+samples: `replacement`, without the anchors at open valences and without repeats (--replacement);
+`substituents`, which puts in place of the side that is cut off one of a training molecule with as
+many atoms, at random, in the direction of the bond (parts alone).
 
 Measures, with 95 % intervals of bootstraps over molecules: `valid`, samples that RDKit sanitises in
 one fragment; `complete`, those without missing hydrogens; `unique`, distinct ones among the
@@ -46,6 +47,7 @@ from molgen_energy.cli.console import exit_on_error, say
 from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.data.molecules import Molecule, Molecules
 from molgen_energy.output import atomic_write
+from molgen_energy.systems.molecules.control import fragments
 
 Bool = NDArray[np.bool_]
 KINDS = ("part", "linker", "groups")
@@ -53,6 +55,7 @@ _SHOWN = ("qed", "sa_score", "rings")
 COLUMNS = ("valid", "complete", "unique", "recovered", "novel", *_SHOWN, "moved")
 _FEWEST_NEW, _FEWEST_KEPT = 2, 3  # atoms without hydrogens
 _DRAWS = 1000  # of the bootstrap
+_HELD_UNTIL = fragments.HELD_UNTIL
 _TRIED = 3000  # training molecules with substituents
 
 
@@ -91,6 +94,7 @@ def main() -> None:
     parser.add_argument("--molecules", type=int, default=100, help="of each kind")
     parser.add_argument("--samples", type=int, default=5, help="of each molecule")
     parser.add_argument("--resample", type=int, nargs="+", default=[1, 10])
+    parser.add_argument("--replacement", action="store_true", help="also without anchors")
     parser.add_argument("--steps", type=int, help="of the sampler; default: of the checkpoint")
     parser.add_argument("--sampler", help="default: of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
@@ -114,6 +118,9 @@ def run(arguments: argparse.Namespace) -> None:
         for resample in arguments.resample:
             drawn = _drawn(cuts, kind, resample, arguments)
             rows.append(_row(kind, f"resample {resample}", measure(cuts, drawn, known), rng))
+        if arguments.replacement:
+            drawn = _drawn(cuts, kind, 0, arguments)
+            rows.append(_row(kind, "replacement", measure(cuts, drawn, known), rng))
         if kind == "part":
             attached = list(_attached(cuts, training, arguments.samples, rng))
             rows.append(_row(kind, "substituents", measure(cuts, attached, known), rng))
@@ -237,7 +244,10 @@ def _hydrogens_of(molecule: Chem.Mol, atoms: Bool) -> Bool:
 def _drawn(
     cuts: Sequence[Cut], kind: str, resample: int, arguments: argparse.Namespace
 ) -> list[Molecules]:
-    """Samples of each cut, the cuts with equally many new atoms in one job."""
+    """Samples of each cut, the cuts with equally many new atoms in one job.
+
+    `resample` 0 is replacement without anchors.
+    """
     groups: dict[int, list[int]] = defaultdict(list)
     for number, cut in enumerate(cuts):
         groups[int((~cut.kept).sum())].append(number)
@@ -245,16 +255,17 @@ def _drawn(
     for new, numbers in sorted(groups.items()):
         some = [_kept(cuts[number]) for number in numbers]
         sampler = arguments.sampler or "default"
-        name = f"{kind}-{arguments.checkpoint}-{sampler}-{arguments.steps}-{resample}-{new}.h5"
-        path = arguments.work / name.replace("/", "_")
+        how = f"{sampler}-{arguments.steps}-{resample}-{arguments.samples}"
+        path = arguments.work / f"{kind}-{arguments.checkpoint}-{how}-{new}.h5".replace("/", "_")
         if not path.exists():
+            fragments.HELD_UNTIL = np.inf if resample == 0 else _HELD_UNTIL
             sample_to(
                 path,
                 arguments.samples,
                 checkpoint=arguments.checkpoint,
                 keep=_written(some, path.with_suffix(".keep.sdf")),
                 n_atoms=new,
-                resample=resample,
+                resample=max(resample, 1),
                 steps=arguments.steps,
                 sampler=arguments.sampler,
                 seed=arguments.seed,

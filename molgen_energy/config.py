@@ -47,6 +47,7 @@ Layers = Annotated[Whole, Field(gt=0, le=1000)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 Self = TypeVar("Self", bound="Config")
+Value = TypeVar("Value")
 
 _OPTIONS = "the given options"  # source of the changes of `replaced`, in messages
 
@@ -82,6 +83,12 @@ def positive_or(*names: str) -> AfterValidator:
 
 
 PositiveOrAuto = Annotated[float | str, positive_or("auto")]
+
+
+def resolved(value: Value | Auto) -> Value:
+    """A value of a configuration whose `auto` was replaced."""
+    assert value != "auto"
+    return value
 
 
 class Section(BaseModel):
@@ -213,9 +220,10 @@ class TrainingConfig(Section):
     Either `batch_size` or `pairs_per_batch` sets the size of batches.
     """
 
-    steps: PositiveInt | None = None
+    steps: PositiveInt | Auto | None = None
+    """`auto`, here and below, suits the number of training samples: see `training.plan`."""
     epochs: PositiveInt | None = None
-    batch_size: PositiveInt | None = 64
+    batch_size: PositiveInt | Auto | None = 64
     """Samples in a batch; null where `pairs_per_batch` is set."""
     pairs_per_batch: PositiveInt | None = None
     """Pairs of atoms in a batch of molecules, B·N² with padding; a larger molecule is a batch of
@@ -230,7 +238,7 @@ class TrainingConfig(Section):
     decay: Literal["none", "cosine"] = "none"
     """Learning rate after the warm-up: constant, or a half cosine to zero at the last step."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-12
-    ema_decay: _Decay = 0.9999
+    ema_decay: _Decay | Auto = 0.9999
     adam_betas: tuple[_Decay, _Decay] = (0.9, 0.999)
     """Decay of the two averages of AdamW."""
     clip_gradients: bool = True
@@ -244,7 +252,17 @@ class TrainingConfig(Section):
     """A run, a checkpoint, or the name of pretrained weights, whose EMA weights training starts
     from; null draws random ones."""
     log_every: PositiveInt = 50
-    validate_every: PositiveInt = 1000
+    validate_every: PositiveInt | Auto = 1000
+    patience: PositiveInt | None = None
+    """Validations in a row without better weights after which training ends; null takes all
+    steps."""
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Weights are the best ones so far if their validation loss is below the lowest, or above it by
+    less than this share."""
+    sample_from: Literal["last", "best"] = "last"
+    """The checkpoint that stands for the run where none is named, such as in `sample`: the last
+    one, or that of the best validation loss. With `best` the initial weights are validated too,
+    and are the best ones if training only spoils them."""
     checkpoint_every: PositiveInt = 1000
 
     @model_validator(mode="before")

@@ -36,7 +36,8 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
         name = f"{name[:_MOST_SHOWN]}…"
     closest = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean '{closest[0]}'?" if closest else ""
-    return f"unknown {kind} '{name}'{hint} (valid: {', '.join(names)})"
+    valid_names = f"valid: {', '.join(names)}" if names else "there is none"
+    return f"unknown {kind} '{name}'{hint} ({valid_names})"
 
 
 def counted(number: int, plural: str) -> str:

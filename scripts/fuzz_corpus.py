@@ -96,8 +96,11 @@ def build(folder: Path) -> None:
     with _inside(folder / "run"):
         shutil.copy(folder / "molecules/molecules.h5", ".")
         _train("quick", "molecules.h5")
+    with _inside(folder / "properties"):
+        shutil.copy(folder / "molecules/molecules.h5", "properties.h5")
+        _train("qm9_properties", "properties.h5")
     (folder / "config").mkdir()
-    for system in ("shapes", "spins"):
+    for system in ("shapes", "spins", "properties"):
         shutil.copy(folder / f"{system}/{system}.h5", folder / "config")
         _copy_config(folder / f"{system}/run", folder / f"config/{system}.yaml")
     shutil.copy(folder / "molecules/molecules.h5", folder / "config")
@@ -230,7 +233,8 @@ def _write_text(path: Path, molecules: Molecules) -> None:
 
 
 def _train(config: str, data: str) -> None:
-    changes = TINY | ({"process.steps": 4} if config == "quick" else {"training.epochs": None})
+    own = {"quick": {"process.steps": 4}, "qm9_properties": {"properties": ["gap", "mu"]}}
+    changes = TINY | own.get(config, {"training.epochs": None})
     train(config, data=data, changes=changes, output="run", device="cpu")
 
 

@@ -172,6 +172,12 @@ def _yaml_targets() -> list[Target]:
         Target("run", f"{last}/optimizer.safetensors", tensors, [resume]),
         Target("run", "run/metrics.csv", (*_TEXT, damaged_bytes()), [resume]),
     ]  # fmt: skip
+    goes_on = Command(("train", "--resume", "run", "--steps", "3", "--data", "properties.h5"))
+    of_properties = [
+        Target("properties", f"{last}/state.yaml", _yaml_mutators(_schema("state-properties")),
+               [goes_on]),
+        Target("properties", f"{last}/model.safetensors", tensors, [goes_on]),
+    ]  # fmt: skip
     weights = Command(("sample", "-n", "2", "--checkpoint", "weights", "-o", "out.sdf"), "out.sdf")
     released = [
         Target("weights", f"weights/{file}", tensors, [weights])
@@ -195,7 +201,7 @@ def _yaml_targets() -> list[Target]:
                 "shards", f"{output}.shards/*.shard", (damaged_bytes(SAME), emptied_or_same), [job]
             )
         )
-    return [*configs, *run, *released, *shards]
+    return [*configs, *run, *of_properties, *released, *shards]
 
 
 TARGETS: Sequence[Target] = (*_hdf5_targets(), *_yaml_targets(), *_text_targets())

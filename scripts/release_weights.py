@@ -71,7 +71,7 @@ def release(arguments: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(arguments.run, weights=["ema"])
     config = checkpoint.config_as(MoleculeConfig)
     progress = checkpoint.state["progress"]
-    if progress["step"] != config.training.steps:
+    if config.training.sample_from == "last" and progress["step"] != config.training.steps:
         raise InputError(
             f"{arguments.run} ends at step {progress['step']} of {config.training.steps}; "
             f"continue with molgen-energy train --resume {arguments.run}"

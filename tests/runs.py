@@ -66,7 +66,7 @@ def tiny(**changes) -> Config:
 
 
 def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_checkpoint(run).read_tensors(name)
+    return load_checkpoint(run, "last").read_tensors(name)
 
 
 def rewrite_weights(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], None]):

@@ -16,6 +16,7 @@ import pytest
 
 from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.errors import InputError
+from molgen_energy.metrics.statistics import Estimate
 from molgen_energy.training.checkpoint import load_checkpoint
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -371,3 +372,17 @@ def test_one_command_trains_and_compares(losses, sample_path, tmp_path, monkeypa
     with (tmp_path / "work" / "springs.csv").open(newline="") as file:
         rows = [(row["label"], row["temperature"]) for row in csv.DictReader(file)]
     assert rows == [("mse", "1"), ("constant", "1"), ("data", "")]
+
+
+# -- benchmarks/properties.py ---------------------------------------------------------------------
+
+
+def test_the_table_of_properties(importable):
+    """Orbital energies in meV, others as they are, and EDM's figures below."""
+    properties = importlib.import_module("properties")
+    found = Estimate(0.01, (0.009, 0.012), 50)
+    row = properties.Row("ours", {"gap": found, "mu": Estimate(1.234, (1.1, 1.3), 50)})
+    lines = properties.markdown(["gap", "mu"], [row]).splitlines()
+    assert lines[0] == "| mean absolute error | Δε, meV | μ, D |"
+    assert lines[2] == "| ours | 272 [245, 327] | 1.23 [1.10, 1.30] |"
+    assert "| EDM, a network for each property | 655 | 1.111 |" in lines

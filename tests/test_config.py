@@ -20,13 +20,15 @@ from molgen_energy.errors import InputError
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.registry import load_config
 from molgen_energy.training.loop import total_steps
+from molgen_energy.training.plan import planned_values
 
 
 @pytest.mark.parametrize("name", config_names())
 def test_every_shipped_config_is_whole(name):
     config = load_config(name)
     assert config.name == name
-    assert total_steps(config.training, EpochStarts(10)) > 0
+    planned = config.replaced(planned_values(config.training, 100))
+    assert total_steps(planned.training, EpochStarts(10)) > 0
     assert load_config(name) == config
 
 

@@ -163,7 +163,7 @@ def test_from_an_sdf_to_generated_bonds_and_charges(tmp_path, monkeypatch, data,
         assert float(record.GetProp("condition_logp")) == pytest.approx(1.5)
 
     # A self-conditioned network in two passes, which a resumed job keeps.
-    passes = {"steps": 3, "self_condition_passes": 2, "seed": 1, "condition": {"logp": 1.5}}
+    passes = {"steps": 3, "self_condition_passes": 2, "seed": 1, "where": {"logp": 1.5}}
     molgen_energy.sample(2, "passes.sdf", checkpoint="run", **passes)
     assert Path("passes.sdf").read_text().count(">  <self_condition_passes>\n2\n") == 2
     once = molgen_energy.sample(2, checkpoint="run", **passes | {"self_condition_passes": 1})

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from rdkit import Chem
+from rdkit.Chem import rdDistGeom
 from runs import run_command
 
 import molgen_energy
@@ -76,6 +77,17 @@ def each_page_with(found):
     return pytest.mark.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
 
 
+def mol_block(smiles: str, drop: int, shift: float) -> str:
+    """A molecule in three dimensions, without some of its last hydrogens."""
+    molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
+    rdDistGeom.EmbedMolecule(molecule, randomSeed=1)
+    part = Chem.RWMol(molecule)
+    for _ in range(drop):
+        part.RemoveAtom(part.GetNumAtoms() - 1)
+    part.GetConformer().SetPositions(part.GetConformer().GetPositions() + shift)
+    return Chem.MolToMolBlock(part)
+
+
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory, sample_path: Path) -> Path:
     """The files that commands name."""
@@ -92,6 +104,13 @@ def files(tmp_path_factory: pytest.TempPathFactory, sample_path: Path) -> Path:
                 for key, value in (("gap", 0.2), ("mu", 1.5), ("name", number)):
                     molecule.SetProp(key, str(value))
                 sdf.write(molecule)
+    for name, text, drop in (
+        ("fragment", "CCO", 1),
+        ("a", "CO", 1),
+        ("b", "CN", 1),
+        ("scaffold", "C1CC1C", 0),
+    ):
+        (folder / f"{name}.sdf").write_text(mol_block(text, drop, 5.0 * (name == "b")))
     smiles = [f"{text} {number}" for number, text in enumerate(("CCO", "CC=O", "C1CC1O", "CCN"))]
     for name in ("mols.smi", "mine.smi"):
         (folder / name).write_text("\n".join(smiles * 3))
@@ -117,6 +136,13 @@ def files(tmp_path_factory: pytest.TempPathFactory, sample_path: Path) -> Path:
     (folder / "rdkit_folder/summary_drugs.json").write_text(json.dumps(summary))
     molgen_energy.preprocess(str(folder / "mols.sdf"), folder / "mine.h5")
     small = {"model.layers": 1, "model.width": 32, "training.batch_size": 8}
+    molgen_energy.train(
+        "qm9_jodo_conformers_cpu",
+        data=folder / "mine.h5",
+        steps=1,
+        changes=small,
+        output=folder / "runs" / "conformers",
+    )
     for name, extra in (
         ("mine", {}),
         ("energy", {}),
@@ -162,6 +188,13 @@ def shortened(arguments: list[str]) -> list[str]:
         # Weights have the size of their network.
         small = [] if {"--from", "--teacher"} & set(words) else TINY[:4]
         short += small if shapes else [*small, *TINY[4:]]
+        if "--from" in words and "--config" not in words:
+            short += [
+                "--set",
+                "training.validation_draws=1",
+                "--set",
+                "training.validation_molecules=2",
+            ]
     if name == "sample" and not resumed and "list" not in words:
         if "-n" not in words and not Path("spins.h5").exists():
             short += ["-n", "2"]
@@ -334,7 +367,9 @@ def test_extras_that_are_printed_exist():
 def test_every_printed_configuration_is_shipped():
     text = (ROOT / "docs" / "how_to" / "training.md").read_text(encoding="utf-8")
     rows = re.findall(
-        r"^\| (`\w+`[^|]*)\| (?:GDM|EDM|JODO|Transformer|MLP|CNN|the same)", text, re.MULTILINE
+        r"^\| (`\w+`[^|]*)\| (?:GDM|EDM|JODO|Transformer|Invariant|MLP|CNN|the same)",
+        text,
+        re.MULTILINE,
     )
     listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert sorted(listed) == sorted(config_names())

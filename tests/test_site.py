@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from html.parser import HTMLParser
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -83,8 +84,13 @@ def test_the_site_shows_outputs_of_notebooks_and_public_names(site):
 
 
 def kinds_of_outputs(cells) -> list[list[str]]:
-    outputs = [output for cell in cells for output in cell.get("outputs", ())]
-    return [sorted(output.get("data", {output.get("name"): None})) for output in outputs]
+    """Of each cell; of text that was printed piece by piece, once."""
+    outputs = [
+        (number, sorted(output.get("data", {output.get("name"): None})))
+        for number, cell in enumerate(cells)
+        for output in cell.get("outputs", ())
+    ]
+    return [kinds for (_, kinds), _ in groupby(outputs)]
 
 
 @pytest.mark.slow

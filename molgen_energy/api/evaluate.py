@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ def evaluate(
     timeout: float | None = None,
     skip_bad: bool | None = None,
     per_molecule: bool | None = None,
+    predictor: str | PathLike[str] | None = None,
     progress: ProgressCallback = no_progress,
     peers: Sequence[Connection] = (),
 ) -> Report:
@@ -89,6 +91,10 @@ def evaluate(
     per_molecule
         Whether to keep the results of each molecule, in `report.molecules`; by default yes, for
         molecules.
+    predictor
+        A run on properties (`train --config qm9_properties`) that predicts the properties which
+        samples were asked for, beside its own error on real molecules of `reference` or of its
+        data; or `xtb`: GFN2-xTB, calibrated on `reference`, for the first `subset` molecules.
     progress
         Called with the number of finished molecules of all files, and their total if it is known.
         By default a notebook shows a bar.
@@ -126,6 +132,7 @@ def evaluate(
         "timeout": timeout,
         "skip_bad": skip_bad,
         "per_molecule": per_molecule,
+        "predictor": predictor,
     }
     given = {name: value for name, value in options.items() if value is not None}
     evaluator = EVALUATORS[system]

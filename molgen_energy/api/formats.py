@@ -11,6 +11,7 @@ from molgen_energy.formats.yaml import YAMLFormat
 from molgen_energy.metrics.reference import STATISTICS
 from molgen_energy.systems.molecules.shards import SAMPLING_MANIFEST
 from molgen_energy.systems.molecules.state import MOLECULE_STATE
+from molgen_energy.systems.properties.config import PROPERTY_STATE
 from molgen_energy.systems.shapes.files import SHAPES
 from molgen_energy.systems.shapes.system import SHAPE_STATE
 from molgen_energy.systems.spins.files import COUPLINGS, SPINS
@@ -24,6 +25,7 @@ FORMATS: dict[str, HDF5Format | NpzFormat | YAMLFormat] = {
     "couplings": COUPLINGS,
     "statistics": STATISTICS,
     "state-molecules": MOLECULE_STATE,
+    "state-properties": PROPERTY_STATE,
     "state-shapes": SHAPE_STATE,
     "state-spins": SPIN_STATE,
     "manifest-sample": SAMPLING_MANIFEST,

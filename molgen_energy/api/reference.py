@@ -59,6 +59,9 @@ PAGES: tuple[Page, ...] = (
                 "ConformerScores", "conformer_rmsd", "heavy_atoms",
             ),
             "molgen_energy.metrics.statistics": ("Rate", "Mean", "Estimate", "RealRange"),
+            "molgen_energy.systems.properties.predictor": ("load_predictor", "NetworkPredictor"),
+            "molgen_energy.metrics.property_errors": ("PropertyPredictor", "property_metrics"),
+            "molgen_energy.chemistry.xtb_properties": ("xtb_properties",),
         },
     ),
     Page(

@@ -30,13 +30,6 @@ def load_run(folder: str | PathLike[str]) -> Run:
     path = named_path(Path(folder))
     if (path / "state.yaml").is_file():
         raise InputError(f"{path} is a checkpoint; name its run, {path.parent.parent}")
-    checkpoint = load_checkpoint(path)
-    progress = checkpoint.state["progress"]
-    return Run(
-        path,
-        progress["step"],
-        progress["seconds"],
-        progress["last_valid"],
-        progress["skipped"],
-        checkpoint.config_as(system_of_checkpoint(checkpoint).config),
-    )
+    checkpoint = load_checkpoint(path, "last")
+    config = checkpoint.config_as(system_of_checkpoint(checkpoint).config)
+    return Run.of(path, checkpoint.progress, config)

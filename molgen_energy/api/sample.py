@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from molgen_energy.api.molecule_list import MoleculeList
 from molgen_energy.data.shards import shards_folder
+from molgen_energy.diffusion.guidance import GuidanceFunction, guidance_name
 from molgen_energy.diffusion.spacing import levels_text
 from molgen_energy.diffusion.temperature import range_text
 from molgen_energy.display.progress import NotebookProgress, in_notebook
@@ -25,6 +27,7 @@ from molgen_energy.systems.base import (
     SamplingResult,
     System,
 )
+from molgen_energy.systems.molecules.condition import wanted_ranges, where_text
 from molgen_energy.systems.registry import system_of_checkpoint
 from molgen_energy.training.checkpoint import default_checkpoint, load_checkpoint
 from molgen_energy.training.devices import choose_device
@@ -55,8 +58,8 @@ def sample_to(
     checkpoint: str | PathLike[str] | None = None,
     seed: int | None = None,
     n_atoms: int | tuple[int, int] | None = None,
-    where: Mapping[str, float | tuple[float, float]] | None = None,
-    guidance: float | None = None,
+    where: Mapping[str, float | tuple[float, float] | None] | None = None,
+    guidance: float | GuidanceFunction | None = None,
     formula: str | None = None,
     elements: str | Sequence[str] | None = None,
     keep: MoleculeInput | Sequence[MoleculeInput] | None = None,
@@ -103,17 +106,24 @@ def sample_to(
     n_atoms
         Number of atoms, or its range; by default as in the training data.
     where
-        Values of properties that the model was trained on, in the unit of the data; by default
-        drawn from the training molecules.
+        Properties that the molecules shall have, of those that the network was trained on, in the
+        unit of the data: ``{"gap": 0.2, "alpha": (70, 80)}``, a value or a range to draw from
+        uniformly; None draws it from training molecules of the same size. Properties without an
+        entry are left to the network. By default all are drawn from training molecules. Without
+        `n_atoms` the sizes are those of training molecules with about such properties.
     guidance
-        Scale of classifier-free guidance towards these values.
+        Scale of classifier-free guidance: above 1 molecules have the properties more closely and
+        are less diverse, for two network evaluations each; by default 1, without. Or, without
+        training, a differentiable function f(positions (B, N, 3) in Å, mask (B, N), atomic numbers
+        (B, N)) -> (B,): molecules of low f are preferred, by the factor exp(−f).
     formula
         Atoms of each element, such as `C7H8N2`; with `keep` of the whole molecule.
     elements
-        The only elements of generated atoms, such as `C,N,O,H`.
+        The only elements that generated atoms may have, such as `C,N,O,H`.
     keep
-        Fixed atoms: an SDF or XYZ file or an RDKit molecule with a conformer, or several of them as
-        fragments of one molecule. They come out where they were. `n_atoms` then counts new atoms.
+        Fixed atoms: an SDF, XYZ or HDF5 file or an RDKit molecule with a conformer, or several of
+        them as fragments of one molecule. They come out where they were. `n_atoms` then counts new
+        atoms.
     keep_smarts
         Fixes only those atoms of `keep` that match a SMARTS pattern.
     resample
@@ -122,8 +132,8 @@ def sample_to(
         Molecules to vary: an SDF, XYZ or HDF5 file or RDKit molecules, with all hydrogens; `count`
         variants of each.
     strength
-        How far variants are from them, above 0 and at most 1, by default 0.3: the share of the time
-        of the noise that they go through (SDEdit: Meng et al., ICLR 2022).
+        How far variants are from them, above 0 and at most 1, by default 0.3: noise is added up to
+        this share of the diffusion time, and removed again (SDEdit: Meng et al., ICLR 2022).
     smiles
         Molecules whose conformers are drawn, `count` of each, by a network with bonds: a SMILES,
         several, or a .smi or .csv file of them.
@@ -187,8 +197,8 @@ def sample_to(
         "count": count,
         "n_atoms": sizes,
         "seed": seed,
-        "where": None if where is None else dict(where),
-        "guidance": guidance,
+        "where": None if where is None else wanted_ranges(where),
+        "guidance": None if guidance is None else guidance_name(guidance),
         "formula": formula,
         "elements": elements,
         "keep": keep,
@@ -231,6 +241,13 @@ def sample_to(
             if is_main()
             else None
         )
+        if callable(guidance):  # which other processes were given too
+            options["guidance"] = guidance
+        elif isinstance(options.get("guidance"), str):
+            raise InputError(
+                f"{shards_folder(path)} was begun with the {options['guidance']}; give it to "
+                "`molgen_energy.sample(resume=…, guidance=…)`"
+            )
         loaded = load_checkpoint(found, weights=["ema"])
         system = system_of_checkpoint(loaded)
         generator = system.generator(loaded, target, options)
@@ -266,7 +283,17 @@ def _options(
     check_writable(path)
     path = resolve_symlink(path)
     system.check_output(path)
+    for name in ("keep", "like", "smiles"):
+        value = given.get(name)
+        several = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(one, (str, PathLike)) and _same(Path(one), path) for one in several):
+            raise InputError(f"-o {path} is an input of this command; name another file")
     return found, path, dict(system.sampling) | system.read_options(given)
+
+
+def _same(first: Path, second: Path) -> bool:
+    """Whether two paths are one file."""
+    return real_path(first) == real_path(second)
 
 
 def _resumed_options(
@@ -286,11 +313,11 @@ def _resumed_options(
     for name, value in system.read_options(given).items():
         there = options.get(name)
         if value != there:
-            if isinstance(there, (list, dict)):
-                there = f"another one ({counted(len(there), 'entries')})"
             was = there
-            if isinstance(there, tuple):
-                was = _TUPLES.get(name, _joined)(there)
+            if there is not None and (name in _TEXTS or isinstance(there, tuple)):
+                was = _TEXTS.get(name, _joined)(there)
+            elif isinstance(there, (list, dict)):
+                was = f"another one ({counted(len(there), 'entries')})"
             begun_with = f"with {'the default' if was is None else was}"
             if isinstance(there, bool):
                 begun_with = "with it" if there else "without it"
@@ -311,10 +338,11 @@ def _joined(values: tuple[int, ...]) -> str:
     return "-".join(map(str, values))
 
 
-# Of options that are no range of numbers.
-_TUPLES: dict[str, Callable[[tuple[Any, ...]], str]] = {
+# Of options that are no range of whole numbers.
+_TEXTS: dict[str, Callable[[Any], str]] = {
     "temperature_range": lambda ends: range_text(*ends),
     "levels": levels_text,
+    "where": where_text,
 }
 
 
@@ -353,8 +381,8 @@ def sample(
     checkpoint: str | PathLike[str] | None = None,
     seed: int | None = None,
     n_atoms: int | tuple[int, int] | None = None,
-    where: Mapping[str, float | tuple[float, float]] | None = None,
-    guidance: float | None = None,
+    where: Mapping[str, float | tuple[float, float] | None] | None = None,
+    guidance: float | GuidanceFunction | None = None,
     formula: str | None = None,
     elements: str | Sequence[str] | None = None,
     keep: MoleculeInput | Sequence[MoleculeInput] | None = None,
@@ -406,17 +434,24 @@ def sample(
     n_atoms
         Number of atoms with hydrogens, or its range; by default as in the training data.
     where
-        Values of properties that the model was trained on, in the unit of the data; by default
-        drawn from the training molecules.
+        Properties that the molecules shall have, of those that the network was trained on, in the
+        unit of the data: ``{"gap": 0.2, "alpha": (70, 80)}``, a value or a range to draw from
+        uniformly; None draws it from training molecules of the same size. Properties without an
+        entry are left to the network. By default all are drawn from training molecules. Without
+        `n_atoms` the sizes are those of training molecules with about such properties.
     guidance
-        Scale of classifier-free guidance towards these values.
+        Scale of classifier-free guidance: above 1 molecules have the properties more closely and
+        are less diverse, for two network evaluations each; by default 1, without. Or, without
+        training, a differentiable function f(positions (B, N, 3) in Å, mask (B, N), atomic numbers
+        (B, N)) -> (B,): molecules of low f are preferred, by the factor exp(−f).
     formula
         Atoms of each element, such as `C7H8N2`; with `keep` of the whole molecule.
     elements
-        The only elements of generated atoms, such as `C,N,O,H`.
+        The only elements that generated atoms may have, such as `C,N,O,H`.
     keep
-        Fixed atoms: an SDF or XYZ file or an RDKit molecule with a conformer, or several of them as
-        fragments of one molecule. They come out where they were. `n_atoms` then counts new atoms.
+        Fixed atoms: an SDF, XYZ or HDF5 file or an RDKit molecule with a conformer, or several of
+        them as fragments of one molecule. They come out where they were. `n_atoms` then counts new
+        atoms.
     keep_smarts
         Fixes only those atoms of `keep` that match a SMARTS pattern.
     resample
@@ -425,8 +460,8 @@ def sample(
         Molecules to vary: an SDF, XYZ or HDF5 file or RDKit molecules, with all hydrogens; `count`
         variants of each.
     strength
-        How far variants are from them, above 0 and at most 1, by default 0.3: the share of the time
-        of the noise that they go through (SDEdit: Meng et al., ICLR 2022).
+        How far variants are from them, above 0 and at most 1, by default 0.3: noise is added up to
+        this share of the diffusion time, and removed again (SDEdit: Meng et al., ICLR 2022).
     smiles
         Molecules whose conformers are drawn, `count` of each, by a network with bonds: a SMILES,
         several, or a .smi or .csv file of them.
@@ -531,6 +566,8 @@ def sample(
 
         def on_start(job: SamplingJobInfo) -> SamplingCallback | None:
             jobs.append(job)
+            for text in job.generator.warnings:
+                warnings.warn(text, stacklevel=2)
             if callback is not None or not in_notebook():
                 return None
             return stack.enter_context(closing(_NotebookSampling(job)))

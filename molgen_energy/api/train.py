@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,7 +14,7 @@ from molgen_energy.config import Config
 from molgen_energy.display.progress import NotebookProgress, in_notebook
 from molgen_energy.distributed import broadcast, is_main, local_device, process_group, world_size
 from molgen_energy.errors import InputError
-from molgen_energy.losses import LOSSES
+from molgen_energy.losses import LOSSES, SPRINGS
 from molgen_energy.output import check_folder, real_path
 from molgen_energy.paths import expand_home, find_again, portable_path
 from molgen_energy.progress import ProgressCallback, no_progress
@@ -39,10 +39,12 @@ from molgen_energy.training.loop import (
 from molgen_energy.training.loop import train as run_loop
 from molgen_energy.training.pretrained import checkpoint_name, resolve_checkpoint
 from molgen_energy.training.run import Run
-from molgen_energy.training.state import Progress
+from molgen_energy.training.state import Progress, has_stalled
 from molgen_energy.training.task import Task
 
 _TEACHER = "distillation.teacher"
+_WEIGHTS = "training.initial_weights"
+_FINE_TUNING = "fine_tune"  # the configuration that goes with weights
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,15 @@ class TrainingRun:
         """Steps that a resumed run has taken before."""
         return 0 if self.progress is None else self.progress.step
 
+    @property
+    def complete(self) -> bool:
+        """Whether a resumed run has no step left."""
+        if self.progress is None:
+            return False
+        training = self.task.config.training
+        stalled = has_stalled(training, self.finished, self.progress.best_step)
+        return self.finished >= self.steps or stalled
+
 
 def train(
     config: str | Path | Config | None = None,
@@ -70,6 +81,7 @@ def train(
     loss: str | None = None,
     springs: str | None = None,
     edges: str | None = None,
+    condition: str | Sequence[str] | None = None,
     steps: int | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -90,11 +102,15 @@ def train(
     Parameters
     ----------
     config
-        Name of a shipped configuration, a YAML file, or a configuration; by default `quick`.
+        Name of a shipped configuration, a YAML file, or a configuration; by default `quick`, with
+        `initial_weights` `fine_tune`.
     data
         HDF5 file of `preprocess`.
     loss, springs, edges
         Names of the loss, and of the springs and edges of an energy.
+    condition
+        Names of properties of the data that the network learns to be asked for, such as
+        ``["gap", "alpha"]``; `sample(where={"gap": 0.2})` then asks for values.
     steps, epochs
         Length of the run; set one of them.
     batch_size
@@ -105,7 +121,8 @@ def train(
         Seed of the run.
     initial_weights
         A run, a checkpoint, or the name of pretrained weights to start from, also of other
-        elements; by default random weights.
+        elements; by default random weights. Without a configuration, model, process, loss and
+        optimiser are those of the weights, and length and learning rates suit few molecules.
     teacher
         With the configuration `distil`: a run, a checkpoint, or the name of pretrained weights,
         from which the student learns.
@@ -140,16 +157,14 @@ def train(
         Training diverged or ran out of memory.
     """
     given = _given(
-        data, loss, springs, edges, steps, epochs, batch_size, lr, seed, initial_weights, teacher
-    )
+        data, loss, springs, edges, condition,
+        steps, epochs, batch_size, lr, seed, initial_weights, teacher,
+    )  # fmt: skip
     with _prepared(config, given, changes, device, output, resume, progress) as run:
-        if run.finished >= run.steps:
+        if run.complete:
             assert run.progress is not None
             run.task.close()
-            return Run(
-                run.folder, run.finished, 0.0, run.progress.last_valid,
-                run.progress.skipped, run.task.config, already_complete=True,
-            )  # fmt: skip
+            return Run.of(run.folder, run.progress, run.task.config, already_complete=True)
         on_start(run)
         with _notebook_bar(callback) as shown:
             return run_loop(run.task, run.folder, shown, resume=resume is not None)
@@ -171,8 +186,8 @@ def estimate_training(
     Parameters
     ----------
     options
-        `data`, `loss`, `springs`, `edges`, `steps`, `epochs`, `batch_size`, `lr`, `seed`,
-        `initial_weights` and `teacher` of `train`.
+        `data`, `loss`, `springs`, `edges`, `condition`, `steps`, `epochs`, `batch_size`, `lr`,
+        `seed`, `initial_weights` and `teacher` of `train`.
 
     Returns
     -------
@@ -197,6 +212,7 @@ def _given(
     loss: str | None = None,
     springs: str | None = None,
     edges: str | None = None,
+    condition: str | Sequence[str] | None = None,
     steps: int | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -210,10 +226,12 @@ def _given(
         "loss.name": loss,
         "loss.springs.family": springs,
         "loss.edges.kind": edges,
+        "condition.name": None if condition is None else "properties",
+        "condition.properties": None if condition is None else _names(condition),
         "training.batch_size": batch_size,
         "training.lr": lr,
         "training.seed": seed,
-        "training.initial_weights": (
+        _WEIGHTS: (
             None if initial_weights is None else _stored_name(Path(initial_weights), "--from")
         ),
         _TEACHER: None if teacher is None else _stored_name(Path(teacher), "--teacher"),
@@ -222,6 +240,18 @@ def _given(
         "data.path": None if data is None else str(Path(data)),
     }
     return {key: value for key, value in options.items() if value is not None}
+
+
+def _names(condition: str | Sequence[str]) -> list[str]:
+    """Names of properties, given as a sequence or as a text with commas."""
+    parts = condition.split(",") if isinstance(condition, str) else condition
+    names = [part.strip() for part in parts]
+    if not names or not all(names) or len(set(names)) < len(names):
+        raise InputError(
+            f"--condition {','.join(parts)}: expected different names of properties, such as "
+            "gap,alpha"
+        )
+    return names
 
 
 @contextmanager
@@ -241,7 +271,7 @@ def _prepared(
         if resume is not None:
             run = Path(resume)
             _check_resumable(given, run, config, changes, output)
-            checkpoint = load_checkpoint(run)
+            checkpoint = load_checkpoint(run, "last")
             system = system_of_checkpoint(checkpoint)
             begun = checkpoint.config_as(system.config)
             checkpoint.state_as(system.state)
@@ -292,6 +322,8 @@ def _configuration(
     """A configuration with changes, and options that take precedence over them."""
     if isinstance(config, Config):
         base = config
+    elif config is None and _WEIGHTS in options:
+        base = load_config(_FINE_TUNING)
     else:
         base = load_config(config or str(SYSTEMS[DEFAULT_SYSTEM].default_config))
     teacher = next(
@@ -300,6 +332,8 @@ def _configuration(
     )
     if teacher is not None:
         base = _of_student(base, str(teacher), changes)
+    if isinstance(base, MoleculeConfig) and base.fine_tuning.relative_lr is not None:
+        base = _fine_tuned(base, changes | options)
     loss = options.get("loss.name", changes.get("loss.name", loss_name(base)))
     for name, key in (("springs", "loss.springs.family"), ("edges", "loss.edges.kind")):
         section = key.split(".")[1]
@@ -320,6 +354,45 @@ def _of_student(base: Config, teacher: str, changes: Mapping[str, Any]) -> Molec
         )
     checkpoint = load_checkpoint(resolve_checkpoint(expand_home(teacher), "--teacher"))
     return base.with_values_of(checkpoint.config_as(MoleculeConfig))
+
+
+def _fine_tuned(base: MoleculeConfig, changes: Mapping[str, Any]) -> MoleculeConfig:
+    """The configuration of fine-tuning, with what it has of the run of the weights."""
+    name = changes.get(_WEIGHTS, base.training.initial_weights)
+    if name is None:
+        raise InputError(
+            f"config {base.name} goes on from trained weights; name a run or pretrained weights, "
+            "such as --from qm9_energy"
+        )
+    checkpoint = load_checkpoint(resolve_checkpoint(expand_home(name), "--from"))
+    system = system_of_checkpoint(checkpoint)
+    if system.name != base.system:
+        raise InputError(
+            f"--from {name} is a network of {system.samples}; name its configuration with --config"
+        )
+    teacher = checkpoint.state.get("teacher")
+    if teacher is not None:
+        raise InputError(
+            f"--from {name} is a student, which cannot be trained on data; name its teacher, "
+            f"{teacher['origin']}"
+        )
+    key = "fine_tuning.relative_lr"
+    if key in changes:
+        base = base.replaced({key: changes[key]})
+    config = base.continuing(checkpoint.config_as(MoleculeConfig))
+    loss = changes.get("loss.name", config.loss.name)
+    if loss in LOSSES and any(key.startswith("loss.") for key in changes):
+        # Another loss has another weight and another scale than those that the source found.
+        found = {"loss.name": loss, "objective.position_weight": "auto"}
+        if "springs" in LOSSES[loss].Config.model_fields:
+            found["loss.springs.scale"] = "auto"
+        config = config.replaced(found)
+    springs = getattr(config.loss, "springs", None)
+    family = changes.get("loss.springs.family", None if springs is None else springs.family)
+    if loss == "score_energy" or getattr(SPRINGS.get(family), "adaptive", False):
+        # Their loss need not fall as the network improves.
+        config = config.replaced({"training.sample_from": "last", "training.patience": None})
+    return config
 
 
 def _check_resumable(

@@ -31,7 +31,7 @@ _ORIGIN = (
     CREATED_BY, "checkpoint", TRAINED_ON, "seed", "sampler", "steps", "spacing", "eta",
     "sampling_temperature", "sampling_temperature_of", "sampling_temperature_range",
     "sampling_final_noise", "ancestral_positions", "self_condition_passes", "consistent_charges",
-    "config",
+    "where", "guidance", "config",
 )  # fmt: skip
 OWN_FIELDS = frozenset(
     {*_ORIGIN, "molecule", "status", "fragments", BONDS, BOND_FORM, UNITS, GROUP}

@@ -84,6 +84,15 @@ def command(
         metavar="FILE",
         help="Training molecules, for novelty; default: those of --reference.",
     ),
+    predictor: str | None = typer.Option(
+        None,
+        "--predictor",
+        rich_help_panel=_DATA,
+        metavar="RUN|xtb",
+        help="Network that predicts the properties which samples were asked for, a run of `train "
+        "--config qm9_properties`; real molecules are those of --reference FILE.h5, else of its "
+        "data. xtb: GFN2-xTB, calibrated on --reference.",
+    ),
     report: Path | None = typer.Option(
         None,
         "--report",

@@ -27,7 +27,9 @@ molgen-energy preprocess 'frames/*.xyz' --skip-bad -o frames.h5
 molgen-energy preprocess mine.smi --conformers 5
 molgen-energy preprocess qm9
 """
-_METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+_METAVARS: dict[Any, str] = {
+    int: "N", float: "X", Path: "PATH", str: "TEXT", list[str]: "NAME=rdkit:DESCRIPTOR",
+}  # fmt: skip
 _PANELS = {
     "Which records": ("elements", "skip_bad", "largest_fragment", "require_hydrogens",
         "drop_duplicates", "types"),
@@ -148,12 +150,13 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> tuple[str, Any, Any]
             list[str],
             typer.Argument(..., metavar=field.metadata["metavar"], help=text),
         )
+    if kind == tuple[str, ...]:  # an option that may be repeated
+        kind = list[str]
     flag = f"--{field.name.replace('_', '-')}"
     metavar = next((word for plain, word in _METAVARS.items() if kind in (plain, plain | None)), "")
     panel = next((title for title, names in _PANELS.items() if field.name in names), _OWN_PANEL)
-    option = typer.Option(
-        field.default, flag, metavar=metavar or None, help=text, rich_help_panel=panel
-    )
+    default = list(field.default) if isinstance(field.default, tuple) else field.default
+    option = typer.Option(default, flag, metavar=metavar or None, help=text, rich_help_panel=panel)
     return field.name, kind, option
 
 

@@ -43,6 +43,12 @@ EXAMPLES = """
 molgen-energy sample -n 1000
 molgen-energy sample --checkpoint runs/mine --n-atoms 9-18 -o small.xyz
 molgen-energy sample -n 100 --temperature 0.8 -o cold.sdf
+molgen-energy sample --checkpoint runs/gap --where gap=0.3 --guidance 2
+molgen-energy sample --keep fragment.sdf -n 20
+molgen-energy sample --keep a.sdf --keep b.sdf --n-atoms 3-8 -n 20
+molgen-energy sample --keep scaffold.sdf --keep-smarts C1CC1 -n 20
+molgen-energy sample --like molecule.sdf --strength 0.3 -n 20
+molgen-energy sample --checkpoint runs/conformers --smiles CCO -n 20
 molgen-energy sample --tune --checkpoint runs/mine --steps 20
 molgen-energy sample --resume samples.sdf
 """
@@ -71,7 +77,8 @@ def command(
         "--n-atoms",
         metavar="N|A-B",
         rich_help_panel=_WHAT,
-        help="Number of atoms of a molecule, or its range; default: as in the training data.",
+        help="Number of atoms of a molecule, or its range; with --keep of the new atoms; default: "
+        "as in the training data.",
     ),
     consistent_charges: bool = typer.Option(
         False,
@@ -100,47 +107,54 @@ def command(
     where: list[str] = typer.Option(
         [],
         "--where",
-        metavar="NAME=VALUE",
+        metavar="NAME=X|A:B",
         rich_help_panel=_CONTROL,
-        help="Value of a property that the model was trained on, in the unit of the data; repeat "
-        "for several. Default: drawn from the training molecules.",
+        help="Property that molecules shall have, in the unit of the data: gap=0.2, or for a range "
+        "gap=0.2:0.25. Needs a network of `train --condition`. A name alone draws values from the "
+        "training molecules; that is the default for all. Repeat it for several properties.",
     ),
     guidance: float | None = typer.Option(
         None,
         "--guidance",
         metavar="S",
         rich_help_panel=_CONTROL,
-        help="Scale of classifier-free guidance towards the values of --where; default: 1, none.",
+        help="Scale of classifier-free guidance. Above 1, such as 2: molecules have the properties "
+        "of --where more closely, and are less diverse; takes twice the network evaluations. "
+        "Default: 1, without.",
     ),
     formula: str | None = typer.Option(
         None,
         "--formula",
         metavar="FORMULA",
         rich_help_panel=_CONTROL,
-        help="Atoms of each element, such as C7H8N2; with --keep of the whole molecule.",
+        help="Atoms of each element, hydrogens included, such as C7H8N2; with --keep those of the "
+        "whole molecule.",
     ),
     elements: str | None = typer.Option(
         None,
         "--elements",
         metavar="C,N,…",
         rich_help_panel=_CONTROL,
-        help="The only elements of generated atoms, such as C,N,O,H.",
+        help="The only elements that generated atoms may have, such as C,N,O,H. Without H there "
+        "are no hydrogens.",
     ),
     keep: list[Path] = typer.Option(
         [],
         "--keep",
         metavar="FILE",
         rich_help_panel=_CONTROL,
-        help="Fixed atoms around which the rest is generated: an SDF or XYZ file. Repeat it for "
-        "several fragments of one molecule, with a linker to generate. --n-atoms then counts the "
-        "new atoms.",
+        help="Fragment to complete: its atoms stay where they are, and the rest of the molecule is "
+        "generated. An SDF, XYZ or HDF5 file, without the hydrogens in whose place new atoms are "
+        "to bind. Repeat it for several fragments, between which a linker is generated. --n-atoms "
+        "then counts the NEW atoms, such as 3-8; -n the molecules of each record.",
     ),
     keep_smarts: str | None = typer.Option(
         None,
         "--keep-smarts",
         metavar="SMARTS",
         rich_help_panel=_CONTROL,
-        help="Fix only those atoms of --keep that match a pattern, such as c1ccccc1.",
+        help="Keep only those atoms of --keep that match a pattern, such as c1ccccc1: a scaffold, "
+        "whose R-groups are generated. Hydrogens stay only where the pattern names them.",
     ),
     resample: int | None = typer.Option(
         None,
@@ -148,7 +162,8 @@ def command(
         min=1,
         metavar="N",
         rich_help_panel=_CONTROL,
-        help="Take each step of the sampler N times, so that new atoms come to fit fixed ones.",
+        help="Take each step N times, with new noise between, so that generated atoms come to fit "
+        "what is fixed (RePaint); for ancestral and sde-dpm++. Default: 1.",
     ),
     like: Path | None = typer.Option(
         None,
@@ -163,16 +178,18 @@ def command(
         "--strength",
         metavar="X",
         rich_help_panel=_CONTROL,
-        help="How far variants are from --like, above 0 and at most 1: the share of the time of "
-        "the noise that they go through; default: 0.3.",
+        help="How far variants are from --like: noise is added up to this share of the diffusion "
+        "time, and removed again. Near 0 the molecule comes back, at 1 only its size is left; "
+        "default: 0.3.",
     ),
     smiles: str | None = typer.Option(
         None,
         "--smiles",
         metavar="SMILES|FILE",
         rich_help_panel=_CONTROL,
-        help="Molecules whose conformers are drawn by a network with bonds, such as JODO: a "
-        "SMILES, or a .smi or .csv file. -n counts the conformers of each.",
+        help="Molecules whose conformers are drawn: a SMILES, or a .smi or .csv file. Needs a "
+        "network with bonds, such as one of `train --config qm9_jodo_conformers_cpu`. -n counts "
+        "the conformers of each.",
     ),
     output: Path | None = typer.Option(
         None,
@@ -571,6 +588,8 @@ class _Job:
             f"sampling {counted(generator.count, self.samples)} from {generator.origin}: "
             f"{generator.method}{processes}"
         )
+        for text in generator.warnings:
+            warn(text)
         self.began = time.perf_counter()
         bar = SamplingBar(generator.count, self.samples, self.resume_hint)
         return self._bars.enter_context(bar)
@@ -605,12 +624,20 @@ def _parse_range(text: str) -> tuple[float | None, float | None]:
         ) from None
 
 
-def _parse_where(assignments: list[str]) -> dict[str, float | tuple[float, float]] | None:
-    where: dict[str, float | tuple[float, float]] = {}
+def _parse_where(assignments: list[str]) -> dict[str, float | tuple[float, float] | None] | None:
+    where: dict[str, float | tuple[float, float] | None] = {}
     for text in assignments:
-        name, _, value = text.partition("=")
+        name, assigned, value = text.partition("=")
+        if (name := name.strip()) in where:
+            raise InputError(f"--where {text}: {name} is named twice; give one value or range")
+        low, ranged, high = value.partition(":")
         try:
-            where[name.strip()] = float(value)
+            where[name] = None
+            if assigned:
+                where[name] = (float(low), float(high)) if ranged else float(value)
         except ValueError:
-            raise InputError(f"--where {text}: expected NAME=VALUE, such as gap=0.2") from None
+            raise InputError(
+                f"--where {text}: expected NAME=VALUE such as gap=0.2, NAME=LOW:HIGH such as "
+                "gap=0.2:0.25, or a NAME alone"
+            ) from None
     return where or None

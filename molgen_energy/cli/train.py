@@ -41,6 +41,8 @@ EXAMPLES = """
 molgen-energy train --loss energy
 molgen-energy train --loss mse --data mine.h5 --epochs 200 -o runs/mine
 molgen-energy train --config qm9_gdm_aug --dry-run
+molgen-energy train --from qm9_energy --data mine.h5
+molgen-energy train --data qm9.h5 --condition gap,alpha -o runs/gap
 molgen-energy train --config distil --teacher qm9_energy --data qm9.h5
 molgen-energy train --resume runs/mine
 """
@@ -85,7 +87,7 @@ def command(
         rich_help_panel=_WHAT,
         autocompletion=_configurations,
         help="A shipped configuration (`molgen-energy info` lists them) or a YAML file; default: "
-        "quick.",
+        "quick, with --from fine_tune.",
     ),
     assignments: list[str] = typer.Option(
         [],
@@ -101,13 +103,21 @@ def command(
         rich_help_panel=_WHAT,
         help="HDF5 file of `preprocess`; default: that of the configuration.",
     ),
+    condition: str | None = typer.Option(
+        None,
+        "--condition",
+        metavar="NAMES",
+        rich_help_panel=_WHAT,
+        help="Properties of the data, such as gap,alpha, which `sample --where` can then ask for.",
+    ),
     initial_weights: Path | None = typer.Option(
         None,
         "--from",
         metavar="RUN|NAME",
         rich_help_panel=_WHAT,
         autocompletion=checkpoints,
-        help="Start from the weights of a run, a checkpoint, or the name of pretrained weights.",
+        help="Start from the weights of a run, a checkpoint, or the name of pretrained weights. "
+        "Without --config this fine-tunes them: all settings suit few molecules.",
     ),
     teacher: Path | None = typer.Option(
         None,
@@ -178,6 +188,7 @@ def command(
         "loss": loss,
         "springs": springs,
         "edges": edges,
+        "condition": condition,
         "steps": steps,
         "epochs": epochs,
         "batch_size": batch_size,
@@ -264,7 +275,9 @@ def _show_cost(cost: TrainingCost) -> None:
 
 
 def _announce(run: TrainingRun) -> None:
+    from molgen_energy.config import resolved
     from molgen_energy.training.initial import describe_initial_weights
+    from molgen_energy.training.plan import describe_plan
 
     task, samples = run.task, run.system.samples
     data = task.state["data"]
@@ -279,22 +292,38 @@ def _announce(run: TrainingRun) -> None:
         say(f"from    {initial}")
     if "teacher" in task.state:
         say(f"teacher {task.state['teacher']['origin']}")
-    size = counted(task.config.training.batch_size or 0, samples)
+    size = counted(resolved(task.config.training.batch_size) or 0, samples)
     if (pairs := task.config.training.pairs_per_batch) is not None:
         mean = data["training_samples"] / task.starts[1]
         size = f"at most {pairs:,} pairs of atoms, {mean:,.3g} {samples} on average"
     say(f"length  {length} of {size}{shared}")
+    if getattr(getattr(task.config, "fine_tuning", None), "relative_lr", None) is not None:
+        for line in describe_plan(task):
+            say(line)
+    if task.config.training.sample_from == "best" and not task.validation_samples:
+        warn(
+            f"{data['source']} has no validation {samples}, so nothing tells which weights are the "
+            "best: the last ones are kept; make the file with `preprocess --split 0.9,0.1,0`"
+        )
     say(f"run     {run.folder}")
 
 
 def _conclude(summary: Run) -> None:
     from molgen_energy.systems.registry import SYSTEMS
+    from molgen_energy.training.state import has_stalled
 
     if summary.already_complete:
         complete = f"{summary.folder} is complete at step {summary.steps:,}"
+        if has_stalled(summary.config.training, summary.steps, summary.best_step):
+            say(f"{complete}: no better validation loss since step {summary.best_step:,}")
+            return
         say(f"{complete}; a larger --steps N continues it")
         return
     valid = "" if summary.valid_loss is None else f", validation loss {summary.valid_loss:.4g}"
+    if summary.best_valid is not None and summary.config.training.sample_from == "best":
+        valid += (
+            f", {summary.best_valid:.4g} of the best weights, those of step {summary.best_step:,}"
+        )
     say(
         f"trained {counted(summary.steps, 'steps')} in {duration(summary.seconds)}{valid}: "
         f"{summary.folder}"
@@ -304,7 +333,5 @@ def _conclude(summary: Run) -> None:
     system = SYSTEMS[summary.config.system]
     for line in system.after_training(summary.config).splitlines():
         say(line)
-    count = system.sampling.get("count")
-    option = "" if count is None else f" -n {count}"
-    option += system.needed_options(summary.config)
-    say(f"next    molgen-energy sample{option} --checkpoint {shlex.quote(str(summary.folder))}")
+    run = shlex.quote(str(summary.folder))
+    say(f"next    {system.next_command(summary.config, run)}")

@@ -21,6 +21,7 @@ from molgen_energy.progress import ProgressCallback, no_progress
 
 if TYPE_CHECKING:
     from molgen_energy.chemistry.fields import FieldSelection
+    from molgen_energy.chemistry.rdkit_properties import DescriptorProperty
 
 _JOINED = 2000  # molecules
 _FEW = 100  # molecules, of which whole groups seldom make the shares that were asked for
@@ -102,6 +103,7 @@ def argument(text: str, metavar: str) -> Any:
     return field(metadata={"help": text, "metavar": metavar})
 
 
+@dataclass(frozen=True, kw_only=True)
 class MoleculeDataset(Dataset):
     """A dataset of molecules: yields chunks with all the columns that it has.
 
@@ -110,6 +112,12 @@ class MoleculeDataset(Dataset):
     """
 
     samples = "molecules"
+
+    property: tuple[str, ...] = option(
+        (),
+        "A property to compute by RDKit, such as logp=rdkit:MolLogP, of the given bonds, else of "
+        "the SMILES, else of bonds perceived from distances; may be repeated.",
+    )
 
     @abstractmethod
     def source_name(self) -> str:
@@ -163,6 +171,7 @@ class MoleculeDataset(Dataset):
         from molgen_energy.data.hdf5 import MoleculeWriter, check_hdf5_name, split_counts
 
         self.check()
+        descriptors = self._descriptors()
         check_hdf5_name(output)
         log, survey, screen = (
             DatasetLog(progress, output),
@@ -170,12 +179,13 @@ class MoleculeDataset(Dataset):
             self.screen(),
         )
         with MoleculeWriter(output, source=survey.source) as writer:
-            for molecules in _joined(self._screened(screen, survey, log)):
+            for molecules in _joined(self._screened(screen, survey, log, descriptors)):
                 writer.append(molecules)
             survey.check(log)
             groups = survey.all_groups()
             labels = self.split_labels(writer.count, groups)
             writer.set_split(labels)
+        log.facts += [f"{name} is RDKit's {descriptor}" for name, descriptor in descriptors]
         counts = (f"{number:,} {what}" for what, number in (+log.counts).items())
         return PreprocessResult(
             output,
@@ -192,12 +202,34 @@ class MoleculeDataset(Dataset):
             ),
         )
 
-    def _screened(self, screen: Screen, survey: _Survey, log: DatasetLog) -> Iterator[Molecules]:
-        """The molecules to write."""
+    def _descriptors(self) -> tuple[DescriptorProperty, ...]:
+        """Those that `property` names; raises `InputError` where it names something else."""
+        if not self.property:  # the import takes time
+            return ()
+        from molgen_energy.chemistry.rdkit_properties import parse_descriptors
+
+        texts = (self.property,) if isinstance(self.property, str) else self.property
+        return parse_descriptors(texts)
+
+    def _screened(
+        self,
+        screen: Screen,
+        survey: _Survey,
+        log: DatasetLog,
+        descriptors: tuple[DescriptorProperty, ...],
+    ) -> Iterator[Molecules]:
+        """The molecules to write, with RDKit's descriptors among their properties."""
         for chunk in self.chunks(log):
-            molecules = screen.apply(chunk, survey.source, log).molecules
-            survey.add(molecules)
-            yield molecules
+            screened = screen.apply(chunk, survey.source, log)
+            parts = screened.parts(_JOINED) if descriptors else (screened,)
+            for part in parts:
+                molecules = part.molecules
+                if descriptors:
+                    from molgen_energy.chemistry.rdkit_properties import add_descriptors
+
+                    molecules = add_descriptors(molecules, descriptors)
+                survey.add(molecules)
+                yield molecules
 
 
 class RandomSplitDataset(MoleculeDataset):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from molgen_energy.diffusion.guidance import SamplingHook
 from molgen_energy.diffusion.prediction import Prediction
+from molgen_energy.diffusion.spacing import noise_levels
 from molgen_energy.diffusion.state import Domain, State
+
+Fixed = TypeVar("Fixed", bound="FixedValues")
 
 
 class FixedValues(SamplingHook):
@@ -48,8 +53,10 @@ class FixedValues(SamplingHook):
         """Channels of atoms with zero mean."""
 
     @classmethod
-    def of_fields(cls, values: State, fixed: Mapping[str, Tensor]) -> FixedValues:
-        """Fixed values by field.
+    def of_fields(
+        cls: type[Fixed], values: State, fixed: Mapping[str, Tensor], **options: Any
+    ) -> Fixed:
+        """Fixed values by field, with further options of the class.
 
         Parameters
         ----------
@@ -64,7 +71,7 @@ class FixedValues(SamplingHook):
             where[domain] = torch.zeros_like(values.tensors[domain], dtype=torch.bool)
         for name, inside in fixed.items():
             where[layout.fields[name].domain][..., layout.slices[name]] = inside
-        return cls(values, where)
+        return cls(values, where, **options)
 
     def after_prediction(self, prediction: Prediction, level: float) -> Prediction:
         clean = self._with_values(prediction.clean).projected()
@@ -125,14 +132,72 @@ class MatchedValues(FixedValues):
                 there = _taken(clean.atoms, places.argsort(dim=1))
             for channels in self._moving:
                 values = _moved(values, fixed, there, channels)
-            self._places = _assigned(values, fixed, clean)
+            self._places = _assigned(values, fixed, clean, clean.mask)
+
+
+class AnchoredValues(MatchedValues):
+    """Fixed atoms in their places, and the others near anchors while noise is high.
+
+    A denoiser does not know at high noise which atoms are fixed, and spreads the others among them,
+    where they later find no place. So down to a noise level, x̂ of the other atoms is moved so that
+    the mean of each group of them is at its anchor. Only the others may take each other's places.
+
+    Parameters
+    ----------
+    anchors
+        Of G groups, relative to the centroid of the fixed atoms, in the units of the state,
+        (B, G, 3).
+    groups
+        The group of each atom, (B, N) int64; negative for fixed atoms and padding.
+    until
+        The noise level, σ/α in Å.
+    """
+
+    def __init__(
+        self,
+        values: State,
+        fixed: Mapping[Domain, Tensor],
+        anchors: Tensor,
+        groups: Tensor,
+        until: float,
+    ) -> None:
+        super().__init__(values, fixed)
+        self._anchors, self._until = anchors, until
+        self._free = groups >= 0
+        members = torch.nn.functional.one_hot(groups.clamp(min=0), anchors.shape[1])
+        self._members = (members * self._free[..., None]).to(anchors.dtype)  # (B, N, G)
+        self._others_fixed = bool((self.fixed["atom"] & self._free[..., None]).any())
+
+    def after_prediction(self, prediction: Prediction, level: float) -> Prediction:
+        prediction = super().after_prediction(prediction, level)
+        clean = prediction.clean
+        if noise_levels(prediction.process, clean.layout, prediction.level[:1]) < self._until:
+            return prediction
+        positions = clean["positions"]
+        held = clean.mask & ~self._free
+        fixed = torch.where(held[..., None], positions, 0).sum(dim=1)
+        centroid = fixed / held.sum(dim=1, keepdim=True).clamp(min=1)
+        counts = self._members.sum(dim=1)[..., None].clamp(min=1)
+        means = self._members.transpose(1, 2) @ positions / counts
+        apart = centroid[:, None] + self._anchors - means
+        moved = clean.replace(positions=positions + self._members @ apart).projected()
+        noisy, process = prediction.noisy, prediction.process
+        return Prediction(process, noisy, prediction.level, moved, "clean")
+
+    def _match(self, clean: State) -> None:
+        if self._others_fixed:
+            values, fixed = self.values.tensors["atom"], self.fixed["atom"]
+            self._places = _assigned(values, fixed, clean, self._free)
 
 
 _MATCHES = 2  # before and after fixed atoms are moved to the predicted centroid
 
 
-def _assigned(values: Tensor, fixed: Tensor, clean: State) -> Tensor:
-    """The place of each atom, (B, N), at the least squared distance from values of places."""
+def _assigned(values: Tensor, fixed: Tensor, clean: State, movable: Tensor) -> Tensor:
+    """The place of each atom, (B, N), at the least squared distance from values of places.
+
+    Atoms that are not movable, (B, N), keep their place.
+    """
     weight = fixed.to(values.dtype)
     there = clean.atoms
     fixed_values = weight * values
@@ -140,12 +205,12 @@ def _assigned(values: Tensor, fixed: Tensor, clean: State) -> Tensor:
     cost = (fixed_values * values).sum(dim=-1)[:, :, None]
     cost = cost - 2 * fixed_values @ there.transpose(1, 2) + weight @ (there**2).transpose(1, 2)
     places = torch.arange(values.shape[1]).expand(values.shape[:2]).clone()
-    sizes = clean.mask.sum(dim=1).tolist()
     # Of a sample that diverged, any assignment.
     rows = cost.double().nan_to_num(0.0, 0.0, 0.0).cpu().numpy()
-    for sample, size in enumerate(sizes):
-        _, atoms = linear_sum_assignment(rows[sample, :size, :size])
-        places[sample, torch.from_numpy(atoms)] = torch.arange(size)
+    for sample, chosen in enumerate(movable.cpu().numpy()):
+        (own,) = np.nonzero(chosen)
+        _, atoms = linear_sum_assignment(rows[sample][np.ix_(own, own)])
+        places[sample, own[atoms]] = torch.from_numpy(own)
     return places.to(values.device)
 
 

@@ -43,6 +43,10 @@ class Stream(IntEnum):
     """Of the second level of distillation."""
     STUDENT = _WORD - 10
     """Whether a student learns from a batch."""
+    SINGLE_DROPOUT = _WORD - 11
+    """Which single properties of a condition are withheld."""
+    WANTED = _WORD - 12
+    """Values of properties in the ranges that were asked for."""
 
 
 class _Constants(NamedTuple):
@@ -154,6 +158,11 @@ class RandomNumbers:
     def uniform(self, stream: Stream) -> Tensor:
         """A number in [0, 1) for each sample, (B,) float32."""
         return (self._single(stream)[:, 0] >> 8).float() * 2.0**-24
+
+    def uniforms(self, stream: Stream, count: int) -> Tensor:
+        """Some numbers in [0, 1) for each sample, (B, count) float32."""
+        words = self._words(stream, torch.arange(count, device=self.samples.device))
+        return (words[..., 0] >> 8).float() * 2.0**-24
 
     def uniform_of_batch(self, stream: Stream) -> float:
         """A number in [0, 1) for all samples together, the same in all shards of a batch."""

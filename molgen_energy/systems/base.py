@@ -78,6 +78,8 @@ class Generator(Protocol):
     """Files that it reads, which the output must not replace."""
     distributed: bool
     """Whether several processes share the work; otherwise the first one does all of it."""
+    warnings: tuple[str, ...]
+    """What to know about the options before sampling, a line each."""
 
     @property
     def origin(self) -> str:
@@ -183,11 +185,12 @@ class System(ABC):
         """Text that `describe` appends."""
         return ""
 
-    def needed_options(self, config: Any) -> str:
-        """An example of what `sample` cannot do without after such a run, with a space before it;
-        by default nothing."""
-        return ""
-
     def after_training(self, config: Any) -> str:
         """A suggestion to print after a run, besides sampling; may be empty."""
         return ""
+
+    def next_command(self, config: Any, run: str) -> str:
+        """The command that uses a run, whose folder is quoted for a shell; by default sampling."""
+        count = self.sampling.get("count")
+        option = "" if count is None else f" -n {count}"
+        return f"molgen-energy sample{option} --checkpoint {run}"

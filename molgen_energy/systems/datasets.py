@@ -6,6 +6,7 @@ from molgen_energy.datasets.base import Dataset
 from molgen_energy.datasets.ccd import ChemicalComponents
 from molgen_energy.datasets.files import MoleculeFiles
 from molgen_energy.datasets.geom_drugs import GeomDrugs
+from molgen_energy.datasets.part import TrainingPart
 from molgen_energy.datasets.qm9 import QM9
 from molgen_energy.datasets.smiles import SmilesFiles
 from molgen_energy.systems.shapes.dataset import Polygons
@@ -19,6 +20,7 @@ DATASETS: dict[str, type[Dataset]] = {
         GeomDrugs,
         MoleculeFiles,
         SmilesFiles,
+        TrainingPart,
         Polygons,
         SpinGlasses,
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,10 +25,23 @@ class Evaluator:
     """Whether it also takes `progress` and `peers`, for long work in several processes."""
 
 
-def _evaluate_molecules(inputs: Any, **options: Any) -> Report:
+def _evaluate_molecules(
+    inputs: Any, predictor: str | PathLike[str] | None = None, **options: Any
+) -> Report:
     from molgen_energy.metrics.evaluation import evaluate_molecules
 
-    return evaluate_molecules(inputs, **options)
+    if predictor is None:
+        return evaluate_molecules(inputs, **options)
+    from molgen_energy.metrics.property_errors import add_properties, compare_sources
+    from molgen_energy.systems.properties.predictor import choose_predictor
+
+    judge, real = choose_predictor(predictor, options.get("reference"), options.get("subset"))
+    sources = inputs if isinstance(inputs[0], Path) else [inputs]
+    # First, since bad input is to be refused before minutes of work.
+    compared = compare_sources(sources, judge, options.get("skip_bad", False))
+    report = evaluate_molecules(inputs, **options)
+    add_properties(report, compared, judge, real)
+    return report
 
 
 def _evaluate_shapes(inputs: Any) -> Report:
@@ -47,7 +62,7 @@ EVALUATORS: dict[str, Evaluator] = {
         frozenset(
             {
                 "reference", "train", "metrics", "bonds", "valence", "angles", "types", "subset",
-                "workers", "timeout", "skip_bad", "per_molecule",
+                "workers", "timeout", "skip_bad", "per_molecule", "predictor",
             }
         ),
         parallel=True,

@@ -8,6 +8,7 @@ from molgen_energy.config import Config, read_config
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.systems.base import System
 from molgen_energy.systems.molecules.system import MoleculeSystem
+from molgen_energy.systems.properties.system import PropertySystem
 from molgen_energy.systems.shapes.system import ShapeSystem
 from molgen_energy.systems.spins.system import SpinSystem
 from molgen_energy.training.checkpoint import Checkpoint
@@ -16,6 +17,7 @@ SYSTEMS: dict[str, System] = {
     "molecules": MoleculeSystem(),
     "shapes": ShapeSystem(),
     "spins": SpinSystem(),
+    "properties": PropertySystem(),
 }
 """Physical systems."""
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from molgen_energy.config import Config
+from molgen_energy.config import Config, resolved
 from molgen_energy.data.arrays import ArrayFile
 from molgen_energy.data.batches import (
     BatchIndex,
@@ -28,6 +28,7 @@ from molgen_energy.losses import AdaptiveSprings, LossConfig
 from molgen_energy.paths import expand_home, portable_path
 from molgen_energy.training.channels import FittedWeights
 from molgen_energy.training.checkpoint import Checkpoint
+from molgen_energy.training.plan import planned_values
 from molgen_energy.training.task import Auxiliary
 
 _CHUNK = 1024  # samples in an evaluation without gradients
@@ -111,8 +112,11 @@ class SupervisedTask:
                 "training.pairs_per_batch: only molecules have pairs of atoms; set "
                 "training.batch_size"
             )
-        self._batch_size = config.training.batch_size
-        self.config = config.replaced({"data.path": portable_path(file.path)})
+        planned = planned_values(config.training, len(in_train))
+        self.config = config.replaced({"data.path": portable_path(file.path), **planned})
+        batch_size = resolved(self.config.training.batch_size)
+        assert batch_size is not None
+        self._batch_size = batch_size
         self.device = device
         self.model = model.to(device)
         self.auxiliary: Auxiliary | None = None

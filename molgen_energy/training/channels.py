@@ -19,6 +19,10 @@ _SMALL = 0.01
 """Standard deviation of new outputs, relative to the root mean square of the parameter's others.
 New inputs are as large as the others. With both small, training of the new channels begins at a
 saddle point: the error of five new elements fell by 4 % in 180 steps, and by 69 % with this."""
+_NEW_INPUTS = 0.2
+"""Factor of the drawn inputs of a layer that only this network has, such as of properties. With
+0.01, qm9_energy learnt nothing of six properties in 1,000 steps of 32 molecules; with 1 they raise
+its error of elements from 0.002 to 0.2, which was still 0.03 after 120 steps."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,10 @@ def fit_weights(
     """Weights for a network, from those of one with other channels.
 
     Entries of channels that both have are equal. New ones are normal random numbers, for inputs as
-    large as the others and for outputs a hundred times smaller; the parameters of a layer that only
-    this network has are divided by a hundred. Where the new channels are zero, the output of the
-    others is therefore that of the other network, but for the small values of such a layer.
+    large as the others and for outputs a hundred times smaller. Of a layer that only this network
+    has, weights of inputs are a fifth of what was drawn, all else is a hundredth. Where the new
+    channels are zero, the output of the others is therefore that of the other network, but for
+    these small values.
 
     Parameters
     ----------
@@ -64,7 +69,8 @@ def fit_weights(
     new_layers = {_layer(name) for name in own_axes.keys() - their_axes.keys()}
     for name in sorted(own):
         if _layer(name) in new_layers and name not in theirs:
-            tensors[name] = own[name] * _SMALL
+            takes_inputs = name in own_axes and own_axes[name].axis == 1
+            tensors[name] = own[name] * (_NEW_INPUTS if takes_inputs else _SMALL)
             drawn += own[name].numel()
         elif name in own_axes and name in their_axes and name in theirs:
             fitted = _with_channels(

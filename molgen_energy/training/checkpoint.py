@@ -35,7 +35,7 @@ from molgen_energy.output import (
     temporary_folder,
     with_filename,
 )
-from molgen_energy.training.pretrained import DEFAULT, SUMS, verify_checksums
+from molgen_energy.training.pretrained import DEFAULT, SUMS, verify_checksums, weights_directory
 from molgen_energy.training.state import Progress, RunState, State
 
 FORMAT = 3
@@ -133,6 +133,12 @@ class Checkpoint:
         path = real_path(self.path)
         run = path.parents[1] if path.parent.name == "checkpoints" else path
         return f"{display_path(Path(run.name))}, step {self.progress.step}"
+
+    @property
+    def name(self) -> str:
+        """For messages: the name of pretrained weights, else the path."""
+        shipped = real_path(self.path).parent == real_path(weights_directory())
+        return self.path.name if shipped else display_path(self.path)
 
     def load_weights(self, model: nn.Module, name: str) -> None:
         """Load the weights `model` or `ema` into a model of the same architecture.
@@ -312,6 +318,24 @@ def find_checkpoint(path: Path, which: str = "last") -> Path:
     raise InputError(f"{path} holds no checkpoint (it is not a run, or stopped before its first)")
 
 
+def sampled_checkpoint(path: Path) -> str:
+    """`last` or `best`: the checkpoint that stands for a run, see `training.sample_from`.
+
+    Without a validation there is no best one.
+
+    Raises
+    ------
+    InputError
+        As of `find_checkpoint`, or the configuration is damaged.
+    """
+    config = read_config(find_checkpoint(path) / "config.yaml")
+    training = config.values.get("training")
+    best = isinstance(training, Mapping) and training.get("sample_from") == "best"
+    folder = path / "checkpoints"
+    found = any((folder / name / "state.yaml").is_file() for name in ("best", "best.old"))
+    return "best" if best and found else "last"
+
+
 def newest_run(root: Path) -> Path | None:
     """The run under `root` with the newest last checkpoint; None if there is no run."""
     states = [
@@ -327,7 +351,9 @@ def default_checkpoint() -> Path:
     return newest_run(Path("runs")) or Path(DEFAULT)
 
 
-def load_checkpoint(path: Path, which: str = "last", weights: Sequence[str] = ()) -> Checkpoint:
+def load_checkpoint(
+    path: Path, which: str | None = None, weights: Sequence[str] = ()
+) -> Checkpoint:
     """Read a checkpoint from its own folder or a run's.
 
     Parameters
@@ -335,7 +361,7 @@ def load_checkpoint(path: Path, which: str = "last", weights: Sequence[str] = ()
     path
         A checkpoint's folder, or a run's.
     which
-        `last` or `best` of a run.
+        `last` or `best` of a run; by default the one that stands for it.
     weights
         Names of the weights to read now; others are read on demand.
 
@@ -350,7 +376,7 @@ def load_checkpoint(path: Path, which: str = "last", weights: Sequence[str] = ()
     for attempt in range(_ATTEMPTS):
         identity = None
         try:
-            folder = find_checkpoint(path, which)
+            folder = find_checkpoint(path, which or sampled_checkpoint(path))
             identity = _identity(folder)
             loaded = _read(folder)
             loaded = replace(loaded, read={name: loaded.read_tensors(name) for name in weights})

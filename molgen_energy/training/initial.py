@@ -36,6 +36,7 @@ def initialise(task: Task) -> None:
     check_same_function(checkpoint, task.config, f"--from {name}")
     fitted = task.fit_weights(checkpoint)
     load_weights(task.model, fitted.tensors, checkpoint.path)
+    keep_sampling(task, checkpoint)
     values = sum(tensor.numel() for tensor in task.model.state_dict().values())
     task.state["initial_weights"] = {
         **provenance(checkpoint),
@@ -44,6 +45,13 @@ def initialise(task: Task) -> None:
         "new": list(fitted.new),
         "left_out": list(fitted.left_out),
     }
+
+
+def keep_sampling(task: Task, checkpoint: Checkpoint) -> None:
+    """Draw samples of a fine-tuned network as those of a checkpoint, which has the same process."""
+    fine_tuning = getattr(task.config, "fine_tuning", None)
+    if fine_tuning is not None and fine_tuning.relative_lr and "sampling" in checkpoint.state:
+        task.state["sampling"] = checkpoint.state["sampling"]
 
 
 def check_same_function(checkpoint: Checkpoint, config: Config, option: str) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from molgen_energy import __version__
-from molgen_energy.config import TrainingConfig
+from molgen_energy.config import TrainingConfig, resolved
 from molgen_energy.data.batches import BatchIndex, EpochStarts, on_device
 from molgen_energy.diffusion.process import is_self_conditioned
 from molgen_energy.distributed import all_reduce_sum, is_main, rank, world_size
@@ -57,10 +57,11 @@ from molgen_energy.training.curves import write_curves
 from molgen_energy.training.devices import peak_memory
 from molgen_energy.training.ema import ExponentialMovingAverage
 from molgen_energy.training.graphs import CUDARecorder, GraphCache, Recorder
-from molgen_energy.training.initial import describe_initial_weights, initialise
+from molgen_energy.training.initial import describe_initial_weights, initialise, keep_sampling
 from molgen_energy.training.metrics import MetricsLog
 from molgen_energy.training.muon import Muon, hidden_matrices
 from molgen_energy.training.run import Run
+from molgen_energy.training.state import has_stalled
 from molgen_energy.training.task import Recordable, Task
 
 _MEASURED_BATCHES = 64  # at most, to estimate what a run needs
@@ -98,6 +99,8 @@ class _Progress:
     step: int = 0
     seconds: float = 0.0
     best_valid: float | None = None
+    best_step: int | None = None
+    kept_valid: float | None = None
     last_valid: float | None = None
     # Weighted sums since the last row of metrics.csv, so that rows do not depend on interruptions.
     sums: tuple[float, ...] = ()
@@ -163,7 +166,7 @@ def total_steps(training: TrainingConfig, starts: EpochStarts) -> int:
     if (training.steps is None) == (training.epochs is None):
         raise InputError("set exactly one of training.steps and training.epochs")
     if training.steps is not None:
-        return training.steps
+        return resolved(training.steps)
     assert training.epochs is not None
     return starts[training.epochs]
 
@@ -216,7 +219,7 @@ def measure_cost(task: Task, run: Path, steps: int, seconds: float = 5.0) -> Tra
         trainer = _Trainer(task, run, no_callback)
         step, forward, measured = trainer.measure(seconds, min(steps, _MEASURED_BATCHES))
     validation = forward * task.validation_samples
-    validations = math.ceil(steps / task.config.training.validate_every)
+    validations = math.ceil(steps / resolved(task.config.training.validate_every))
     return TrainingCost(
         step,
         validation,
@@ -301,7 +304,8 @@ class _Trainer:
         if task.device.type == "cpu":
             size = _COPIES * sum(p.numel() * p.element_size() for p in self._parameters())
             check_memory(size, "training the network", "lower model.width or model.layers")
-        self.ema = ExponentialMovingAverage(task.model, self.training.ema_decay)
+        self.ema = ExponentialMovingAverage(task.model, resolved(self.training.ema_decay))
+        self._validate_every = resolved(self.training.validate_every)
         self.clipper = GradientClipper(self.training.max_gradient_norm or math.inf)
         assert not isinstance(self.training.lr, str)
         self._muon_ratio = self.training.muon_lr / self.training.lr
@@ -336,8 +340,12 @@ class _Trainer:
 
     def start(self, resume: bool) -> None:
         if resume:
-            self._restore(load_checkpoint(self.folder))
+            self._restore(load_checkpoint(self.folder, "last"))
+        elif self.training.sample_from == "best":
+            self.at.last_valid = self.task.validation_loss(self.ema.model)
         if not is_main():
+            if not resume:
+                self._note_validation()
             return
         check_run_folder(self.folder)
         log = self.folder / "log.txt"
@@ -348,6 +356,9 @@ class _Trainer:
         atomic_write(self.folder / "config.yaml", text.encode(), own=True)
         self.metrics = MetricsLog(self.folder, self.at.step, self.task.loss_terms)
         if not resume:
+            self._note_validation()
+            if self.at.last_valid is not None:
+                self._write_row(None)
             self._save("last")
         verb = "resume" if resume else "start"
         self._log(
@@ -361,6 +372,8 @@ class _Trainer:
         teacher = self.task.state.get("teacher")
         if teacher is not None and not resume:
             self._log(f"student of {teacher['origin']}")
+        if self.training.sample_from == "best" and not self.task.validation_samples:
+            self._log("no validation data: the last weights stand for the run")
 
     def _log(self, text: str) -> None:
         if not is_main() or self.lock is None:  # measuring a run does not write its folder
@@ -424,6 +437,7 @@ class _Trainer:
             )
         if checkpoint.state.get("initial_weights") is not None:
             self.task.state["initial_weights"] = checkpoint.state["initial_weights"]
+            keep_sampling(self.task, checkpoint)
         checkpoint.load_weights(self.task.model, "model")
         checkpoint.load_weights(self.ema.model, "ema")
         if self.task.auxiliary is not None:
@@ -522,7 +536,7 @@ class _Trainer:
                 stop = self._step(batch, interrupted)
                 row_samples += len(batch)
                 last = self.at.step == self.steps
-                validate = last or self.at.step % self.training.validate_every == 0
+                validate = last or self.at.step % self._validate_every == 0
                 log = validate or self.at.step % self.training.log_every == 0
                 save = last or self.at.step % self.training.checkpoint_every == 0
                 if log or save:
@@ -537,6 +551,7 @@ class _Trainer:
                 )
                 if validate:
                     self._validate()
+                    last = last or has_stalled(self.training, self.at.step, self.at.best_step)
                 if log:
                     self._write_row(row_samples / (now - row_began))
                     if validate:
@@ -544,7 +559,7 @@ class _Trainer:
                     row_began, row_samples = time.perf_counter(), 0
                 if last and not self._is_finite():
                     self._fail("the weights are not finite", "train again with a lower --lr")
-                if save:
+                if save or last:
                     self._save("last")
                 alone = world_size() == 1 and interrupted.is_set()
                 if (stop or alone) and not last:
@@ -555,6 +570,8 @@ class _Trainer:
                     raise TrainingInterrupted(
                         f"stopped at step {self.at.step} of {self.steps}", self.folder
                     )
+                if last:
+                    break
         except torch.OutOfMemoryError:
             too_large = batch  # handled below, where the memory of the step is free
         except RuntimeError as error:
@@ -572,9 +589,14 @@ class _Trainer:
                 self.lock.close()
         if too_large is not None:
             self._fail(*self._out_of_memory(too_large))
-        self._log(f"finished at step {self.at.step}, {self.at.seconds:.0f} s of training")
         at = self.at
-        return Run(self.folder, at.step, at.seconds, at.last_valid, at.skipped, self.task.config)
+        if at.step < self.steps:
+            self._log(f"no better validation loss since step {at.best_step}")
+        self._log(f"finished at step {at.step}, {at.seconds:.0f} s of training")
+        return Run(
+            self.folder, at.step, at.seconds, at.last_valid, at.skipped, self.task.config,
+            best_step=at.best_step, best_valid=at.kept_valid,
+        )  # fmt: skip
 
     def _batches(self) -> Iterator[BatchIndex]:
         """The batches from the current step to the last."""
@@ -759,12 +781,18 @@ class _Trainer:
         )
 
     def _validate(self) -> None:
-        valid = self.task.validation_loss(self.ema.model)
-        self.at.last_valid = valid
+        self.at.last_valid = self.task.validation_loss(self.ema.model)
+        self._note_validation()
+
+    def _note_validation(self) -> None:
+        """Keep the weights, if their validation loss is the lowest, or within the tolerance."""
+        valid, at = self.at.last_valid, self.at
         if valid is None or not math.isfinite(valid):
             return
-        if self.at.best_valid is None or valid < self.at.best_valid:
-            self.at.best_valid = valid
+        lowest = at.best_valid
+        if lowest is None or valid < lowest + self.training.tolerance * abs(lowest):
+            at.best_valid = valid if lowest is None else min(valid, lowest)
+            at.best_step, at.kept_valid = at.step, valid
             self._save("best")
 
     def _draw(self) -> None:
@@ -776,20 +804,21 @@ class _Trainer:
         except (InputError, OSError) as error:
             self._log(f"no picture of the curves: {error}")
 
-    def _write_row(self, samples_per_second: float) -> None:
+    def _write_row(self, samples_per_second: float | None) -> None:
         at = self.at
         means = [value / at.weight if at.weight else None for value in at.sums]
         loss, *parts, norm = means
-        validated = at.step % self.training.validate_every == 0 or at.step == self.steps
+        validated = at.step % self._validate_every == 0 or at.step == self.steps
+        before = max(0, at.step - 1)
         if self.metrics is not None:
             self.metrics.write(
                 step=at.step,
-                epoch=self.task.starts.epoch_of(at.step - 1),
+                epoch=self.task.starts.epoch_of(before),
                 loss=loss,
                 **dict(zip(self.task.loss_terms, parts, strict=True)),
                 valid_loss=at.last_valid if validated else None,
                 gradient_norm=norm,
-                lr=learning_rate(self.training, at.step - 1, self.steps),
+                lr=learning_rate(self.training, before, self.steps),
                 samples_per_second=samples_per_second,
                 seconds=at.seconds,
                 skipped=at.skipped,

@@ -16,6 +16,7 @@ from molgen_energy.errors import InputError
 from molgen_energy.output import display_path
 from molgen_energy.tables import data_frame
 from molgen_energy.training.metrics import read_columns
+from molgen_energy.training.state import Progress
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,35 @@ class Run:
     """Without `auto`."""
     already_complete: bool = False
     """Whether a resumed run had no step left."""
+    best_step: int | None = None
+    """Steps of its checkpoint `best`; None without validation data."""
+    best_valid: float | None = None
+    """Validation loss of that one."""
+
+    @classmethod
+    def of(
+        cls, folder: Path, at: Progress, config: Config, *, already_complete: bool = False
+    ) -> Run:
+        """The run of a `folder` and a `config`, as far as its last checkpoint is.
+
+        Parameters
+        ----------
+        at
+            Progress of that checkpoint.
+        already_complete
+            As of the run.
+        """
+        return cls(
+            folder,
+            at.step,
+            at.seconds,
+            at.last_valid,
+            at.skipped,
+            config,
+            already_complete,
+            at.best_step,
+            at.kept_valid,
+        )
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -81,6 +111,8 @@ class Run:
         facts = {"run": display_path(self.folder), "steps": f"{self.steps:,}", "time": time}
         if self.valid_loss is not None:
             facts["validation loss"] = f"{self.valid_loss:.4g}"
+        if self.best_valid is not None and self.config.training.sample_from == "best":
+            facts["best"] = f"{self.best_valid:.4g} at step {self.best_step:,}"
         if self.skipped:
             facts["skipped steps"] = f"{self.skipped:,}"
         loss = getattr(self.config, "loss", None)

@@ -9,6 +9,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import ConfigDict, Field, model_validator
 
+from molgen_energy.config import TrainingConfig, resolved
 from molgen_energy.formats.yaml import Schema
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -25,6 +26,10 @@ class Progress(Schema):
     """Training time."""
     best_valid: Finite | None = None
     """Lowest validation loss."""
+    best_step: Count | None = None
+    """Steps of the checkpoint `best`; earlier versions did not write it."""
+    kept_valid: Finite | None = None
+    """Its validation loss, which may be above the lowest by `training.tolerance`."""
     last_valid: float | None = None
     """Last validation loss; it may be infinite or NaN."""
     sums: Annotated[list[float], Field(max_length=1000)] = Field(default_factory=list)
@@ -43,6 +48,13 @@ class Progress(Schema):
         if not self.skipped_in_row <= self.skipped <= self.step or self.count > self.step:
             raise ValueError("expected skipped_in_row ≤ skipped ≤ step, and count ≤ step")
         return self
+
+
+def has_stalled(training: TrainingConfig, step: int, best_step: int | None) -> bool:
+    """Whether training ends: `training.patience` validations in a row gave no better weights."""
+    if training.patience is None or best_step is None:
+        return False
+    return step - best_step >= training.patience * resolved(training.validate_every)
 
 
 class TrainingDataSummary(Schema):

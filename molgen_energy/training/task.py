@@ -95,7 +95,7 @@ class Task(Protocol):
 
     @property
     def validation_samples(self) -> int:
-        """Number of validation samples; 0 without any."""
+        """Evaluations of the network in a validation; 0 without validation data."""
         ...
 
     def validation_loss(self, model: nn.Module) -> float | None:

@@ -126,7 +126,7 @@ def test_bad_options_name_the_remedy(tmp_path, monkeypatch):
         molgen_energy.train(loss="mse", springs="inverse")
     with pytest.raises(InputError, match="--data is not an option for molecules"):
         molgen_energy.sample(1, data="couplings.npz", checkpoint="qm9_energy")
-    with pytest.raises(InputError, match="has no condition; leave out --where"):
+    with pytest.raises(InputError, match="was trained without properties; leave out --where"):
         molgen_energy.sample(1, "a.sdf", checkpoint="qm9_energy", where={"gap": 0.2})
     with pytest.raises(InputError, match=r"--temperature-range 0\.3:0\.2: expected two"):
         reversed_range = {"temperature": 0.9, "temperature_range": (0.3, 0.2)}

@@ -106,6 +106,9 @@ def test_a_damaged_state(run, key, value):
     refused(run, "state.yaml", key.split(".")[-1])
 
 
+ONE_PROPERTY = {"names": ["a"], "units": [""], "mean": [0.0], "std": [1.0], "values": [[1.0]]}
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -126,6 +129,11 @@ def test_a_damaged_state(run, key, value):
             "condition",
             {"names": ["a"], "units": ["eV"], "mean": [0.0], "std": [1.0], "values": [[1.0, 2.0]]},
         ),
+        ("condition", ONE_PROPERTY | {"lowest": [0.0]}),
+        ("condition", ONE_PROPERTY | {"lowest": [1.0], "highest": [1.0]}),
+        ("condition", ONE_PROPERTY | {"lowest": [0.0], "highest": [1.0, 2.0]}),
+        ("condition", ONE_PROPERTY | {"atoms": [3, 4]}),
+        ("condition", ONE_PROPERTY | {"atoms": [0]}),
     ],
 )  # fmt: skip
 def test_a_damaged_state_of_molecules(run, key, value):
@@ -484,7 +492,9 @@ def output(begun, tmp_path) -> Path:
         ("count", None), ("count", 0), ("count", "12"), ("count", 2**40), ("seed", -1),
         ("seed", True), ("steps", 0), ("steps", 2**31), ("sampler", ["ddim"]), ("sampler", "ode"),
         ("n_atoms", [1]), ("n_atoms", [9, 3]), ("n_atoms", [1, 10**12]), ("n_atoms", "9-18"),
-        ("condition", []), ("condition", {"gap": "low"}), ("batch_size", 0), ("batch_size", 2**40),
+        ("condition", []), ("condition", {"gap": "low"}), ("where", {"gap": [0.2]}),
+        ("where", {"gap": [0.3, 0.2]}), ("guidance", None), ("guidance", []),
+        ("batch_size", 0), ("batch_size", 2**40),
         ("window", 0), ("window", 2**40), ("pairs", -1), ("weights", {}), ("checkpoint", ""),
         ("checkpoint", None), ("temperature", None), ("temperature", -1.0), ("more", 1),
         ("temperature_range", 3), ("temperature_range", [1.0, 0.5]), ("version", HUGE),

@@ -9,8 +9,9 @@ import pytest
 import torch
 from states import ExactRandomNumbers, levels_at
 
-from molgen_energy.diffusion.inpainting import FixedValues, MatchedValues
+from molgen_energy.diffusion.inpainting import AnchoredValues, FixedValues, MatchedValues
 from molgen_energy.diffusion.noise import RandomNumbers
+from molgen_energy.diffusion.prediction import Prediction
 from molgen_energy.diffusion.process import PROCESSES, Diffusion
 from molgen_energy.diffusion.samplers import MOST_REPEATS, SAMPLERS, build_sampler, samplers_for
 from molgen_energy.diffusion.spacing import levels_below
@@ -298,3 +299,58 @@ def test_places_are_those_of_the_least_distance():
         best = min(map(cost, permutations(range(size))))
         assert cost(np.argsort(places)) == pytest.approx(best, rel=1e-6)
         assert hook._places[sample, size:].tolist() == list(range(size, 6))
+
+
+# -- anchors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_groups_are_held_at_their_anchors_above_a_noise(process):
+    """Means of the groups, relative to the fixed atoms; below, x̂ is that of the network."""
+    built = PROCESSES[process](1000, prediction="clean") if process != "diffusion" else Diffusion()
+    clean, values = random_state(2), random_state(1)
+    groups = torch.tensor([[-1, -1, -1, 0, 1, 0], [-1, -1, -1, 0, -1, -1]])
+    anchors = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0)).double()
+    fixed = {name: where for name, where in fixed_fields().items() if name != "cell"}
+    hook = AnchoredValues.of_fields(values, fixed, anchors=anchors, groups=groups, until=0.4)
+    for time, held in ((0.9, True), (0.05, False)):
+        level = levels_at(built, torch.full((2,), time))
+        prediction = Prediction(built, random_state(3), level, clean, "clean")
+        found = hook.after_prediction(prediction, time).clean["positions"]
+        centroid = found[:, :3].mean(dim=1)
+        for sample in range(2):
+            for group in range(2):
+                members = groups[sample] == group
+                if not members.any():
+                    continue
+                mean = found[sample, members].mean(dim=0) - centroid[sample]
+                if held:
+                    torch.testing.assert_close(mean, anchors[sample, group])
+                else:
+                    theirs = clean["positions"][sample]
+                    expected = theirs[members].mean(dim=0) - theirs[:3].mean(dim=0)
+                    torch.testing.assert_close(mean, expected)
+        apart = found[:, :3] - centroid[:, None]
+        wanted = values["positions"][:, :3]
+        torch.testing.assert_close(apart, wanted - wanted.mean(dim=1, keepdim=True))
+
+
+def test_only_the_other_atoms_take_each_others_places():
+    clean, values = random_state(6), random_state(7)
+    groups = torch.where(MASK & (torch.arange(6) >= 2), 0, -1)
+    hook = AnchoredValues.of_fields(
+        values, {"elements": MASK[..., None]}, anchors=torch.zeros(2, 1, 3).double(),
+        groups=groups, until=0.4,
+    )  # fmt: skip
+    hook._match(clean)
+    assert hook._places is not None
+    for sample, size in enumerate((6, 4)):
+        places = hook._places[sample].tolist()
+        assert places[:2] == [0, 1] and places[size:] == list(range(size, 6))
+        wanted, have = (x["elements"][sample].numpy() for x in (values, clean))
+
+        def cost(order, wanted=wanted, have=have):
+            return sum(((wanted[place] - have[atom]) ** 2).sum() for atom, place in order)
+
+        best = min(cost(enumerate(order, 2)) for order in permutations(range(2, size)))
+        assert cost(enumerate(places[2:size], 2)) == pytest.approx(best, rel=1e-6)

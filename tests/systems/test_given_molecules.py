@@ -154,8 +154,8 @@ def test_of_two_mirror_images_the_one_that_is_asked_is_taken(trained, tmp_path, 
     options = {"smiles": smiles, "steps": 3, "count": 8}
     drawn, notes = draw(trained["joint"], tmp_path / "a.h5", **options)
     assert notes[0] == (
-        "16 of 16 conformers (100.0 %) have the stereocentres and double bonds that their SMILES "
-        "specify"
+        "of 16 conformers whose SMILES specify stereocentres or double bonds, 16 (100.0 %) have "
+        "them"
     )
     generator, count = generator_of(trained["joint"], **options)
     monkeypatch.setattr(generator.control, "_mirror", False)
@@ -220,7 +220,7 @@ def test_variants_begin_with_the_noisy_molecule_and_end_in_its_frame(trained):
     from molgen_energy.systems.molecules.control.base import Batch
 
     clean = generator.control.start(Batch(numbers, mask, generator.layout))
-    generator.model = perfect = Perfect(clean)
+    generator._denoiser = perfect = Perfect(clean)
     drawn = generator.draw(numbers)
     expected = [m.GetConformer().GetPositions() for m in molecules for _ in range(2)]
     np.testing.assert_allclose(drawn.positions, np.concatenate(expected), atol=1e-3)
@@ -322,5 +322,5 @@ def test_options_are_those_of_the_registry():
 
 
 def test_after_training_the_next_command_names_a_molecule():
-    assert SYSTEM.needed_options(load_config("qm9_jodo_conformers_cpu")) == " --smiles CCO"
-    assert not SYSTEM.needed_options(load_config("qm9_jodo_cpu"))
+    for config, end in (("qm9_jodo_conformers_cpu", " --smiles CCO"), ("qm9_jodo_cpu", " run")):
+        assert SYSTEM.next_command(load_config(config), "run").endswith(end)

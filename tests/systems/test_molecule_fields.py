@@ -264,8 +264,11 @@ def test_missing_columns_are_named(everything, rich_file, sample_path):
 # -- conditions ----------------------------------------------------------------------------------
 
 
-def condition_of(values, dropout=0.0):
-    return PropertyCondition.fit(["gap", "mu"], ["hartree", "debye"], values, dropout, seed=0)
+def condition_of(values, dropout=0.0, single_dropout=0.0):
+    atoms = np.arange(len(values)) % 7 + 3
+    return PropertyCondition.fit(
+        ["gap", "mu"], ["hartree", "debye"], values, atoms, 0, dropout, single_dropout
+    )
 
 
 def test_conditions_are_normalised_and_missing_values_are_marked():
@@ -298,17 +301,42 @@ def test_conditions_are_withheld_as_often_as_set():
     assert (encoded[~withheld, 2:] == 1).all()
 
 
-def test_conditions_for_sampling():
-    values = np.random.default_rng(0).normal(size=(50, 2))
+def test_single_properties_are_withheld_independently_of_each_other():
+    values = np.random.default_rng(0).normal(size=(4000, 2))
+    encoded = condition_of(values, 0.2, 0.4).encode(
+        torch.from_numpy(values), RandomNumbers(0, torch.arange(4000))
+    )
+    gap, mu = (encoded[:, 2:] == 1).T
+    shares = [float(x.float().mean()) for x in (gap & mu, gap & ~mu, ~gap & mu, ~gap & ~mu)]
+    # None with probability 0.2; else each is withheld with probability 0.4.
+    assert shares == pytest.approx(
+        [0.8 * 0.36, 0.8 * 0.24, 0.8 * 0.24, 0.2 + 0.8 * 0.16], abs=0.025
+    )
+    # The numbers of a molecule do not depend on its batch.
+    alone = condition_of(values, 0.2, 0.4).encode(
+        torch.from_numpy(values[70:75]), RandomNumbers(0, torch.arange(70, 75))
+    )
+    assert torch.equal(alone, encoded[70:75])
+
+
+def test_a_single_property_is_withheld_by_the_joint_dropout_alone():
+    values = np.random.default_rng(0).normal(size=(50, 1))
+    condition = PropertyCondition.fit(["gap"], ["hartree"], values, np.full(50, 9), 0, 0.0, 0.5)
+    encoded = condition.encode(torch.from_numpy(values), RandomNumbers(0, torch.arange(50)))
+    assert (encoded[:, 1] == 1).all()
+
+
+def test_conditions_know_the_range_of_the_training_molecules():
+    values = np.random.default_rng(0).normal(size=(3000, 2))
+    values[5, 1] = np.nan
     condition = condition_of(values)
-    drawn = condition.draw(RandomNumbers(0, torch.arange(400))).numpy()
-    assert all(row in values for row in drawn)
-    assert len(np.unique(drawn[:, 0])) == 50
-    given = condition.given({"mu": 2.0}, 3)
-    assert given.shape == (3, 2)
-    assert given[:, 0].isnan().all() and (given[:, 1] == 2).all()
-    with pytest.raises(InputError, match="unknown condition 'muu'; did you mean 'mu'"):
-        condition.given({"muu": 2.0}, 3)
+    assert condition.lowest == tuple(np.nanmin(values, axis=0))
+    assert condition.highest == tuple(np.nanmax(values, axis=0))
+    state = condition.to_dict()
+    assert PropertyCondition.from_dict(state).highest == condition.highest
+    older = {key: part for key, part in state.items() if key not in ("lowest", "highest")}
+    stored = condition.values  # a thousand of the molecules
+    assert PropertyCondition.from_dict(older).lowest == tuple(stored.min(axis=0))
 
 
 def test_constant_properties_are_refused():
@@ -335,8 +363,12 @@ def test_conditional_models_train_and_sample(rich_file, tmp_path, model):
     assert_same_run(tmp_path / "run", tmp_path / "again")
     checkpoint = load_checkpoint(tmp_path / "run")
     drawn = {}
-    for name, given in (("low", {"gap": 0.1}), ("high", {"gap": 0.3}), ("data", None)):
-        generator = MoleculeGenerator(checkpoint, CPU, condition=given)
+    for name, given in (
+        ("low", {"gap": (0.1, 0.1)}),
+        ("high", {"gap": (0.3, 0.3)}),
+        ("data", None),
+    ):
+        generator = MoleculeGenerator(checkpoint, CPU, sizes=(9, 9), where=given)
         drawn[name] = generator.draw(torch.arange(4))
     low, high, data = drawn["low"], drawn["high"], drawn["data"]
     assert not np.allclose(low.positions, high.positions)
@@ -344,8 +376,8 @@ def test_conditional_models_train_and_sample(rich_file, tmp_path, model):
     assert np.isnan(low.properties["condition_size"].values).all()
     assert low.properties["condition_gap"].unit == "hartree"
     assert np.isfinite(data.properties["condition_gap"].values).all()
-    with pytest.raises(InputError, match="unknown condition 'mass'"):
-        MoleculeGenerator(checkpoint, CPU, condition={"mass": 1.0})
+    with pytest.raises(InputError, match=r"unknown property 'mass' \(valid: gap, size\)"):
+        MoleculeGenerator(checkpoint, CPU, where={"mass": (1.0, 1.0)})
     for suffix in ("sdf", "xyz", "h5"):
         path = tmp_path / f"a.{suffix}"
         sample_to_file(generator, 3, path, NoCallback())
@@ -360,5 +392,5 @@ def test_conditional_models_train_and_sample(rich_file, tmp_path, model):
 
 def test_a_condition_of_a_model_without_one(tmp_path):
     train(MoleculeTask(tiny(process__steps=10, training__steps=1), CPU), tmp_path / "run")
-    with pytest.raises(InputError, match="has no condition; leave out --where"):
-        MoleculeGenerator(load_checkpoint(tmp_path / "run"), CPU, condition={"gap": 1.0})
+    with pytest.raises(InputError, match="was trained without properties; leave out --where"):
+        MoleculeGenerator(load_checkpoint(tmp_path / "run"), CPU, where={"gap": (1.0, 1.0)})

@@ -97,8 +97,9 @@ def test_every_system_is_whole(name):
     assert any(load_config(shipped).system == name for shipped in config_names())
     options = inspect.signature(sample.command).parameters
     assert set(system.sampling) <= set(options)
-    assert name in evaluators.EVALUATORS
-    assert (name in datasets.DATASETS) == (name != "molecules")
+    files = system.file_format.system  # those of properties are of molecules
+    assert files in evaluators.EVALUATORS
+    assert (files in datasets.DATASETS) == (files != "molecules")
 
 
 # -- polygons ----------------------------------------------------------------------------------
@@ -824,6 +825,7 @@ def chain_model(config: ChainConfig, beads: int) -> nn.Module:
 class ChainGenerator:
     method, origin, count, distributed = "one network evaluation each", "a run", 50, False
     inputs: tuple[Path, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def __init__(self, checkpoint, device):
         self.beads = checkpoint.state["beads"]

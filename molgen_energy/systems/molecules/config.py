@@ -22,6 +22,7 @@ from molgen_energy.config import (
     TrainingConfig,
     Whole,
     one_of,
+    resolved,
 )
 from molgen_energy.diffusion.process import PROCESSES, Diffusion, ProcessConfig
 from molgen_energy.elements import atomic_number
@@ -57,8 +58,14 @@ class MoleculeDataConfig(DataConfig):
     """Training molecules in a window of streamed data; two windows are in memory."""
 
 
-_OF_TEACHER = ("model", "process", "scales", "loss", "objective", "condition")
+_OF_WEIGHTS = ("model", "process", "scales", "loss", "objective", "condition")
 """Sections that give the weights of a network a meaning, or say what it learnt."""
+_OF_OPTIMISATION = (
+    "augment_rotations", "optimizer", "adam_betas", "weight_decay", "clip_gradients",
+    "max_gradient_norm",
+)  # fmt: skip
+"""Keys of `training` that fine-tuning takes from the run of the weights."""
+_RATES = ("lr", "muon_lr")
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,6 +181,14 @@ class DistillationConfig(Section):
         return self
 
 
+class FineTuningConfig(Section):
+    """Training that goes on from trained weights, on few molecules."""
+
+    relative_lr: PositiveFloat | None = None
+    """Learning rates relative to those that the weights were trained with; null is no
+    fine-tuning."""
+
+
 class MoleculeTrainingConfig(TrainingConfig):
     """Optimisation. Either `steps` or `epochs` sets the length.
 
@@ -185,6 +200,9 @@ class MoleculeTrainingConfig(TrainingConfig):
     """bfloat16 for pairs; `auto` uses it on a GPU and where a CPU multiplies far faster in it."""
     validation_molecules: PositiveInt = 2048
     """Most molecules of the validation split that the validation loss is averaged over."""
+    validation_draws: PositiveInt | Auto = 1
+    """Noise levels and noises of each validation molecule; `auto` draws so many that few molecules
+    give a loss as precise as 256 do."""
 
 
 class MoleculeConfig(Config):
@@ -200,16 +218,39 @@ class MoleculeConfig(Config):
     condition: Annotated[Section, OneOf("condition", CONDITIONS)] = NoConditionConfig()
     training: MoleculeTrainingConfig = MoleculeTrainingConfig()
     distillation: DistillationConfig = DistillationConfig()
+    fine_tuning: FineTuningConfig = FineTuningConfig()
 
     def with_values_of(self, teacher: MoleculeConfig) -> MoleculeConfig:
         """The configuration of a student: what this one does not set is as of its teacher.
 
         These are model, process, scales, loss, objective, condition, elements and random rotations.
         """
-        own, theirs = self.model_dump(exclude_unset=True), teacher.model_dump()
-        taken: dict[str, Any] = {section: theirs[section] for section in _OF_TEACHER}
-        taken["data"] = {"elements": theirs["data"]["elements"]}
-        taken["training"] = {"augment_rotations": theirs["training"]["augment_rotations"]}
+        return self._over(
+            teacher,
+            data={"elements": teacher.data.elements},
+            training={"augment_rotations": teacher.training.augment_rotations},
+        )
+
+    def continuing(self, source: MoleculeConfig) -> MoleculeConfig:
+        """The configuration of fine-tuning: what this one does not set is as of the source.
+
+        These are model, process, scales, loss, objective, condition, random rotations, and the
+        optimiser; its learning rates are multiplied by `fine_tuning.relative_lr`, unless the source
+        was fine-tuned itself.
+        """
+        factor = self.fine_tuning.relative_lr
+        assert factor is not None
+        if source.fine_tuning.relative_lr is not None:
+            factor = 1.0
+        theirs = source.training
+        rates = {name: factor * resolved(getattr(theirs, name)) for name in _RATES}
+        kept = {name: getattr(theirs, name) for name in _OF_OPTIMISATION}
+        return self._over(source, training=kept | rates)
+
+    def _over(self, other: MoleculeConfig, **sections: dict[str, Any]) -> MoleculeConfig:
+        """Values of this configuration over those sections of another that weights depend on."""
+        own, theirs = self.model_dump(exclude_unset=True), other.model_dump()
+        taken = {section: theirs[section] for section in _OF_WEIGHTS} | sections
         return MoleculeConfig.of(RawConfig(f"config {self.name}", _merged(taken, own)))
 
     @property

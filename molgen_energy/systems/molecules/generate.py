@@ -25,7 +25,13 @@ from molgen_energy.data.molecules import (
     offsets_from_sizes,
 )
 from molgen_energy.diffusion.given import GivenFields
-from molgen_energy.diffusion.guidance import SamplingHook, chained
+from molgen_energy.diffusion.guidance import (
+    ClassifierFreeGuidance,
+    FunctionGuidance,
+    GuidanceFunction,
+    SamplingHook,
+    chained,
+)
 from molgen_energy.diffusion.inpainting import FixedValues
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
 from molgen_energy.diffusion.process import Process
@@ -36,7 +42,11 @@ from molgen_energy.errors import InputError
 from molgen_energy.formats.limits import check_memory
 from molgen_energy.models import MODELS
 from molgen_energy.models.precision import is_bfloat16_faster
-from molgen_energy.systems.molecules.condition import PropertyCondition
+from molgen_energy.systems.molecules.condition import (
+    PropertyCondition,
+    PropertyConditionConfig,
+    Where,
+)
 from molgen_energy.systems.molecules.config import MoleculeConfig
 from molgen_energy.systems.molecules.control.base import Batch, Control, Network
 from molgen_energy.systems.molecules.control.inputs import everywhere
@@ -49,6 +59,7 @@ from molgen_energy.training.checkpoint import Checkpoint
 from molgen_energy.training.devices import lower_precision
 from molgen_energy.training.graphs import CUDARecorder, Recorder
 
+_MOST_GUIDANCE = 1000  # beyond some tens, molecules diverge
 _BYTES_OF_PAIR = 32  # of a pair of atoms, at least: positions, distance, features
 
 _NARROWEST = 192  # width below which bfloat16 gains little: at 96, 1.0 to 1.2 on a Zen 4
@@ -100,9 +111,12 @@ class MoleculeGenerator:
     spacing
         Spacing of the levels that the sampler visits, one of `SPACINGS`. None is that of the
         checkpoint, else the default of the process.
-    condition
-        Values of properties on which the model was conditioned, by name; properties without a
-        value are unconditional. None draws them from the training molecules.
+    where
+        Ranges of properties on which the model was conditioned, by name; properties without an
+        entry are unconditional. None draws all from the training molecules.
+    guidance
+        Scale of classifier-free guidance, see `ClassifierFreeGuidance`; 1 has none. Or a function
+        of the positions, see `FunctionGuidance`.
     hook
         Makes the guidance of a batch. It is called in several threads.
     temperature
@@ -144,7 +158,8 @@ class MoleculeGenerator:
         steps: int | None = None,
         eta: float | None = None,
         spacing: str | None = None,
-        condition: Mapping[str, float] | None = None,
+        where: Where | None = None,
+        guidance: float | GuidanceFunction = 1.0,
         hook: Callable[[Batch], SamplingHook | None] = lambda batch: None,
         temperature: Mapping[str, Any] | None = None,
         consistent_charges: bool = False,
@@ -168,27 +183,36 @@ class MoleculeGenerator:
         self._given = tuple(self.config.objective.given_fields)
         equivariant = MODELS[self.config.model.name].equivariant
         network = Network(
-            self.layout, statistics, trained_sizes, sizes, checkpoint.path, self._given, equivariant
+            self.layout, statistics, trained_sizes, sizes, checkpoint.name, self._given, equivariant
         )
         self.control.bind(network)
         if self._given and not self.control.gives:
             raise InputError(
-                f"{checkpoint.path} draws positions of given molecules; name them with --smiles or "
+                f"{checkpoint.name} draws positions of given molecules; name them with --smiles or "
                 "--like"
             )
         most = self._sizes.largest if self.control.largest is None else self.control.largest
         what = f"a molecule of {most:,} atoms"
-        check_memory(_BYTES_OF_PAIR * most**2, what, "choose smaller ones with --n-atoms")
+        remedy = "choose smaller ones"
+        if not self.control.gives and not self.control.options.get("formula"):
+            remedy = f"{remedy} with --n-atoms"
+        check_memory(_BYTES_OF_PAIR * most**2, what, remedy)
         self.charges = None
         if consistent_charges:
             self.charges = ConsistentCharges(self.layout, statistics, checkpoint, device)
-        self.condition, self._condition = condition, None
+        self.where, self._condition = where, None
         if state.condition is not None:
             self._condition = PropertyCondition.from_dict(state.condition.model_dump())
-        if condition:
+        self.warnings = self.control.warnings
+        self.wanted = ""
+        if where is not None:
             if self._condition is None:
-                raise InputError(f"{checkpoint.path} has no condition; leave out --where")
-            self._condition.given(condition, 1)
+                raise InputError(
+                    f"{checkpoint.name} was trained without properties; leave out --where, or name "
+                    "a network of `train --condition NAMES` with --checkpoint"
+                )
+            self.warnings += self._condition.check(where)
+            self.wanted = self._condition.text(where)
         if low_precision:
             lower_precision(device)
         config = self.config.replaced({"training.low_precision": low_precision})
@@ -197,6 +221,8 @@ class MoleculeGenerator:
         checkpoint.load_weights(self.model, "ema")
         self.model.to(device).eval()
         self.checkpoint, self.device, self.seed, self.hook = checkpoint, device, seed, hook
+        self.guidance, self._denoiser = guidance, self._guided(guidance)
+        self._guide = FunctionGuidance(guidance) if callable(guidance) else None
         self.trained_on = "" if state.data is None else state.data.source
         self.n_atoms, self.low_precision = sizes, low_precision
         self.cuda_graphs = cuda_graphs
@@ -246,6 +272,26 @@ class MoleculeGenerator:
             units |= zip(names, self._condition.units, strict=True)
         return units if self.charges is None else units | dict.fromkeys(CHARGE_COUNTS, "atoms")
 
+    def _guided(self, guidance: float | GuidanceFunction) -> nn.Module:
+        """The denoiser, guided by its own prediction without properties if the scale is not 1."""
+        if callable(guidance) or guidance == 1:
+            return self.model
+        if not 0 <= guidance <= _MOST_GUIDANCE:
+            raise InputError(
+                f"--guidance {guidance:g}: expected a number from 0 to {_MOST_GUIDANCE:,}"
+            )
+        section, name = self.config.condition, self.checkpoint.name
+        if self._condition is None or not isinstance(section, PropertyConditionConfig):
+            raise InputError(
+                f"--guidance {guidance:g}: {name} was trained without properties; leave it out"
+            )
+        if not section.knows_none:
+            raise InputError(
+                f"--guidance {guidance:g}: {name} was never trained without its properties; leave "
+                "it out, or train with --set condition.dropout=0.1"
+            )
+        return ClassifierFreeGuidance(self.model, guidance)
+
     def fingerprint(self) -> str:
         """Hash of all that molecules depend on in the checkpoint, 32 hexadecimal digits."""
         state = self.checkpoint.state
@@ -259,8 +305,12 @@ class MoleculeGenerator:
 
     def sizes(self, numbers: Tensor) -> Tensor:
         """Atoms of the molecules with the given numbers, (B,)."""
-        uniform = RandomNumbers(self.seed, numbers).uniform(Stream.SIZE)
+        random = RandomNumbers(self.seed, numbers)
+        uniform = random.uniform(Stream.SIZE)
         sizes = self.control.sizes(numbers, uniform)
+        if sizes is None and self.where is not None and self.n_atoms is None:
+            assert self._condition is not None
+            sizes = self._condition.sizes_for(self.where, random)
         return self._sizes.draw(uniform) if sizes is None else sizes
 
     @torch.no_grad()
@@ -280,20 +330,17 @@ class MoleculeGenerator:
         properties: dict[str, Property] = {}
         condition = None
         if self._condition is not None:
-            if self.condition is None:
-                values = self._condition.draw(random)
-            else:
-                values = self._condition.given(self.condition, len(numbers))
+            values = self._condition.values_for(self.where, random, sizes)
             condition = self._condition.encode(values).to(self.device)
             for name, unit, column in zip(
                 self._condition.names, self._condition.units, values.T.numpy(), strict=True
             ):
                 properties[f"condition_{name}"] = Property(np.ascontiguousarray(column), unit)
-        model: nn.Module = self.model
+        model = self._denoiser
         if self._recorder is not None:  # for this batch, whose shape few others have
-            model = RecordedDenoiser(self.model, self._recorder)
+            model = RecordedDenoiser(model, self._recorder)
         batch = Batch(numbers, mask, self.layout)
-        hooks = [self.hook(batch), self.control.hook(batch)]  # what is fixed, decides
+        hooks = [self._guide, self.hook(batch), self.control.hook(batch)]  # what is fixed, decides
         if self._given:
             given = self.control.given(batch)
             assert given is not None

@@ -29,6 +29,7 @@ from molgen_energy.chemistry.rdkit import sanitize, short_reason
 from molgen_energy.data.hdf5 import MoleculeFile, MoleculeWriter
 from molgen_energy.data.molecules import Molecules, batch_with_least_work
 from molgen_energy.data.shards import FORMAT
+from molgen_energy.diffusion.guidance import guidance_name
 from molgen_energy.diffusion.spacing import levels_text
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.distributed import barrier, is_main, rank, world_size
@@ -36,6 +37,7 @@ from molgen_energy.errors import InputError, counted
 from molgen_energy.formats.yaml import validate_as
 from molgen_energy.output import check_writable, move_over, real_path, remove
 from molgen_energy.systems.base import SamplingCallback, SamplingResult
+from molgen_energy.systems.molecules.condition import where_text
 from molgen_energy.systems.molecules.control.base import Control, Tally
 from molgen_energy.systems.molecules.generate import CHARGE_COUNTS, MoleculeGenerator
 from molgen_energy.systems.molecules.shards import (
@@ -167,7 +169,8 @@ def _job(
         "ancestral_positions": generator.sampler.ancestral_positions,
         "self_condition_passes": generator.sampler.self_condition_passes,
         "n_atoms": generator.n_atoms,
-        "where": None if generator.condition is None else dict(generator.condition),
+        "where": None if generator.where is None else dict(generator.where),
+        "guidance": guidance_name(generator.guidance),
         **generator.control.options,
         "records": generator.control.records,
         "resample": generator.sampler.resample,
@@ -494,6 +497,10 @@ def _writer(
     if job.eta is not None:
         origin["eta"] = f"{job.eta:g}"
     origin |= Temperature.from_options(job.model_dump()).provenance()
+    if job.where is not None:
+        origin["where"] = where_text(job.where)
+    if job.guidance != 1:
+        origin["guidance"] = job.guidance if isinstance(job.guidance, str) else f"{job.guidance:g}"
     if job.consistent_charges:
         origin["consistent_charges"] = "yes"
     if job.ancestral_positions:

@@ -13,11 +13,16 @@ from pydantic import Field, Strict, model_validator
 from molgen_energy.chemistry.conformers import LONGEST_SMILES
 from molgen_energy.data.molecules import PROPERTIES, SHAPES, Molecules
 from molgen_energy.data.shards import Manifest, ShardFolder, check_unchanged, shards_folder
+from molgen_energy.elements import atomic_number
 from molgen_energy.errors import InputError
 from molgen_energy.formats.yaml import YAMLFormat
 from molgen_energy.output import check_writable, open_to_append
-from molgen_energy.systems.molecules.control.base import MOST_RECORDS, Record
-from molgen_energy.systems.molecules.state import MOST_LEVELS, Atoms
+from molgen_energy.systems.molecules.control.base import (
+    LONGEST_SMARTS,
+    MOST_RECORDS,
+    Record,
+)
+from molgen_energy.systems.molecules.state import MOST_ATOMS, MOST_LEVELS, Atoms
 
 _DONE = ".done"
 _MOST = 10**9  # molecules of a job
@@ -48,8 +53,8 @@ class SamplingJob(Manifest):
     """Noise in the steps of the sampler ddim; None for others."""
     n_atoms: Annotated[tuple[Atoms, Atoms], Strict(False)] | None
     """Fewest and most atoms; None draws sizes from the histogram of the training molecules."""
-    where: dict[Text, Finite] | None
-    """Values of properties; None draws them from the training molecules."""
+    where: dict[Text, Annotated[tuple[Finite, Finite], Strict(False)] | None] | None
+    """Lowest and highest values of properties; None draws them from the training molecules."""
     low_precision: bool
     """Whether pairs of atoms are in bfloat16."""
     batch_size: Annotated[int, Field(ge=1, le=_MOST_IN_WINDOW)] | None
@@ -90,15 +95,15 @@ class SamplingJob(Manifest):
     """Evaluations of a self-conditioned network for each prediction."""
     records: Annotated[int, Field(ge=1, le=MOST_RECORDS)] = 1
     """Input records, each with the same number of molecules."""
-    guidance: Finite | None = None
-    """Scale of classifier-free guidance."""
+    guidance: Finite | Text = 1.0
+    """Scale of classifier-free guidance, or the name of a function."""
     formula: dict[Text, Positive] | None = None
     """Atoms of each element."""
-    elements: list[Text] | None = None
+    elements: Annotated[list[Text], Field(min_length=1)] | None = None
     """The only elements of generated atoms."""
     keep: Annotated[list[Record], Field(min_length=1, max_length=MOST_RECORDS)] | None = None
     """Fixed atoms, in one record those of all fragments."""
-    keep_smarts: Text | None = None
+    keep_smarts: Annotated[str, Field(min_length=1, max_length=LONGEST_SMARTS)] | None = None
     """The pattern that chose them."""
     resample: Positive = 1
     """How often each step is taken."""
@@ -115,17 +120,32 @@ class SamplingJob(Manifest):
 
     @model_validator(mode="before")
     @classmethod
-    def _renamed(cls, values: Any) -> Any:
-        """Earlier versions called `where` the condition."""
-        if isinstance(values, dict) and "condition" in values and "where" not in values:
-            values = dict(values)
-            values["where"] = values.pop("condition")
-        return values
+    def _of_values(cls, values: Any) -> Any:
+        """Earlier versions wrote single values of properties, as `condition`."""
+        if not isinstance(values, dict) or "condition" not in values:
+            return values
+        old, new = values["condition"], {k: v for k, v in values.items() if k != "condition"}
+        return new | {
+            "where": {k: (v, v) for k, v in old.items()} if isinstance(old, dict) else old
+        }
 
     @model_validator(mode="after")
     def _ascending(self) -> SamplingJob:
+        for wanted in (self.where or {}).values():
+            if wanted is not None and wanted[0] > wanted[1]:
+                raise ValueError("where: expected the lowest before the highest value")
         if self.n_atoms is not None and self.n_atoms[0] > self.n_atoms[1]:
             raise ValueError("n_atoms: expected the fewest before the most atoms")
+        return self
+
+    @model_validator(mode="after")
+    def _possible(self) -> SamplingJob:
+        for name in (*(self.formula or {}), *(self.elements or [])):
+            atomic_number(name)
+        if sum((self.formula or {}).values()) > MOST_ATOMS:
+            raise ValueError(f"formula: expected at most {MOST_ATOMS:,} atoms")
+        if self.strength is not None and self.like is None:
+            raise ValueError("strength: there are no molecules to vary")
         return self
 
 

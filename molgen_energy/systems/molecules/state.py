@@ -97,12 +97,27 @@ class ConditionState(Schema):
     """P."""
     values: Annotated[list[list[Finite]], Field(min_length=1)]
     """Of some training molecules, (≤1000, P)."""
+    lowest: list[Finite] | None = None
+    """Of the training molecules, P; earlier versions wrote none."""
+    highest: list[Finite] | None = None
+    """Of the training molecules, P; earlier versions wrote none."""
+    atoms: list[Atoms] | None = None
+    """Number of atoms of the molecules of `values`; earlier versions wrote none."""
 
     @model_validator(mode="after")
     def _same_length(self) -> ConditionState:
         lengths = {len(self.units), len(self.mean), len(self.std), *map(len, self.values)}
         if lengths != {len(self.names)}:
             raise ValueError("expected a unit, a mean, a std and a column of values for each name")
+        if self.atoms is not None and len(self.atoms) != len(self.values):
+            raise ValueError("expected a number of atoms for each molecule of the values")
+        low, high = self.lowest, self.highest
+        if low is None and high is None:
+            return self
+        if low is None or high is None or {len(low), len(high)} != {len(self.names)}:
+            raise ValueError("expected a lowest and a highest value for each name")
+        if any(a >= b for a, b in zip(low, high, strict=True)):
+            raise ValueError("expected each lowest value below the highest one")
         return self
 
 

@@ -13,6 +13,7 @@ from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.convert import to_rdkit
 from molgen_energy.chemistry.fields import BONDS, CREATED_BY, TRAINED_ON
 from molgen_energy.data.hdf5 import MOLECULES, MoleculeFile
+from molgen_energy.diffusion.guidance import ClassifierFreeGuidance, guidance_name
 from molgen_energy.diffusion.process import PROCESSES
 from molgen_energy.diffusion.temperature import Temperature
 from molgen_energy.distributed import broadcast
@@ -50,11 +51,19 @@ class _MoleculeSampling:
             visits += f" of {sampler.spacing} spacing"
         temperature = sampler.temperature.describe()
         positions = " with ancestral positions" if sampler.ancestral_positions else ""
+        guidance, evaluations = "", sampler.evaluations
+        if callable(generator.guidance):
+            guidance = f", guided by {guidance_name(generator.guidance)}"
+        elif generator.guidance != 1:
+            guidance = f", guidance {generator.guidance:g}"
+            evaluations *= ClassifierFreeGuidance.evaluations
+        wanted = f", {generator.wanted}" if generator.wanted else ""
         self.method = (
             f"{generator.sampler_name}{positions}, {visits}, "
-            f"{counted(sampler.evaluations, 'network evaluations')} each"
-            f"{temperature and ', '}{temperature}"
+            f"{counted(evaluations, 'network evaluations')} each"
+            f"{temperature and ', '}{temperature}{wanted}{guidance}"
         )
+        self.warnings = generator.warnings
 
     def write(
         self, output: Path, callback: SamplingCallback, resume: bool = False
@@ -92,7 +101,7 @@ class MoleculeSystem(System):
             "ancestral_positions": False,
             "self_condition_passes": 1,
             "where": None,
-            "guidance": None,
+            "guidance": 1.0,
             "formula": None,
             "elements": None,
             "keep": None,
@@ -145,6 +154,7 @@ class MoleculeSystem(System):
             options["eta"],
             options["spacing"],
             options["where"],
+            options["guidance"],
             temperature={name: options[name] for name in Temperature().options},
             ancestral_positions=options["ancestral_positions"],
             self_condition_passes=options["self_condition_passes"],
@@ -188,9 +198,10 @@ class MoleculeSystem(System):
             student = f", a student of {evaluations} evaluations"
         return f"{config.loss.describe()}{PROCESSES[config.process.name].description}{student}"
 
-    def needed_options(self, config: Any) -> str:
-        """A molecule, for a network that draws conformers."""
-        return " --smiles CCO" if config.objective.given_fields else ""
+    def next_command(self, config: Any, run: str) -> str:
+        """Sampling; with a molecule, for a network that draws conformers."""
+        command = super().next_command(config, run)
+        return f"{command} --smiles CCO" if config.objective.given_fields else command
 
     def after_training(self, config: Any) -> str:
         """What to know before sampling; after a run on the bundled sample, how to train on QM9."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from molgen_energy.chemistry.charges import AtomKind, count_atoms, without_radicals
+from molgen_energy.config import resolved
 from molgen_energy.data.batches import (
     BatchIndex,
     BatchSize,
@@ -54,6 +55,7 @@ from molgen_energy.progress import ProgressCallback, no_progress
 from molgen_energy.resources import bundled_sample
 from molgen_energy.systems.molecules.condition import (
     PropertyCondition,
+    PropertyConditionConfig,
     check_conditions,
     renormalised,
 )
@@ -76,6 +78,7 @@ from molgen_energy.training.channels import FittedWeights, fit_weights
 from molgen_energy.training.checkpoint import Checkpoint, load_weights
 from molgen_energy.training.devices import available_memory, lower_precision
 from molgen_energy.training.initial import provenance
+from molgen_energy.training.plan import planned_values, validation_draws
 from molgen_energy.training.task import Auxiliary
 
 _SAMPLE = 100_000  # streamed molecules that means are taken over
@@ -217,9 +220,9 @@ class MoleculeTask:
             statistics = _statistics(file, _elements(config, summary, file), columns)
             self.layout = build_layout(config.model.fields, config.scales, statistics)
             self._condition = _fit_condition(config, file)
-            config = config.replaced(
-                {"data.in_memory": broadcast(_in_memory(config, summary, columns, device))}
-            )
+            in_memory = broadcast(_in_memory(config, summary, columns, device))
+            planned = planned_values(config.training, summary.training_molecules)
+            config = config.replaced({"data.in_memory": in_memory, **planned})
             self._train, self._valid = self._open(config, file, columns, progress)
             # Processes on different machines must agree.
             mean_atoms = summary.training_atoms / summary.training_molecules
@@ -366,6 +369,9 @@ class MoleculeTask:
             changes["objective.weighting"] = "clean" if clean else "noise"
         if training.lr == "auto":
             changes["training.lr"] = _published(config, "training.lr").lr
+        if training.validation_draws == "auto":
+            count = 0 if self._valid is None else len(self._valid.data)
+            changes["training.validation_draws"] = validation_draws(count)
         if training.low_precision == "auto":
             changes["training.low_precision"] = is_bfloat16_faster(self.device, training=True)
         return config.replaced(changes)
@@ -484,30 +490,32 @@ class MoleculeTask:
 
     @property
     def validation_samples(self) -> int:
-        """Number of validation molecules; 0 without any."""
-        return 0 if self._valid is None else len(self._valid.data)
+        """Number of validation molecules times that of their draws; 0 without any."""
+        draws = resolved(self.config.training.validation_draws)
+        return 0 if self._valid is None else draws * len(self._valid.data)
 
     @torch.no_grad()
     def validation_loss(self, model: nn.Module) -> float | None:
-        """Mean objective over validation molecules, with fixed noise; None without any.
+        """Mean objective over validation molecules and their draws, with fixed noise; None without.
 
         The processes of a job share the work.
         """
         if self._valid is None:
             return None
         training, count = self.config.training, len(self._valid.data)
+        draws = resolved(training.validation_draws)
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         pairs = training.pairs_per_batch
         if pairs is None:
             assert training.batch_size is not None
-            pairs = training.batch_size * 400
-        chunks = list(batch_by_size(self._valid.data.sizes, pairs))
-        for which in chunks[rank() :: world_size()]:
-            samples = on_device(which, self.device)
-            batch = _prepared(self._valid, which, training.seed, samples, count)
+            pairs = resolved(training.batch_size) * 400
+        chunks = list(batch_by_size(np.tile(self._valid.data.sizes, draws), pairs))
+        for numbers in chunks[rank() :: world_size()]:
+            samples = on_device(numbers, self.device)
+            batch = _prepared(self._valid, numbers % count, training.seed, samples, count * draws)
             inputs = self._inputs(model, batch, False)
             total += self._objective(model, *inputs).total.double().sum()
-        return float(all_reduce_sum(total)) / count
+        return float(all_reduce_sum(total)) / (count * draws)
 
     def _student_losses(
         self, distillation: Distillation, model: nn.Module, inputs: _Inputs
@@ -551,7 +559,7 @@ def _prepared(
 def _batch_size(config: MoleculeConfig) -> BatchSize:
     training = config.training
     if training.batch_size is not None:
-        return training.batch_size
+        return resolved(training.batch_size)
     assert training.pairs_per_batch is not None
     return PairBudget(training.pairs_per_batch)
 
@@ -699,18 +707,26 @@ def _chunks(
 def _fit_condition(config: MoleculeConfig, file: MoleculeFile) -> PropertyCondition | None:
     """The condition, normalised over the training molecules; None without."""
     section = config.condition
-    names = getattr(section, "properties", ())
-    if not names:
+    if not isinstance(section, PropertyConditionConfig):
         return None
+    names = section.properties
     columns = frozenset(f"properties/{name}" for name in names)
+    training = file.split_indices("train")
     rows = [
         np.stack([chunk.properties[name].values for name in names], axis=1)
-        for chunk in _chunks(file, file.split_indices("train"), columns)
+        for chunk in _chunks(file, training, columns)
     ]
     values = np.concatenate(rows)
     units = [file.property_units[name] for name in names]
-    dropout = getattr(section, "dropout", 0.0)
-    return PropertyCondition.fit(names, units, values, dropout, config.training.seed)
+    return PropertyCondition.fit(
+        names,
+        units,
+        values,
+        file.sizes(training),
+        config.training.seed,
+        section.dropout,
+        section.single_dropout,
+    )
 
 
 def _in_memory(

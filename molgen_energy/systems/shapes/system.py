@@ -153,6 +153,7 @@ class ShapeGenerator:
 
     distributed = False
     inputs: tuple[Path, ...] = ()
+    warnings: tuple[str, ...] = ()
     method = "one network evaluation each"
 
     def __init__(

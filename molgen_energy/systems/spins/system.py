@@ -150,6 +150,7 @@ class SpinGenerator:
     """Prediction of ground states of lattices."""
 
     distributed = False
+    warnings: tuple[str, ...] = ()
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ _EXCLUDE: dict[str, tuple[str, ...]] = {
     "formula": ("n_atoms", "like", "smiles"),
     "keep": ("like", "smiles"),
     "like": ("smiles", "n_atoms"),
-    "smiles": ("n_atoms", "consistent_charges"),
+    "smiles": ("n_atoms", "elements", "consistent_charges"),
 }
 """Options that do not go with one."""
 _NEED = {"keep_smarts": ("keep",), "strength": ("like",)}
@@ -49,8 +49,8 @@ def read_controls(options: Mapping[str, Any]) -> dict[str, Any]:
         if name in given and not given.intersection(others):
             raise InputError(f"{_option(name)} needs {' or '.join(map(_option, others))}")
     if (options.get("resample") or 1) > 1 and not given.intersection(CONTROLS):
-        fixing = " or ".join(map(_option, CONTROLS))
-        raise InputError(f"--resample has no effect without fixed values; ask for {fixing}")
+        fixing = ", ".join(map(_option, CONTROLS))
+        raise InputError(f"--resample has no effect without fixed values; add one of {fixing}")
     read = {name: CONTROLS[name].read(options[name], options) for name in CONTROLS if name in given}
     if "like" in given and "strength" not in given:
         read["strength"] = DEFAULT_STRENGTH

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -28,7 +27,12 @@ from molgen_energy.systems.molecules.sizes import SizeDistribution
 
 MOST_RECORDS = 10_000
 """Input records of a job."""
+LONGEST_SMARTS = 5000
+"""Characters of a pattern."""
+FURTHEST = 1e5
+"""Å; the largest coordinate, with which single precision still holds 0.01 Å."""
 _MOST_ATOMS = 10_000
+_CHARGES = range(-128, 128)  # formal charges that an array can hold
 _ORDERS = (1, 2, 3, 12)
 
 
@@ -52,6 +56,8 @@ def _parse_atom(line: str) -> tuple[int, tuple[float, float, float], int]:
     x, y, z = map(float, words[1:4])
     if not np.isfinite((x, y, z)).all():
         raise ValueError(f"coordinates are not finite: '{line[:60]}'")
+    if max(map(abs, (x, y, z))) > FURTHEST or int(words[4]) not in _CHARGES:
+        raise ValueError(f"coordinates or a charge too large: '{line[:60]}'")
     return atomic_number(words[0]), (x, y, z), int(words[4])
 
 
@@ -134,8 +140,11 @@ class Record(Schema):
     @model_validator(mode="after")
     def _consistent(self) -> Record:
         atoms, bonds = len(self.atoms), len(self.bonds)
-        if any(max(_parse_bond(line)[:2]) > atoms for line in self.bonds):
+        pairs = [_parse_bond(line)[:2] for line in self.bonds]
+        if any(max(pair) > atoms for pair in pairs):
             raise ValueError(f"bonds of more than {atoms} atoms")
+        if len({frozenset(pair) for pair in pairs if pair[0] != pair[1]}) < bonds:
+            raise ValueError("bonds: expected each pair of two atoms once")
         if any(number > bonds for number in self.aromatic):
             raise ValueError(f"aromatic: there are {bonds} bonds")
         return self
@@ -152,7 +161,7 @@ class Network(NamedTuple):
     """Atoms of the training molecules."""
     n_atoms: tuple[int, int] | None
     """Fewest and most atoms that are asked for."""
-    path: Path
+    name: str
     """Of the checkpoint, for messages."""
     given: tuple[str, ...] = ()
     """Fields that it gets without noise, see `GivenFields`."""
@@ -276,6 +285,11 @@ class Control:
         """What was asked and fixed, for the file of molecules, by name."""
         return {}
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Lines for the user before the first molecule."""
+        return ()
+
     def tally(self) -> Tally:
         """A new count for the notes at the end."""
         return Tally()
@@ -318,6 +332,10 @@ class Controls(Control):
         for control in self._controls:
             control.each = self.each
             control.bind(network)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(warning for control in self._controls for warning in control.warnings)
 
     @property
     def largest(self) -> int | None:

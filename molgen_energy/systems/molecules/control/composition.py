@@ -21,7 +21,7 @@ from molgen_energy.systems.molecules.state import MOST_ATOMS
 _FORMULA = re.compile(r"(?:[A-Z][a-z]?[0-9]*)+", re.ASCII)
 _TERM = re.compile(r"([A-Z][a-z]?)([0-9]*)", re.ASCII)
 _LONGEST = 1000  # characters of a formula
-_DIGITS = 7  # of a count
+_DIGITS = 8  # of a count; more say the same as these, that there are too many atoms
 
 
 def parse_formula(text: str, option: str = "--formula") -> dict[str, int]:
@@ -35,6 +35,8 @@ def parse_formula(text: str, option: str = "--formula") -> dict[str, int]:
     InputError
         The text is no formula of neutral atoms, or names no element.
     """
+    if not isinstance(text, str):
+        raise InputError(f"{option}: expected a text such as C7H8N2, found {type(text).__name__}")
     shown = text if len(text) <= 60 else f"{text[:60]}…"
     stripped = text.strip()
     if len(stripped) > _LONGEST or not _FORMULA.fullmatch(stripped):
@@ -44,7 +46,7 @@ def parse_formula(text: str, option: str = "--formula") -> dict[str, int]:
     counts: Counter[str] = Counter()
     try:
         for name, number in _TERM.findall(stripped):
-            counts[symbol(atomic_number(name))] += int(number[:_DIGITS] or 1)
+            counts[symbol(atomic_number(name))] += int(number.lstrip("0")[:_DIGITS] or not number)
     except InputError as error:
         raise InputError(f"{option} {shown}: {error}") from None
     if not 1 <= counts.total() <= MOST_ATOMS:
@@ -70,7 +72,7 @@ def check_elements(names: Iterable[str], network: Network, what: str) -> None:
     known = [symbol(number) for number in network.statistics.elements]
     if foreign := [name for name in names if name not in known]:
         raise InputError(
-            f"{what}: {network.path} generates no {' and no '.join(foreign)}; choose among "
+            f"{what}: {network.name} generates no {' and no '.join(foreign)}; choose among "
             f"{', '.join(known)}"
         )
 
@@ -135,17 +137,21 @@ class AllowedElements(Control):
     ----------
     elements
         Their symbols.
+    formula
+        Whether a formula names all atoms.
     """
 
-    def __init__(self, elements: Iterable[str]) -> None:
-        self._elements = tuple(elements)
+    def __init__(self, elements: Iterable[str], formula: bool = False) -> None:
+        self._elements, self._formula = tuple(elements), formula
         self._forbidden: list[int] = []
 
     @classmethod
     def read(cls, value: Any, options: Mapping[str, Any]) -> list[str]:
-        names = value.split(",") if isinstance(value, str) else list(value)
+        names = value.split(",") if isinstance(value, str) else value
         try:
-            numbers = {atomic_number(name.strip()) for name in names}
+            if not isinstance(names, Iterable) or not (names := list(names)):
+                raise InputError(f"there is no element in {value!r}")
+            numbers = {atomic_number(str(name).strip()) for name in names}
         except InputError as error:
             raise InputError(f"--elements: {error}; expected symbols, such as C,N,O,H") from None
         allowed = [symbol(number) for number in sorted(numbers)]
@@ -161,7 +167,7 @@ class AllowedElements(Control):
 
     @classmethod
     def of_options(cls, options: Mapping[str, Any]) -> AllowedElements:
-        return cls(options["elements"])
+        return cls(options["elements"], options["formula"] is not None)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -175,6 +181,13 @@ class AllowedElements(Control):
             for place, number in enumerate(network.statistics.elements)
             if number not in allowed
         ]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        if "H" in self._elements or self._formula:
+            return ()
+        asked = ",".join(self._elements)
+        return (f"--elements {asked} allows no hydrogens; with them: --elements {asked},H",)
 
     def hook(self, batch: Batch) -> SamplingHook | None:
         return _WithoutElements.of_batch(batch, self._forbidden) if self._forbidden else None
@@ -195,9 +208,7 @@ class _WithoutElements(FixedValues):
         channels[forbidden] = True
         # Encoded elements are "no" in all channels but one; the lowest value is that of "no".
         no = torch.full_like(unlike, float(unlike.min()))
-        hook = cls.of_fields(values.replace(elements=no), {"elements": channels.expand_as(unlike)})
-        assert isinstance(hook, _WithoutElements)
-        return hook
+        return cls.of_fields(values.replace(elements=no), {"elements": channels.expand_as(unlike)})
 
     def after_sampling(self, state: State) -> State:
         """The samples with values so low that no forbidden element is the most probable one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -56,7 +56,10 @@ class Conformers(Control):
 
     def __init__(self, smiles: Sequence[str]) -> None:
         self._smiles = np.array(smiles, object)
-        self._parsed = [parse_smiles(text)[0] for text in smiles]
+        try:
+            self._parsed = [parse_smiles(text)[0] for text in smiles]
+        except ValueError as error:  # in a manifest that was edited
+            raise InputError(f"--smiles: {error}") from None
         self._sizes = torch.tensor([molecule.GetNumAtoms() for molecule in self._parsed])
         self._stereo = [Stereochemistry.of(molecule) for molecule in self._parsed]
         self.records = len(smiles)
@@ -86,7 +89,7 @@ class Conformers(Control):
     def bind(self, network: Network) -> None:
         if "bonds" not in network.layout:
             raise InputError(
-                f"--smiles: the model of {network.path} has no bonds, so it cannot take those of a "
+                f"--smiles: the model of {network.name} has no bonds, so it cannot take those of a "
                 "SMILES; name another with --checkpoint, such as one of `train --config "
                 "ccd_jodo_conformers_cpu`"
             )
@@ -175,8 +178,8 @@ class _StereoTally(Tally):
             return ()
         share = 100 * self._found / self._asked
         return (
-            f"{self._found:,} of {self._asked:,} conformers ({share:.1f} %) have the stereocentres "
-            "and double bonds that their SMILES specify",
+            f"of {self._asked:,} conformers whose SMILES specify stereocentres or double bonds, "
+            f"{self._found:,} ({share:.1f} %) have them",
         )
 
 
@@ -190,6 +193,8 @@ def _texts(value: Any) -> list[tuple[str, str]]:
         ]
     if isinstance(value, str):
         return [("", value.strip())]
+    if not isinstance(value, Iterable):
+        raise InputError(f"--smiles: expected texts or a path, found {type(value).__name__}")
     return [(f"number {k}", str(text).strip()) for k, text in enumerate(value, start=1)]
 
 

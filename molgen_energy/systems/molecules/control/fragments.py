@@ -2,15 +2,14 @@
 
 Linkers between fragments: I. Igashov et al., "Equivariant 3D-conditional diffusion model for
 molecular linker design", Nature Machine Intelligence 6, 417 (2024), with a network of their own.
-Here the network is any unconditional one, by replacement and resampling (`MatchedValues`).
+Here the network is any unconditional one, by replacement and resampling (`AnchoredValues`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,10 +23,11 @@ from molgen_energy.chemistry.rdkit import bond_forms, build, sanitize
 from molgen_energy.data.batches import DeviceMolecules
 from molgen_energy.data.molecules import AROMATIC, Molecule, Molecules, Property
 from molgen_energy.diffusion.guidance import SamplingHook
-from molgen_energy.diffusion.inpainting import MatchedValues
+from molgen_energy.diffusion.inpainting import AnchoredValues
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError, counted
 from molgen_energy.systems.molecules.control.base import (
+    LONGEST_SMARTS,
     Batch,
     Control,
     Network,
@@ -45,6 +45,10 @@ from molgen_energy.systems.molecules.control.records import read_molecules
 from molgen_energy.systems.molecules.sizes import SizeDistribution
 
 _NEAREST = 0.5  # Å; two atoms that are closer are the same one, the shortest bond has 0.74
+HELD_UNTIL = 0.4
+"""Å; above this noise, new atoms are held near open valences. At 0.8, of 12 QM9 fragments 2 became
+valid molecules, at 0.4 8, without 0."""
+_FIRST, _FURTHER = 1.2, 0.45  # Å; centroids of n atoms are 1.2 + 0.45·√n from the atom they bind to
 _FIXED = "fixed_atoms"
 _RECORD = "fragment_record"
 
@@ -74,19 +78,20 @@ class Fragments(Control):
         self._kept = np.array([len(record) for record in records])
         self._positions = np.concatenate([one.positions for one in self._fragments])
         self._offsets = np.concatenate([[0], np.cumsum(self._kept)])
+        self._open = [OpenValences.of(molecule) for molecule in self._fragments]
         self._data: dict[torch.device, DeviceMolecules] = {}
         self.records = len(records)
 
     @classmethod
     def read(cls, value: Any, options: Mapping[str, Any]) -> list[Record]:
-        several = not isinstance(value, (str, PathLike, Chem.Mol))
+        several = isinstance(value, Iterable) and not isinstance(value, (str, Chem.Mol))
         pattern = _pattern(options.get("keep_smarts"))
         inputs = [
             [
                 _chosen(source, molecule, pattern)
                 for source, molecule in read_molecules(item, "--keep")
             ]
-            for item in (list(value) if several else [value])
+            for item in (value if several else [value])
         ]
         if not inputs:
             raise InputError("--keep: there is no fragment; name at least one")
@@ -167,7 +172,7 @@ class Fragments(Control):
         sizes = network.sizes.at_least(kept + 1)
         if sizes is None:
             raise InputError(
-                f"{name} has {counted(kept, 'atoms')}, and the molecules that {network.path} was "
+                f"{name} has {counted(kept, 'atoms')}, and the molecules that {network.name} was "
                 f"trained on have at most {network.sizes.largest}; fix fewer atoms, or name the "
                 "number of new ones with --n-atoms"
             )
@@ -218,7 +223,30 @@ class Fragments(Control):
                 assert new is not None
                 numbers[row, self._kept[record] : self._kept[record] + len(new)] = new
             data["atomic_numbers"] = torch.from_numpy(numbers).to(device)
-        return MatchedValues.of_fields(encoded(batch, data), where)
+        anchors, groups = self._anchored(batch, records, fixed)
+        return AnchoredValues.of_fields(
+            encoded(batch, data),
+            where,
+            anchors=anchors,
+            groups=groups,
+            until=HELD_UNTIL,
+        )
+
+    def _anchored(
+        self, batch: Batch, records: NDArray[np.int64], fixed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Anchors in the units of the state, (B, G, 3), and the group of each atom, (B, N)."""
+        new = (batch.mask & ~fixed).cpu().numpy()
+        most = max(len(self._open[record].anchors) for record in records)
+        anchors = np.zeros((len(records), most, 3), np.float32)
+        groups = np.full(new.shape, -1)
+        for row, record in enumerate(records.tolist()):
+            found = self._open[record].anchors_of(int(new[row].sum()))
+            anchors[row, : len(found)] = found
+            groups[row, new[row]] = np.arange(new[row].sum()) % len(found)
+        scale = batch.layout.fields["positions"].scale
+        device = batch.mask.device
+        return torch.from_numpy(anchors / scale).to(device), torch.from_numpy(groups).to(device)
 
     def finish(self, molecules: Molecules, numbers: Tensor) -> Molecules:
         """The molecules in the frame of their fragments, with exactly their coordinates."""
@@ -258,6 +286,53 @@ class Fragments(Control):
         return _ValidTally()
 
 
+class OpenValences(NamedTuple):
+    """Where new atoms can bind to fixed ones."""
+
+    anchors: NDArray[np.float64]
+    """Atoms with open valences relative to the centroid of all, (G, 3), or one of all together."""
+    directions: NDArray[np.float64]
+    """Where their bonds would point to, (G, 3), mean of unit vectors."""
+
+    @classmethod
+    def of(cls, molecule: Molecule) -> OpenValences:
+        """The open valences of fixed atoms, by RDKit's valence model.
+
+        Those of one fragment are apart, for groups; those of several are one, for a linker. Without
+        any, new atoms begin at the centroid.
+        """
+        positions = molecule.positions.astype(np.float64)
+        positions = positions - positions.mean(axis=0)
+        built = build(molecule)
+        built.UpdatePropertyCache(strict=False)
+        assert molecule.bond_index is not None
+        bonds = molecule.bond_index.astype(np.int64)
+        outward = positions / (np.linalg.norm(positions, axis=1, keepdims=True) + _NEAREST)
+        atoms = [atom.GetIdx() for atom in built.GetAtoms() if atom.GetNumImplicitHs() > 0]
+        directions = []
+        for atom in atoms:
+            others = np.concatenate([bonds[bonds[:, 0] == atom, 1], bonds[bonds[:, 1] == atom, 0]])
+            toward = positions[others] - positions[atom]
+            toward /= np.linalg.norm(toward, axis=1, keepdims=True)
+            away = -toward.sum(axis=0)
+            length = float(np.linalg.norm(away))
+            # In a plane or on a line bonds cancel; then away from the centroid.
+            directions.append(away / length if length > _NEAREST else outward[atom])
+        if not atoms:
+            return cls(np.zeros((1, 3)), np.zeros((1, 3)))
+        found, pointing = positions[atoms], np.array(directions)
+        if len(Chem.GetMolFrags(built)) > 1:
+            found, pointing = found.mean(axis=0)[None], pointing.mean(axis=0)[None]
+        return cls(found, pointing)
+
+    def anchors_of(self, new: int) -> NDArray[np.float64]:
+        """Centroids of groups of `new` atoms in all, at most as many groups, (G, 3)."""
+        count = min(len(self.anchors), max(new, 1))
+        length = _FIRST + _FURTHER * np.sqrt(new / count)
+        centroids: NDArray[np.float64] = self.anchors + length * self.directions
+        return centroids[:count]
+
+
 class _ValidTally(Tally):
     """Counts molecules in which fixed and new atoms are one valid molecule."""
 
@@ -288,6 +363,8 @@ def _pattern(smarts: str | None) -> Chem.Mol | None:
     """The pattern of a SMARTS."""
     if smarts is None:
         return None
+    if not isinstance(smarts, str) or len(smarts) > LONGEST_SMARTS:
+        raise InputError(f"--keep-smarts: expected a text of at most {LONGEST_SMARTS:,} characters")
     with rdBase.BlockLogs():
         pattern = Chem.MolFromSmarts(smarts)
     if pattern is None or not pattern.GetNumAtoms():

@@ -56,7 +56,7 @@ class InputMolecules:
                 continue
             if foreign := sorted({int(c) for c in charges if not low <= c <= high}):
                 raise InputError(
-                    f"{name} has a formal charge of {foreign[0]:+}, and {network.path} knows those "
+                    f"{name} has a formal charge of {foreign[0]:+}, and {network.name} knows those "
                     f"from {low:+} to {high:+}; give another molecule"
                 )
         if "bonds" in network.layout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -17,7 +17,7 @@ from molgen_energy.data.molecules import Molecule
 from molgen_energy.errors import InputError
 from molgen_energy.metrics.sources import FileSource
 from molgen_energy.output import display_path, named_path
-from molgen_energy.systems.molecules.control.base import MOST_RECORDS, Record
+from molgen_energy.systems.molecules.control.base import FURTHEST, MOST_RECORDS, Record
 
 
 def read_records(value: Any, option: str) -> list[Record]:
@@ -51,7 +51,7 @@ def read_molecules(value: Any, option: str) -> list[tuple[str, Molecule]]:
 
     Parameters and errors are those of `read_records`, but for hydrogens.
     """
-    several = not isinstance(value, (str, PathLike, Chem.Mol))
+    several = isinstance(value, Iterable) and not isinstance(value, (str, Chem.Mol))
     items = list(value) if several else [value]
     found = list(islice(_molecules(items, option), MOST_RECORDS + 1))
     if not found:
@@ -63,6 +63,10 @@ def read_molecules(value: Any, option: str) -> list[tuple[str, Molecule]]:
     for source, molecule in found:
         if not np.isfinite(molecule.positions).all():
             raise InputError(f"{option} {source}: its coordinates are not finite; correct them")
+        if np.abs(molecule.positions).max() > FURTHEST:
+            raise InputError(
+                f"{option} {source}: it is more than {FURTHEST:,.0f} Å from the origin; move it"
+            )
     return found
 
 
@@ -71,6 +75,11 @@ def _molecules(items: list[Any], option: str) -> Iterator[tuple[str, Molecule]]:
     for number, item in enumerate(items, start=1):
         if isinstance(item, (str, PathLike)):
             path = named_path(Path(item))
+            if not path.exists():
+                raise InputError(
+                    f"{option}: {display_path(path)} does not exist; expected a file of molecules "
+                    "with coordinates, SDF, XYZ or HDF5"
+                )
             for chunk in FileSource(path).chunks():
                 name = display_path(Path(path.name))
                 for record, molecule in zip(chunk.records.tolist(), chunk.molecules, strict=True):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from molgen_energy.chemistry.bonds import perceive
-from molgen_energy.chemistry.identity import identify
+from molgen_energy.chemistry.identity import Identity, identify
 from molgen_energy.chemistry.substructures import Substructures, substructures_of
 from molgen_energy.data.molecules import Molecule, Molecules
 from molgen_energy.diffusion.state import State
@@ -99,7 +99,7 @@ class _SimilarityTally(Tally):
 
     def __init__(self, control: Variants, molecules: Sequence[Molecule]) -> None:
         self._control, self._inputs = control, molecules
-        self._known: dict[int, tuple[str, Substructures | None]] = {}
+        self._known: dict[int, tuple[Identity, Substructures | None]] = {}
         self._seen = self._valid = self._same = 0
         self._similarities: list[float] = []
 
@@ -113,10 +113,12 @@ class _SimilarityTally(Tally):
         for molecule, record in zip(compared, records, strict=True):
             if record not in self._known:
                 self._known[record] = _named(self._inputs[record])
-            smiles, parts = _named(molecule)
+            own, parts = _named(molecule)
             there, theirs = self._known[record]
-            self._valid += bool(smiles)
-            self._same += bool(smiles) and smiles == there
+            # In no more pieces than the input, which may be a salt.
+            valid = bool(own.smiles) and own.fragments <= there.fragments
+            self._valid += valid
+            self._same += valid and own.smiles == there.smiles
             if parts is not None and theirs is not None:
                 self._similarities.append(tanimoto(parts.fingerprint, theirs.fingerprint))
 
@@ -133,10 +135,10 @@ class _SimilarityTally(Tally):
         return (note,)
 
 
-def _named(molecule: Molecule) -> tuple[str, Substructures | None]:
+def _named(molecule: Molecule) -> tuple[Identity, Substructures | None]:
     """SMILES without stereochemistry and fingerprint; empty and None where RDKit fails."""
-    smiles = identify(molecule).smiles
-    return smiles, substructures_of(smiles) if smiles else None
+    own = identify(molecule)
+    return own, substructures_of(own.smiles) if own.smiles else None
 
 
 def tanimoto(first: bytes, second: bytes) -> float:

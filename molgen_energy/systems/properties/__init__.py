@@ -1,0 +1,1 @@
+"""Properties of molecules, predicted from elements and positions."""
