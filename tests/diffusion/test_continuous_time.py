@@ -266,8 +266,8 @@ def test_passes_of_a_network_that_is_not_self_conditioned_are_refused():
         draw("ancestral", 6, Network(), self_condition_passes=2)
 
 
-def test_a_hook_gets_the_times_and_changes_the_last_pass():
-    """Its prediction is the one that the next step is conditioned on; the samples have t = 0."""
+def test_a_hook_gets_the_times_of_every_pass():
+    """Each pass is conditioned on what it returned of the one before; the samples have t = 0."""
     network, seen = Network(self_conditioned=True), []
 
     class Hook(SamplingHook):
@@ -283,5 +283,5 @@ def test_a_hook_gets_the_times_and_changes_the_last_pass():
     mask = torch.ones(2, 4, dtype=torch.bool)
     sampler.sample(network, RandomNumbers(0, torch.arange(2)), LAYOUT, mask, hook=Hook())
     a, b, c = (at.level for at in sampler.visited)
-    assert [level for what, level in seen if what == "prediction"] == [a, b, c]
+    assert [level for what, level in seen if what == "prediction"] == [a, a, b, b, c, c]
     assert [level for what, level in seen if what == "state"] == [b, c, 0.0]
