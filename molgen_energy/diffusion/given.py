@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from molgen_energy.diffusion.process import is_self_conditioned, takes_log_snr
 from molgen_energy.diffusion.state import State
 
 
@@ -29,9 +28,7 @@ class GivenFields(nn.Module):
 
     def __init__(self, denoiser: nn.Module, names: Sequence[str], clean: State) -> None:
         super().__init__()
-        self.denoiser = denoiser
-        self.self_conditioned = is_self_conditioned(denoiser)
-        self.noise_input = "log_snr" if takes_log_snr(denoiser) else "time"
+        self.module = denoiser
         self._values = {name: clean[name] for name in names}
 
     def forward(
@@ -44,7 +41,5 @@ class GivenFields(nn.Module):
     ) -> State:
         """The prediction, as of `Denoiser.forward`."""
         previous = None if self_condition is None else self_condition.replace(**self._values)
-        result: State = self.denoiser(
-            state.replace(**self._values), time, mask, condition, previous
-        )
+        result: State = self.module(state.replace(**self._values), time, mask, condition, previous)
         return result

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from molgen_energy.diffusion.prediction import Prediction
-from molgen_energy.diffusion.process import is_self_conditioned, takes_log_snr
 from molgen_energy.diffusion.state import State
 from molgen_energy.errors import InputError
 
@@ -194,9 +193,7 @@ class ClassifierFreeGuidance(nn.Module):
 
     def __init__(self, denoiser: nn.Module, scale: float) -> None:
         super().__init__()
-        self.denoiser, self.scale = denoiser, scale
-        self.self_conditioned = is_self_conditioned(denoiser)
-        self.noise_input = "log_snr" if takes_log_snr(denoiser) else "time"
+        self.module, self.scale = denoiser, scale
 
     def forward(
         self,
@@ -220,5 +217,5 @@ class ClassifierFreeGuidance(nn.Module):
         condition: Tensor,
         self_condition: State | None,
     ) -> State:
-        result: State = self.denoiser(state, time, mask, condition, self_condition)
+        result: State = self.module(state, time, mask, condition, self_condition)
         return result

@@ -364,5 +364,7 @@ def is_self_conditioned(denoiser: object) -> bool:
 
 
 def _unwrapped(denoiser: object) -> object:
-    """The denoiser itself, which may be in a wrapper that distributes its gradients."""
-    return getattr(denoiser, "module", denoiser)
+    """The denoiser itself, which may be in wrappers, such as one that distributes its gradients."""
+    while hasattr(denoiser, "module"):
+        denoiser = denoiser.module
+    return denoiser

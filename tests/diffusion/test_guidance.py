@@ -13,7 +13,12 @@ from molgen_energy.diffusion.guidance import (
     guidance_name,
 )
 from molgen_energy.diffusion.prediction import Prediction
-from molgen_energy.diffusion.process import PROCESSES, Diffusion
+from molgen_energy.diffusion.process import (
+    PROCESSES,
+    Diffusion,
+    is_self_conditioned,
+    takes_log_snr,
+)
 from molgen_energy.diffusion.samplers import build_sampler
 from molgen_energy.errors import InputError
 
@@ -95,7 +100,7 @@ def test_the_network_is_asked_with_and_without_the_condition():
             return float(condition.sum()) * state
 
     model = ClassifierFreeGuidance(Network(), 2.0)
-    assert model.self_conditioned and model.noise_input == "log_snr"
+    assert is_self_conditioned(model) and takes_log_snr(model)
     state = atoms_state(LAYOUT, MASK[:1], torch.ones(1, 2, 4))
     result = model(state, torch.zeros(1), MASK[:1], torch.tensor([[3.0, 1.0]]), state)
     assert [condition for condition, _ in seen] == [[[3.0, 1.0]], [[0.0, 0.0]]]
