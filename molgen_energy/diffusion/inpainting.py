@@ -12,6 +12,7 @@ from torch import Tensor
 
 from molgen_energy.diffusion.guidance import SamplingHook
 from molgen_energy.diffusion.prediction import Prediction
+from molgen_energy.diffusion.process import levels_of
 from molgen_energy.diffusion.spacing import noise_levels
 from molgen_energy.diffusion.state import Domain, State
 
@@ -171,7 +172,8 @@ class AnchoredValues(MatchedValues):
     def after_prediction(self, prediction: Prediction, level: float) -> Prediction:
         prediction = super().after_prediction(prediction, level)
         clean = prediction.clean
-        if noise_levels(prediction.process, clean.layout, prediction.level[:1]) < self._until:
+        at = levels_of(1, level, torch.device("cpu"))  # a GPU would make each step wait
+        if noise_levels(prediction.process, clean.layout, at) < self._until:
             return prediction
         positions = clean["positions"]
         held = clean.mask & ~self._free

@@ -316,7 +316,7 @@ def test_groups_are_held_at_their_anchors_above_a_noise(process):
     for time, held in ((0.9, True), (0.05, False)):
         level = levels_at(built, torch.full((2,), time))
         prediction = Prediction(built, random_state(3), level, clean, "clean")
-        found = hook.after_prediction(prediction, time).clean["positions"]
+        found = hook.after_prediction(prediction, level[0].item()).clean["positions"]
         centroid = found[:, :3].mean(dim=1)
         for sample in range(2):
             for group in range(2):
