@@ -22,14 +22,13 @@ from molgen_energy.data.batches import (
     on_device,
 )
 from molgen_energy.diffusion.noise import RandomNumbers, Stream
-from molgen_energy.distributed import all_reduce_sum, rank, world_size
 from molgen_energy.errors import InputError
 from molgen_energy.losses import AdaptiveSprings, LossConfig
 from molgen_energy.paths import expand_home, portable_path
 from molgen_energy.training.channels import FittedWeights
 from molgen_energy.training.checkpoint import Checkpoint
 from molgen_energy.training.plan import planned_values
-from molgen_energy.training.task import Auxiliary
+from molgen_energy.training.task import Auxiliary, mean_loss
 
 _CHUNK = 1024  # samples in an evaluation without gradients
 
@@ -170,15 +169,15 @@ class SupervisedTask:
         """Mean loss over the validation samples, None without any; processes share the work."""
         if self._valid is None:
             return None
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
-        starts = range(0, len(self._valid), _CHUNK)
-        for start in starts[rank() :: world_size()]:
-            which = np.arange(start, min(start + _CHUNK, len(self._valid)))
+        valid, count = self._valid, len(self._valid)
+
+        def losses(start: int) -> Tensor:
+            which = np.arange(start, min(start + _CHUNK, count))
             numbers = torch.from_numpy(which).to(self.device)
             random = RandomNumbers(self.config.training.seed, numbers)
-            loss = self._loss_of(model, self._valid.batch(which), random)
-            total += loss.double().sum()
-        return float(all_reduce_sum(total)) / len(self._valid)
+            return self._loss_of(model, valid.batch(which), random)
+
+        return mean_loss(range(0, count, _CHUNK), losses, count, self.device)
 
     def close(self) -> None:
         """Nothing to close: the data are in memory."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from molgen_energy.config import Config
 from molgen_energy.data.batches import BatchIndex, EpochStarts
+from molgen_energy.distributed import all_reduce_sum, rank, world_size
 from molgen_energy.losses import AdaptiveSprings
 from molgen_energy.training.channels import FittedWeights
 from molgen_energy.training.checkpoint import Checkpoint
+
+Chunk = TypeVar("Chunk")
 
 
 @dataclass
@@ -123,3 +126,25 @@ class Recordable(Protocol):
     def prepared_loss(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """The loss of a batch of `prepare` and its terms, without waiting for the device."""
         ...
+
+
+def mean_loss(
+    chunks: Sequence[Chunk], losses: Callable[[Chunk], Tensor], samples: int, device: torch.device
+) -> float:
+    """Mean loss of validation data, whose chunks the processes of a job share.
+
+    Parameters
+    ----------
+    chunks
+        The same in every process.
+    losses
+        The losses (B,) of a chunk of B samples.
+    samples
+        Of all chunks.
+    device
+        Of the losses.
+    """
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    for chunk in chunks[rank() :: world_size()]:
+        total += losses(chunk).double().sum()
+    return float(all_reduce_sum(total)) / samples

@@ -38,11 +38,8 @@ from molgen_energy.diffusion.objective import Objective, TimestepDistribution, W
 from molgen_energy.diffusion.process import is_self_conditioned
 from molgen_energy.diffusion.state import DOMAINS, Layout, State
 from molgen_energy.distributed import (
-    all_reduce_sum,
     broadcast,
     local_world_size,
-    rank,
-    world_size,
 )
 from molgen_energy.elements import atomic_number, symbol
 from molgen_energy.errors import InputError, unknown_name
@@ -79,7 +76,7 @@ from molgen_energy.training.checkpoint import Checkpoint, load_weights
 from molgen_energy.training.devices import available_memory, lower_precision
 from molgen_energy.training.initial import provenance
 from molgen_energy.training.plan import planned_values, validation_draws
-from molgen_energy.training.task import Auxiliary
+from molgen_energy.training.task import Auxiliary, mean_loss
 
 _SAMPLE = 100_000  # streamed molecules that means are taken over
 _SMALL = 256_000_000  # bytes of training molecules that always stay in memory
@@ -504,18 +501,19 @@ class MoleculeTask:
             return None
         training, count = self.config.training, len(self._valid.data)
         draws = resolved(training.validation_draws)
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        valid, population = self._valid, count * draws
         pairs = training.pairs_per_batch
         if pairs is None:
             assert training.batch_size is not None
             pairs = resolved(training.batch_size) * 400
-        chunks = list(batch_by_size(np.tile(self._valid.data.sizes, draws), pairs))
-        for numbers in chunks[rank() :: world_size()]:
+
+        def losses(numbers: NDArray[np.int64]) -> Tensor:
             samples = on_device(numbers, self.device)
-            batch = _prepared(self._valid, numbers % count, training.seed, samples, count * draws)
-            inputs = self._inputs(model, batch, False)
-            total += self._objective(model, *inputs).total.double().sum()
-        return float(all_reduce_sum(total)) / (count * draws)
+            batch = _prepared(valid, numbers % count, training.seed, samples, population)
+            return self._objective(model, *self._inputs(model, batch, False)).total
+
+        chunks = list(batch_by_size(np.tile(valid.data.sizes, draws), pairs))
+        return mean_loss(chunks, losses, population, self.device)
 
     def _student_losses(
         self, distillation: Distillation, model: nn.Module, inputs: _Inputs

@@ -21,7 +21,6 @@ from molgen_energy.data.batches import (
 )
 from molgen_energy.data.hdf5 import MoleculeFile
 from molgen_energy.data.molecules import Molecules, batch_by_size
-from molgen_energy.distributed import all_reduce_sum, rank, world_size
 from molgen_energy.elements import ELEMENTS, symbol
 from molgen_energy.errors import InputError, unknown_name
 from molgen_energy.losses import AdaptiveSprings
@@ -33,7 +32,7 @@ from molgen_energy.systems.supervised import data_path
 from molgen_energy.training.channels import FittedWeights
 from molgen_energy.training.checkpoint import Checkpoint
 from molgen_energy.training.plan import planned_values
-from molgen_energy.training.task import Auxiliary
+from molgen_energy.training.task import Auxiliary, mean_loss
 
 PAIRS = 200_000
 """Pairs of atoms of a batch without gradients."""
@@ -185,12 +184,13 @@ class PropertyTask:
         """Mean loss over validation molecules; None without any; processes share the work."""
         if self._valid is None:
             return None
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
-        chunks = list(batch_by_size(self._valid.sizes, PAIRS))
-        for which in chunks[rank() :: world_size()]:
-            errors = self._errors(model, self._valid, which) / self._scale
-            total += errors.mean(dim=1).double().sum()
-        return float(all_reduce_sum(total)) / len(self._valid)
+        valid = self._valid
+
+        def losses(which: NDArray[np.int64]) -> Tensor:
+            return (self._errors(model, valid, which) / self._scale).mean(dim=1)
+
+        chunks = list(batch_by_size(valid.sizes, PAIRS))
+        return mean_loss(chunks, losses, len(valid), self.device)
 
     def close(self) -> None:
         """Nothing to close: the data are in memory."""
