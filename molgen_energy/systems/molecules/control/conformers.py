@@ -21,26 +21,25 @@ from molgen_energy.data.molecules import Molecules
 from molgen_energy.datasets.smiles import is_smiles_file, smiles_rows
 from molgen_energy.diffusion.guidance import SamplingHook
 from molgen_energy.diffusion.inpainting import FixedValues
-from molgen_energy.diffusion.state import State
 from molgen_energy.errors import InputError
 from molgen_energy.output import check_file, named_path
 from molgen_energy.systems.molecules.control.base import (
     MOST_RECORDS,
     Batch,
-    Control,
     Network,
     Tally,
 )
 from molgen_energy.systems.molecules.control.inputs import (
     GRAPH_FIELDS,
     InputMolecules,
+    WholeMolecules,
     everywhere,
 )
 
 _COLUMN = "call that of the SMILES so"
 
 
-class Conformers(Control):
+class Conformers(WholeMolecules):
     """Conformers of SMILES, with all hydrogens.
 
     An E(3)-equivariant network draws a conformer and its mirror image equally often, so of the two
@@ -52,17 +51,14 @@ class Conformers(Control):
         SMILES that `parse_smiles` accepts.
     """
 
-    gives = True
-
     def __init__(self, smiles: Sequence[str]) -> None:
         self._smiles = np.array(smiles, object)
         try:
             self._parsed = [parse_smiles(text)[0] for text in smiles]
         except ValueError as error:  # in a manifest that was edited
             raise InputError(f"--smiles: {error}") from None
-        self._sizes = torch.tensor([molecule.GetNumAtoms() for molecule in self._parsed])
+        super().__init__([molecule.GetNumAtoms() for molecule in self._parsed])
         self._stereo = [Stereochemistry.of(molecule) for molecule in self._parsed]
-        self.records = len(smiles)
 
     @classmethod
     def read(cls, value: Any, options: Mapping[str, Any]) -> list[str]:
@@ -99,16 +95,6 @@ class Conformers(Control):
         graph = [name for name in network.layout.fields if name in GRAPH_FIELDS]
         self._fixed = [name for name in graph if name not in network.given]
         self._mirror = network.equivariant
-
-    @property
-    def largest(self) -> int:
-        return int(self._sizes.max())
-
-    def sizes(self, numbers: Tensor, uniform: Tensor) -> Tensor:
-        return self._sizes[self.record_of(numbers).cpu()]
-
-    def given(self, batch: Batch) -> State:
-        return self._inputs.state(batch, self.record_of(batch.numbers))
 
     def hook(self, batch: Batch) -> SamplingHook | None:
         if not self._fixed:

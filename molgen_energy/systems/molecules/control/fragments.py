@@ -20,7 +20,6 @@ from torch import Tensor
 
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.rdkit import bond_forms, build, sanitize
-from molgen_energy.data.batches import DeviceMolecules
 from molgen_energy.data.molecules import AROMATIC, Molecule, Molecules, Property
 from molgen_energy.diffusion.guidance import SamplingHook
 from molgen_energy.diffusion.inpainting import AnchoredValues
@@ -80,7 +79,6 @@ class Fragments(Control):
         self._positions = np.concatenate([one.positions for one in self._fragments])
         self._offsets = np.concatenate([[0], np.cumsum(self._kept)])
         self._open = [OpenValences.of(molecule) for molecule in self._fragments]
-        self._data: dict[torch.device, DeviceMolecules] = {}
         self.records = len(records)
 
     @classmethod
@@ -192,12 +190,10 @@ class Fragments(Control):
         return sizes
 
     def hook(self, batch: Batch) -> SamplingHook:
-        records = self.record_of(batch.numbers).numpy()
+        numbers = self.record_of(batch.numbers)
+        records = numbers.numpy()
         device, atoms = batch.mask.device, batch.mask.shape[1]
-        fragments = self._inputs.molecules
-        if device not in self._data:
-            self._data[device] = DeviceMolecules(fragments, device, fragments.bonds is not None)
-        found = self._data[device].batch(records)
+        found = self._inputs.padded(numbers, device)
         more = atoms - found.mask.shape[1]
         fixed = torch.nn.functional.pad(found.mask, (0, more))
         data = {
@@ -218,12 +214,12 @@ class Fragments(Control):
         }  # fmt: skip
         if self._formula is not None:
             where |= fixed_elements(batch, batch.mask)
-            numbers = data["atomic_numbers"].cpu().numpy()
+            elements = data["atomic_numbers"].cpu().numpy()
             for row, record in enumerate(records.tolist()):
                 new = self._new[record]
                 assert new is not None
-                numbers[row, self._kept[record] : self._kept[record] + len(new)] = new
-            data["atomic_numbers"] = torch.from_numpy(numbers).to(device)
+                elements[row, self._kept[record] : self._kept[record] + len(new)] = new
+            data["atomic_numbers"] = torch.from_numpy(elements).to(device)
         anchors, groups = self._anchored(batch, records, fixed)
         return AnchoredValues.of_fields(
             encoded(batch, data),

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from molgen_energy.chemistry.bonds import perceive
 from molgen_energy.chemistry.rdkit import bond_forms
-from molgen_energy.data.batches import DeviceMolecules
+from molgen_energy.data.batches import DeviceMolecules, MoleculeBatch
 from molgen_energy.data.molecules import AROMATIC, Molecule, Molecules
 from molgen_energy.diffusion.state import State
 from molgen_energy.elements import symbol
 from molgen_energy.errors import InputError
-from molgen_energy.systems.molecules.control.base import Batch, Network, encoded
+from molgen_energy.systems.molecules.control.base import Batch, Control, Network, encoded
 from molgen_energy.systems.molecules.control.composition import check_elements
 
 GRAPH_FIELDS = ("elements", "nuclear_charges", "formal_charges", "bonds")
@@ -68,13 +68,45 @@ class InputMolecules:
         self.molecules = Molecules.from_list(molecules)
         self._data: dict[torch.device, DeviceMolecules] = {}
 
-    def state(self, batch: Batch, records: Tensor) -> State:
-        """The state of the molecules with these numbers, (B,), one for each sample of a batch."""
-        device = batch.mask.device
+    def padded(self, records: Tensor, device: torch.device) -> MoleculeBatch:
+        """The molecules with these numbers, (B,), on a device."""
         if device not in self._data:
             dense = self.molecules.bonds is not None
             self._data[device] = DeviceMolecules(self.molecules, device, dense)
-        return encoded(batch, self._data[device].batch(records.cpu().numpy()).data)
+        return self._data[device].batch(records.cpu().numpy())
+
+    def state(self, batch: Batch, records: Tensor) -> State:
+        """The state of the molecules with these numbers, (B,), one for each sample of a batch."""
+        return encoded(batch, self.padded(records, batch.mask.device).data)
+
+
+class WholeMolecules(Control):
+    """Base of controls that name whole molecules, so that samples have their numbers of atoms.
+
+    `bind` of a subclass makes `_inputs`.
+
+    Parameters
+    ----------
+    sizes
+        Atoms of each input molecule.
+    """
+
+    gives = True
+    _inputs: InputMolecules
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = torch.tensor(sizes)
+        self.records = len(sizes)
+
+    @property
+    def largest(self) -> int:
+        return int(self._sizes.max())
+
+    def sizes(self, numbers: Tensor, uniform: Tensor) -> Tensor:
+        return self._sizes[self.record_of(numbers).cpu()]
+
+    def given(self, batch: Batch) -> State:
+        return self._inputs.state(batch, self.record_of(batch.numbers))
 
 
 def everywhere(batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:

@@ -21,8 +21,8 @@ from molgen_energy.chemistry.substructures import Substructures, substructures_o
 from molgen_energy.data.molecules import Molecule, Molecules
 from molgen_energy.diffusion.state import State
 from molgen_energy.errors import counted
-from molgen_energy.systems.molecules.control.base import Batch, Control, Network, Record, Tally
-from molgen_energy.systems.molecules.control.inputs import InputMolecules
+from molgen_energy.systems.molecules.control.base import Batch, Network, Record, Tally
+from molgen_energy.systems.molecules.control.inputs import InputMolecules, WholeMolecules
 from molgen_energy.systems.molecules.control.records import read_records
 
 DEFAULT_STRENGTH = 0.3
@@ -30,7 +30,7 @@ _COMPARED = 1000
 """Variants whose similarity is computed for the notes, a millisecond each."""
 
 
-class Variants(Control):
+class Variants(WholeMolecules):
     """Variants of molecules, with as many atoms, in the frame of the molecule.
 
     Parameters
@@ -39,14 +39,11 @@ class Variants(Control):
         The molecules.
     """
 
-    gives = True
-
     def __init__(self, records: Sequence[Record]) -> None:
+        super().__init__([len(record) for record in records])
         self._asked = list(records)
         self._molecules = [record.molecule for record in records]
-        self._sizes = torch.tensor([len(record) for record in records])
         self._centres = np.stack([m.positions.mean(axis=0) for m in self._molecules])
-        self.records = len(records)
 
     @classmethod
     def read(cls, value: Any, options: Mapping[str, Any]) -> list[Record]:
@@ -64,18 +61,8 @@ class Variants(Control):
         names = [f"--like {record.source}" for record in self._asked]
         self._inputs = InputMolecules(self._molecules, names, network)
 
-    @property
-    def largest(self) -> int:
-        return int(self._sizes.max())
-
-    def sizes(self, numbers: Tensor, uniform: Tensor) -> Tensor:
-        return self._sizes[self.record_of(numbers).cpu()]
-
-    def given(self, batch: Batch) -> State:
-        return self.start(batch)
-
     def start(self, batch: Batch) -> State:
-        return self._inputs.state(batch, self.record_of(batch.numbers))
+        return self.given(batch)
 
     def finish(self, molecules: Molecules, numbers: Tensor) -> Molecules:
         """The variants where their molecule is."""
