@@ -48,3 +48,11 @@ def atomic_number(symbol: str) -> int:
 def symbol(number: int) -> str:
     """Chemical symbol of an atomic number between 1 and 118."""
     return _SYMBOLS[number - 1]
+
+
+def check_ascending(symbols: list[str]) -> list[str]:
+    """Symbols as they are; `ValueError` unless each occurs once, by ascending atomic number."""
+    numbers = [atomic_number(symbol) for symbol in symbols]
+    if numbers != sorted(set(numbers)):
+        raise ValueError("expected each element once, by ascending atomic number")
+    return symbols

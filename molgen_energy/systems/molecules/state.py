@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from molgen_energy.chemistry.charges import HIGHEST_SUM, MOST_AROMATIC
-from molgen_energy.elements import atomic_number, symbol
+from molgen_energy.elements import atomic_number, check_ascending, symbol
 from molgen_energy.formats.yaml import Schema, YAMLFormat
 from molgen_energy.training.state import Count, Finite, RunState
 
@@ -21,13 +21,6 @@ _NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 MOST_LEVELS = 10_000
 """Noise levels of a sampler that are listed one by one."""
 _MOST_PROPERTIES = 1000
-
-
-def _check_elements(symbols: list[str]) -> list[str]:
-    numbers = [atomic_number(symbol) for symbol in symbols]
-    if numbers != sorted(set(numbers)):
-        raise ValueError("expected each element once, by ascending atomic number")
-    return symbols
 
 
 def _check_element(text: str) -> str:
@@ -148,7 +141,7 @@ class MoleculeState(RunState):
 
     model_config = ConfigDict(extra="forbid")
 
-    elements: Annotated[list[str], Field(min_length=1), AfterValidator(_check_elements)]
+    elements: Annotated[list[str], Field(min_length=1), AfterValidator(check_ascending)]
     """Symbols, by ascending atomic number."""
     size_histogram: Annotated[dict[Atoms, Count], AfterValidator(_check_histogram)]
     """Training molecules of each number of atoms."""

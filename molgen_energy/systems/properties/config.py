@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from molgen_energy.config import Config, OneOf, PositiveInt, TrainingConfig
-from molgen_energy.elements import atomic_number
+from molgen_energy.elements import check_ascending
 from molgen_energy.formats.yaml import YAMLFormat
 from molgen_energy.models import PROPERTY_MODELS
 from molgen_energy.models.invariant import InvariantConfig
@@ -38,19 +38,12 @@ class PropertyConfig(Config):
     training: PropertyTrainingConfig = PropertyTrainingConfig()
 
 
-def _check_elements(symbols: list[str]) -> list[str]:
-    numbers = [atomic_number(symbol) for symbol in symbols]
-    if numbers != sorted(set(numbers)):
-        raise ValueError("expected each element once, by ascending atomic number")
-    return symbols
-
-
 class PropertyState(RunState):
     """The state of a run that learns to predict properties."""
 
     model_config = ConfigDict(extra="forbid")
 
-    elements: Annotated[list[str], Field(min_length=1), AfterValidator(_check_elements)]
+    elements: Annotated[list[str], Field(min_length=1), AfterValidator(check_ascending)]
     """Symbols of the elements that the network knows, by ascending atomic number."""
     names: Annotated[list[_Name], Field(min_length=1, max_length=_MOST_PROPERTIES)]
     """Of the P properties."""
