@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from rdkit import Chem, rdBase
 from rdkit.Chem import rdDistGeom
+from variants import mean_text
 
 from molgen_energy.api.sample import sample_to
 from molgen_energy.chemistry.conformers import parse_smiles
@@ -38,7 +38,7 @@ from molgen_energy.metrics.conformers import (
     conformer_rmsd,
     heavy_atoms,
 )
-from molgen_energy.metrics.statistics import Mean, Rate
+from molgen_energy.metrics.statistics import Rate
 
 
 class Target(NamedTuple):
@@ -188,25 +188,17 @@ def row(name: str, targets: Sequence[Target], drawn: Drawn, threshold: float) ->
     scores, stereo = scores_of(targets, drawn, threshold), stereo_rate(targets, drawn)
     count = sum(map(len, drawn.conformers))
     cells = [
-        _cell(100 * scores.coverage_recall, 1, 100),
-        _cell(scores.matching_recall, 3),
+        mean_text(100 * scores.coverage_recall, 1, 100),
+        mean_text(scores.matching_recall, 3),
         f"{np.median(scores.matching_recall):.3f}",
-        _cell(100 * scores.coverage_precision, 1, 100),
-        _cell(scores.matching_precision, 3),
+        mean_text(100 * scores.coverage_precision, 1, 100),
+        mean_text(scores.matching_precision, 3),
         f"{np.median(scores.matching_precision):.3f}",
         "" if stereo.value is None else f"{100 * stereo.value:.1f}",
         f"{scores.without_samples}",
         "" if not drawn.seconds else f"{drawn.seconds / max(count, 1):.3f}",
     ]
     return f"| {name} | {' | '.join(cells)} |"
-
-
-def _cell(values: NDArray[np.float64], digits: int, most: float = np.inf) -> str:
-    mean = Mean.of(values)
-    if mean.interval is None:
-        return f"{mean.value:.{digits}f}"
-    low, high = (min(max(bound, 0.0), most) for bound in mean.interval)
-    return f"{mean.value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def run(options: argparse.Namespace) -> None:

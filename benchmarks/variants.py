@@ -143,16 +143,16 @@ def table(rows: Sequence[tuple[str, Compared]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, found in rows:
-        cells = [_cell(values, 100, 1, 100) for values in found[:3]]
-        cells += [_cell(found.similarity, 1, 2, 1)]
-        cells += ["" if name == "other test molecules" else _cell(found.moved, 1, 2)]
+        cells = [mean_text(100 * values, 1, 100) for values in found[:3]]
+        cells += [mean_text(found.similarity, 2, 1)]
+        cells += ["" if name == "other test molecules" else mean_text(found.moved, 2)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(values: Array, factor: float, digits: int, most: float = math.inf) -> str:
-    """A mean with its interval; nothing where no molecule has a value."""
-    known = factor * values[np.isfinite(values)]
+def mean_text(values: Array, digits: int, most: float = math.inf) -> str:
+    """A mean with its interval, from 0 to `most`; nothing where no molecule has a value."""
+    known = values[np.isfinite(values)]
     if not len(known):
         return ""
     mean = Mean.of(known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from os import PathLike
@@ -251,8 +251,7 @@ def sample_to(
         loaded = load_checkpoint(found, weights=["ema"])
         system = system_of_checkpoint(loaded)
         generator = system.generator(loaded, target, options)
-        if real_path(path) in map(real_path, generator.inputs):
-            raise InputError(f"-o {path} is an input of this command; name another file")
+        _check_no_input(path, generator.inputs)
         if not generator.distributed and not is_main():
             return None
         callback = on_start(SamplingJobInfo(system, generator, path)) or callback or NoCallback()
@@ -286,14 +285,14 @@ def _options(
     for name in ("keep", "like", "smiles"):
         value = given.get(name)
         several = value if isinstance(value, (list, tuple)) else [value]
-        if any(isinstance(one, (str, PathLike)) and _same(Path(one), path) for one in several):
-            raise InputError(f"-o {path} is an input of this command; name another file")
+        _check_no_input(path, (Path(one) for one in several if isinstance(one, (str, PathLike))))
     return found, path, dict(system.sampling) | system.read_options(given)
 
 
-def _same(first: Path, second: Path) -> bool:
-    """Whether two paths are one file."""
-    return real_path(first) == real_path(second)
+def _check_no_input(output: Path, inputs: Iterable[Path]) -> None:
+    """Raise `InputError` if the output is one of the files that are read."""
+    if real_path(output) in map(real_path, inputs):
+        raise InputError(f"-o {output} is an input of this command; name another file")
 
 
 def _resumed_options(
